@@ -1,0 +1,38 @@
+"""PPO for Stable-Baselines3 users: SB3's PPO bit for bit by default, with every extra one argument away."""
+
+from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.extractors import ImpalaCNN, MultiInputExtractor, TransformerExtractor
+from sb3_ppo_plus.policies import (
+    ActorCriticPlusCnnPolicy,
+    ActorCriticPlusPolicy,
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputActorCriticPlusPolicy,
+    MultiInputPolicy,
+)
+from sb3_ppo_plus.ppo_plus import PPOPlus
+from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActorCriticPlusCnnPolicy",
+    "ActorCriticPlusPolicy",
+    "CnnPolicy",
+    "Constant",
+    "Cosine",
+    "Exponential",
+    "ImpalaCNN",
+    "Linear",
+    "MlpPolicy",
+    "MultiInputActorCriticPlusPolicy",
+    "MultiInputExtractor",
+    "MultiInputPolicy",
+    "PPOPlus",
+    "PPOPlusDictRolloutBuffer",
+    "PPOPlusRolloutBuffer",
+    "RolloutBatch",
+    "TransformerExtractor",
+    "WarmupCosine",
+    "make_schedule",
+]

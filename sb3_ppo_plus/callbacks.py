@@ -1,0 +1,27 @@
+"""The hook at the end of an update, which SB3's callbacks lack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EventCallback
+
+
+def iterate_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
+    """Yield ``callback`` and every callback inside it, in SB3's lists and event callbacks."""
+    yield callback
+    children = callback.callbacks if isinstance(callback, CallbackList) else []
+    if isinstance(callback, EventCallback):
+        nested = (callback.callback, getattr(callback, "callback_on_new_best", None))
+        children = [child for child in nested if child is not None]
+    for child in children:
+        yield from iterate_callbacks(child)
+
+
+def notify_update_end(callback: BaseCallback) -> bool:
+    """Call ``on_update_end() -> bool`` of every callback that has it.
+
+    :return: False where one of them returned False, which stops training
+    """
+    answers = [child.on_update_end() for child in iterate_callbacks(callback) if hasattr(child, "on_update_end")]
+    return all(answer is not False for answer in answers)

@@ -1,0 +1,212 @@
+"""The actor-critic policies, and the names that YAML may use in ``policy_kwargs``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_ppo_plus.distributions import BoundedDistribution, make_action_distribution
+from sb3_ppo_plus.extractors import ImpalaCNN, resolve_features_extractor
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+}
+OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
+    "adam": th.optim.Adam,
+    "adamw": th.optim.AdamW,
+    "sgd": th.optim.SGD,
+    "rmsprop": th.optim.RMSprop,
+}
+
+
+class ActorCriticPlusPolicy(ActorCriticPolicy):
+    """SB3's ``ActorCriticPolicy`` with more action distributions, and with heads that stay in float32 under autocast.
+
+    :param observation_space: observation space
+    :param action_space: action space
+    :param lr_schedule: learning rate as a function of progress_remaining
+    :param action_dist: distribution of Box actions: "gaussian" (SB3's, or gSDE with ``use_sde``), "squashed_gaussian", "beta"
+    :param action_dist_kwargs: keyword arguments of that distribution, e.g. ``{"deterministic": "mode"}`` for "beta"
+    :param features_extractor_class: SB3's parameter; the default is the subclass's
+    :param kwargs: SB3's further parameters
+    :raises ValueError: for an unknown ``action_dist``, or one that does not fit the action space
+    """
+
+    default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *,
+        action_dist: str = "gaussian",
+        action_dist_kwargs: dict[str, Any] | None = None,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        extractor_class = features_extractor_class or self.default_features_extractor_class
+        if issubclass(extractor_class, ImpalaCNN):
+            # What SB3 does for NatureCNN by its name: no hidden layers behind it, no check of [0, 255] where not scaled
+            kwargs.setdefault("net_arch", [])
+            if not kwargs.get("normalize_images", True):
+                extractor_kwargs = kwargs.get("features_extractor_kwargs") or {}
+                kwargs["features_extractor_kwargs"] = {**extractor_kwargs, "normalized_image": True}
+        if action_dist != "gaussian" and kwargs.get("use_sde", False):
+            raise ValueError(f"use_sde=True goes with action_dist='gaussian' only, got action_dist={action_dist!r}")
+        self.action_dist_name = action_dist
+        self.action_dist_kwargs = action_dist_kwargs
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            features_extractor_class=extractor_class,
+            **kwargs,
+        )
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        if self.action_dist_name != "gaussian" or self.action_dist_kwargs:
+            self.action_dist = make_action_distribution(
+                self.action_space, self.action_dist_name, self.action_dist_kwargs
+            )
+        super()._build(lr_schedule)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            **super()._get_constructor_parameters(),
+            "action_dist": self.action_dist_name,
+            "action_dist_kwargs": self.action_dist_kwargs,
+        }
+
+    @property
+    def squash_output(self) -> bool:
+        """Whether stored actions are in other units than the env's, so that SB3 calls :meth:`unscale_action` on them."""
+        return super().squash_output or isinstance(self.action_dist, BoundedDistribution)
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """Convert stored actions to the env's units; never outside its bounds, where rounding may lead SB3's.
+
+        :param scaled_action: stored actions, shape (n_envs, *action shape): in [-1, 1] of gSDE with ``squash_output``,
+            in (0, 1) of Beta, any real number (before the tanh) of the squashed Gaussian
+        """
+        assert isinstance(self.action_space, spaces.Box)
+        low, high = self.action_space.low, self.action_space.high
+        if isinstance(self.action_dist, BoundedDistribution):
+            return self.action_dist.to_bounds(scaled_action, low, high)
+        actions: np.ndarray = np.clip(super().unscale_action(scaled_action), low, high)
+        return actions
+
+    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Evaluate stored actions under the current policy; matches SB3's ``ActorCriticPolicy.evaluate_actions``.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param actions: stored actions, shape (batch, action dim), or (batch,) for Discrete
+        :return: values (batch, 1), log probability (batch,), entropy (batch,) or None where there is no closed form;
+            all in float32, under autocast too
+        """
+        features = self.extract_features(obs)
+        if self.share_features_extractor:
+            latent_pi, latent_vf = self.mlp_extractor(features)
+        else:
+            pi_features, vf_features = features
+            latent_pi = self.mlp_extractor.forward_actor(pi_features)
+            latent_vf = self.mlp_extractor.forward_critic(vf_features)
+        distribution = self._get_action_dist_from_latent(latent_pi)
+        with _without_autocast(latent_vf.device):
+            values: th.Tensor = self.value_net(latent_vf.float())
+            return values, distribution.log_prob(actions), distribution.entropy()
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        # bf16 logits would put errors of 1e-2 into the log-ratio
+        with _without_autocast(latent_pi.device):
+            return super()._get_action_dist_from_latent(latent_pi.float())
+
+
+class ActorCriticPlusCnnPolicy(ActorCriticPlusPolicy):
+    """The policy for images: SB3's ``ActorCriticCnnPolicy``, NatureCNN by default."""
+
+    default_features_extractor_class = NatureCNN
+
+
+class MultiInputActorCriticPlusPolicy(ActorCriticPlusPolicy):
+    """The policy for Dict observations: SB3's ``MultiInputActorCriticPolicy``, CombinedExtractor by default."""
+
+    default_features_extractor_class = CombinedExtractor
+
+
+MlpPolicy = ActorCriticPlusPolicy
+CnnPolicy = ActorCriticPlusCnnPolicy
+MultiInputPolicy = MultiInputActorCriticPlusPolicy
+
+# A model saved by SB3 names SB3's classes
+PLUS_POLICY_OF: dict[type[Any], type[ActorCriticPlusPolicy]] = {
+    ActorCriticPolicy: ActorCriticPlusPolicy,
+    ActorCriticCnnPolicy: ActorCriticPlusCnnPolicy,
+    MultiInputActorCriticPolicy: MultiInputActorCriticPlusPolicy,
+}
+
+
+def resolve_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Replace registered names in ``policy_kwargs`` by their classes.
+
+    :param policy_class: the class that will take them
+    :param policy_kwargs: as the user gave them; not changed
+    :raises ValueError: for a name that is not registered
+    :raises TypeError: for an argument of ours that ``policy_class`` lacks, or a value that is neither name nor class
+    """
+    resolved = dict(policy_kwargs)
+    if not issubclass(policy_class, ActorCriticPlusPolicy):
+        lacking = sorted({"action_dist", "action_dist_kwargs"} & resolved.keys())
+        if lacking:
+            raise TypeError(
+                f"policy_kwargs: {policy_class.__name__} has no {' or '.join(lacking)}; subclass "
+                "sb3_ppo_plus.ActorCriticPlusPolicy instead of SB3's ActorCriticPolicy to use it"
+            )
+    if "features_extractor_class" in resolved:
+        resolved["features_extractor_class"] = resolve_features_extractor(resolved["features_extractor_class"])
+    for name, table, base in (
+        ("activation_fn", ACTIVATIONS, nn.Module),
+        ("optimizer_class", OPTIMIZERS, th.optim.Optimizer),
+    ):
+        if name in resolved:
+            resolved[name] = _from_table(name, resolved[name], table, base)
+    return resolved
+
+
+def _from_table(name: str, value: object, table: Mapping[str, type], base: type) -> object:
+    if isinstance(value, str):
+        if value not in table:
+            raise ValueError(f"policy_kwargs: {name}={value!r} is unknown; allowed: a class or one of {sorted(table)}")
+        return table[value]
+    if isinstance(value, type) and not issubclass(value, base):
+        raise TypeError(f"policy_kwargs: {name} must be a subclass of {base.__name__} or a name, got {value!r}")
+    if not callable(value):
+        raise TypeError(f"policy_kwargs: {name} must be a class or one of {sorted(table)}, got {value!r}")
+    return value
+
+
+def _without_autocast(device: th.device) -> AbstractContextManager[Any]:
+    # Entering a context costs microseconds at each step: only where autocast is on
+    if th.is_autocast_enabled(device.type):
+        return th.autocast(device.type, enabled=False)
+    return nullcontext()

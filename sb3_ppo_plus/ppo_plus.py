@@ -1,0 +1,429 @@
+"""PPOPlus: SB3's PPO with every extra one argument away."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import pathlib
+import time
+import zipfile
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
+from stable_baselines3.common.save_util import load_from_zip_file, open_path
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
+from sb3_ppo_plus.callbacks import notify_update_end
+from sb3_ppo_plus.distributions import make_action_distribution
+from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside_normalize
+from sb3_ppo_plus.gradient_step import GradientStep, resolve_amp
+from sb3_ppo_plus.learning_rate_groups import LearningRateGroups, critic_only_parameters
+from sb3_ppo_plus.losses import LossCoefficients, LossTerms
+from sb3_ppo_plus.policies import PLUS_POLICY_OF, CnnPolicy, MlpPolicy, MultiInputPolicy, resolve_policy_kwargs
+from sb3_ppo_plus.schedules import make_schedule, schedule_value
+
+Coefficient = float | str | Schedule
+"""A number, a schedule or any callable of progress_remaining, or a schedule's string form such as "lin_3e-4"."""
+
+
+class UpdateHistory(NamedTuple):
+    """What one call of ``train`` went through.
+
+    :param terms: metrics of every minibatch whose loss was computed, without gradients
+    :param grad_norms: gradient norm before clipping of every minibatch that took a step
+    :param last_epoch_start: index in ``terms`` of the last epoch's first minibatch
+    :param n_epochs_done: epochs that were completed
+    """
+
+    terms: list[LossTerms]
+    grad_norms: list[th.Tensor]
+    last_epoch_start: int
+    n_epochs_done: int
+
+
+class PPOPlus(PPO):
+    """Proximal Policy Optimization (Schulman et al. 2017), bit for bit SB3's PPO by default.
+
+    The parameters of SB3's PPO come first, with its names, order, meaning and defaults. Those that are described here
+    take more than in SB3, or are new and keyword-only.
+
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or an ``ActorCriticPolicy`` class
+    :param env: environment, or the id of a registered one
+    :param learning_rate: number, schedule, callable of progress_remaining, or string such as "lin_3e-4"
+    :param clip_range: the same
+    :param clip_range_vf: the same, or None: no clipping of the value function
+    :param ent_coef: the same
+    :param vf_coef: the same
+    :param policy_kwargs: SB3's, where ``features_extractor_class``, ``activation_fn`` and ``optimizer_class`` may be
+        registered names too; plus ``action_dist`` and ``action_dist_kwargs`` (:class:`ActorCriticPlusPolicy`)
+    :param critic_learning_rate: learning rate of the parameters that only the critic uses; None: as the actor's
+    :param pessimistic_value_clip: with ``clip_range_vf``, take the larger of the clipped and the unclipped error;
+        False: SB3's form, which is also what a model saved by SB3 keeps
+    :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA
+    :raises ValueError: for a value that is not allowed, before the first environment step
+    :raises TypeError: for an argument of the wrong type, or one that a custom policy class lacks
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: Coefficient = 3e-4,
+        n_steps: int = 2048,
+        batch_size: int = 64,
+        n_epochs: int = 10,
+        gamma: float = 0.99,
+        gae_lambda: float = 0.95,
+        clip_range: Coefficient = 0.2,
+        clip_range_vf: Coefficient | None = None,
+        normalize_advantage: bool = True,
+        ent_coef: Coefficient = 0.0,
+        vf_coef: Coefficient = 0.5,
+        max_grad_norm: float = 0.5,
+        use_sde: bool = False,
+        sde_sample_freq: int = -1,
+        rollout_buffer_class: type[RolloutBuffer] | None = None,
+        rollout_buffer_kwargs: dict[str, Any] | None = None,
+        target_kl: float | None = None,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+        *,
+        critic_learning_rate: Coefficient | None = None,
+        pessimistic_value_clip: bool = True,
+        amp: bool | str = False,
+    ) -> None:
+        self.critic_learning_rate = critic_learning_rate
+        self.pessimistic_value_clip = pessimistic_value_clip
+        self.amp = amp
+        self._callback: BaseCallback | None = None
+        self._update_end_said_stop = False
+        _check_action_dist(env, policy_kwargs or {})
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,  # type: ignore[arg-type]  # strings are resolved before SB3 reads them
+            n_steps=n_steps,
+            batch_size=batch_size,
+            n_epochs=n_epochs,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            clip_range=clip_range,  # type: ignore[arg-type]  # the same
+            clip_range_vf=clip_range_vf,  # type: ignore[arg-type]  # the same
+            normalize_advantage=normalize_advantage,
+            ent_coef=ent_coef,  # type: ignore[arg-type]  # SB3 only stores it
+            vf_coef=vf_coef,  # type: ignore[arg-type]  # SB3 only stores it
+            max_grad_norm=max_grad_norm,
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            target_kl=target_kl,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=_init_setup_model,
+        )
+
+    def _setup_model(self) -> None:
+        self.policy_class = PLUS_POLICY_OF.get(self.policy_class, self.policy_class)
+        if self.rollout_buffer_class in (None, RolloutBuffer, DictRolloutBuffer):
+            is_dict = isinstance(self.observation_space, spaces.Dict)
+            self.rollout_buffer_class = PPOPlusDictRolloutBuffer if is_dict else PPOPlusRolloutBuffer
+        self._check_arguments()
+        self.clip_range = _float_schedule(self.clip_range, "clip_range")
+        # A number goes to SB3 as it is, whose own check refuses those that are not positive
+        if self.clip_range_vf is not None and not isinstance(self.clip_range_vf, float | int):
+            self.clip_range_vf = _float_schedule(self.clip_range_vf, "clip_range_vf")
+        given = self.policy_kwargs
+        self.policy_kwargs = resolve_policy_kwargs(self.policy_class, given)
+        try:
+            super()._setup_model()
+        finally:
+            # Kept as given: names, not classes, are saved and compared by load
+            self.policy_kwargs = given
+        self._learning_rate_groups = LearningRateGroups(
+            self.policy.optimizer,
+            self.lr_schedule(1),
+            [] if self.critic_learning_rate is None else critic_only_parameters(self.policy),
+        )
+        self._amp_dtype = resolve_amp(self.amp, self.device)
+        self._grad_scaler = th.amp.GradScaler(self.device.type, enabled=self._amp_dtype is th.float16)
+        if self.env is not None and any(isinstance(module, TransformerExtractor) for module in self.policy.modules()):
+            warn_if_stacked_inside_normalize(self.env)
+
+    def _check_arguments(self) -> None:
+        for name in ("ent_coef", "vf_coef"):
+            make_schedule(getattr(self, name), name)
+        resolve_amp(self.amp, self.device)
+        buffer_class = self.rollout_buffer_class
+        if self.amp and not (buffer_class is not None and issubclass(buffer_class, PPOPlusRolloutBuffer)):
+            raise ValueError(
+                f"amp={self.amp!r} needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, "
+                f"got {buffer_class}"
+            )
+
+    def _setup_lr_schedule(self) -> None:
+        self.lr_schedule = _float_schedule(self.learning_rate, "learning_rate")
+        self._critic_lr_schedule = (
+            None
+            if self.critic_learning_rate is None
+            else _float_schedule(self.critic_learning_rate, "critic_learning_rate")
+        )
+        self._scheduled_learning_rates = (self.learning_rate, self.critic_learning_rate)
+
+    def _maybe_recommend_cpu(self, mlp_class_name: str = MlpPolicy.__name__) -> None:
+        super()._maybe_recommend_cpu(mlp_class_name)
+
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout overshoots total_timesteps, and SB3's schedules go below 0 with it
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        if self._scheduled_learning_rates != (self.learning_rate, self.critic_learning_rate):
+            self._setup_lr_schedule()
+        progress = self._current_progress_remaining
+        learning_rate = schedule_value(self.lr_schedule, progress, "learning_rate")
+        critic_learning_rate = learning_rate
+        if self._critic_lr_schedule is not None:
+            critic_learning_rate = schedule_value(self._critic_lr_schedule, progress, "critic_learning_rate")
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            self._learning_rate_groups.update(optimizer, learning_rate, critic_learning_rate)
+        self.logger.record("train/learning_rate", learning_rate)
+        self.logger.record("train/critic_learning_rate", critic_learning_rate)
+
+    def _current_coefficients(self) -> LossCoefficients:
+        # Read from the attributes at each update, so that an assignment between updates counts
+        def current(name: str) -> float:
+            return schedule_value(make_schedule(getattr(self, name), name), self._current_progress_remaining, name)
+
+        return LossCoefficients(
+            clip_range=current("clip_range"),
+            clip_range_vf=None if self.clip_range_vf is None else current("clip_range_vf"),
+            ent_coef=current("ent_coef"),
+            vf_coef=current("vf_coef"),
+        )
+
+    def collect_rollouts(
+        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
+    ) -> bool:
+        """Collect ``n_rollout_steps`` steps of each env, as SB3's ``OnPolicyAlgorithm.collect_rollouts`` does.
+
+        :param env: the training environment
+        :param callback: called at each step, and at the beginning and end of the rollout
+        :param rollout_buffer: buffer to fill, with advantages and returns
+        :param n_rollout_steps: steps per env
+        :return: False where a callback ended training
+        """
+        if self._update_end_said_stop:
+            return False
+        started = time.perf_counter()
+        is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        self.logger.record("time/rollout_seconds", time.perf_counter() - started)
+        return is_complete
+
+    def train(self) -> None:
+        """Update the policy from the rollout buffer: ``n_epochs`` passes of minibatch steps on the PPO objective."""
+        started = time.perf_counter()
+        self._update_learning_rate(self.policy.optimizer)
+        step = GradientStep(
+            self.policy,
+            self._current_coefficients(),
+            normalize_advantage=self.normalize_advantage,
+            pessimistic_value_clip=self.pessimistic_value_clip,
+            max_grad_norm=self.max_grad_norm,
+            amp_dtype=self._amp_dtype,
+            grad_scaler=self._grad_scaler,
+        )
+        if step.amp_dtype is not None:
+            self._recompute_log_prob(step)
+        self.policy.set_training_mode(True)
+        history = self._run_epochs(step)
+        self._log_update(step.coefficients, history)
+        self.logger.record("time/update_seconds", time.perf_counter() - started)
+        if self._callback is not None:
+            self._update_end_said_stop = not notify_update_end(self._callback)
+
+    def _run_epochs(self, step: GradientStep) -> UpdateHistory:
+        history = UpdateHistory([], [], 0, 0)
+        for epoch in range(self.n_epochs):
+            history = history._replace(last_epoch_start=len(history.terms), n_epochs_done=epoch)
+            self._n_updates += 1
+            for batch in minibatches(self.rollout_buffer, self.batch_size):
+                terms = step.loss(batch)
+                history.terms.append(terms._replace(loss=terms.loss.detach()))
+                # The only value that the host waits for, and only with target_kl
+                if self.target_kl is not None and bool(terms.approx_kl > 1.5 * self.target_kl):
+                    if self.verbose >= 1:
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {terms.approx_kl:.2f}")
+                    return history
+                history.grad_norms.append(step.step(terms.loss))
+        return history._replace(n_epochs_done=self.n_epochs)
+
+    def _recompute_log_prob(self, step: GradientStep) -> None:
+        """Compute the rollout's log-probs in the update's precision: else rounding alone makes ratios of 1 +- 1e-2."""
+        assert isinstance(self.rollout_buffer, PPOPlusRolloutBuffer)
+        rollout = self.rollout_buffer.rollout()
+        self.policy.set_training_mode(False)
+        with th.no_grad():
+            for indices in th.split(th.arange(len(rollout.old_log_prob), device=self.device), self.batch_size):
+                rollout.old_log_prob[indices] = step.evaluate(rollout.select(indices))[1]
+
+    def _log_update(self, coefficients: LossCoefficients, history: UpdateHistory) -> None:
+        # One transfer for all minibatches; float64, in which SB3 averages
+        table = th.stack([th.stack(terms) for terms in history.terms]).double().cpu()
+        means = LossTerms(*table.mean(dim=0).tolist())
+        record = self.logger.record
+        record("train/entropy_loss", means.entropy_loss)
+        record("train/policy_gradient_loss", means.policy_loss)
+        record("train/value_loss", means.value_loss)
+        record("train/approx_kl", LossTerms(*table[history.last_epoch_start :].mean(dim=0).tolist()).approx_kl)
+        record("train/clip_fraction", means.clip_fraction)
+        record("train/value_clip_fraction", means.value_clip_fraction)
+        record("train/loss", LossTerms(*table[-1].tolist()).loss)
+        values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
+        record("train/explained_variance", explained_variance(values, returns))
+        log_std = getattr(self.policy, "log_std", None)
+        if log_std is not None:
+            record("train/std", th.exp(log_std).mean().item())
+        if history.grad_norms:
+            record("train/grad_norm", th.stack(history.grad_norms).double().mean().item())
+        record("train/early_stopped", int(history.n_epochs_done < self.n_epochs))
+        record("train/n_epochs_done", history.n_epochs_done)
+        record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name, value in coefficients._asdict().items():
+            if value is not None:
+                record(f"train/{name}", value)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str = "PPOPlus",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> Self:
+        """Train for ``total_timesteps`` environment steps; SB3's ``learn``.
+
+        Callbacks that have a method ``on_update_end() -> bool`` are called after each update; False stops training.
+        """
+        self._update_end_said_stop = False
+        try:
+            return super().learn(
+                total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
+            )
+        finally:
+            self._callback = None
+
+    def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        self._callback = super()._init_callback(callback, progress_bar)
+        return self._callback
+
+    @classmethod
+    def load(
+        cls,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        env: GymEnv | None = None,
+        device: th.device | str = "auto",
+        custom_objects: dict[str, Any] | None = None,
+        print_system_info: bool = False,
+        force_reset: bool = True,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a model that PPOPlus or SB3's PPO saved; SB3's ``load``.
+
+        A model of SB3's PPO keeps SB3's form of value clipping unless ``pessimistic_value_clip`` is given.
+
+        :param kwargs: constructor arguments to change
+        :raises TypeError: for a keyword that is not an argument of the constructor
+        """
+        allowed = set(inspect.signature(cls.__init__).parameters) - {"self", "policy", "env", "_init_setup_model"}
+        unknown = sorted(kwargs.keys() - allowed)
+        if unknown:
+            raise TypeError(f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}")
+        if not _was_saved_by_ppo_plus(path):
+            kwargs.setdefault("pessimistic_value_clip", False)
+        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def get_parameters(self) -> dict[str, dict[str, Any]]:
+        """Return the state dicts of policy and optimiser, the latter in SB3's order whatever its groups are."""
+        parameters = super().get_parameters()
+        parameters["policy.optimizer"] = self._learning_rate_groups.state_dict(self.policy.optimizer)
+        return parameters
+
+    def set_parameters(
+        self,
+        load_path_or_dict: str | dict[str, Any],
+        exact_match: bool = True,
+        device: th.device | str = "auto",
+    ) -> None:
+        """Load state dicts as :meth:`get_parameters` returns them, or from a file of PPOPlus or SB3's PPO.
+
+        :param load_path_or_dict: path of a saved model, or the state dicts
+        :param exact_match: require every parameter of every module
+        :param device: device on which to load
+        """
+        if isinstance(load_path_or_dict, dict):
+            parameters = load_path_or_dict
+        else:
+            _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+        if "policy.optimizer" in parameters:
+            split = self._learning_rate_groups.split_state_dict(self.policy.optimizer, parameters["policy.optimizer"])
+            parameters = {**parameters, "policy.optimizer": split}
+        super().set_parameters(parameters, exact_match, device)
+
+    def _excluded_save_params(self) -> list[str]:
+        rebuilt = ["_learning_rate_groups", "_critic_lr_schedule", "_scheduled_learning_rates", "_amp_dtype"]
+        return [*super()._excluded_save_params(), *rebuilt, "_grad_scaler", "_callback", "_update_end_said_stop"]
+
+
+def _float_schedule(value: object, name: str) -> FloatSchedule:
+    """Validate a coefficient and give it the form that SB3's PPO gives its schedules."""
+    schedule = make_schedule(value, name)
+    return FloatSchedule(value if isinstance(value, float | int) else schedule)
+
+
+def _check_action_dist(env: GymEnv | str, policy_kwargs: dict[str, Any]) -> None:
+    # Before SB3's constructor, whose assertion on infinite bounds knows no remedy
+    action_dist = policy_kwargs.get("action_dist", "gaussian")
+    action_space = getattr(env, "action_space", None)
+    if action_dist != "gaussian" and action_space is not None:
+        make_action_distribution(action_space, action_dist, policy_kwargs.get("action_dist_kwargs"))
+
+
+def _was_saved_by_ppo_plus(path: str | pathlib.Path | io.BufferedIOBase) -> bool:
+    with open_path(path, "r", verbose=0, suffix="zip") as file:
+        position = file.tell()
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return "pessimistic_value_clip" in json.loads(archive.read("data"))
+        except (zipfile.BadZipFile, KeyError, ValueError):
+            # SB3's load has the better message for a file that is no model
+            return True
+        finally:
+            if file is path:
+                file.seek(position)
