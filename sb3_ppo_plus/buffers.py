@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
@@ -51,6 +51,21 @@ class RolloutBatch:
         )
 
 
+class Minibatch(NamedTuple):
+    """A minibatch that is gathered where it is needed, which may be inside a compiled function.
+
+    :param rollout: where the transitions are
+    :param indices: which of them belong to the minibatch, int64, shape (batch,); None: all
+    """
+
+    rollout: RolloutBatch
+    indices: th.Tensor | None = None
+
+    def batch(self) -> RolloutBatch:
+        """Gather the transitions."""
+        return self.rollout if self.indices is None else self.rollout.select(self.indices)
+
+
 class PPOPlusRolloutBuffer(RolloutBuffer):
     """SB3's ``RolloutBuffer``, converted to tensors once per rollout, where SB3 converts every minibatch it yields."""
 
@@ -78,7 +93,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             )
         return self._rollout
 
-    def minibatches(self, batch_size: int) -> Iterator[RolloutBatch]:
+    def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
         """Yield every transition once, in the random order of SB3's ``RolloutBuffer.get``; the last batch may be short.
 
         :param batch_size: transitions per minibatch
@@ -86,7 +101,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         rollout = self.rollout()
         indices = th.from_numpy(np.random.permutation(self.buffer_size * self.n_envs)).to(self.device)
         for batch_indices in th.split(indices, batch_size):
-            yield rollout.select(batch_indices)
+            yield Minibatch(rollout, batch_indices)
 
     def _flatten(self) -> None:
         # In place and marked as done, as in SB3's RolloutBuffer.get: images are not held twice, and get still works
@@ -113,7 +128,7 @@ class PPOPlusDictRolloutBuffer(PPOPlusRolloutBuffer, DictRolloutBuffer):
         return {key: self.to_torch(obs, copy=False) for key, obs in self.observations.items()}
 
 
-def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[RolloutBatch]:
+def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
     """Yield the transitions of ``buffer`` once, in random order.
 
     :param buffer: one of ours, or any ``rollout_buffer_class`` of the user's, whose own ``get`` is then asked
@@ -123,7 +138,7 @@ def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[RolloutBatch
         yield from buffer.minibatches(batch_size)
         return
     for samples in buffer.get(batch_size):
-        yield RolloutBatch(
+        batch = RolloutBatch(
             observations=samples.observations,
             actions=_as_policy_takes(samples.actions, buffer.action_space),
             old_values=samples.old_values,
@@ -131,6 +146,7 @@ def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[RolloutBatch
             advantages=samples.advantages,
             returns=samples.returns,
         )
+        yield Minibatch(batch)
 
 
 def _as_policy_takes(actions: th.Tensor, action_space: spaces.Space[Any]) -> th.Tensor:

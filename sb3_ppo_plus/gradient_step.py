@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
+from sb3_ppo_plus.flat_parameters import FlatParameters, can_flatten
 from sb3_ppo_plus.losses import LossCoefficients, LossTerms, ppo_loss
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
@@ -27,64 +31,117 @@ def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
     return AMP_DTYPES[amp]
 
 
-class GradientStep:
-    """The steps of one update: everything that stays the same from minibatch to minibatch.
+@dataclass(frozen=True)
+class Objective:
+    """What is the same for every minibatch of an update.
 
-    :param policy: the policy; its ``optimizer`` takes the steps
-    :param coefficients: values of the loss's coefficients in this update
+    :param coefficients: values of the loss's coefficients
     :param normalize_advantage: normalise the advantages of each minibatch
     :param pessimistic_value_clip: see :func:`sb3_ppo_plus.losses.value_loss`
     :param max_grad_norm: the gradient is scaled down to this norm where it is larger
+    :param target_kl: no step is taken where approx_kl exceeds 1.5 times this; None: no limit
     :param amp_dtype: dtype of autocast for the policy's forward pass; None: none. The loss is always float32
-    :param grad_scaler: scales the loss and unscales the gradients of float16
     """
 
-    def __init__(
-        self,
-        policy: ActorCriticPolicy,
-        coefficients: LossCoefficients,
-        *,
-        normalize_advantage: bool,
-        pessimistic_value_clip: bool,
-        max_grad_norm: float,
-        amp_dtype: th.dtype | None,
-        grad_scaler: th.amp.GradScaler,
-    ) -> None:
-        self.policy = policy
-        self.coefficients = coefficients
-        self.normalize_advantage = normalize_advantage
-        self.pessimistic_value_clip = pessimistic_value_clip
-        self.max_grad_norm = max_grad_norm
-        self.amp_dtype = amp_dtype
-        self.grad_scaler = grad_scaler
+    coefficients: LossCoefficients
+    normalize_advantage: bool
+    pessimistic_value_clip: bool
+    max_grad_norm: float
+    target_kl: float | None
+    amp_dtype: th.dtype | None
 
-    def evaluate(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Values, log-probabilities and entropies (or None) of the batch, in the precision of the update."""
-        with th.autocast(batch.actions.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            values, log_prob, entropy = self.policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
+        if self.amp_dtype is None:
+            values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
+            return values.flatten(), log_prob, entropy
+        with th.autocast(batch.actions.device.type, dtype=self.amp_dtype):
+            values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
         return values.flatten().float(), log_prob.float(), None if entropy is None else entropy.float()
 
-    def loss(self, batch: RolloutBatch) -> LossTerms:
+    def loss(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> LossTerms:
         """Forward pass: the loss of ``batch`` and its metrics."""
+        values, log_prob, entropy = self.evaluate(policy, batch)
         return ppo_loss(
             batch,
-            *self.evaluate(batch),
+            values,
+            log_prob,
+            entropy,
             self.coefficients,
             normalize_advantage=self.normalize_advantage,
             pessimistic_value_clip=self.pessimistic_value_clip,
         )
 
-    def step(self, loss: th.Tensor) -> th.Tensor:
-        """Backward pass and update.
+    def exceeds_target(self, approx_kl: th.Tensor) -> bool:
+        """Whether to stop before the step; the only value of a minibatch for which the host waits."""
+        return self.target_kl is not None and bool(approx_kl > 1.5 * self.target_kl)
 
-        :param loss: loss of the minibatch
-        :return: norm of the gradient before clipping
-        """
+
+class StepMetrics(NamedTuple):
+    """Metrics of one minibatch: 0-dim tensors without gradient.
+
+    :param terms: of the loss
+    :param grad_norm: norm of the gradient before clipping; None where ``target_kl`` forbade the step
+    """
+
+    terms: LossTerms
+    grad_norm: th.Tensor | None
+
+
+class GradientStep:
+    """Takes the steps of a policy's updates, on flat parameters where that is the same as SB3's way.
+
+    :param policy: the policy; its ``optimizer`` takes the steps
+    :param grad_scaler: scales the loss and unscales the gradients under float16
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, grad_scaler: th.amp.GradScaler) -> None:
+        self.policy = policy
+        self.grad_scaler = grad_scaler
+        self._flat: FlatParameters | None = None
+        self._parameters: list[th.nn.Parameter] = []
+        self._try_flat = False
+
+    def begin_update(self) -> None:
+        """Take note of whatever the user or a load has changed since the last update."""
+        self._parameters = list(self.policy.parameters())
+        self._try_flat = not self.grad_scaler.is_enabled() and can_flatten(self.policy.optimizer, self._parameters)
+        if self._flat is not None and not (
+            self._try_flat and self._flat.is_current(self.policy.optimizer, self._parameters)
+        ):
+            self._flat = None
+        if self._flat is not None:
+            self._flat.refresh()
+
+    def end_update(self) -> None:
+        """Leave the policy's optimiser with the state that its own steps would have."""
+        if self._flat is not None:
+            self._flat.publish()
+
+    def __call__(self, objective: Objective, minibatch: Minibatch) -> StepMetrics:
+        """Compute the loss of a minibatch and take a step, unless ``target_kl`` forbids it."""
+        terms = objective.loss(self.policy, minibatch.batch())
+        metrics = StepMetrics(terms._replace(loss=terms.loss.detach()), None)
+        if objective.exceeds_target(terms.approx_kl):
+            return metrics
+        step = self._flat_step if self._try_flat else self._plain_step
+        return metrics._replace(grad_norm=step(terms.loss, objective.max_grad_norm))
+
+    def _plain_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
         optimizer = self.policy.optimizer
         optimizer.zero_grad()
         self.grad_scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         self.grad_scaler.unscale_(optimizer)
-        grad_norm = th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+        grad_norm = th.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
         self.grad_scaler.step(optimizer)
         self.grad_scaler.update()
         return grad_norm
+
+    def _flat_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
+        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
+        computed = iter(th.autograd.grad(loss, trainable, allow_unused=True))
+        gradients = [next(computed) if parameter.requires_grad else None for parameter in self._parameters]
+        if self._flat is None or not self._flat.fits(gradients):
+            self.end_update()
+            self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
+        return self._flat.step([gradient for gradient in gradients if gradient is not None], max_grad_norm)

@@ -105,13 +105,20 @@ def value_loss(
     :param clip_range_vf: largest change that counts; None: no clipping
     :param pessimistic: the larger of both errors, instead of SB3's clipped error
     """
+    if valid is not None:
+        # Whatever padding holds, inf and NaN too, must not reach the squares, whose gradient it would poison
+        values, old_values, returns = (th.where(valid, x, 0.0) for x in (values, old_values, returns))
     if clip_range_vf is None:
-        # mse_loss, since its backward rounds differently from that of a mean of squares
-        return F.mse_loss(returns, values) if valid is None else masked_mean((returns - values) ** 2, valid)
+        return _mean_squared_error(returns, values, valid)
     clipped_values = old_values + _clamp(values - old_values, -clip_range_vf, clip_range_vf)
     if pessimistic:
         return masked_mean(th.max((returns - values) ** 2, (returns - clipped_values) ** 2), valid)
-    return F.mse_loss(returns, clipped_values) if valid is None else masked_mean((returns - clipped_values) ** 2, valid)
+    return _mean_squared_error(returns, clipped_values, valid)
+
+
+def _mean_squared_error(targets: th.Tensor, predictions: th.Tensor, valid: th.Tensor | None) -> th.Tensor:
+    # mse_loss where SB3 uses it: its backward rounds differently from that of a mean of squares
+    return F.mse_loss(targets, predictions) if valid is None else masked_mean((targets - predictions) ** 2, valid)
 
 
 def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, valid: th.Tensor | None = None) -> th.Tensor:

@@ -45,7 +45,8 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate as a function of progress_remaining
-    :param action_dist: distribution of Box actions: "gaussian" (SB3's, or gSDE with ``use_sde``), "squashed_gaussian", "beta"
+    :param action_dist: distribution of Box actions: "gaussian" (SB3's; gSDE with ``use_sde``), "squashed_gaussian" or
+        "beta"
     :param action_dist_kwargs: keyword arguments of that distribution, e.g. ``{"deterministic": "mode"}`` for "beta"
     :param features_extractor_class: SB3's parameter; the default is the subclass's
     :param kwargs: SB3's further parameters
@@ -100,11 +101,11 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
 
     @property
     def squash_output(self) -> bool:
-        """Whether stored actions are in other units than the env's, so that SB3 calls :meth:`unscale_action` on them."""
+        """Whether stored actions are in other units than the env's: SB3 then calls :meth:`unscale_action` on them."""
         return super().squash_output or isinstance(self.action_dist, BoundedDistribution)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """Convert stored actions to the env's units; never outside its bounds, where rounding may lead SB3's.
+        """Convert stored actions to the env's units, never outside its bounds (where rounding may lead SB3's).
 
         :param scaled_action: stored actions, shape (n_envs, *action shape): in [-1, 1] of gSDE with ``squash_output``,
             in (0, 1) of Beta, any real number (before the tanh) of the squashed Gaussian

@@ -25,7 +25,7 @@ from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer,
 from sb3_ppo_plus.callbacks import notify_update_end
 from sb3_ppo_plus.distributions import make_action_distribution
 from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside_normalize
-from sb3_ppo_plus.gradient_step import GradientStep, resolve_amp
+from sb3_ppo_plus.gradient_step import GradientStep, Objective, StepMetrics, resolve_amp
 from sb3_ppo_plus.learning_rate_groups import LearningRateGroups, critic_only_parameters
 from sb3_ppo_plus.losses import LossCoefficients, LossTerms
 from sb3_ppo_plus.policies import PLUS_POLICY_OF, CnnPolicy, MlpPolicy, MultiInputPolicy, resolve_policy_kwargs
@@ -38,14 +38,12 @@ Coefficient = float | str | Schedule
 class UpdateHistory(NamedTuple):
     """What one call of ``train`` went through.
 
-    :param terms: metrics of every minibatch whose loss was computed, without gradients
-    :param grad_norms: gradient norm before clipping of every minibatch that took a step
-    :param last_epoch_start: index in ``terms`` of the last epoch's first minibatch
+    :param metrics: of every minibatch whose loss was computed
+    :param last_epoch_start: index in ``metrics`` of the last epoch's first minibatch
     :param n_epochs_done: epochs that were completed
     """
 
-    terms: list[LossTerms]
-    grad_norms: list[th.Tensor]
+    metrics: list[StepMetrics]
     last_epoch_start: int
     n_epochs_done: int
 
@@ -171,6 +169,7 @@ class PPOPlus(PPO):
         )
         self._amp_dtype = resolve_amp(self.amp, self.device)
         self._grad_scaler = th.amp.GradScaler(self.device.type, enabled=self._amp_dtype is th.float16)
+        self._gradient_step = GradientStep(self.policy, self._grad_scaler)
         if self.env is not None and any(isinstance(module, TransformerExtractor) for module in self.policy.modules()):
             warn_if_stacked_inside_normalize(self.env)
 
@@ -249,52 +248,59 @@ class PPOPlus(PPO):
         """Update the policy from the rollout buffer: ``n_epochs`` passes of minibatch steps on the PPO objective."""
         started = time.perf_counter()
         self._update_learning_rate(self.policy.optimizer)
-        step = GradientStep(
-            self.policy,
+        objective = Objective(
             self._current_coefficients(),
             normalize_advantage=self.normalize_advantage,
             pessimistic_value_clip=self.pessimistic_value_clip,
             max_grad_norm=self.max_grad_norm,
+            target_kl=self.target_kl,
             amp_dtype=self._amp_dtype,
-            grad_scaler=self._grad_scaler,
         )
-        if step.amp_dtype is not None:
-            self._recompute_log_prob(step)
+        if objective.amp_dtype is not None:
+            self._recompute_log_prob(objective)
         self.policy.set_training_mode(True)
-        history = self._run_epochs(step)
-        self._log_update(step.coefficients, history)
+        history = self._run_epochs(objective)
+        self._log_update(objective.coefficients, history)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
         if self._callback is not None:
             self._update_end_said_stop = not notify_update_end(self._callback)
 
-    def _run_epochs(self, step: GradientStep) -> UpdateHistory:
-        history = UpdateHistory([], [], 0, 0)
+    def _run_epochs(self, objective: Objective) -> UpdateHistory:
+        if self._gradient_step.policy is not self.policy:
+            self._gradient_step = GradientStep(self.policy, self._grad_scaler)
+        self._gradient_step.begin_update()
+        try:
+            return self._take_steps(objective)
+        finally:
+            self._gradient_step.end_update()
+
+    def _take_steps(self, objective: Objective) -> UpdateHistory:
+        history = UpdateHistory([], 0, 0)
         for epoch in range(self.n_epochs):
-            history = history._replace(last_epoch_start=len(history.terms), n_epochs_done=epoch)
+            history = history._replace(last_epoch_start=len(history.metrics), n_epochs_done=epoch)
             self._n_updates += 1
-            for batch in minibatches(self.rollout_buffer, self.batch_size):
-                terms = step.loss(batch)
-                history.terms.append(terms._replace(loss=terms.loss.detach()))
-                # The only value that the host waits for, and only with target_kl
-                if self.target_kl is not None and bool(terms.approx_kl > 1.5 * self.target_kl):
+            for minibatch in minibatches(self.rollout_buffer, self.batch_size):
+                metrics = self._gradient_step(objective, minibatch)
+                history.metrics.append(metrics)
+                if metrics.grad_norm is None:
                     if self.verbose >= 1:
-                        print(f"Early stopping at step {epoch} due to reaching max kl: {terms.approx_kl:.2f}")
+                        kl = metrics.terms.approx_kl
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {kl:.2f}")
                     return history
-                history.grad_norms.append(step.step(terms.loss))
         return history._replace(n_epochs_done=self.n_epochs)
 
-    def _recompute_log_prob(self, step: GradientStep) -> None:
+    def _recompute_log_prob(self, objective: Objective) -> None:
         """Compute the rollout's log-probs in the update's precision: else rounding alone makes ratios of 1 +- 1e-2."""
         assert isinstance(self.rollout_buffer, PPOPlusRolloutBuffer)
         rollout = self.rollout_buffer.rollout()
         self.policy.set_training_mode(False)
         with th.no_grad():
             for indices in th.split(th.arange(len(rollout.old_log_prob), device=self.device), self.batch_size):
-                rollout.old_log_prob[indices] = step.evaluate(rollout.select(indices))[1]
+                rollout.old_log_prob[indices] = objective.evaluate(self.policy, rollout.select(indices))[1]
 
     def _log_update(self, coefficients: LossCoefficients, history: UpdateHistory) -> None:
         # One transfer for all minibatches; float64, in which SB3 averages
-        table = th.stack([th.stack(terms) for terms in history.terms]).double().cpu()
+        table = th.stack([th.stack(metrics.terms) for metrics in history.metrics]).double().cpu()
         means = LossTerms(*table.mean(dim=0).tolist())
         record = self.logger.record
         record("train/entropy_loss", means.entropy_loss)
@@ -309,8 +315,9 @@ class PPOPlus(PPO):
         log_std = getattr(self.policy, "log_std", None)
         if log_std is not None:
             record("train/std", th.exp(log_std).mean().item())
-        if history.grad_norms:
-            record("train/grad_norm", th.stack(history.grad_norms).double().mean().item())
+        grad_norms = [metrics.grad_norm for metrics in history.metrics if metrics.grad_norm is not None]
+        if grad_norms:
+            record("train/grad_norm", th.stack(grad_norms).double().mean().item())
         record("train/early_stopped", int(history.n_epochs_done < self.n_epochs))
         record("train/n_epochs_done", history.n_epochs_done)
         record("train/n_updates", self._n_updates, exclude="tensorboard")
@@ -398,7 +405,14 @@ class PPOPlus(PPO):
 
     def _excluded_save_params(self) -> list[str]:
         rebuilt = ["_learning_rate_groups", "_critic_lr_schedule", "_scheduled_learning_rates", "_amp_dtype"]
-        return [*super()._excluded_save_params(), *rebuilt, "_grad_scaler", "_callback", "_update_end_said_stop"]
+        return [
+            *super()._excluded_save_params(),
+            *rebuilt,
+            "_grad_scaler",
+            "_gradient_step",
+            "_callback",
+            "_update_end_said_stop",
+        ]
 
 
 def _float_schedule(value: object, name: str) -> FloatSchedule:
@@ -416,14 +430,17 @@ def _check_action_dist(env: GymEnv | str, policy_kwargs: dict[str, Any]) -> None
 
 
 def _was_saved_by_ppo_plus(path: str | pathlib.Path | io.BufferedIOBase) -> bool:
-    with open_path(path, "r", verbose=0, suffix="zip") as file:
-        position = file.tell()
-        try:
-            with zipfile.ZipFile(file) as archive:
-                return "pessimistic_value_clip" in json.loads(archive.read("data"))
-        except (zipfile.BadZipFile, KeyError, ValueError):
-            # SB3's load has the better message for a file that is no model
-            return True
-        finally:
-            if file is path:
-                file.seek(position)
+    file = open_path(path, "r", verbose=0, suffix="zip")
+    position = file.tell()
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return "pessimistic_value_clip" in json.loads(archive.read("data"))
+    except (zipfile.BadZipFile, KeyError, ValueError):
+        # SB3's load has the better message for a file that is no model
+        return True
+    finally:
+        # A file that the caller opened stays open, and where it was
+        if file is path:
+            file.seek(position)
+        else:
+            file.close()
