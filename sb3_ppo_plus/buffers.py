@@ -67,7 +67,10 @@ class Minibatch(NamedTuple):
 
 
 class PPOPlusRolloutBuffer(RolloutBuffer):
-    """SB3's ``RolloutBuffer``, converted to tensors once per rollout, where SB3 converts every minibatch it yields."""
+    """SB3's ``RolloutBuffer``, shown to PyTorch once per rollout and without a copy; SB3 converts every minibatch."""
+
+    advantages_by_scan: bool = False
+    """Estimate advantages without a loop over the steps, in float64: SB3's to float32 rounding, not bit for bit."""
 
     _rollout: RolloutBatch | None = None
 
@@ -76,16 +79,73 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         self._rollout = None
         super().reset()
 
+    def add(
+        self,
+        obs: np.ndarray | dict[str, np.ndarray],
+        action: np.ndarray,
+        reward: np.ndarray,
+        episode_start: np.ndarray,
+        value: th.Tensor | None,
+        log_prob: th.Tensor | None,
+    ) -> None:
+        """Store one step of every env, as SB3's ``RolloutBuffer.add`` but for its intermediate copies.
+
+        :param obs: observations before the step
+        :param action: stored actions
+        :param reward: rewards, shape (n_envs,)
+        :param episode_start: whether ``obs`` begins an episode, shape (n_envs,)
+        :param value: value predictions; None: :meth:`set_evaluation` follows
+        :param log_prob: log probability of the actions; None: the same
+        """
+        self._store_observations(obs)
+        self.actions[self.pos] = action.reshape(self.n_envs, self.action_dim)
+        self.rewards[self.pos] = reward
+        self.episode_starts[self.pos] = episode_start
+        if value is not None and log_prob is not None:
+            self.values[self.pos] = value.cpu().numpy().reshape(-1)
+            self.log_probs[self.pos] = log_prob.cpu().numpy().reshape(-1)
+        self.pos += 1
+        self.full = self.pos == self.buffer_size
+
+    def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor) -> None:
+        """Fill in what :meth:`add` was not given.
+
+        :param values: value predictions, shape (buffer_size * n_envs,), in the order of :meth:`rollout`
+        :param log_probs: log probability of the actions, likewise
+        """
+        self.values = values.cpu().numpy().reshape(self.values.shape)
+        self.log_probs = log_probs.cpu().numpy().reshape(self.log_probs.shape)
+        self._rollout = None
+
+    def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
+        """Estimate advantages by GAE(lambda) and returns by TD(lambda), as SB3's method of that name.
+
+        :param last_values: value predictions of the observations after the last step
+        :param dones: whether the last step ended the episode, shape (n_envs,)
+        """
+        next_values = np.concatenate((self.values[1:], last_values.cpu().numpy().reshape(1, -1)))
+        next_non_terminal = 1.0 - np.concatenate((self.episode_starts[1:], dones.astype(np.float32).reshape(1, -1)))
+        deltas = self.rewards + self.gamma * next_values * next_non_terminal - self.values
+        decays = self.gamma * self.gae_lambda * next_non_terminal
+        if self.advantages_by_scan:
+            self.advantages = _discounted_sums(deltas, decays)
+        else:
+            advantage = np.zeros_like(deltas[0])
+            for step in reversed(range(self.buffer_size)):
+                advantage = deltas[step] + decays[step] * advantage
+                self.advantages[step] = advantage
+        self.returns = self.advantages + self.values
+        self._rollout = None
+
     def rollout(self) -> RolloutBatch:
-        """All transitions of the full buffer as one batch, env by env as SB3's ``swap_and_flatten`` orders them."""
+        """All transitions of the full buffer as one batch that shares the buffer's memory on the CPU."""
         if self._rollout is None:
             assert self.full, "The rollout buffer is not full"
-            self._flatten()
             # SB3 casts to float32 too: a MultiBinary action's int8 has no log-probability
-            actions = self.actions.astype(np.float32, copy=False)
+            actions = self.to_torch(self._flat(self.actions).astype(np.float32, copy=False), copy=False)
             self._rollout = RolloutBatch(
                 observations=self._observation_tensors(),
-                actions=_as_policy_takes(self.to_torch(actions, copy=False), self.action_space),
+                actions=_as_policy_takes(actions, self.action_space),
                 old_values=self.to_torch(self.values.reshape(-1), copy=False),
                 old_log_prob=self.to_torch(self.log_probs.reshape(-1), copy=False),
                 advantages=self.to_torch(self.advantages.reshape(-1), copy=False),
@@ -99,33 +159,51 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         :param batch_size: transitions per minibatch
         """
         rollout = self.rollout()
-        indices = th.from_numpy(np.random.permutation(self.buffer_size * self.n_envs)).to(self.device)
-        for batch_indices in th.split(indices, batch_size):
+        indices = np.random.permutation(self.buffer_size * self.n_envs)
+        if not self.generator_ready:
+            # SB3 numbers the transitions env by env, the arrays hold them step by step until its get reorders them
+            indices = indices % self.buffer_size * self.n_envs + indices // self.buffer_size
+        for batch_indices in th.split(th.from_numpy(indices).to(self.device), batch_size):
             yield Minibatch(rollout, batch_indices)
 
-    def _flatten(self) -> None:
-        # In place and marked as done, as in SB3's RolloutBuffer.get: images are not held twice, and get still works
-        if not self.generator_ready:
-            self._flatten_observations()
-            for name in ("actions", "values", "log_probs", "advantages", "returns"):
-                setattr(self, name, self.swap_and_flatten(getattr(self, name)))
-            self.generator_ready = True
+    def _flat(self, array: np.ndarray) -> np.ndarray:
+        """Join steps and envs; after SB3's ``get`` they are joined already."""
+        return array if self.generator_ready else array.reshape(-1, *array.shape[2:])
 
-    def _flatten_observations(self) -> None:
-        self.observations = self.swap_and_flatten(self.observations)
+    def _store_observations(self, obs: Any) -> None:  # noqa: ANN401  # array or dict, as the subclass knows
+        self.observations[self.pos] = obs.reshape(self.observations.shape[1:])
 
     def _observation_tensors(self) -> PyTorchObs:
-        return self.to_torch(self.observations, copy=False)
+        return self.to_torch(self._flat(self.observations), copy=False)
 
 
 class PPOPlusDictRolloutBuffer(PPOPlusRolloutBuffer, DictRolloutBuffer):
     """The same for Dict observations, on SB3's ``DictRolloutBuffer``."""
 
-    def _flatten_observations(self) -> None:
-        self.observations = {key: self.swap_and_flatten(obs) for key, obs in self.observations.items()}
+    def _store_observations(self, obs: Any) -> None:  # noqa: ANN401  # array or dict, as the subclass knows
+        for key, stored in self.observations.items():
+            stored[self.pos] = obs[key].reshape(stored.shape[1:])
 
     def _observation_tensors(self) -> PyTorchObs:
-        return {key: self.to_torch(obs, copy=False) for key, obs in self.observations.items()}
+        return {key: self.to_torch(self._flat(obs), copy=False) for key, obs in self.observations.items()}
+
+
+def _discounted_sums(deltas: np.ndarray, decays: np.ndarray) -> np.ndarray:
+    """Solve A[t] = deltas[t] + decays[t] * A[t + 1] in log2(steps) passes, each doubling the reach of every element.
+
+    :param deltas: shape (n_steps, n_envs)
+    :param decays: shape (n_steps, n_envs)
+    :return: float32, shape (n_steps, n_envs)
+    """
+    sums, reach_decays = deltas.astype(np.float64), decays.astype(np.float64)
+    reach = 1
+    while reach < len(sums):
+        # The right-hand sides are computed before either array changes
+        sums[:-reach] += reach_decays[:-reach] * sums[reach:]
+        reach_decays[:-reach] = reach_decays[:-reach] * reach_decays[reach:]
+        reach_decays[-reach:] = 0.0
+        reach *= 2
+    return sums.astype(np.float32)
 
 
 def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:

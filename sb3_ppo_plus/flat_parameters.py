@@ -33,13 +33,17 @@ def can_flatten(optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> 
     )
 
 
+class MixedStateError(Exception):
+    """Parameters of one group have taken different numbers of steps, as after a while of being frozen."""
+
+
 class FlatGroup:
     """The parameters of one group that have a gradient, and their optimiser state, as flat tensors.
 
     :param optimizer: the policy's optimiser
     :param group: one of its parameter groups
     :param has_gradient: ids of the parameters that the loss depends on
-    :raises ValueError: where the saved states of the parameters do not belong together
+    :raises MixedStateError: where the parameters' states have no common flat form
     """
 
     def __init__(self, optimizer: Optimizer, group: dict[str, Any], has_gradient: set[int]) -> None:
@@ -51,11 +55,11 @@ class FlatGroup:
         self.flat = self._flattened(self.parameters)
         self.flat.grad = th.zeros_like(self.flat)
         self.gradients = self.views(self.flat.grad)
-        for parameter, view in zip(self.parameters, self.views(self.flat), strict=True):
-            parameter.data = view
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
         self.optimizer = make_optimizer([{**group, "params": [self.flat]}])
         self._adopt_state()
+        for parameter, view in zip(self.parameters, self.views(self.flat), strict=True):
+            parameter.data = view
         self.publish()
 
     @property
@@ -68,6 +72,10 @@ class FlatGroup:
     def hyperparameters(self) -> dict[str, Any]:
         """Settings of the group, the learning rate among them."""
         return {name: value for name, value in self._group.items() if name != "params"}
+
+    def names(self, of_id: dict[int, str]) -> list[str]:
+        """Look up the parameters' names."""
+        return [of_id[id(parameter)] for parameter in self.parameters]
 
     def views(self, flat: th.Tensor) -> list[th.Tensor]:
         """Return the parts of a flat tensor in the parameters' shapes."""
@@ -84,7 +92,7 @@ class FlatGroup:
     def _adopt_state(self) -> None:
         states = [self._visible.state.get(parameter, {}) for parameter in self.parameters]
         if len({frozenset(state) for state in states}) != 1:
-            raise ValueError("parameters of one group have different optimiser states")
+            raise MixedStateError
         for name, first in states[0].items():
             values = [state[name] for state in states]
             if not isinstance(first, th.Tensor):
@@ -94,7 +102,7 @@ class FlatGroup:
             elif all(bool(value == first) for value in values):
                 self.state[name] = first.clone()
             else:
-                raise ValueError(f"parameters of one group have different values of {name}")
+                raise MixedStateError
 
     def refresh(self) -> None:
         """Take over settings that changed on the policy's optimiser, such as the learning rate."""
@@ -140,6 +148,7 @@ class FlatParameters:
     :param optimizer: the policy's optimiser
     :param parameters: the policy's parameters, in order
     :param gradients: their gradients in the first minibatch; None where the loss does not depend on the parameter
+    :raises MixedStateError: where the parameters' states have no common flat form
     """
 
     def __init__(
@@ -150,6 +159,7 @@ class FlatParameters:
     ) -> None:
         self._optimizer = optimizer
         self._trainable = [id(parameter) for parameter in parameters if parameter.requires_grad]
+        self._grouping = _grouping(optimizer)
         has_gradient = {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
         self._has_gradient = [gradient is not None for gradient in gradients]
         self.groups = [
@@ -168,6 +178,7 @@ class FlatParameters:
         """Whether nothing that this was built from has been replaced, frozen or freed since."""
         return (
             optimizer is self._optimizer
+            and _grouping(optimizer) == self._grouping
             and [id(parameter) for parameter in parameters if parameter.requires_grad] == self._trainable
             and all(group.is_current() for group in self.groups)
         )
@@ -202,3 +213,7 @@ class FlatParameters:
         """Show the flat state as that of the policy's optimiser."""
         for group in self.groups:
             group.publish()
+
+
+def _grouping(optimizer: Optimizer) -> list[list[int]]:
+    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
-from sb3_ppo_plus.flat_parameters import FlatParameters, can_flatten
+from sb3_ppo_plus.flat_parameters import FlatParameters, MixedStateError, can_flatten
 from sb3_ppo_plus.losses import LossCoefficients, LossTerms, ppo_loss
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
+# Names of a minibatch's metrics, in the order of the tensor that holds them
+METRICS = (*LossTerms._fields, "grad_norm")
 
 
 def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
@@ -39,7 +40,7 @@ class Objective:
     :param normalize_advantage: normalise the advantages of each minibatch
     :param pessimistic_value_clip: see :func:`sb3_ppo_plus.losses.value_loss`
     :param max_grad_norm: the gradient is scaled down to this norm where it is larger
-    :param target_kl: no step is taken where approx_kl exceeds 1.5 times this; None: no limit
+    :param kl_limit: no step is taken where approx_kl exceeds this; None: no limit
     :param amp_dtype: dtype of autocast for the policy's forward pass; None: none. The loss is always float32
     """
 
@@ -47,7 +48,7 @@ class Objective:
     normalize_advantage: bool
     pessimistic_value_clip: bool
     max_grad_norm: float
-    target_kl: float | None
+    kl_limit: float | None
     amp_dtype: th.dtype | None
 
     def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
@@ -59,33 +60,31 @@ class Objective:
             values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
         return values.flatten().float(), log_prob.float(), None if entropy is None else entropy.float()
 
-    def loss(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> LossTerms:
-        """Forward pass: the loss of ``batch`` and its metrics."""
-        values, log_prob, entropy = self.evaluate(policy, batch)
+    def loss(
+        self,
+        batch: RolloutBatch,
+        evaluation: tuple[th.Tensor, th.Tensor, th.Tensor | None],
+        coefficients: LossCoefficients | None = None,
+    ) -> LossTerms:
+        """Loss and metrics of a batch.
+
+        :param evaluation: what :meth:`evaluate` returns
+        :param coefficients: instead of the objective's own
+        """
+        values, log_prob, entropy = evaluation
         return ppo_loss(
             batch,
             values,
             log_prob,
             entropy,
-            self.coefficients,
+            coefficients or self.coefficients,
             normalize_advantage=self.normalize_advantage,
             pessimistic_value_clip=self.pessimistic_value_clip,
         )
 
-    def exceeds_target(self, approx_kl: th.Tensor) -> bool:
-        """Whether to stop before the step; the only value of a minibatch for which the host waits."""
-        return self.target_kl is not None and bool(approx_kl > 1.5 * self.target_kl)
-
-
-class StepMetrics(NamedTuple):
-    """Metrics of one minibatch: 0-dim tensors without gradient.
-
-    :param terms: of the loss
-    :param grad_norm: norm of the gradient before clipping; None where ``target_kl`` forbade the step
-    """
-
-    terms: LossTerms
-    grad_norm: th.Tensor | None
+    def forbids_step(self, approx_kl: th.Tensor) -> bool:
+        """Whether ``approx_kl`` is beyond the limit; the only value of a minibatch for which the host waits."""
+        return self.kl_limit is not None and bool(approx_kl > self.kl_limit)
 
 
 class GradientStep:
@@ -118,19 +117,26 @@ class GradientStep:
         if self._flat is not None:
             self._flat.publish()
 
-    def __call__(self, objective: Objective, minibatch: Minibatch) -> StepMetrics:
-        """Compute the loss of a minibatch and take a step, unless ``target_kl`` forbids it."""
-        terms = objective.loss(self.policy, minibatch.batch())
-        metrics = StepMetrics(terms._replace(loss=terms.loss.detach()), None)
-        if objective.exceeds_target(terms.approx_kl):
-            return metrics
+    def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+        """Compute the loss of a minibatch and take a step, unless the limit of approx_kl forbids it.
+
+        :return: the metrics, see ``METRICS``, with a gradient norm of NaN where no step was taken; whether one was
+        """
+        batch = minibatch.batch()
+        terms = objective.loss(batch, objective.evaluate(self.policy, batch))
+        if objective.forbids_step(terms.approx_kl):
+            return th.stack([*terms, th.full_like(terms.loss, th.nan)]).detach(), False
         step = self._flat_step if self._try_flat else self._plain_step
-        return metrics._replace(grad_norm=step(terms.loss, objective.max_grad_norm))
+        grad_norm = step(terms.loss, objective.max_grad_norm)
+        return th.stack([*terms, grad_norm]).detach(), True
 
     def _plain_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
-        optimizer = self.policy.optimizer
-        optimizer.zero_grad()
+        self.policy.optimizer.zero_grad()
         self.grad_scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return self._clip_and_step(max_grad_norm)
+
+    def _clip_and_step(self, max_grad_norm: float) -> th.Tensor:
+        optimizer = self.policy.optimizer
         self.grad_scaler.unscale_(optimizer)
         grad_norm = th.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
         self.grad_scaler.step(optimizer)
@@ -143,5 +149,11 @@ class GradientStep:
         gradients = [next(computed) if parameter.requires_grad else None for parameter in self._parameters]
         if self._flat is None or not self._flat.fits(gradients):
             self.end_update()
-            self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
+            try:
+                self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
+            except MixedStateError:
+                self._flat, self._try_flat = None, False
+                for parameter, gradient in zip(self._parameters, gradients, strict=True):
+                    parameter.grad = None if gradient is None else gradient.contiguous()
+                return self._clip_and_step(max_grad_norm)
         return self._flat.step([gradient for gradient in gradients if gradient is not None], max_grad_norm)

@@ -47,30 +47,38 @@ class LearningRateGroups:
     Groups that the policy itself made keep their ratio to the schedule's initial value, where SB3's
     ``update_learning_rate`` writes one value to all. Groups that are added later are left alone.
 
-    :param optimizer: the policy's optimiser; groups with both kinds of parameters are split in place
+    :param optimizer: the policy's optimiser
     :param initial_learning_rate: value of the learning rate's schedule at progress_remaining = 1
-    :param critic_parameters: parameters whose learning rate follows the critic's schedule; may be empty
     """
 
-    def __init__(
-        self, optimizer: th.optim.Optimizer, initial_learning_rate: float, critic_parameters: list[th.nn.Parameter]
-    ) -> None:
+    def __init__(self, optimizer: th.optim.Optimizer, initial_learning_rate: float) -> None:
+        self.knows_critic = False
+        self._saved_order = _parameters_of(optimizer)
+        self._rates = [
+            _GroupRate(of_critic=False, factor=_relative_rate(group["lr"], initial_learning_rate))
+            for group in optimizer.param_groups
+        ]
+
+    def split_off_critic(self, optimizer: th.optim.Optimizer, critic_parameters: list[th.nn.Parameter]) -> None:
+        """Give the critic's parameters groups of their own, which follow the critic's schedule from now on.
+
+        :param optimizer: the policy's optimiser; groups with both kinds of parameters are split in place
+        :param critic_parameters: see :func:`critic_only_parameters`
+        """
         critic_ids = {id(parameter) for parameter in critic_parameters}
-        self._saved_order = [list(group["params"]) for group in optimizer.param_groups]
-        self._rates: list[_GroupRate] = []
-        split_off: list[tuple[dict[str, Any], float | None]] = []
-        for group in optimizer.param_groups:
-            factor = _relative_rate(group["lr"], initial_learning_rate)
+        added_later = optimizer.param_groups[len(self._rates) :]
+        self._rates.extend(_GroupRate(of_critic=False, factor=None) for _ in added_later)
+        self._saved_order.extend(list(group["params"]) for group in added_later)
+        for index, (group, rate) in enumerate(zip(list(optimizer.param_groups), list(self._rates), strict=True)):
             of_critic = [parameter for parameter in group["params"] if id(parameter) in critic_ids]
             of_actor = [parameter for parameter in group["params"] if id(parameter) not in critic_ids]
-            self._rates.append(_GroupRate(of_critic=not of_actor, factor=factor))
-            if of_actor and of_critic:
+            if of_critic and of_actor:
                 group["params"] = of_actor
-                split_off.append(({**group, "params": of_critic}, factor))
-        for group, factor in split_off:
-            optimizer.add_param_group(group)
-            self._rates.append(_GroupRate(of_critic=True, factor=factor))
-        self._split = bool(split_off)
+                optimizer.add_param_group({**group, "params": of_critic})
+                self._rates.append(rate._replace(of_critic=True))
+            elif of_critic:
+                self._rates[index] = rate._replace(of_critic=True)
+        self.knows_critic = True
 
     def update(self, optimizer: th.optim.Optimizer, learning_rate: float, critic_learning_rate: float) -> None:
         """Set the learning rate of every group that was there from the start."""
@@ -82,13 +90,14 @@ class LearningRateGroups:
     def state_dict(self, optimizer: th.optim.Optimizer) -> dict[str, Any]:
         """Return the optimiser's state with its groups as they were before the split, in SB3's order."""
         state_dict = optimizer.state_dict()
-        if not self._split or len(optimizer.param_groups) != len(self._rates):
+        if len(self._rates) == len(self._saved_order) or len(optimizer.param_groups) != len(self._rates):
             return state_dict
         return _regrouped(state_dict, _parameters_of(optimizer), self._saved_order)
 
     def split_state_dict(self, optimizer: th.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Return ``state_dict``, grouped as :meth:`state_dict` returns it, with the groups of ``optimizer``."""
-        if not self._split or len(state_dict["param_groups"]) != len(self._saved_order):
+        is_split = len(self._rates) != len(self._saved_order)
+        if not is_split or len(state_dict["param_groups"]) != len(self._saved_order):
             return state_dict
         return _regrouped(state_dict, self._saved_order, _parameters_of(optimizer))
 

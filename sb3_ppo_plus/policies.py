@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import Distribution
+from stable_baselines3.common.distributions import (
+    DiagGaussianDistribution,
+    Distribution,
+    StateDependentNoiseDistribution,
+)
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
@@ -125,6 +130,15 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         :return: values (batch, 1), log probability (batch,), entropy (batch,) or None where there is no closed form;
             all in float32, under autocast too
         """
+        values, distribution = self.value_and_distribution(obs)
+        with _without_autocast(values.device):
+            return values, distribution.log_prob(actions), distribution.entropy()
+
+    def value_and_distribution(self, obs: PyTorchObs) -> tuple[th.Tensor, Distribution]:
+        """Values, shape (batch, 1), and action distributions of observations, from one pass of shared layers.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        """
         features = self.extract_features(obs)
         if self.share_features_extractor:
             latent_pi, latent_vf = self.mlp_extractor(features)
@@ -132,15 +146,21 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
             pi_features, vf_features = features
             latent_pi = self.mlp_extractor.forward_actor(pi_features)
             latent_vf = self.mlp_extractor.forward_critic(vf_features)
-        distribution = self._get_action_dist_from_latent(latent_pi)
         with _without_autocast(latent_vf.device):
             values: th.Tensor = self.value_net(latent_vf.float())
-            return values, distribution.log_prob(actions), distribution.entropy()
+        return values, self._get_action_dist_from_latent(latent_pi)
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        # A copy: this call's tensors would stay on SB3's shared object, where deepcopy and tracing trip on them
+        distribution = copy(self.action_dist)
         # bf16 logits would put errors of 1e-2 into the log-ratio
         with _without_autocast(latent_pi.device):
-            return super()._get_action_dist_from_latent(latent_pi.float())
+            outputs = self.action_net(latent_pi.float())
+            if isinstance(distribution, StateDependentNoiseDistribution):
+                return distribution.proba_distribution(outputs, self.log_std, latent_pi.float())
+            if isinstance(distribution, DiagGaussianDistribution):
+                return distribution.proba_distribution(outputs, self.log_std)
+            return distribution.proba_distribution(action_logits=outputs)
 
 
 class ActorCriticPlusCnnPolicy(ActorCriticPlusPolicy):

@@ -10,6 +10,7 @@ import time
 import zipfile
 from typing import Any, ClassVar, NamedTuple, Self
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import PPO
@@ -18,17 +19,26 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_plus.acting import Actor, CompiledActor, can_act_alone, evaluate_rollout, predict_values
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
 from sb3_ppo_plus.callbacks import notify_update_end
+from sb3_ppo_plus.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.distributions import make_action_distribution
 from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside_normalize
-from sb3_ppo_plus.gradient_step import GradientStep, Objective, StepMetrics, resolve_amp
+from sb3_ppo_plus.gradient_step import METRICS, GradientStep, Objective, resolve_amp
 from sb3_ppo_plus.learning_rate_groups import LearningRateGroups, critic_only_parameters
 from sb3_ppo_plus.losses import LossCoefficients, LossTerms
-from sb3_ppo_plus.policies import PLUS_POLICY_OF, CnnPolicy, MlpPolicy, MultiInputPolicy, resolve_policy_kwargs
+from sb3_ppo_plus.policies import (
+    PLUS_POLICY_OF,
+    ActorCriticPlusPolicy,
+    CnnPolicy,
+    MlpPolicy,
+    MultiInputPolicy,
+    resolve_policy_kwargs,
+)
 from sb3_ppo_plus.schedules import make_schedule, schedule_value
 
 Coefficient = float | str | Schedule
@@ -38,12 +48,12 @@ Coefficient = float | str | Schedule
 class UpdateHistory(NamedTuple):
     """What one call of ``train`` went through.
 
-    :param metrics: of every minibatch whose loss was computed
+    :param metrics: of every minibatch whose loss was computed, see ``gradient_step.METRICS``
     :param last_epoch_start: index in ``metrics`` of the last epoch's first minibatch
     :param n_epochs_done: epochs that were completed
     """
 
-    metrics: list[StepMetrics]
+    metrics: list[th.Tensor]
     last_epoch_start: int
     n_epochs_done: int
 
@@ -67,6 +77,7 @@ class PPOPlus(PPO):
     :param pessimistic_value_clip: with ``clip_range_vf``, take the larger of the clipped and the unclipped error;
         False: SB3's form, which is also what a model saved by SB3 keeps
     :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA
+    :param compile: the fast path: True, or a dict of torch.compile's options. Same semantics, float32 rounding apart
     :raises ValueError: for a value that is not allowed, before the first environment step
     :raises TypeError: for an argument of the wrong type, or one that a custom policy class lacks
     """
@@ -109,10 +120,12 @@ class PPOPlus(PPO):
         critic_learning_rate: Coefficient | None = None,
         pessimistic_value_clip: bool = True,
         amp: bool | str = False,
+        compile: bool | dict[str, Any] = False,
     ) -> None:
         self.critic_learning_rate = critic_learning_rate
         self.pessimistic_value_clip = pessimistic_value_clip
         self.amp = amp
+        self.compile = compile
         self._callback: BaseCallback | None = None
         self._update_end_said_stop = False
         _check_action_dist(env, policy_kwargs or {})
@@ -162,21 +175,37 @@ class PPOPlus(PPO):
         finally:
             # Kept as given: names, not classes, are saved and compared by load
             self.policy_kwargs = given
-        self._learning_rate_groups = LearningRateGroups(
-            self.policy.optimizer,
-            self.lr_schedule(1),
-            [] if self.critic_learning_rate is None else critic_only_parameters(self.policy),
-        )
+        self._learning_rate_groups = LearningRateGroups(self.policy.optimizer, self.lr_schedule(1))
+        self._separate_critic()
         self._amp_dtype = resolve_amp(self.amp, self.device)
         self._grad_scaler = th.amp.GradScaler(self.device.type, enabled=self._amp_dtype is th.float16)
-        self._gradient_step = GradientStep(self.policy, self._grad_scaler)
+        self._gradient_step = self._make_gradient_step()
+        self._compiled_actor: CompiledActor | None = None
+        if isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
+            self.rollout_buffer.advantages_by_scan = self.compile is not False
         if self.env is not None and any(isinstance(module, TransformerExtractor) for module in self.policy.modules()):
             warn_if_stacked_inside_normalize(self.env)
+
+    def _make_gradient_step(self) -> GradientStep:
+        if self.compile is False:
+            return GradientStep(self.policy, self._grad_scaler)
+        return CompiledGradientStep(self.policy, self._grad_scaler, self._compile_options, self._report_compilation)
+
+    @property
+    def _compile_options(self) -> dict[str, Any]:
+        return self.compile if isinstance(self.compile, dict) else {}
+
+    def _report_compilation(self, what: str, seconds: float) -> None:
+        if self.verbose >= 1:
+            print(f"Compiled the {what} in {seconds:.1f} s")
+        self.logger.record("time/compile_seconds", seconds)
 
     def _check_arguments(self) -> None:
         for name in ("ent_coef", "vf_coef"):
             make_schedule(getattr(self, name), name)
         resolve_amp(self.amp, self.device)
+        if not isinstance(self.compile, bool | dict):
+            raise TypeError(f"compile must be True, False or a dict of torch.compile's options, got {self.compile!r}")
         buffer_class = self.rollout_buffer_class
         if self.amp and not (buffer_class is not None and issubclass(buffer_class, PPOPlusRolloutBuffer)):
             raise ValueError(
@@ -193,6 +222,11 @@ class PPOPlus(PPO):
         )
         self._scheduled_learning_rates = (self.learning_rate, self.critic_learning_rate)
 
+    def _separate_critic(self) -> None:
+        if self.critic_learning_rate is not None and not self._learning_rate_groups.knows_critic:
+            critic_parameters = critic_only_parameters(self.policy)
+            self._learning_rate_groups.split_off_critic(self.policy.optimizer, critic_parameters)
+
     def _maybe_recommend_cpu(self, mlp_class_name: str = MlpPolicy.__name__) -> None:
         super()._maybe_recommend_cpu(mlp_class_name)
 
@@ -204,6 +238,7 @@ class PPOPlus(PPO):
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         if self._scheduled_learning_rates != (self.learning_rate, self.critic_learning_rate):
             self._setup_lr_schedule()
+            self._separate_critic()
         progress = self._current_progress_remaining
         learning_rate = schedule_value(self.lr_schedule, progress, "learning_rate")
         critic_learning_rate = learning_rate
@@ -237,12 +272,81 @@ class PPOPlus(PPO):
         :param n_rollout_steps: steps per env
         :return: False where a callback ended training
         """
+        assert self._last_obs is not None, "No previous observation was provided"
         if self._update_end_said_stop:
             return False
         started = time.perf_counter()
-        is_complete = super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+        self.policy.set_training_mode(False)
+        actor = self._actor_for(rollout_buffer)
+        actor.begin_rollout()
+        timeouts: list[tuple[int, int, Any]] = []
+        n_steps = 0
+        rollout_buffer.reset()
+        if self.use_sde:
+            self.policy.reset_noise(env.num_envs)
+        callback.on_rollout_start()
+        while n_steps < n_rollout_steps:
+            if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
+                self.policy.reset_noise(env.num_envs)
+            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # not None in a rollout
+            action_tensor, values, log_probs = actor.act(obs_tensor)
+            actions = action_tensor.cpu().numpy()
+            clipped_actions = self._to_env_units(actions)
+            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            self.num_timesteps += env.num_envs
+            # Callbacks read SB3's names of these variables
+            callback.update_locals(locals())
+            if not callback.on_step():
+                return False
+            self._update_info_buffer(infos, dones)
+            for index in np.flatnonzero(dones).tolist():
+                terminal_obs = infos[index].get("terminal_observation")
+                if terminal_obs is None or not infos[index].get("TimeLimit.truncated", False):
+                    continue
+                if values is None:
+                    timeouts.append((n_steps, index, terminal_obs))
+                else:
+                    # One at a time: in a batch the value may differ from SB3's in the last bit
+                    rewards[index] += self.gamma * predict_values(self.policy, [terminal_obs])[0]
+            last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
+            rollout_buffer.add(*last)  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
+            n_steps += 1
+            self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
+            self._last_episode_starts = dones
+        if values is None:
+            self._evaluate_afterwards(rollout_buffer, timeouts)
+        with th.no_grad():
+            values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]  # as above
+        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
-        return is_complete
+        callback.update_locals(locals())
+        callback.on_rollout_end()
+        return True
+
+    def _actor_for(self, rollout_buffer: RolloutBuffer) -> Actor:
+        is_apart = isinstance(rollout_buffer, PPOPlusRolloutBuffer) and can_act_alone(self.policy)
+        if self.compile is False or not is_apart:
+            return Actor(self.policy)
+        if self._compiled_actor is None or self._compiled_actor.policy is not self.policy:
+            self._compiled_actor = CompiledActor(self.policy, self._compile_options, self._report_compilation)
+        return self._compiled_actor
+
+    def _to_env_units(self, actions: np.ndarray) -> np.ndarray:
+        if not isinstance(self.action_space, spaces.Box):
+            return actions
+        if self.policy.squash_output:
+            actions = self.policy.unscale_action(actions)
+        # np.clip, without its overhead; after unscale_action too, which may round beyond a bound
+        bounded: np.ndarray = np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
+        return bounded
+
+    def _evaluate_afterwards(self, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]) -> None:
+        """Fill in what a :class:`CompiledActor` left out of each step."""
+        assert isinstance(rollout_buffer, PPOPlusRolloutBuffer) and isinstance(self.policy, ActorCriticPlusPolicy)
+        rollout_buffer.set_evaluation(*evaluate_rollout(self.policy, rollout_buffer.rollout()))
+        if timeouts:
+            steps, indices, observations = zip(*timeouts, strict=True)
+            rollout_buffer.rewards[steps, indices] += self.gamma * predict_values(self.policy, list(observations))
 
     def train(self) -> None:
         """Update the policy from the rollout buffer: ``n_epochs`` passes of minibatch steps on the PPO objective."""
@@ -253,7 +357,7 @@ class PPOPlus(PPO):
             normalize_advantage=self.normalize_advantage,
             pessimistic_value_clip=self.pessimistic_value_clip,
             max_grad_norm=self.max_grad_norm,
-            target_kl=self.target_kl,
+            kl_limit=None if self.target_kl is None else 1.5 * self.target_kl,
             amp_dtype=self._amp_dtype,
         )
         if objective.amp_dtype is not None:
@@ -267,7 +371,7 @@ class PPOPlus(PPO):
 
     def _run_epochs(self, objective: Objective) -> UpdateHistory:
         if self._gradient_step.policy is not self.policy:
-            self._gradient_step = GradientStep(self.policy, self._grad_scaler)
+            self._gradient_step = self._make_gradient_step()
         self._gradient_step.begin_update()
         try:
             return self._take_steps(objective)
@@ -280,12 +384,12 @@ class PPOPlus(PPO):
             history = history._replace(last_epoch_start=len(history.metrics), n_epochs_done=epoch)
             self._n_updates += 1
             for minibatch in minibatches(self.rollout_buffer, self.batch_size):
-                metrics = self._gradient_step(objective, minibatch)
+                metrics, was_allowed = self._gradient_step(objective, minibatch)
                 history.metrics.append(metrics)
-                if metrics.grad_norm is None:
+                if not was_allowed:
                     if self.verbose >= 1:
-                        kl = metrics.terms.approx_kl
-                        print(f"Early stopping at step {epoch} due to reaching max kl: {kl:.2f}")
+                        approx_kl = metrics[METRICS.index("approx_kl")]
+                        print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                     return history
         return history._replace(n_epochs_done=self.n_epochs)
 
@@ -300,25 +404,27 @@ class PPOPlus(PPO):
 
     def _log_update(self, coefficients: LossCoefficients, history: UpdateHistory) -> None:
         # One transfer for all minibatches; float64, in which SB3 averages
-        table = th.stack([th.stack(metrics.terms) for metrics in history.metrics]).double().cpu()
-        means = LossTerms(*table.mean(dim=0).tolist())
+        table = th.stack(history.metrics).double().cpu()
+        means = LossTerms(*table[:, :-1].mean(dim=0).tolist())
+        last_epoch = LossTerms(*table[history.last_epoch_start :, :-1].mean(dim=0).tolist())
         record = self.logger.record
         record("train/entropy_loss", means.entropy_loss)
         record("train/policy_gradient_loss", means.policy_loss)
         record("train/value_loss", means.value_loss)
-        record("train/approx_kl", LossTerms(*table[history.last_epoch_start :].mean(dim=0).tolist()).approx_kl)
+        record("train/approx_kl", last_epoch.approx_kl)
         record("train/clip_fraction", means.clip_fraction)
         record("train/value_clip_fraction", means.value_clip_fraction)
-        record("train/loss", LossTerms(*table[-1].tolist()).loss)
+        record("train/loss", LossTerms(*table[-1, :-1].tolist()).loss)
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
         record("train/explained_variance", explained_variance(values, returns))
         log_std = getattr(self.policy, "log_std", None)
         if log_std is not None:
             record("train/std", th.exp(log_std).mean().item())
-        grad_norms = [metrics.grad_norm for metrics in history.metrics if metrics.grad_norm is not None]
-        if grad_norms:
-            record("train/grad_norm", th.stack(grad_norms).double().mean().item())
-        record("train/early_stopped", int(history.n_epochs_done < self.n_epochs))
+        was_stopped = history.n_epochs_done < self.n_epochs
+        grad_norms = table[: len(table) - was_stopped, METRICS.index("grad_norm")]
+        if len(grad_norms) > 0:
+            record("train/grad_norm", grad_norms.mean().item())
+        record("train/early_stopped", int(was_stopped))
         record("train/n_epochs_done", history.n_epochs_done)
         record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in coefficients._asdict().items():

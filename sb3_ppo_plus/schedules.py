@@ -256,8 +256,8 @@ def _evaluate(schedule: Schedule, progress_remaining: float, name: str) -> float
     """Return a schedule's value as a float, and name the coefficient if it is no number."""
     try:
         return float(schedule(progress_remaining))
-    except TypeError as error:
-        raise TypeError(
+    except (TypeError, ValueError) as error:
+        raise type(error)(
             f"{name}: the schedule {schedule!r} must take progress_remaining and return a number, "
             f"but at progress_remaining={progress_remaining:g} failed: {error}"
         ) from error

@@ -75,8 +75,7 @@ def load_hyperparams(env_id: str) -> dict[str, Any]:
         spec = gym.registry.get(env_id)
         is_atari = env_id.startswith("ALE/") or (spec is not None and "AtariEnv" in str(spec.entry_point))
         env_id = "atari" if is_atari else "default"
-    # YAML aliases share one object between entries, and the caller may change what it gets.
-    entry: dict[str, Any] = copy.deepcopy(entries[env_id])
+    entry: dict[str, Any] = entries[env_id]
     return entry
 
 

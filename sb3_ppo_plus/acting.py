@@ -1,0 +1,191 @@
+"""How a rollout gets its actions, and when their values and log-probabilities are computed."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.compiled_graph import Graph, compile_graph
+from sb3_ppo_plus.policies import ActorCriticPlusPolicy
+
+# Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
+EVALUATION_CHUNK = 2**22
+
+
+class Actor:
+    """Asks the policy for actions, values and log-probabilities at each step, as SB3 does.
+
+    :param policy: the policy
+    """
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self.policy = policy
+
+    def begin_rollout(self) -> None:
+        """Take note of whatever has changed since the last rollout."""
+
+    @th.no_grad()
+    def act(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
+        """Choose actions.
+
+        :param observations: shape (n_envs, *observation shape), or a dict of such
+        :return: stored actions, values and log-probabilities; the latter two None where they are computed after the
+            rollout, by :func:`evaluate_rollout`
+        """
+        actions, values, log_probs = self.policy(observations)
+        return actions, values, log_probs
+
+
+class CompiledActor(Actor):
+    """Computes only the actions at each step, in a compiled graph that draws the random numbers of eager mode.
+
+    :param policy: the policy, see :func:`can_act_alone`
+    :param options: TorchInductor's
+    :param report: told what was compiled and the seconds that it took
+    """
+
+    def __init__(
+        self, policy: ActorCriticPolicy, options: dict[str, Any], report: Callable[[str, float], None]
+    ) -> None:
+        super().__init__(policy)
+        self.n_compilations = 0
+        self._options = options
+        self._report = report
+        self._graphs: dict[Hashable, Graph] = {}
+        self._gave_up = False
+        self._tensors: dict[str, th.Tensor] = {}
+
+    def begin_rollout(self) -> None:
+        """Take note of whatever has changed since the last rollout."""
+        policy = self.policy
+        self._tensors = {name: tensor.detach() for name, tensor in policy.named_parameters()} | dict(
+            policy.named_buffers()
+        )
+
+    @th.no_grad()
+    def act(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
+        """Choose actions, see :meth:`Actor.act`."""
+        noise = _exploration_matrices(self.policy)
+        leaves: list[th.Tensor] = [*_leaves(observations), *noise, *self._tensors.values()]
+        key = tuple((leaf.shape, leaf.dtype) for leaf in leaves[: len(leaves) - len(self._tensors)])
+        if key not in self._graphs and not (not self._gave_up and self._compile(key, observations, noise, leaves)):
+            distribution = self.policy.get_distribution(observations)
+            actions = distribution.get_actions()
+        else:
+            actions = self._graphs[key](*leaves)[0]
+        return actions.reshape(-1, *(self.policy.action_space.shape or ())), None, None
+
+    def _compile(
+        self, key: Hashable, observations: PyTorchObs, noise: list[th.Tensor], leaves: list[th.Tensor]
+    ) -> bool:
+        module = _Acting(self.policy)
+        names = [f"policy.{name}" for name in self._tensors]
+        n_observations = len(_leaves(observations))
+
+        def function(*leaves: th.Tensor) -> tuple[th.Tensor]:
+            tensors = dict(zip(names, leaves[n_observations + len(noise) :], strict=True))
+            given = iter(leaves)
+            observation = {k: next(given) for k in observations} if isinstance(observations, dict) else next(given)
+            return (functional_call(module, tensors, (observation, [next(given) for _ in noise])),)
+
+        started = time.perf_counter()
+        try:
+            self._graphs[key] = compile_graph(function, leaves, self._options)
+        except Exception as error:  # tracing and compilers raise all kinds
+            self._gave_up = True
+            reason = str(error).strip().splitlines()
+            warnings.warn(
+                f"compile=True: acting runs eagerly, since it could not be compiled: "
+                f"{type(error).__name__}: {reason[0] if reason else ''}",
+                stacklevel=2,
+            )
+            return False
+        self.n_compilations += 1
+        self._report(f"actor for {len(leaves[0])} environments", time.perf_counter() - started)
+        return True
+
+
+class _Acting(th.nn.Module):
+    """The policy's choice of actions as a module's forward, which ``functional_call`` asks for."""
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, observations: PyTorchObs, noise: list[th.Tensor]) -> th.Tensor:
+        distribution = self.policy.get_distribution(observations)
+        if isinstance(distribution, StateDependentNoiseDistribution):
+            # Inputs of the graph, as they are drawn anew
+            distribution.exploration_mat, distribution.exploration_matrices = noise
+        return distribution.get_actions()
+
+
+def can_act_alone(policy: ActorCriticPolicy) -> bool:
+    """Whether actions, values and log-probs may be computed apart: nothing in a subclass changes how they are made."""
+    cls = type(policy)
+    return (
+        isinstance(policy, ActorCriticPlusPolicy)
+        and cls.forward is ActorCriticPolicy.forward
+        and cls.get_distribution is ActorCriticPolicy.get_distribution
+        and cls.predict_values is ActorCriticPolicy.predict_values
+        and cls.evaluate_actions is ActorCriticPlusPolicy.evaluate_actions
+        and cls._get_action_dist_from_latent is ActorCriticPlusPolicy._get_action_dist_from_latent
+    )
+
+
+@th.no_grad()
+def evaluate_rollout(policy: ActorCriticPlusPolicy, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
+    """Compute the values and log-probabilities of a rollout in few large batches.
+
+    :return: values and log-probabilities, both of shape (n_transitions,)
+    """
+    values, log_probs = [], []
+    for indices in _chunks(rollout.observations, len(rollout.actions)):
+        batch = rollout.select(indices)
+        value, distribution = policy.value_and_distribution(batch.observations)
+        values.append(value.flatten())
+        log_probs.append(distribution.log_prob(batch.actions))
+    return th.cat(values), th.cat(log_probs)
+
+
+@th.no_grad()
+def predict_values(policy: ActorCriticPolicy, observations: list[Any]) -> np.ndarray:
+    """Value predictions of single observations, in few large batches.
+
+    :param observations: as ``infos[i]["terminal_observation"]`` holds them
+    :return: shape (len(observations),)
+    """
+    tensors = [policy.obs_to_tensor(observation)[0] for observation in observations]
+    together: PyTorchObs = tree_map(lambda *parts: th.cat(parts), tensors[0], *tensors[1:])
+    chunks = _chunks(together, len(tensors))
+    values = [policy.predict_values(tree_map(lambda part, i=i: part[i], together)).flatten() for i in chunks]
+    predictions: np.ndarray = th.cat(values).cpu().numpy()
+    return predictions
+
+
+def _chunks(observations: PyTorchObs, n_observations: int) -> tuple[th.Tensor, ...]:
+    leaves = _leaves(observations)
+    numbers_each = sum(leaf[0].numel() for leaf in leaves)
+    return th.split(th.arange(n_observations, device=leaves[0].device), max(1, EVALUATION_CHUNK // numbers_each))
+
+
+def _leaves(observations: PyTorchObs) -> list[th.Tensor]:
+    return list(observations.values()) if isinstance(observations, dict) else [observations]
+
+
+def _exploration_matrices(policy: ActorCriticPolicy) -> list[th.Tensor]:
+    distribution = policy.action_dist
+    if not isinstance(distribution, StateDependentNoiseDistribution):
+        return []
+    return [distribution.exploration_mat.detach(), distribution.exploration_matrices.detach()]

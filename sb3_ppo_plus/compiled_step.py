@@ -1,0 +1,212 @@
+"""The gradient step as one compiled graph: gather, forward, loss, backward, clipping and update of the parameters."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Hashable
+from dataclasses import fields
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch.func import functional_call, grad_and_value
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
+from sb3_ppo_plus.compiled_graph import Graph, compile_graph
+from sb3_ppo_plus.flat_parameters import FlatGroup
+from sb3_ppo_plus.flat_updates import UPDATES
+from sb3_ppo_plus.gradient_step import METRICS, GradientStep, Objective
+from sb3_ppo_plus.losses import LossCoefficients
+
+Tensors = dict[str, Any]
+
+
+class CompiledGradientStep(GradientStep):
+    """Takes the steps in compiled graphs, one for each size of minibatch; to float32 rounding the same as eager.
+
+    The first minibatch of all is stepped eagerly: it shows which parameters have a gradient. Where a graph cannot be
+    compiled, one warning says why and every step is eager.
+
+    :param policy: the policy; its ``optimizer`` takes the steps
+    :param grad_scaler: scales the loss and unscales the gradients under float16, which is not compiled
+    :param options: TorchInductor's
+    :param report: told what was compiled and the seconds that it took
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        grad_scaler: th.amp.GradScaler,
+        options: dict[str, Any],
+        report: Callable[[str, float], None],
+    ) -> None:
+        super().__init__(policy, grad_scaler)
+        self.n_compilations = 0
+        self._options = options
+        self._report = report
+        self._graphs: dict[Hashable, Graph] = {}
+        self._gave_up = False
+        self._scalars: th.Tensor | None = None
+        self._prepared: tuple[RolloutBatch, Tensors, list[th.Tensor]] | None = None
+
+    def begin_update(self) -> None:
+        """Take note of whatever has changed since the last update."""
+        before = self._flat
+        super().begin_update()
+        if self._flat is not before:
+            # The graphs hold for another set of parameters, or other tensors
+            self._graphs.clear()
+        self._scalars = self._prepared = None
+
+    def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+        """Take a step, see :meth:`GradientStep.__call__`."""
+        if self._gave_up or self._flat is None or minibatch.indices is None:
+            return super().__call__(objective, minibatch)
+        if self._prepared is None or self._prepared[0] is not minibatch.rollout:
+            inputs = self._inputs(objective, minibatch.rollout)
+            self._prepared = (minibatch.rollout, inputs, tree_flatten(inputs)[0])
+        _, inputs, leaves = self._prepared
+        key = self._static_key(objective, minibatch.indices, leaves)
+        if key not in self._graphs and not self._compile(key, objective, inputs, minibatch.indices):
+            return super().__call__(objective, minibatch)
+        metrics: th.Tensor = self._graphs[key](minibatch.indices, *leaves)[0]
+        return metrics, not objective.forbids_step(metrics[METRICS.index("approx_kl")])
+
+    def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
+        """Collect everything that the graph reads or changes, but for the indices."""
+        assert self._flat is not None
+        coefficients = objective.coefficients
+        scalars = {
+            **{name: value for name, value in coefficients._asdict().items() if value is not None},
+            "max_grad_norm": objective.max_grad_norm,
+            "kl_limit": objective.kl_limit if objective.kl_limit is not None else 0.0,
+        }
+        rates = [group.hyperparameters["lr"] for group in self._flat.groups]
+        # Values that schedules move are inputs: as constants they would be compiled in
+        values = th.tensor([*scalars.values(), *rates], dtype=th.float32, device=rollout.old_values.device)
+        flat_ids = {id(parameter) for group in self._flat.groups for parameter in group.parameters}
+        return {
+            "scalars": dict(zip([*scalars, *map(str, range(len(rates)))], values.unbind(), strict=True)),
+            "flat": [group.flat.detach() for group in self._flat.groups],
+            "state": [_tensors_of(group.state) for group in self._flat.groups],
+            "fixed": {
+                name: parameter.detach()
+                for name, parameter in self.policy.named_parameters()
+                if id(parameter) not in flat_ids
+            },
+            "buffers": dict(self.policy.named_buffers()),
+            "rollout": _tensors_of({field.name: getattr(rollout, field.name) for field in fields(rollout)}),
+        }
+
+    def _static_key(self, objective: Objective, indices: th.Tensor, leaves: list[th.Tensor]) -> Hashable:
+        """Everything that a graph has compiled in."""
+        assert self._flat is not None
+        settings = [{k: v for k, v in group.hyperparameters.items() if k != "lr"} for group in self._flat.groups]
+        return (
+            len(indices),
+            objective.normalize_advantage,
+            objective.pessimistic_value_clip,
+            objective.coefficients.clip_range_vf is None,
+            objective.kl_limit is None,
+            objective.amp_dtype,
+            str(settings),
+            tuple(leaf.shape for leaf in leaves),
+        )
+
+    def _compile(self, key: Hashable, objective: Objective, inputs: Tensors, indices: th.Tensor) -> bool:
+        leaves, spec = tree_flatten(inputs)
+        names = {id(parameter): name for name, parameter in self.policy.named_parameters()}
+        assert self._flat is not None
+        graph = _StepFunction(self.policy, objective, self._flat.groups, names)
+
+        def function(indices: th.Tensor, *leaves: th.Tensor) -> tuple[th.Tensor]:
+            return (graph(indices, **tree_unflatten(leaves, spec)),)
+
+        started = time.perf_counter()
+        try:
+            self._graphs[key] = compile_graph(function, [indices, *leaves], self._options)
+        except Exception as error:  # tracing and compilers raise all kinds
+            self._gave_up = True
+            reason = str(error).strip().splitlines()
+            warnings.warn(
+                f"compile=True: the gradient step runs eagerly, since it could not be compiled: "
+                f"{type(error).__name__}: {reason[0] if reason else ''}",
+                stacklevel=2,
+            )
+            return False
+        self.n_compilations += 1
+        self._report(f"gradient step of {len(indices)} transitions", time.perf_counter() - started)
+        return True
+
+
+class _Evaluation(th.nn.Module):
+    """The policy's evaluation of a batch as a module's forward, which ``functional_call`` asks for."""
+
+    def __init__(self, policy: ActorCriticPolicy, objective: Objective) -> None:
+        super().__init__()
+        self.policy = policy
+        self.objective = objective
+
+    def forward(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        return self.objective.evaluate(self.policy, batch)
+
+
+class _StepFunction:
+    """What is traced: the eager step, as a function of the tensors of :meth:`CompiledGradientStep._inputs`."""
+
+    def __init__(
+        self, policy: ActorCriticPolicy, objective: Objective, groups: list[FlatGroup], names: dict[int, str]
+    ) -> None:
+        self._evaluation = _Evaluation(policy, objective)
+        self._objective = objective
+        self._groups = groups
+        self._names = names
+
+    def __call__(
+        self,
+        indices: th.Tensor,
+        *,
+        scalars: dict[str, th.Tensor],
+        flat: list[th.Tensor],
+        state: list[dict[str, th.Tensor]],
+        fixed: dict[str, th.Tensor],
+        buffers: dict[str, th.Tensor],
+        rollout: Tensors,
+    ) -> th.Tensor:
+        objective = self._objective
+        batch = RolloutBatch(**rollout).select(indices)
+        coefficients = LossCoefficients(
+            scalars["clip_range"], scalars.get("clip_range_vf"), scalars["ent_coef"], scalars["vf_coef"]
+        )
+
+        def loss(flat: list[th.Tensor]) -> tuple[th.Tensor, th.Tensor]:
+            tensors = {**fixed, **buffers}
+            for group, flat_tensor in zip(self._groups, flat, strict=True):
+                tensors.update(zip(group.names(self._names), group.views(flat_tensor), strict=True))
+            evaluation = functional_call(
+                self._evaluation, {f"policy.{name}": tensor for name, tensor in tensors.items()}, (batch,)
+            )
+            terms = objective.loss(batch, evaluation, coefficients)
+            return terms.loss, th.stack([term.detach() for term in terms])
+
+        gradients, (_, metrics) = grad_and_value(loss, has_aux=True)(flat)
+        grad_norm = th.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+        scale = (scalars["max_grad_norm"] / (grad_norm + 1e-6)).clamp(max=1.0)
+        is_allowed = metrics[METRICS.index("approx_kl")] <= scalars["kl_limit"]
+        for index, (group, parameters, old, gradient) in enumerate(
+            zip(self._groups, flat, state, gradients, strict=True)
+        ):
+            update = UPDATES[type(group.optimizer)]
+            new_parameters, new = update(group.hyperparameters, parameters, gradient * scale, old, scalars[str(index)])
+            for target, value in [(parameters, new_parameters), *((old[name], new[name]) for name in new)]:
+                target.copy_(value if objective.kl_limit is None else th.where(is_allowed, value, target))
+        return th.cat([metrics, grad_norm.reshape(1)])
+
+
+def _tensors_of(values: dict[str, Any]) -> Tensors:
+    """Keep what holds tensors: an optimiser's state may hold None, and a batch may lack a mask."""
+    return {
+        name: value for name, value in values.items() if isinstance(value, th.Tensor) or (value and name != "context")
+    }
