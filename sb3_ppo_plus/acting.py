@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from sb3_ppo_plus.buffers import RolloutBatch
-from sb3_ppo_plus.compiled_graph import Graph, compile_graph
+from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, compile_graph, tensor_places
 from sb3_ppo_plus.policies import ActorCriticPlusPolicy
 
 # Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
@@ -52,26 +51,21 @@ class CompiledActor(Actor):
 
     :param policy: the policy, see :func:`can_act_alone`
     :param options: TorchInductor's
-    :param report: told what was compiled and the seconds that it took
+    :param reporter: told of what was compiled, or could not be
     """
 
-    def __init__(
-        self, policy: ActorCriticPolicy, options: dict[str, Any], report: Callable[[str, float], None]
-    ) -> None:
+    def __init__(self, policy: ActorCriticPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
         super().__init__(policy)
         self.n_compilations = 0
         self._options = options
-        self._report = report
+        self._reporter = reporter
         self._graphs: dict[Hashable, Graph] = {}
         self._gave_up = False
         self._tensors: dict[str, th.Tensor] = {}
 
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
-        policy = self.policy
-        self._tensors = {name: tensor.detach() for name, tensor in policy.named_parameters()} | dict(
-            policy.named_buffers()
-        )
+        self._tensors = {name: tensor.detach() for name, tensor in tensor_places(self.policy).items()}
 
     @th.no_grad()
     def act(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
@@ -97,22 +91,18 @@ class CompiledActor(Actor):
             tensors = dict(zip(names, leaves[n_observations + len(noise) :], strict=True))
             given = iter(leaves)
             observation = {k: next(given) for k in observations} if isinstance(observations, dict) else next(given)
-            return (functional_call(module, tensors, (observation, [next(given) for _ in noise])),)
+            arguments = (observation, [next(given) for _ in noise])
+            return (functional_call(module, tensors, arguments, tie_weights=False),)
 
         started = time.perf_counter()
         try:
             self._graphs[key] = compile_graph(function, leaves, self._options)
         except Exception as error:  # tracing and compilers raise all kinds
             self._gave_up = True
-            reason = str(error).strip().splitlines()
-            warnings.warn(
-                f"compile=True: acting runs eagerly, since it could not be compiled: "
-                f"{type(error).__name__}: {reason[0] if reason else ''}",
-                stacklevel=2,
-            )
+            self._reporter.failed("acting", error)
             return False
         self.n_compilations += 1
-        self._report(f"actor for {len(leaves[0])} environments", time.perf_counter() - started)
+        self._reporter.compiled(f"actor for {len(leaves[0])} environments", time.perf_counter() - started)
         return True
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import fields
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.func import functional_call, grad_and_value
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
-from sb3_ppo_plus.compiled_graph import Graph, compile_graph
+from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, compile_graph, tensor_places
 from sb3_ppo_plus.flat_parameters import FlatGroup
 from sb3_ppo_plus.flat_updates import UPDATES
 from sb3_ppo_plus.gradient_step import METRICS, GradientStep, Objective
@@ -32,7 +31,7 @@ class CompiledGradientStep(GradientStep):
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16, which is not compiled
     :param options: TorchInductor's
-    :param report: told what was compiled and the seconds that it took
+    :param reporter: told of what was compiled, or could not be
     """
 
     def __init__(
@@ -40,12 +39,12 @@ class CompiledGradientStep(GradientStep):
         policy: ActorCriticPolicy,
         grad_scaler: th.amp.GradScaler,
         options: dict[str, Any],
-        report: Callable[[str, float], None],
+        reporter: CompilationReporter,
     ) -> None:
         super().__init__(policy, grad_scaler)
         self.n_compilations = 0
         self._options = options
-        self._report = report
+        self._reporter = reporter
         self._graphs: dict[Hashable, Graph] = {}
         self._gave_up = False
         self._scalars: th.Tensor | None = None
@@ -91,12 +90,12 @@ class CompiledGradientStep(GradientStep):
             "scalars": dict(zip([*scalars, *map(str, range(len(rates)))], values.unbind(), strict=True)),
             "flat": [group.flat.detach() for group in self._flat.groups],
             "state": [_tensors_of(group.state) for group in self._flat.groups],
+            # Buffers, and parameters that are frozen or have no gradient
             "fixed": {
-                name: parameter.detach()
-                for name, parameter in self.policy.named_parameters()
-                if id(parameter) not in flat_ids
+                name: tensor.detach()
+                for name, tensor in tensor_places(self.policy).items()
+                if id(tensor) not in flat_ids
             },
-            "buffers": dict(self.policy.named_buffers()),
             "rollout": _tensors_of({field.name: getattr(rollout, field.name) for field in fields(rollout)}),
         }
 
@@ -117,9 +116,8 @@ class CompiledGradientStep(GradientStep):
 
     def _compile(self, key: Hashable, objective: Objective, inputs: Tensors, indices: th.Tensor) -> bool:
         leaves, spec = tree_flatten(inputs)
-        names = {id(parameter): name for name, parameter in self.policy.named_parameters()}
         assert self._flat is not None
-        graph = _StepFunction(self.policy, objective, self._flat.groups, names)
+        graph = _StepFunction(self.policy, objective, self._flat.groups)
 
         def function(indices: th.Tensor, *leaves: th.Tensor) -> tuple[th.Tensor]:
             return (graph(indices, **tree_unflatten(leaves, spec)),)
@@ -129,15 +127,10 @@ class CompiledGradientStep(GradientStep):
             self._graphs[key] = compile_graph(function, [indices, *leaves], self._options)
         except Exception as error:  # tracing and compilers raise all kinds
             self._gave_up = True
-            reason = str(error).strip().splitlines()
-            warnings.warn(
-                f"compile=True: the gradient step runs eagerly, since it could not be compiled: "
-                f"{type(error).__name__}: {reason[0] if reason else ''}",
-                stacklevel=2,
-            )
+            self._reporter.failed("the gradient step", error)
             return False
         self.n_compilations += 1
-        self._report(f"gradient step of {len(indices)} transitions", time.perf_counter() - started)
+        self._reporter.compiled(f"gradient step of {len(indices)} transitions", time.perf_counter() - started)
         return True
 
 
@@ -156,13 +149,11 @@ class _Evaluation(th.nn.Module):
 class _StepFunction:
     """What is traced: the eager step, as a function of the tensors of :meth:`CompiledGradientStep._inputs`."""
 
-    def __init__(
-        self, policy: ActorCriticPolicy, objective: Objective, groups: list[FlatGroup], names: dict[int, str]
-    ) -> None:
+    def __init__(self, policy: ActorCriticPolicy, objective: Objective, groups: list[FlatGroup]) -> None:
         self._evaluation = _Evaluation(policy, objective)
         self._objective = objective
         self._groups = groups
-        self._names = names
+        self._places = {name: id(tensor) for name, tensor in tensor_places(policy).items()}
 
     def __call__(
         self,
@@ -172,7 +163,6 @@ class _StepFunction:
         flat: list[th.Tensor],
         state: list[dict[str, th.Tensor]],
         fixed: dict[str, th.Tensor],
-        buffers: dict[str, th.Tensor],
         rollout: Tensors,
     ) -> th.Tensor:
         objective = self._objective
@@ -182,12 +172,16 @@ class _StepFunction:
         )
 
         def loss(flat: list[th.Tensor]) -> tuple[th.Tensor, th.Tensor]:
-            tensors = {**fixed, **buffers}
-            for group, flat_tensor in zip(self._groups, flat, strict=True):
-                tensors.update(zip(group.names(self._names), group.views(flat_tensor), strict=True))
-            evaluation = functional_call(
-                self._evaluation, {f"policy.{name}": tensor for name, tensor in tensors.items()}, (batch,)
-            )
+            views = {
+                id(parameter): view
+                for group, flat_tensor in zip(self._groups, flat, strict=True)
+                for parameter, view in zip(group.parameters, group.views(flat_tensor), strict=True)
+            }
+            tensors = {
+                f"policy.{name}": views[place] if place in views else fixed[name]
+                for name, place in self._places.items()
+            }
+            evaluation = functional_call(self._evaluation, tensors, (batch,), tie_weights=False)
             terms = objective.loss(batch, evaluation, coefficients)
             return terms.loss, th.stack([term.detach() for term in terms])
 

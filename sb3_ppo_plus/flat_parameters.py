@@ -73,10 +73,6 @@ class FlatGroup:
         """Settings of the group, the learning rate among them."""
         return {name: value for name, value in self._group.items() if name != "params"}
 
-    def names(self, of_id: dict[int, str]) -> list[str]:
-        """Look up the parameters' names."""
-        return [of_id[id(parameter)] for parameter in self.parameters]
-
     def views(self, flat: th.Tensor) -> list[th.Tensor]:
         """Return the parts of a flat tensor in the parameters' shapes."""
         parts = zip(th.split(flat, self._sizes), self.parameters, strict=True)

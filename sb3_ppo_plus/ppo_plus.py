@@ -25,6 +25,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_plus.acting import Actor, CompiledActor, can_act_alone, evaluate_rollout, predict_values
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
 from sb3_ppo_plus.callbacks import notify_update_end
+from sb3_ppo_plus.compiled_graph import CompilationReporter
 from sb3_ppo_plus.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.distributions import make_action_distribution
 from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside_normalize
@@ -43,6 +44,20 @@ from sb3_ppo_plus.schedules import make_schedule, schedule_value
 
 Coefficient = float | str | Schedule
 """A number, a schedule or any callable of progress_remaining, or a schedule's string form such as "lin_3e-4"."""
+
+# Set up again by _setup_model or learn, so not saved
+REBUILT_ATTRIBUTES = (
+    "_amp_dtype",
+    "_callback",
+    "_compiled_actor",
+    "_critic_lr_schedule",
+    "_grad_scaler",
+    "_gradient_step",
+    "_learning_rate_groups",
+    "_reporter",
+    "_scheduled_learning_rates",
+    "_update_end_said_stop",
+)
 
 
 class UpdateHistory(NamedTuple):
@@ -179,6 +194,7 @@ class PPOPlus(PPO):
         self._separate_critic()
         self._amp_dtype = resolve_amp(self.amp, self.device)
         self._grad_scaler = th.amp.GradScaler(self.device.type, enabled=self._amp_dtype is th.float16)
+        self._reporter = CompilationReporter(self.verbose)
         self._gradient_step = self._make_gradient_step()
         self._compiled_actor: CompiledActor | None = None
         if isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
@@ -189,16 +205,11 @@ class PPOPlus(PPO):
     def _make_gradient_step(self) -> GradientStep:
         if self.compile is False:
             return GradientStep(self.policy, self._grad_scaler)
-        return CompiledGradientStep(self.policy, self._grad_scaler, self._compile_options, self._report_compilation)
+        return CompiledGradientStep(self.policy, self._grad_scaler, self._compile_options, self._reporter)
 
     @property
     def _compile_options(self) -> dict[str, Any]:
         return self.compile if isinstance(self.compile, dict) else {}
-
-    def _report_compilation(self, what: str, seconds: float) -> None:
-        if self.verbose >= 1:
-            print(f"Compiled the {what} in {seconds:.1f} s")
-        self.logger.record("time/compile_seconds", seconds)
 
     def _check_arguments(self) -> None:
         for name in ("ent_coef", "vf_coef"):
@@ -328,7 +339,7 @@ class PPOPlus(PPO):
         if self.compile is False or not is_apart:
             return Actor(self.policy)
         if self._compiled_actor is None or self._compiled_actor.policy is not self.policy:
-            self._compiled_actor = CompiledActor(self.policy, self._compile_options, self._report_compilation)
+            self._compiled_actor = CompiledActor(self.policy, self._compile_options, self._reporter)
         return self._compiled_actor
 
     def _to_env_units(self, actions: np.ndarray) -> np.ndarray:
@@ -366,6 +377,8 @@ class PPOPlus(PPO):
         history = self._run_epochs(objective)
         self._log_update(objective.coefficients, history)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
+        if self.compile is not False:
+            self.logger.record("time/compile_seconds", self._reporter.seconds)
         if self._callback is not None:
             self._update_end_said_stop = not notify_update_end(self._callback)
 
@@ -510,15 +523,7 @@ class PPOPlus(PPO):
         super().set_parameters(parameters, exact_match, device)
 
     def _excluded_save_params(self) -> list[str]:
-        rebuilt = ["_learning_rate_groups", "_critic_lr_schedule", "_scheduled_learning_rates", "_amp_dtype"]
-        return [
-            *super()._excluded_save_params(),
-            *rebuilt,
-            "_grad_scaler",
-            "_gradient_step",
-            "_callback",
-            "_update_end_said_stop",
-        ]
+        return [*super()._excluded_save_params(), *REBUILT_ATTRIBUTES]
 
 
 def _float_schedule(value: object, name: str) -> FloatSchedule:

@@ -1,0 +1,186 @@
+"""Invariant 4: compile=True changes no semantics, compiles once, and gives way to eager where it must."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from envs import make_env
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
+
+VECTOR = spaces.Box(-1, 1, (3,), np.float32)
+IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
+BOX = spaces.Box(np.array([-1.0, -2.0], np.float32), np.array([1.0, 3.0], np.float32))
+TRANSFORMER = {"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_model": 8, "n_layers": 1}}
+
+CASES: dict[str, tuple[spaces.Space[Any], spaces.Space[Any], str, dict[str, Any]]] = {
+    "discrete, short last minibatch": (VECTOR, spaces.Discrete(3), "MlpPolicy", {"batch_size": 24}),
+    "gaussian, schedules, value clipping, critic's learning rate": (
+        VECTOR,
+        BOX,
+        "MlpPolicy",
+        {
+            "learning_rate": "lin_1e-2",
+            "critic_learning_rate": "cos_3e-3",
+            "ent_coef": "lin_0.01",
+            "clip_range": "lin_0.2",
+            "clip_range_vf": 0.1,
+        },
+    ),
+    "beta, AdamW": (
+        VECTOR,
+        BOX,
+        "MlpPolicy",
+        {"policy_kwargs": {"action_dist": "beta", "optimizer_class": "adamw"}},
+    ),
+    "squashed gaussian, whose entropy is sampled": (
+        VECTOR,
+        BOX,
+        "MlpPolicy",
+        {"policy_kwargs": {"action_dist": "squashed_gaussian"}, "ent_coef": 0.1},
+    ),
+    "gSDE": (VECTOR, BOX, "MlpPolicy", {"use_sde": True, "sde_sample_freq": 4}),
+    "squashed gSDE, RMSprop": (
+        VECTOR,
+        BOX,
+        "MlpPolicy",
+        {"use_sde": True, "policy_kwargs": {"squash_output": True, "optimizer_class": "rmsprop"}},
+    ),
+    "MultiDiscrete, SGD": (
+        VECTOR,
+        spaces.MultiDiscrete([2, 3]),
+        "MlpPolicy",
+        {"policy_kwargs": {"optimizer_class": "sgd", "optimizer_kwargs": {"momentum": 0.9}}},
+    ),
+    "MultiBinary, target_kl": (
+        VECTOR,
+        spaces.MultiBinary(2),
+        "MlpPolicy",
+        {"target_kl": 1e-6, "learning_rate": 3e-3, "normalize_advantage": False},
+    ),
+    "Dict, separate extractors": (
+        spaces.Dict({"image": IMAGE, "vector": VECTOR, "index": spaces.Discrete(3)}),
+        spaces.Discrete(2),
+        "MultiInputPolicy",
+        {"policy_kwargs": {"share_features_extractor": False}},
+    ),
+    "CNN": (IMAGE, spaces.Discrete(2), "CnnPolicy", {}),
+    "Transformer": (
+        spaces.Box(-1, 1, (4, 3), np.float32),
+        spaces.Discrete(2),
+        "MlpPolicy",
+        {"policy_kwargs": TRANSFORMER},
+    ),
+    "bf16": (VECTOR, spaces.Discrete(3), "MlpPolicy", {"amp": True, "learning_rate": 1e-3}),
+}
+
+
+def train(case: str, *, compile: bool | dict[str, Any], n_updates: int = 3) -> PPOPlus:
+    observation_space, action_space, policy, kwargs = CASES[case]
+    env = make_env(n_envs=2, observation_space=observation_space, action_space=action_space)
+    defaults: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
+    policy_kwargs = {"net_arch": [8], **kwargs.get("policy_kwargs", {})}
+    model = PPOPlus(policy, env, compile=compile, **{**defaults, **kwargs, "policy_kwargs": policy_kwargs})
+    return model.learn(64 * n_updates) if n_updates else model
+
+
+def parameters(model: PPOPlus) -> th.Tensor:
+    return th.cat([parameter.detach().flatten() for parameter in model.policy.parameters()])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+@pytest.mark.filterwarnings("error:compile=True")
+def test_compiled_training_equals_eager_training_to_rounding(case: str) -> None:
+    eager, compiled = train(case, compile=False), train(case, compile=True)
+    is_short = CASES[case][3].get("batch_size") == 24
+    assert compiled._gradient_step.n_compilations == 1 + is_short
+    assert compiled._compiled_actor.n_compilations == 1
+    # Autocast rounds each product to 8 bits, in whatever order the compiler chose
+    tolerance = 5e-4 if case == "bf16" else 2e-5
+    moved = (parameters(eager) - parameters(train(case, compile=False, n_updates=0))).abs().max()
+    assert moved > 5 * tolerance, "training moved too little to tell"
+    assert (parameters(eager) - parameters(compiled)).abs().max() < tolerance
+    for name in ("train/loss", "train/value_loss", "train/entropy_loss", "train/approx_kl", "train/grad_norm"):
+        expected, actual = eager.logger.name_to_value[name], compiled.logger.name_to_value[name]
+        assert actual == pytest.approx(expected, rel=2e-2 if case == "bf16" else 1e-3, abs=1e-4), name
+    assert compiled.logger.name_to_value["train/n_epochs_done"] == eager.logger.name_to_value["train/n_epochs_done"]
+
+
+def test_target_kl_stops_the_compiled_update_where_it_stops_the_eager_one() -> None:
+    eager, compiled = (train("MultiBinary, target_kl", compile=compile) for compile in (False, True))
+    assert eager.logger.name_to_value["train/early_stopped"] == 1, "the case proves nothing"
+    assert compiled.logger.name_to_value["train/early_stopped"] == 1
+    steps = [next(iter(model.policy.optimizer.state.values()))["step"].item() for model in (eager, compiled)]
+    assert steps[0] == steps[1]
+
+
+def test_nothing_is_compiled_after_the_first_update() -> None:
+    counts = []
+
+    class Count(BaseCallback):
+        def on_update_end(self) -> bool:
+            counts.append((self.model._gradient_step.n_compilations, self.model._compiled_actor.n_compilations))
+            evaluate_policy(self.model, make_vec_env("CartPole-v1", n_envs=3), n_eval_episodes=3)
+            return True
+
+        def _on_step(self) -> bool:
+            return True
+
+    kwargs = {"learning_rate": "lin_1e-3", "clip_range": "lin_0.2", "ent_coef": "lin_0.01", "vf_coef": "exp_0.5_0.1"}
+    env = make_vec_env("CartPole-v1", n_envs=2)
+    with pytest.warns(UserWarning, match="mini-batch size"):
+        model = PPOPlus("MlpPolicy", env, n_steps=20, batch_size=16, n_epochs=1, compile=True, **kwargs)
+    model.learn(40 * 4, callback=Count())
+    assert counts == [(2, 1)] * 4
+
+
+def test_one_warning_and_the_same_results_where_there_is_no_compiler() -> None:
+    options = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled = train("discrete, short last minibatch", compile=options)
+    about_compile = [str(warning.message) for warning in caught if "compile=True" in str(warning.message)]
+    assert len(about_compile) == 1, about_compile
+    assert "eager" in about_compile[0] and "no-such-compiler" in about_compile[0]
+    eager = train("discrete, short last minibatch", compile=False)
+    assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
+
+
+class CountsItsCalls(ActorCriticPlusPolicy):
+    n_calls = 0
+
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        self.n_calls += 1
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return values * self.n_calls, log_prob, entropy
+
+
+class BranchesOnValues(ActorCriticPlusPolicy):
+    def evaluate_actions(self, obs: Any, actions: th.Tensor) -> Any:
+        values, log_prob, entropy = super().evaluate_actions(obs, actions)
+        return (values * 2 if values.mean() > 0 else values), log_prob, entropy
+
+
+@pytest.mark.parametrize("policy", [CountsItsCalls, BranchesOnValues])
+def test_a_policy_that_no_graph_can_hold_trains_eagerly_after_one_warning(policy: type[ActorCriticPlusPolicy]) -> None:
+    env = make_env(n_envs=1, observation_space=VECTOR, action_space=spaces.Discrete(2))
+    kwargs = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
+    eager = PPOPlus(policy, env, **kwargs).learn(96)
+    with pytest.warns(UserWarning, match="compile=True: the gradient step runs eagerly") as caught:
+        compiled = PPOPlus(policy, env, compile=True, **kwargs).learn(96)
+    assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
+    if policy is BranchesOnValues:
+        assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("value", ["yes", 1, ["max_autotune"]])
+def test_compile_takes_a_bool_or_options(value: Any) -> None:
+    with pytest.raises(TypeError, match="compile must be True, False or a dict"):
+        PPOPlus("MlpPolicy", "CartPole-v1", compile=value)
