@@ -16,8 +16,9 @@ from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, compile_graph, tensor_places
 from sb3_ppo_plus.flat_parameters import FlatGroup
 from sb3_ppo_plus.flat_updates import UPDATES
-from sb3_ppo_plus.gradient_step import METRICS, GradientStep, Objective
+from sb3_ppo_plus.gradient_step import GradientStep, Objective
 from sb3_ppo_plus.losses import LossCoefficients
+from sb3_ppo_plus.update_history import METRICS
 
 Tensors = dict[str, Any]
 

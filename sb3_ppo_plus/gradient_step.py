@@ -12,8 +12,6 @@ from sb3_ppo_plus.flat_parameters import FlatParameters, MixedStateError, can_fl
 from sb3_ppo_plus.losses import LossCoefficients, LossTerms, ppo_loss
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
-# Names of a minibatch's metrics, in the order of the tensor that holds them
-METRICS = (*LossTerms._fields, "grad_norm")
 
 
 def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
@@ -120,7 +118,8 @@ class GradientStep:
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         """Compute the loss of a minibatch and take a step, unless the limit of approx_kl forbids it.
 
-        :return: the metrics, see ``METRICS``, with a gradient norm of NaN where no step was taken; whether one was
+        :return: the metrics, see ``update_history.METRICS``, with a gradient norm of NaN where no step was taken; and
+            whether one was
         """
         batch = minibatch.batch()
         terms = objective.loss(batch, objective.evaluate(self.policy, batch))

@@ -8,7 +8,7 @@ import json
 import pathlib
 import time
 import zipfile
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch as th
@@ -27,11 +27,11 @@ from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer,
 from sb3_ppo_plus.callbacks import notify_update_end
 from sb3_ppo_plus.compiled_graph import CompilationReporter
 from sb3_ppo_plus.compiled_step import CompiledGradientStep
-from sb3_ppo_plus.distributions import make_action_distribution
+from sb3_ppo_plus.distributions import SquashedGaussianDistribution, make_action_distribution
 from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside_normalize
-from sb3_ppo_plus.gradient_step import METRICS, GradientStep, Objective, resolve_amp
+from sb3_ppo_plus.gradient_step import GradientStep, Objective, resolve_amp
 from sb3_ppo_plus.learning_rate_groups import LearningRateGroups, critic_only_parameters
-from sb3_ppo_plus.losses import LossCoefficients, LossTerms
+from sb3_ppo_plus.losses import LossCoefficients
 from sb3_ppo_plus.policies import (
     PLUS_POLICY_OF,
     ActorCriticPlusPolicy,
@@ -41,6 +41,7 @@ from sb3_ppo_plus.policies import (
     resolve_policy_kwargs,
 )
 from sb3_ppo_plus.schedules import make_schedule, schedule_value
+from sb3_ppo_plus.update_history import METRICS, UpdateHistory
 
 Coefficient = float | str | Schedule
 """A number, a schedule or any callable of progress_remaining, or a schedule's string form such as "lin_3e-4"."""
@@ -58,19 +59,6 @@ REBUILT_ATTRIBUTES = (
     "_scheduled_learning_rates",
     "_update_end_said_stop",
 )
-
-
-class UpdateHistory(NamedTuple):
-    """What one call of ``train`` went through.
-
-    :param metrics: of every minibatch whose loss was computed, see ``gradient_step.METRICS``
-    :param last_epoch_start: index in ``metrics`` of the last epoch's first minibatch
-    :param n_epochs_done: epochs that were completed
-    """
-
-    metrics: list[th.Tensor]
-    last_epoch_start: int
-    n_epochs_done: int
 
 
 class PPOPlus(PPO):
@@ -371,7 +359,8 @@ class PPOPlus(PPO):
             kl_limit=None if self.target_kl is None else 1.5 * self.target_kl,
             amp_dtype=self._amp_dtype,
         )
-        if objective.amp_dtype is not None:
+        is_sensitive = isinstance(getattr(self.policy, "action_dist", None), SquashedGaussianDistribution)
+        if objective.amp_dtype is not None or is_sensitive:
             self._recompute_log_prob(objective)
         self.policy.set_training_mode(True)
         history = self._run_epochs(objective)
@@ -392,23 +381,30 @@ class PPOPlus(PPO):
             self._gradient_step.end_update()
 
     def _take_steps(self, objective: Objective) -> UpdateHistory:
-        history = UpdateHistory([], 0, 0)
+        history = UpdateHistory()
         for epoch in range(self.n_epochs):
-            history = history._replace(last_epoch_start=len(history.metrics), n_epochs_done=epoch)
+            history.begin_epoch()
             self._n_updates += 1
             for minibatch in minibatches(self.rollout_buffer, self.batch_size):
                 metrics, was_allowed = self._gradient_step(objective, minibatch)
                 history.metrics.append(metrics)
                 if not was_allowed:
+                    history.was_stopped = True
                     if self.verbose >= 1:
                         approx_kl = metrics[METRICS.index("approx_kl")]
                         print(f"Early stopping at step {epoch} due to reaching max kl: {approx_kl:.2f}")
                     return history
-        return history._replace(n_epochs_done=self.n_epochs)
+            history.n_epochs_done += 1
+        return history
 
     def _recompute_log_prob(self, objective: Objective) -> None:
-        """Compute the rollout's log-probs in the update's precision: else rounding alone makes ratios of 1 +- 1e-2."""
-        assert isinstance(self.rollout_buffer, PPOPlusRolloutBuffer)
+        """Compute the rollout's log-probs anew, as the update will, so that the first ratios are 1.
+
+        Under autocast rounding alone would make them 1 +- 1e-2, and for a squashed Gaussian with a saturated mean and a
+        small standard deviation 1 +- 1e-3, since single rows and batches are rounded differently.
+        """
+        if not isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
+            return
         rollout = self.rollout_buffer.rollout()
         self.policy.set_training_mode(False)
         with th.no_grad():
@@ -416,33 +412,17 @@ class PPOPlus(PPO):
                 rollout.old_log_prob[indices] = objective.evaluate(self.policy, rollout.select(indices))[1]
 
     def _log_update(self, coefficients: LossCoefficients, history: UpdateHistory) -> None:
-        # One transfer for all minibatches; float64, in which SB3 averages
-        table = th.stack(history.metrics).double().cpu()
-        means = LossTerms(*table[:, :-1].mean(dim=0).tolist())
-        last_epoch = LossTerms(*table[history.last_epoch_start :, :-1].mean(dim=0).tolist())
-        record = self.logger.record
-        record("train/entropy_loss", means.entropy_loss)
-        record("train/policy_gradient_loss", means.policy_loss)
-        record("train/value_loss", means.value_loss)
-        record("train/approx_kl", last_epoch.approx_kl)
-        record("train/clip_fraction", means.clip_fraction)
-        record("train/value_clip_fraction", means.value_clip_fraction)
-        record("train/loss", LossTerms(*table[-1, :-1].tolist()).loss)
+        for name, value in history.logged().items():
+            self.logger.record(f"train/{name}", value)
         values, returns = self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten()
-        record("train/explained_variance", explained_variance(values, returns))
+        self.logger.record("train/explained_variance", explained_variance(values, returns))
         log_std = getattr(self.policy, "log_std", None)
         if log_std is not None:
-            record("train/std", th.exp(log_std).mean().item())
-        was_stopped = history.n_epochs_done < self.n_epochs
-        grad_norms = table[: len(table) - was_stopped, METRICS.index("grad_norm")]
-        if len(grad_norms) > 0:
-            record("train/grad_norm", grad_norms.mean().item())
-        record("train/early_stopped", int(was_stopped))
-        record("train/n_epochs_done", history.n_epochs_done)
-        record("train/n_updates", self._n_updates, exclude="tensorboard")
+            self.logger.record("train/std", th.exp(log_std).mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in coefficients._asdict().items():
             if value is not None:
-                record(f"train/{name}", value)
+                self.logger.record(f"train/{name}", value)
 
     def learn(
         self,

@@ -1,0 +1,56 @@
+"""What one update went through, and what is logged of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch as th
+
+from sb3_ppo_plus.losses import LossTerms
+
+# Names of a minibatch's metrics, in the order of the tensor that holds them
+METRICS = (*LossTerms._fields, "grad_norm")
+
+
+@dataclass
+class UpdateHistory:
+    """The metrics of an update's minibatches, which stay on their device until the update is over.
+
+    :param metrics: of every minibatch whose loss was computed, float32 of shape (len(METRICS),)
+    :param last_epoch_start: index in ``metrics`` of the last epoch's first minibatch
+    :param n_epochs_done: epochs that were completed
+    :param was_stopped: whether ``target_kl`` forbade the step of the last minibatch
+    """
+
+    metrics: list[th.Tensor] = field(default_factory=list)
+    last_epoch_start: int = 0
+    n_epochs_done: int = 0
+    was_stopped: bool = False
+
+    def begin_epoch(self) -> None:
+        """Note that what follows belongs to another epoch."""
+        self.last_epoch_start = len(self.metrics)
+
+    def logged(self) -> dict[str, float]:
+        """Values by the names under which SB3's PPO logs them, and ours: means over the minibatches.
+
+        As in SB3, approx_kl is the mean over the last epoch, and loss is that of the last minibatch.
+        """
+        # One transfer for all minibatches; float64, in which SB3 averages
+        table = th.stack(self.metrics).double().cpu()
+        mean = dict(zip(METRICS, table.mean(dim=0).tolist(), strict=True))
+        of_last_epoch = dict(zip(METRICS, table[self.last_epoch_start :].mean(dim=0).tolist(), strict=True))
+        # The minibatch that was stopped has no gradient
+        grad_norms = table[: len(table) - self.was_stopped, METRICS.index("grad_norm")]
+        return {
+            "entropy_loss": mean["entropy_loss"],
+            "policy_gradient_loss": mean["policy_loss"],
+            "value_loss": mean["value_loss"],
+            "approx_kl": of_last_epoch["approx_kl"],
+            "clip_fraction": mean["clip_fraction"],
+            "value_clip_fraction": mean["value_clip_fraction"],
+            "loss": table[-1, METRICS.index("loss")].item(),
+            **({"grad_norm": grad_norms.mean().item()} if len(grad_norms) else {}),
+            "early_stopped": int(self.was_stopped),
+            "n_epochs_done": self.n_epochs_done,
+        }
