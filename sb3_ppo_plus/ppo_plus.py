@@ -168,8 +168,9 @@ class PPOPlus(PPO):
             self.rollout_buffer_class = PPOPlusDictRolloutBuffer if is_dict else PPOPlusRolloutBuffer
         self._check_arguments()
         self.clip_range = _float_schedule(self.clip_range, "clip_range")
-        # A number goes to SB3 as it is, whose own check refuses those that are not positive
-        if self.clip_range_vf is not None and not isinstance(self.clip_range_vf, float | int):
+        # SB3's own check refuses numbers that are not positive
+        given_vf = self.clip_range_vf
+        if given_vf is not None and not (isinstance(given_vf, float | int) and not given_vf > 0):
             self.clip_range_vf = _float_schedule(self.clip_range_vf, "clip_range_vf")
         given = self.policy_kwargs
         self.policy_kwargs = resolve_policy_kwargs(self.policy_class, given)

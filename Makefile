@@ -1,0 +1,57 @@
+# `make demo` and `make test` each set everything up in $(VENV) by themselves; a second run starts at once.
+PYTHON ?= python3
+VENV ?= .venv
+# Further arguments for pip. On a Linux machine without a GPU, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# takes PyTorch's much smaller CPU build.
+PIP_ARGS ?=
+# A checkout of Stable-Baselines3 v2.9.2, for test-sb3.
+SB3 ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
+PYTEST := $(BIN)/python -m pytest -n 2
+# These networks are too small to share among threads, which on a busy machine wait for each other most of the time.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help demo test lint types tests test-sb3
+
+help:
+	@echo "make demo                      train, evaluate and plot CartPole-v1 (results in logs/demo)"
+	@echo "make test                      ruff, mypy --strict, pytest"
+	@echo "make test-sb3 SB3=CHECKOUT     SB3 v2.9.2's own tests with PPO replaced by PPOPlus"
+
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) torch==2.13.0
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e ".[zoo,plot]"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e ".[zoo,plot,box2d,mujoco,dev]"
+	@touch $@
+
+# SB3's tests read its CSV files with pandas.
+$(VENV)/.test-sb3: $(VENV)/.test
+	$(INSTALL) pandas psutil
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: lint types tests
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy --strict sb3_ppo_plus
+
+tests: $(VENV)/.test lint types
+	$(PYTEST)
+
+test-sb3: $(VENV)/.test-sb3
+	@test -d "$(SB3)/tests" || { echo "usage: make test-sb3 SB3=/path/to/stable-baselines3 (a checkout of v2.9.2)"; exit 2; }
+	PYTHONPATH=tests $(PYTEST) -p sb3_suite -c "$(SB3)/pyproject.toml" --rootdir "$(SB3)" -p no:cacheprovider "$(SB3)/tests"

@@ -1,0 +1,113 @@
+"""Scores of the final policy with the parameters of zoo_hyperparams/ppo_plus.yml, every seed counted.
+
+    python examples/benchmarks/learning.py Pendulum-v1 --seeds 0 1 2 3 4 --action-dist beta
+
+trains each seed once, evaluates the final policy (deterministic, 20 episodes, statistics of VecNormalize frozen) with
+SB3's evaluate_policy, prints one JSON line per seed and their mean, and appends the lines to --output.
+``--algo ppo`` trains SB3's PPO with the same parameters and steps.
+"""
+
+import argparse
+import json
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import gymnasium as gym
+import torch as th
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize, unwrap_vec_normalize
+
+from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.schedules import make_schedule
+from sb3_ppo_plus.zoo import load_hyperparams
+
+
+def make_env(env_id: str, n_envs: int, seed: int, normalize: dict[str, Any], frame_stack: int) -> VecEnv:
+    """Build the env as the RL Zoo does."""
+    env = make_vec_env(env_id, n_envs=n_envs, seed=seed)
+    if normalize:
+        env = VecNormalize(env, **normalize)
+    return VecFrameStack(env, frame_stack) if frame_stack > 1 else env
+
+
+def run(
+    seed: int, *, env_id: str, algo: str, steps: int | None, action_dist: str | None, compile: bool
+) -> dict[str, Any]:
+    """Train one seed and score its final policy."""
+    th.set_num_threads(1)
+    hyperparams = load_hyperparams(env_id)
+    n_timesteps = steps or int(hyperparams.pop("n_timesteps"))
+    hyperparams.pop("n_timesteps", None)
+    n_envs, frame_stack = int(hyperparams.pop("n_envs", 1)), int(hyperparams.pop("frame_stack", 1))
+    normalize = {"gamma": hyperparams.get("gamma", 0.99)} if hyperparams.pop("normalize", False) else {}
+    if action_dist:
+        hyperparams.pop("use_sde", None)
+        hyperparams.pop("sde_sample_freq", None)
+        hyperparams["policy_kwargs"] = {**hyperparams.get("policy_kwargs", {}), "action_dist": action_dist}
+    if algo == "ppo":
+        # SB3's PPO knows no schedules by string
+        scheduled = {"learning_rate", "clip_range"} & hyperparams.keys()
+        hyperparams |= {name: make_schedule(hyperparams[name], name) for name in scheduled}
+    elif compile:
+        hyperparams["compile"] = True
+    policy = hyperparams.pop("policy")
+    env = make_env(env_id, n_envs, seed, normalize, frame_stack)
+    model = {"ppo": PPO, "ppo_plus": PPOPlus}[algo](policy, env, seed=seed, device="cpu", **hyperparams)
+    started = time.perf_counter()
+    model.learn(n_timesteps)
+    seconds = time.perf_counter() - started
+
+    eval_env = make_env(env_id, 1, 10_000 + seed, normalize, frame_stack)
+    statistics, of_training = unwrap_vec_normalize(eval_env), unwrap_vec_normalize(env)
+    if statistics is not None and of_training is not None:
+        statistics.obs_rms, statistics.training, statistics.norm_reward = of_training.obs_rms, False, False
+    score, std = evaluate_policy(model, eval_env, n_eval_episodes=20, deterministic=True)
+    return {
+        "env": env_id,
+        "algo": algo,
+        "action_dist": action_dist or "as in the file",
+        "compile": compile,
+        "seed": seed,
+        "steps": model.num_timesteps,
+        "mean": round(float(score), 2),
+        "std": round(float(std), 2),
+        "secs": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    """Parse the arguments, run the seeds, print the scores."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("env", help="Gymnasium id with an entry in ppo_plus.yml")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, help="instead of the file's n_timesteps")
+    parser.add_argument("--algo", choices=["ppo", "ppo_plus"], default="ppo_plus")
+    parser.add_argument("--action-dist", choices=["gaussian", "squashed_gaussian", "beta"])
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--workers", type=int, default=1, help="seeds that train at the same time")
+    parser.add_argument("--output", type=Path, help="file to append the JSON lines to")
+    args = parser.parse_args()
+    gym.spec(args.env)
+    job = partial(
+        run, env_id=args.env, algo=args.algo, steps=args.steps, action_dist=args.action_dist, compile=args.compile
+    )
+    scores = []
+    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
+        for result in pool.map(job, args.seeds):
+            print(json.dumps(result), flush=True)
+            scores.append(result["mean"])
+            if args.output:
+                with args.output.open("a") as file:
+                    file.write(json.dumps(result) + "\n")
+    print(f"{args.env}: mean over {len(scores)} seeds {mean(scores):.2f}, lowest {min(scores):.2f}")
+
+
+if __name__ == "__main__":
+    main()

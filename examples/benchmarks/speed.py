@@ -1,0 +1,255 @@
+"""Speed of PPOPlus beside SB3's PPO, and SBX's where it is installed: the same environments, one interleaved run.
+
+    python examples/benchmarks/speed.py --output logs/speed
+
+Every contender of a case is built, warmed up (compile time is reported apart) and then measured in turns, so that
+whatever else the machine does hits all alike. Of each figure the median over the rounds is printed, and its ratio to
+SB3's. --cases picks some; --quick shortens the rounds. Writes speed.json and speed.png to --output.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_ppo_plus import PPOPlus
+
+
+class RandomEnv(gym.Env):
+    """Costs next to nothing: one fixed observation, episodes of 200 steps."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space) -> None:
+        self.observation_space, self.action_space = observation_space, action_space
+        self.observation_space.seed(0)
+        self.observation = self.observation_space.sample()
+        self.n_steps = 0
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode."""
+        super().reset(seed=seed)
+        self.n_steps = 0
+        return self.observation, {}
+
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:  # noqa: ANN401  # whatever the space
+        """Count the step."""
+        self.n_steps += 1
+        return self.observation, 1.0, False, self.n_steps >= 200, {}
+
+
+PIXELS = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+DICT = spaces.Dict({"position": spaces.Box(-1, 1, (8,)), "target": spaces.Box(-1, 1, (3,)), "kind": spaces.Discrete(4)})
+
+
+@dataclass
+class Case:
+    """One row of the table."""
+
+    env: str | Callable[[], gym.Env]
+    n_envs: int
+    policy: str = "MlpPolicy"
+    normalize: bool = False
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def make_env(self) -> VecEnv:
+        """Build the vectorised environment."""
+        env = make_vec_env(self.env, n_envs=self.n_envs, seed=0)
+        return VecNormalize(env) if self.normalize else env
+
+
+ZOO_CARTPOLE = {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gae_lambda": 0.8, "gamma": 0.98}
+CASES: dict[str, Case] = {
+    "CartPole, 8 envs": Case("CartPole-v1", 8),
+    "Pendulum, 4 envs": Case("Pendulum-v1", 4),
+    "HalfCheetah, 1 env": Case("HalfCheetah-v5", 1),
+    "HalfCheetah, 8 envs": Case("HalfCheetah-v5", 8, kwargs={"n_steps": 512}),
+    "CartPole, zoo": Case("CartPole-v1", 8, kwargs=ZOO_CARTPOLE),
+    "pixels 84x84x4": Case(
+        lambda: RandomEnv(PIXELS, spaces.Discrete(4)), 8, "CnnPolicy", kwargs={"n_steps": 32, "n_epochs": 4}
+    ),
+    "Dict": Case(lambda: RandomEnv(DICT, spaces.Discrete(4)), 8, "MultiInputPolicy", kwargs={"n_steps": 256}),
+    "256x256 net, batch 4096": Case(
+        "HalfCheetah-v5",
+        8,
+        kwargs={"n_steps": 512, "batch_size": 4096, "policy_kwargs": {"net_arch": [256, 256]}},
+    ),
+    "CartPole, 1 env": Case("CartPole-v1", 1),
+    "CartPole, 64 envs": Case("CartPole-v1", 64, kwargs={"n_steps": 128}),
+    "CartPole, 256 envs": Case("CartPole-v1", 256, kwargs={"n_steps": 32}),
+    "HalfCheetah, 1 env, VecNormalize": Case("HalfCheetah-v5", 1, normalize=True),
+}
+
+
+def contenders() -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]]:
+    """Name the algorithms that are installed."""
+    found: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
+        "SB3": (PPO, {}),
+        "PPOPlus": (PPOPlus, {}),
+        "PPOPlus compiled": (PPOPlus, {"compile": True}),
+    }
+    try:
+        from sbx import PPO as SBX_PPO
+    except ImportError:
+        return found
+    return {**found, "SBX": (SBX_PPO, {})}
+
+
+class Contender:
+    """One algorithm on one case, and its timings."""
+
+    def __init__(self, case: Case, algorithm: type[BaseAlgorithm], kwargs: dict[str, Any]) -> None:
+        started = time.perf_counter()
+        self.model: Any = algorithm(case.policy, case.make_env(), seed=0, device="cpu", **case.kwargs, **kwargs)
+        rollout = self.model.n_steps * case.n_envs
+        self.minibatches = self.model.n_epochs * -(-rollout // self.model.batch_size)
+        self.model.learn(2 * rollout)
+        self.warm_up_seconds = time.perf_counter() - started
+        _, self.callback = self.model._setup_learn(10**9, None, reset_num_timesteps=False)
+        self.callback.on_training_start({}, {})
+        self.rollout: list[float] = []
+        self.update: list[float] = []
+
+    def measure(self) -> None:
+        """Collect one rollout and train on it."""
+        model = self.model
+        started = time.perf_counter()
+        model.collect_rollouts(model.env, self.callback, model.rollout_buffer, model.n_steps)
+        collected = time.perf_counter()
+        model.train()
+        self.rollout.append((collected - started) / model.n_steps)
+        self.update.append((time.perf_counter() - collected) / self.minibatches)
+
+    def figures(self) -> dict[str, float]:
+        """Medians, in microseconds and steps per second."""
+        rollout, update = statistics.median(self.rollout), statistics.median(self.update)
+        seconds = rollout * self.model.n_steps + update * self.minibatches
+        return {
+            "rollout_us_per_step": rollout * 1e6,
+            "update_us_per_minibatch": update * 1e6,
+            "steps_per_second": self.model.n_steps * self.model.n_envs / seconds,
+            "warm_up_seconds": self.warm_up_seconds,
+            "compile_seconds": getattr(getattr(self.model, "_reporter", None), "seconds", 0.0),
+        }
+
+
+def env_only(case: Case, n_steps: int = 512) -> float:
+    """Seconds of one VecEnv.step with random actions: the bound of a rollout step."""
+    env = case.make_env()
+    env.reset()
+    actions = [np.array([env.action_space.sample() for _ in range(case.n_envs)]) for _ in range(n_steps)]
+    started = time.perf_counter()
+    for action in actions:
+        env.step(action)
+    return (time.perf_counter() - started) / n_steps
+
+
+def run_case(name: str, rounds: int) -> dict[str, Any]:
+    """Measure all contenders of a case in turns."""
+    th.set_num_threads(1)
+    case = CASES[name]
+    running = {label: Contender(case, *given) for label, given in contenders().items()}
+    bounds = []
+    for _ in range(rounds):
+        bounds.append(env_only(case))
+        for contender in running.values():
+            contender.measure()
+    return {
+        "case": name,
+        "env_only_us_per_step": statistics.median(bounds) * 1e6,
+        "contenders": {label: contender.figures() for label, contender in running.items()},
+    }
+
+
+def peak_memory(name: str, label: str) -> float:
+    """Peak resident memory in MiB of a process that trains one contender alone."""
+    with get_context("spawn").Pool(1) as pool:
+        return pool.apply(_train_alone, (name, label))
+
+
+def _train_alone(name: str, label: str) -> float:
+    th.set_num_threads(1)
+    algorithm, kwargs = contenders()[label]
+    Contender(CASES[name], algorithm, kwargs).measure()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Format the results as Markdown."""
+    lines = [
+        "| case | | rollout us/step | update us/minibatch | steps/s | rollout x SB3 | update x SB3 | end to end x SB3 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        base = result["contenders"]["SB3"]
+        for label, figures in result["contenders"].items():
+            lines.append(
+                f"| {result['case']} | {label} | {figures['rollout_us_per_step']:.0f} "
+                f"| {figures['update_us_per_minibatch']:.0f} | {figures['steps_per_second']:.0f} "
+                f"| {base['rollout_us_per_step'] / figures['rollout_us_per_step']:.2f} "
+                f"| {base['update_us_per_minibatch'] / figures['update_us_per_minibatch']:.2f} "
+                f"| {figures['steps_per_second'] / base['steps_per_second']:.2f} |"
+            )
+        lines.append(f"| {result['case']} | env only | {result['env_only_us_per_step']:.0f} | | | | | |")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Draw end-to-end speed relative to SB3."""
+    import matplotlib.pyplot as plt
+
+    labels = list(results[0]["contenders"])
+    figure, axes = plt.subplots(figsize=(10, 1 + 0.6 * len(results)))
+    height = 0.8 / len(labels)
+    for index, label in enumerate(labels):
+        ratios = [
+            result["contenders"][label]["steps_per_second"] / result["contenders"]["SB3"]["steps_per_second"]
+            for result in results
+        ]
+        axes.barh(np.arange(len(results)) + index * height, ratios, height, label=label)
+    axes.set_yticks(np.arange(len(results)) + 0.3, [result["case"] for result in results])
+    axes.invert_yaxis()
+    axes.set_xlabel("steps per second, relative to SB3's PPO")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Parse the arguments, measure, print the table, write the files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="3 rounds")
+    parser.add_argument("--memory", action="store_true", help="peak memory too, each contender in a process of its own")
+    parser.add_argument("--output", type=Path, default=Path("logs/speed"))
+    args = parser.parse_args()
+    results = []
+    for name in args.cases:
+        result = run_case(name, 3 if args.quick else args.rounds)
+        if args.memory:
+            for label, figures in result["contenders"].items():
+                figures["peak_memory_mib"] = peak_memory(name, label)
+        results.append(result)
+        print(table([result]), flush=True)
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "speed.json").write_text(json.dumps(results, indent=2))
+    plot(results, args.output / "speed.png")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""Every example runs, with few steps, and does what it says."""
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def load_example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_example_has_a_test_here():
+    names = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert names == {name.removeprefix("test_") for name in globals() if name.startswith("test_")} & names
+
+
+def test_demo(capsys):
+    stale = Path("logs/demo/99.monitor.csv")
+    stale.parent.mkdir(parents=True)
+    stale.touch()
+    mean_reward = load_example("demo").main(timesteps=2_000)
+    assert 8 <= mean_reward <= 500
+    assert f"{mean_reward:.1f} +/-" in capsys.readouterr().out
+    assert Path("logs/demo/model.zip").stat().st_size > 0
+    assert Path("logs/demo/learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert not stale.exists(), "an earlier run's episodes would be in the curve"
+
+
+def test_drop_in():
+    assert load_example("drop_in").main(timesteps=2_048) is True
+
+
+def test_schedules(capsys):
+    load_example("schedules").main(timesteps=1_024)
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
+    assert rows["learning_rate"] == ["0", "0.001", "0.00089", "0.00054", "0.00016", "0"]
+    assert rows["clip_range"][:4] == ["0.2", "0.19", "0.16", "0.12"]
+
+
+def test_bounded_actions(capsys):
+    mean_rewards = load_example("bounded_actions").main(timesteps=4_096)
+    assert all(-2000 < mean_reward < 0 for mean_reward in mean_rewards.values())
+    printed = re.findall(r"(\w+) +-\d+, actions in \[(.+), (.+)\]", capsys.readouterr().out)
+    assert [action_dist for action_dist, _, _ in printed] == ["beta", "squashed_gaussian"]
+    assert all(-2 < float(low) < -1 < 1 < float(high) < 2 for _, low, high in printed)
+
+
+def test_transformer_partial_observation():
+    example = load_example("transformer_partial_observation")
+    env = example.make_env(n_envs=2, seed=0)
+    assert env.observation_space.shape == (16,)
+    first = env.reset()
+    assert np.count_nonzero(first[:, :14]) == 0
+    states = np.array([cartpole.state for cartpole in env.get_attr("unwrapped")], np.float32)
+    np.testing.assert_array_equal(first[:, 14:], states[:, [0, 2]])
+    assert 8 <= example.main(timesteps=2_048) <= 500
+
+
+def test_cnn_pixels():
+    example = load_example("cnn_pixels")
+    env = example.make_env()
+    image, _ = env.reset(seed=0)
+    assert env.observation_space.contains(image)
+    assert np.count_nonzero(image) == 2
+    assert -0.4 <= example.main(timesteps=512) <= 1
+
+
+def test_normalize_eval_checkpoint():
+    mean_reward = load_example("normalize_eval_checkpoint").main(timesteps=4_096)
+    assert -2000 < mean_reward < 0
+    files = {path.name for path in Path("logs/normalize_eval_checkpoint").iterdir()}
+    assert {"best_model.zip", "evaluations.npz", "checkpoint_4080_steps.zip"} <= files
+
+
+def test_logging_tensorboard_csv():
+    example = load_example("logging_tensorboard_csv")
+    last = example.main(timesteps=1_024)
+    assert all(np.isfinite(float(last[name])) for name in example.ADDED)
+    assert list(Path("logs/logging").glob("events.out.tfevents.*"))
+
+
+def test_continue_from_sb3(capsys):
+    assert 8 <= load_example("continue_from_sb3").main(timesteps=4_096) <= 500
+    assert capsys.readouterr().out.splitlines()[-1].endswith("after 4096 steps")
