@@ -1,0 +1,105 @@
+"""A rollout that is evaluated afterwards holds what one that is evaluated at each step holds."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from envs import ASYMMETRIC, BOX, IMAGE, SMALL_DICT, SMALL_NET, ConstantRewardEnv, make_env
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
+from sb3_ppo_plus.acting import EVALUATION_CHUNK, can_act_alone, predict_values
+
+
+class KeepRollout(BaseCallback):
+    """Copies the buffer at the end of each rollout, and notes which values callbacks saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rollouts: list[dict[str, Any]] = []
+        self.seen: list[Any] = []
+
+    def _on_step(self) -> bool:
+        self.seen.append(self.locals["values"])
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        names = ("actions", "rewards", "values", "log_probs", "advantages", "returns", "episode_starts")
+        self.rollouts.append({name: np.array(getattr(buffer, name)) for name in names})
+
+
+def rollouts(env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> tuple[KeepRollout, KeepRollout]:
+    kept = []
+    for compile in (False, True):
+        callback = KeepRollout()
+        model = PPOPlus(policy, env(), n_steps=24, batch_size=24, n_epochs=1, seed=0, compile=compile, **kwargs)
+        model.learn(2 * 24 * model.n_envs, callback=callback)
+        kept.append(callback)
+    return kept[0], kept[1]
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "action_space", "policy", "kwargs"),
+    [
+        (BOX, ASYMMETRIC, "MlpPolicy", {"policy_kwargs": {**SMALL_NET, "action_dist": "squashed_gaussian"}}),
+        (BOX, ASYMMETRIC, "MlpPolicy", {"use_sde": True, "sde_sample_freq": 5, "policy_kwargs": SMALL_NET}),
+        (SMALL_DICT, spaces.MultiDiscrete([3, 2]), "MultiInputPolicy", {"policy_kwargs": SMALL_NET}),
+        (IMAGE, spaces.Discrete(3), "CnnPolicy", {}),
+    ],
+    ids=["squashed", "gSDE", "dict", "image"],
+)
+@pytest.mark.filterwarnings("error:compile=True")
+def test_compiled_and_eager_rollouts_are_the_same(
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], policy: str, kwargs: dict[str, Any]
+) -> None:
+    def env() -> Any:
+        # Episodes of 7 steps: several timeouts in each rollout
+        return make_env(2, observation_space=observation_space, action_space=action_space, p_terminate=0.05)
+
+    eager, compiled = rollouts(env, policy, **kwargs)
+    assert all(values is None for values in compiled.seen)
+    assert all(values is not None for values in eager.seen)
+    for expected, actual in zip(eager.rollouts, compiled.rollouts, strict=True):
+        for name in expected:
+            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_timeouts_are_bootstrapped_after_a_compiled_rollout_and_terminations_are_not() -> None:
+    for truncates in (True, False):
+        eager, compiled = rollouts(
+            lambda truncates=truncates: make_vec_env(ConstantRewardEnv, 2, env_kwargs={"truncates": truncates})
+        )
+        rewards = compiled.rollouts[0]["rewards"]
+        assert (rewards != 1.0).any() == truncates
+        np.testing.assert_allclose(rewards, eager.rollouts[0]["rewards"], atol=1e-6)
+
+
+def test_predictions_do_not_depend_on_the_size_of_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = PPOPlus("MultiInputPolicy", make_env(observation_space=SMALL_DICT), seed=0).policy
+    observations = [SMALL_DICT.sample() for _ in range(7)]
+    whole = predict_values(policy, observations)
+    assert EVALUATION_CHUNK > 7 * 4
+    monkeypatch.setattr("sb3_ppo_plus.acting.EVALUATION_CHUNK", 9)
+    np.testing.assert_allclose(predict_values(policy, observations), whole, atol=1e-6)
+    single = [policy.predict_values(policy.obs_to_tensor(obs)[0]).item() for obs in observations]
+    np.testing.assert_allclose(whole, single, atol=1e-6)
+
+
+class OwnForward(ActorCriticPlusPolicy):
+    def forward(self, obs: Any, deterministic: bool = False) -> Any:
+        actions, values, log_prob = super().forward(obs, deterministic)
+        return actions, values + 100.0, log_prob
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+def test_a_policy_with_a_forward_of_its_own_is_asked_at_every_step() -> None:
+    callback = KeepRollout()
+    model = PPOPlus(OwnForward, make_env(), n_steps=16, batch_size=16, n_epochs=1, compile=True)
+    model.learn(16, callback=callback)
+    assert not can_act_alone(model.policy)
+    assert callback.rollouts[0]["values"].min() > 90
+    assert all(isinstance(values, th.Tensor) for values in callback.seen)
