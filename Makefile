@@ -1,8 +1,7 @@
 # `make demo` and `make test` each set everything up in $(VENV) by themselves; a second run starts at once.
 PYTHON ?= python3
 VENV ?= .venv
-# Further arguments for pip. On a Linux machine without a GPU, PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
-# takes PyTorch's much smaller CPU build.
+# Further arguments for pip, such as an index that has PyTorch's much smaller CPU build.
 PIP_ARGS ?=
 # A checkout of Stable-Baselines3 v2.9.2, for test-sb3.
 SB3 ?=

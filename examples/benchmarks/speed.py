@@ -190,7 +190,7 @@ def _train_alone(name: str, label: str) -> float:
 def table(results: list[dict[str, Any]]) -> str:
     """Format the results as Markdown."""
     lines = [
-        "| case | | rollout us/step | update us/minibatch | steps/s | rollout x SB3 | update x SB3 | end to end x SB3 |",
+        "| case | | rollout us/step | update us/minibatch | steps/s | rollout x | update x | end to end x |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
