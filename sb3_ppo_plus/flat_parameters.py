@@ -197,7 +197,7 @@ class FlatParameters:
         """
         th._foreach_copy_(self._gradients, gradients)
         # Norms of the copies: autograd's own gradients may be strided, and are then summed in another order
-        grad_norm = th.nn.utils.get_total_norm(self._gradients)
+        grad_norm = th.linalg.vector_norm(th.stack(th._foreach_norm(self._gradients)))
         scale = (max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1.0)
         for group in self.groups:
             assert group.flat.grad is not None

@@ -167,14 +167,16 @@ def ppo_loss(
         values, batch.old_values, batch.returns, clip_range_vf, pessimistic=pessimistic_value_clip, valid=valid
     )
     entropy_term = entropy_loss(entropy, log_prob, valid)
+    if isinstance(ent_coef, float) and ent_coef == 0.0:
+        # Its gradient is 0, and costs as much as any other
+        entropy_term = entropy_term.detach()
     loss = policy_term + ent_coef * entropy_term + vf_coef * value_term
 
     with th.no_grad():
         approx_kl = approximate_kl(log_ratio, valid)
         clip_fraction = masked_mean((th.abs(ratio - 1) > clip_range).float(), valid)
-        if clip_range_vf is None:
-            value_clip_fraction = th.zeros_like(clip_fraction)
-        else:
+        value_clip_fraction = th.zeros_like(clip_fraction)
+        if clip_range_vf is not None:
             value_clip_fraction = masked_mean((th.abs(values - batch.old_values) > clip_range_vf).float(), valid)
     return LossTerms(
         loss,

@@ -17,8 +17,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import gymnasium as gym
 import torch as th
+import yaml
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.schedules import make_schedule
-from sb3_ppo_plus.zoo import load_hyperparams
+from sb3_ppo_plus.zoo import hyperparams_file
 
 
 def make_env(env_id: str, n_envs: int, seed: int, normalize: dict[str, Any], frame_stack: int) -> VecEnv:
@@ -42,15 +42,12 @@ def run(
 ) -> dict[str, Any]:
     """Train one seed and score its final policy."""
     th.set_num_threads(1)
-    hyperparams = load_hyperparams(env_id)
+    entries = yaml.safe_load(hyperparams_file().read_text(encoding="utf-8"))
+    hyperparams = entries[f"{env_id}:{action_dist}" if action_dist else env_id]
     n_timesteps = steps or int(hyperparams.pop("n_timesteps"))
     hyperparams.pop("n_timesteps", None)
     n_envs, frame_stack = int(hyperparams.pop("n_envs", 1)), int(hyperparams.pop("frame_stack", 1))
     normalize = {"gamma": hyperparams.get("gamma", 0.99)} if hyperparams.pop("normalize", False) else {}
-    if action_dist:
-        hyperparams.pop("use_sde", None)
-        hyperparams.pop("sde_sample_freq", None)
-        hyperparams["policy_kwargs"] = {**hyperparams.get("policy_kwargs", {}), "action_dist": action_dist}
     if algo == "ppo":
         # SB3's PPO knows no schedules by string
         scheduled = {"learning_rate", "clip_range"} & hyperparams.keys()
@@ -89,12 +86,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, help="instead of the file's n_timesteps")
     parser.add_argument("--algo", choices=["ppo", "ppo_plus"], default="ppo_plus")
-    parser.add_argument("--action-dist", choices=["gaussian", "squashed_gaussian", "beta"])
+    parser.add_argument("--action-dist", choices=["squashed_gaussian", "beta"], help="take the entry ENV:ACTION_DIST")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=1, help="seeds that train at the same time")
     parser.add_argument("--output", type=Path, help="file to append the JSON lines to")
     args = parser.parse_args()
-    gym.spec(args.env)
     job = partial(
         run, env_id=args.env, algo=args.algo, steps=args.steps, action_dist=args.action_dist, compile=args.compile
     )
