@@ -1,4 +1,4 @@
-"""How a rollout gets its actions, and when their values and log-probabilities are computed."""
+"""Acting apart from evaluating: only actions at each step, their values and log-probabilities after the rollout."""
 
 from __future__ import annotations
 
@@ -15,38 +15,14 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from sb3_ppo_plus.buffers import RolloutBatch
-from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, compile_graph, tensor_places
+from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, compile_graph, python_state, tensor_places
 from sb3_ppo_plus.policies import ActorCriticPlusPolicy
 
 # Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
 EVALUATION_CHUNK = 2**22
 
 
-class Actor:
-    """Asks the policy for actions, values and log-probabilities at each step, as SB3 does.
-
-    :param policy: the policy
-    """
-
-    def __init__(self, policy: ActorCriticPolicy) -> None:
-        self.policy = policy
-
-    def begin_rollout(self) -> None:
-        """Take note of whatever has changed since the last rollout."""
-
-    @th.no_grad()
-    def act(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
-        """Choose actions.
-
-        :param observations: shape (n_envs, *observation shape), or a dict of such
-        :return: stored actions, values and log-probabilities; the latter two None where they are computed after the
-            rollout, by :func:`evaluate_rollout`
-        """
-        actions, values, log_probs = self.policy(observations)
-        return actions, values, log_probs
-
-
-class CompiledActor(Actor):
+class CompiledActor:
     """Computes only the actions at each step, in a compiled graph that draws the random numbers of eager mode.
 
     :param policy: the policy, see :func:`can_act_alone`
@@ -55,36 +31,44 @@ class CompiledActor(Actor):
     """
 
     def __init__(self, policy: ActorCriticPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
-        super().__init__(policy)
+        self.policy = policy
         self.n_compilations = 0
         self._options = options
         self._reporter = reporter
         self._graphs: dict[Hashable, Graph] = {}
         self._gave_up = False
-        self._tensors: dict[str, th.Tensor] = {}
+        self._places: dict[str, th.Tensor] = {}
+        self._python_state: list[Hashable] = []
 
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
-        self._tensors = {name: tensor.detach() for name, tensor in tensor_places(self.policy).items()}
+        self._places = tensor_places(self.policy)
+        state = python_state(self.policy)
+        if state != self._python_state:
+            self._graphs.clear()
+        self._python_state = state
 
     @th.no_grad()
-    def act(self, observations: PyTorchObs) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
-        """Choose actions, see :meth:`Actor.act`."""
+    def act(self, observations: PyTorchObs) -> th.Tensor:
+        """Choose actions.
+
+        :param observations: shape (n_envs, *observation shape), or a dict of such
+        :return: stored actions, shape (n_envs, *action shape)
+        """
         noise = _exploration_matrices(self.policy)
-        leaves: list[th.Tensor] = [*_leaves(observations), *noise, *self._tensors.values()]
-        key = tuple((leaf.shape, leaf.dtype) for leaf in leaves[: len(leaves) - len(self._tensors)])
-        if key not in self._graphs and not (not self._gave_up and self._compile(key, observations, noise, leaves)):
-            distribution = self.policy.get_distribution(observations)
-            actions = distribution.get_actions()
+        leaves: list[th.Tensor] = [*_leaves(observations), *noise, *self._places.values()]
+        key = tuple((leaf.shape, leaf.dtype) for leaf in leaves[: len(leaves) - len(self._places)])
+        if key in self._graphs or (not self._gave_up and self._compile(key, observations, noise, leaves)):
+            actions: th.Tensor = self._graphs[key](*leaves)[0]
         else:
-            actions = self._graphs[key](*leaves)[0]
-        return actions.reshape(-1, *(self.policy.action_space.shape or ())), None, None
+            actions = self.policy.get_distribution(observations).get_actions()
+        return actions.reshape(-1, *(self.policy.action_space.shape or ()))
 
     def _compile(
         self, key: Hashable, observations: PyTorchObs, noise: list[th.Tensor], leaves: list[th.Tensor]
     ) -> bool:
         module = _Acting(self.policy)
-        names = [f"policy.{name}" for name in self._tensors]
+        names = [f"policy.{name}" for name in self._places]
         n_observations = len(_leaves(observations))
 
         def function(*leaves: th.Tensor) -> tuple[th.Tensor]:
@@ -95,8 +79,9 @@ class CompiledActor(Actor):
             return (functional_call(module, tensors, arguments, tie_weights=False),)
 
         started = time.perf_counter()
+        examples = [leaf.detach() for leaf in leaves]
         try:
-            self._graphs[key] = compile_graph(function, leaves, self._options)
+            self._graphs[key] = compile_graph(function, examples, self.policy, self._options)
         except Exception as error:  # tracing and compilers raise all kinds
             self._gave_up = True
             self._reporter.failed("acting", error)

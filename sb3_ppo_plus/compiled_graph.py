@@ -7,12 +7,13 @@ guarded at each call, and there is nothing to recompile. A graph holds for the s
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch as th
 import torch._inductor
+from stable_baselines3.common.distributions import Distribution as SB3Distribution
 from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
@@ -40,35 +41,90 @@ class CompilationReporter:
         if self.verbose >= 1:
             print(f"Compiled the {what} in {seconds:.1f} s")
 
-    def failed(self, what: str, error: Exception) -> None:
+    def failed(self, what: str, reason: Exception | str) -> None:
         """Warn, once."""
         if not self._has_warned:
-            reason = (str(error).strip().splitlines() or [""])[0]
-            warnings.warn(
-                f"compile=True: {what} runs eagerly, since it could not be compiled: {type(error).__name__}: {reason}",
-                stacklevel=2,
-            )
+            if isinstance(reason, Exception):
+                first_line = (str(reason).strip().splitlines() or [""])[0]
+                reason = f"it could not be compiled: {type(reason).__name__}: {first_line}"
+            warnings.warn(f"compile=True: {what} runs eagerly, since {reason}", stacklevel=2)
         self._has_warned = True
 
 
+def inductor_options(compile: bool | dict[str, Any]) -> dict[str, Any]:
+    """Translate the ``compile`` argument into TorchInductor's options.
+
+    :param compile: True or False; TorchInductor's options; or ``mode`` and ``options``, as ``torch.compile`` takes them
+    :raises TypeError: for anything else
+    :raises ValueError: for an option that TorchInductor does not have
+    """
+    if isinstance(compile, bool):
+        return {}
+    if not isinstance(compile, dict):
+        raise TypeError(f"compile must be True, False or a dict of torch.compile's options, got {compile!r}")
+    options = dict(compile)
+    if options.keys() <= {"mode", "options"}:
+        mode = options.get("mode")
+        options = {**(th._inductor.list_mode_options(mode) if mode else {}), **options.get("options", {})}
+    known = set(th._inductor.list_options()) | set(vars(th._inductor.config)["_config"])
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ValueError(f"compile has options {unknown}; allowed: those of torch._inductor.list_options()")
+    return options
+
+
 def compile_graph(
-    function: Callable[..., Any], inputs: Sequence[th.Tensor], options: dict[str, Any] | None = None
+    function: Callable[..., Any],
+    inputs: Sequence[th.Tensor],
+    module: th.nn.Module,
+    options: dict[str, Any] | None = None,
 ) -> Graph:
     """Compile a function for inputs of the shapes, dtypes and devices of ``inputs``.
 
     :param function: takes tensors, returns a tensor or tuple of tensors, and may change inputs in place
     :param inputs: examples; their values do not matter
+    :param module: what the function calls; left as it was
     :param options: TorchInductor's, as in the ``options`` of ``torch.compile``
     :return: the compiled function
-    :raises RuntimeError: where two traces differ: a graph would repeat the first for ever
+    :raises RuntimeError: where the module keeps a state in Python, which a graph would not follow
     :raises Exception: whatever else tracing or the compiler raises, of many kinds
     """
     with _without_checks_of_values():
-        graph, again = (make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs) for _ in range(2))
+        graph, again = (_trace(function, inputs, module) for _ in range(2))
     if graph.code != again.code:
-        raise RuntimeError("it computes something else at each call, as its Python code keeps a state")
+        raise RuntimeError("it computes something else at each call")
     compiled: Graph = th._inductor.compile(graph, list(inputs), options={**DEFAULT_OPTIONS, **(options or {})})
     return compiled
+
+
+def _trace(function: Callable[..., Any], inputs: Sequence[th.Tensor], module: th.nn.Module) -> th.fx.GraphModule:
+    before = [(owner, dict(vars(owner))) for owner in _owners_of_state(module)]
+    try:
+        graph: th.fx.GraphModule = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        for owner, attributes in before:
+            changed = [name for name, value in vars(owner).items() if attributes.get(name) is not value]
+            if isinstance(owner, th.nn.Module) and set(changed) - {"action_dist"}:
+                raise RuntimeError(f"{type(owner).__name__} changes its {', '.join(changed)} in each call")
+        return graph
+    finally:
+        # Tensors of the trace are of no use outside it
+        for owner, attributes in before:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+
+
+def _owners_of_state(module: th.nn.Module) -> list[Any]:
+    modules = list(module.modules())
+    distributions = [part for owner in modules for part in vars(owner).values() if isinstance(part, SB3Distribution)]
+    return [*modules, *distributions]
+
+
+def python_state(module: th.nn.Module) -> list[Hashable]:
+    """What a graph of the module has compiled in: its parts, and their numbers, flags and names."""
+    return [
+        (id(part), tuple((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str)))
+        for part in module.modules()
+    ]
 
 
 def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:

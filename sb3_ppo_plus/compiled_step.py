@@ -13,7 +13,7 @@ from torch.func import functional_call, grad_and_value
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
-from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, compile_graph, tensor_places
+from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, compile_graph, python_state, tensor_places
 from sb3_ppo_plus.flat_parameters import FlatGroup
 from sb3_ppo_plus.flat_updates import UPDATES
 from sb3_ppo_plus.gradient_step import GradientStep, Objective
@@ -48,21 +48,27 @@ class CompiledGradientStep(GradientStep):
         self._reporter = reporter
         self._graphs: dict[Hashable, Graph] = {}
         self._gave_up = False
-        self._scalars: th.Tensor | None = None
+        self._python_state: list[Hashable] = []
         self._prepared: tuple[RolloutBatch, Tensors, list[th.Tensor]] | None = None
 
     def begin_update(self) -> None:
         """Take note of whatever has changed since the last update."""
         before = self._flat
         super().begin_update()
-        if self._flat is not before:
-            # The graphs hold for another set of parameters, or other tensors
+        if not self._try_flat and not self._gave_up:
+            self._reporter.failed("the gradient step", f"{type(self.policy.optimizer).__name__} has no flat form here")
+        state = python_state(self.policy)
+        if self._flat is not before or state != self._python_state:
+            # The graphs hold for another set of parameters, other tensors, or what the policy was before
             self._graphs.clear()
-        self._scalars = self._prepared = None
+        self._python_state = state
+        self._prepared = None
 
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         """Take a step, see :meth:`GradientStep.__call__`."""
-        if self._gave_up or self._flat is None or minibatch.indices is None:
+        if minibatch.indices is None:
+            self._reporter.failed("the gradient step", "the rollout buffer is none of PPOPlus's")
+        if self._gave_up or self._flat is None or minibatch.indices is None or self._has_hooks():
             return super().__call__(objective, minibatch)
         if self._prepared is None or self._prepared[0] is not minibatch.rollout:
             inputs = self._inputs(objective, minibatch.rollout)
@@ -73,6 +79,12 @@ class CompiledGradientStep(GradientStep):
             return super().__call__(objective, minibatch)
         metrics: th.Tensor = self._graphs[key](minibatch.indices, *leaves)[0]
         return metrics, not objective.forbids_step(metrics[METRICS.index("approx_kl")])
+
+    def _has_hooks(self) -> bool:
+        has_hooks = any(parameter._backward_hooks for parameter in self._parameters)
+        if has_hooks:
+            self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
+        return has_hooks
 
     def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
         """Collect everything that the graph reads or changes, but for the indices."""
@@ -90,6 +102,7 @@ class CompiledGradientStep(GradientStep):
         return {
             "scalars": dict(zip([*scalars, *map(str, range(len(rates)))], values.unbind(), strict=True)),
             "flat": [group.flat.detach() for group in self._flat.groups],
+            "gradients": [group.flat.grad for group in self._flat.groups],
             "state": [_tensors_of(group.state) for group in self._flat.groups],
             # Buffers, and parameters that are frozen or have no gradient
             "fixed": {
@@ -125,7 +138,7 @@ class CompiledGradientStep(GradientStep):
 
         started = time.perf_counter()
         try:
-            self._graphs[key] = compile_graph(function, [indices, *leaves], self._options)
+            self._graphs[key] = compile_graph(function, [indices, *leaves], self.policy, self._options)
         except Exception as error:  # tracing and compilers raise all kinds
             self._gave_up = True
             self._reporter.failed("the gradient step", error)
@@ -144,7 +157,12 @@ class _Evaluation(th.nn.Module):
         self.objective = objective
 
     def forward(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        return self.objective.evaluate(self.policy, batch)
+        before = tensor_places(self.policy)
+        evaluation = self.objective.evaluate(self.policy, batch)
+        replaced = [name for name, tensor in tensor_places(self.policy).items() if tensor is not before.get(name)]
+        if replaced:
+            raise RuntimeError(f"the policy puts a new tensor in place of its {', '.join(replaced)} in each call")
+        return evaluation
 
 
 class _StepFunction:
@@ -162,6 +180,7 @@ class _StepFunction:
         *,
         scalars: dict[str, th.Tensor],
         flat: list[th.Tensor],
+        gradients: list[th.Tensor],
         state: list[dict[str, th.Tensor]],
         fixed: dict[str, th.Tensor],
         rollout: Tensors,
@@ -186,13 +205,15 @@ class _StepFunction:
             terms = objective.loss(batch, evaluation, coefficients)
             return terms.loss, th.stack([term.detach() for term in terms])
 
-        gradients, (_, metrics) = grad_and_value(loss, has_aux=True)(flat)
-        grad_norm = th.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt()
+        computed, (_, metrics) = grad_and_value(loss, has_aux=True)(flat)
+        grad_norm = th.stack([gradient.square().sum() for gradient in computed]).sum().sqrt()
         scale = (scalars["max_grad_norm"] / (grad_norm + 1e-6)).clamp(max=1.0)
         is_allowed = metrics[METRICS.index("approx_kl")] <= scalars["kl_limit"]
         for index, (group, parameters, old, gradient) in enumerate(
-            zip(self._groups, flat, state, gradients, strict=True)
+            zip(self._groups, flat, state, computed, strict=True)
         ):
+            # For those who read the parameters' grad after an update
+            gradients[index].copy_(gradient * scale)
             update = UPDATES[type(group.optimizer)]
             new_parameters, new = update(group.hyperparameters, parameters, gradient * scale, old, scalars[str(index)])
             for target, value in [(parameters, new_parameters), *((old[name], new[name]) for name in new)]:

@@ -28,6 +28,8 @@ def can_flatten(optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> 
         <= {(th.float32, parameters[0].device.type)}
         # Else they round in their own way, after load_from_vector for one
         and all(parameter.data_ptr() % (4 * ALIGNMENT) == 0 for parameter in parameters)
+        # Learning-rate schedulers of torch wrap the method of the instance
+        and "step" not in vars(optimizer)
         and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
         and not any(parameter._post_accumulate_grad_hooks for parameter in parameters)
     )
@@ -197,7 +199,7 @@ class FlatParameters:
         """
         th._foreach_copy_(self._gradients, gradients)
         # Norms of the copies: autograd's own gradients may be strided, and are then summed in another order
-        grad_norm = th.linalg.vector_norm(th.stack(th._foreach_norm(self._gradients)))
+        grad_norm: th.Tensor = th.linalg.vector_norm(th.stack(th._foreach_norm(self._gradients)))
         scale = (max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1.0)
         for group in self.groups:
             assert group.flat.grad is not None

@@ -52,12 +52,16 @@ class LearningRateGroups:
     """
 
     def __init__(self, optimizer: th.optim.Optimizer, initial_learning_rate: float) -> None:
+        self.optimizer = optimizer
         self.knows_critic = False
         self._saved_order = _parameters_of(optimizer)
         self._rates = [
             _GroupRate(of_critic=False, factor=_relative_rate(group["lr"], initial_learning_rate))
             for group in optimizer.param_groups
         ]
+        if len(self._rates) == 1:
+            # A single group follows the schedule, as in SB3
+            self._rates = [_GroupRate(of_critic=False, factor=1.0)]
 
     def split_off_critic(self, optimizer: th.optim.Optimizer, critic_parameters: list[th.nn.Parameter]) -> None:
         """Give the critic's parameters groups of their own, which follow the critic's schedule from now on.

@@ -151,11 +151,14 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         return values, self._get_action_dist_from_latent(latent_pi)
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
-        # A copy: this call's tensors would stay on SB3's shared object, where deepcopy and tracing trip on them
+        # A copy: tensors with a gradient would stay on SB3's shared object, where deepcopy trips on them
         distribution = copy(self.action_dist)
         # bf16 logits would put errors of 1e-2 into the log-ratio
         with _without_autocast(latent_pi.device):
             outputs = self.action_net(latent_pi.float())
+            if not th.is_grad_enabled():
+                # SB3 users read policy.action_dist after predict and forward
+                self.action_dist = distribution
             if isinstance(distribution, StateDependentNoiseDistribution):
                 return distribution.proba_distribution(outputs, self.log_std, latent_pi.float())
             if isinstance(distribution, DiagGaussianDistribution):

@@ -22,10 +22,10 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_plus.acting import Actor, CompiledActor, can_act_alone, evaluate_rollout, predict_values
+from sb3_ppo_plus.acting import CompiledActor, can_act_alone, evaluate_rollout, predict_values
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
 from sb3_ppo_plus.callbacks import notify_update_end
-from sb3_ppo_plus.compiled_graph import CompilationReporter
+from sb3_ppo_plus.compiled_graph import CompilationReporter, inductor_options
 from sb3_ppo_plus.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.distributions import SquashedGaussianDistribution, make_action_distribution
 from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside_normalize
@@ -48,7 +48,6 @@ Coefficient = float | str | Schedule
 
 # Set up again by _setup_model or learn, so not saved
 REBUILT_ATTRIBUTES = (
-    "_amp_dtype",
     "_callback",
     "_compiled_actor",
     "_critic_lr_schedule",
@@ -131,35 +130,41 @@ class PPOPlus(PPO):
         self.compile = compile
         self._callback: BaseCallback | None = None
         self._update_end_said_stop = False
-        _check_action_dist(env, policy_kwargs or {})
-        super().__init__(
-            policy,
-            env,
-            learning_rate=learning_rate,  # type: ignore[arg-type]  # strings are resolved before SB3 reads them
-            n_steps=n_steps,
-            batch_size=batch_size,
-            n_epochs=n_epochs,
-            gamma=gamma,
-            gae_lambda=gae_lambda,
-            clip_range=clip_range,  # type: ignore[arg-type]  # the same
-            clip_range_vf=clip_range_vf,  # type: ignore[arg-type]  # the same
-            normalize_advantage=normalize_advantage,
-            ent_coef=ent_coef,  # type: ignore[arg-type]  # SB3 only stores it
-            vf_coef=vf_coef,  # type: ignore[arg-type]  # SB3 only stores it
-            max_grad_norm=max_grad_norm,
-            use_sde=use_sde,
-            sde_sample_freq=sde_sample_freq,
-            rollout_buffer_class=rollout_buffer_class,
-            rollout_buffer_kwargs=rollout_buffer_kwargs,
-            target_kl=target_kl,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            policy_kwargs=policy_kwargs,
-            verbose=verbose,
-            seed=seed,
-            device=device,
-            _init_setup_model=_init_setup_model,
-        )
+        try:
+            super().__init__(
+                policy,
+                env,
+                learning_rate=learning_rate,  # type: ignore[arg-type]  # strings are resolved before SB3 reads them
+                n_steps=n_steps,
+                batch_size=batch_size,
+                n_epochs=n_epochs,
+                gamma=gamma,
+                gae_lambda=gae_lambda,
+                clip_range=clip_range,  # type: ignore[arg-type]  # the same
+                clip_range_vf=clip_range_vf,  # type: ignore[arg-type]  # the same
+                normalize_advantage=normalize_advantage,
+                ent_coef=ent_coef,  # type: ignore[arg-type]  # SB3 only stores it
+                vf_coef=vf_coef,  # type: ignore[arg-type]  # SB3 only stores it
+                max_grad_norm=max_grad_norm,
+                use_sde=use_sde,
+                sde_sample_freq=sde_sample_freq,
+                rollout_buffer_class=rollout_buffer_class,
+                rollout_buffer_kwargs=rollout_buffer_kwargs,
+                target_kl=target_kl,
+                stats_window_size=stats_window_size,
+                tensorboard_log=tensorboard_log,
+                policy_kwargs=policy_kwargs,
+                verbose=verbose,
+                seed=seed,
+                device=device,
+                _init_setup_model=_init_setup_model,
+            )
+        except AssertionError:
+            # SB3's assertion about infinite bounds knows no remedy, ours does
+            given = policy_kwargs or {}
+            if "action_dist" in given and isinstance(getattr(self, "action_space", None), spaces.Box):
+                make_action_distribution(self.action_space, given["action_dist"], given.get("action_dist_kwargs"))
+            raise
 
     def _setup_model(self) -> None:
         self.policy_class = PLUS_POLICY_OF.get(self.policy_class, self.policy_class)
@@ -181,8 +186,9 @@ class PPOPlus(PPO):
             self.policy_kwargs = given
         self._learning_rate_groups = LearningRateGroups(self.policy.optimizer, self.lr_schedule(1))
         self._separate_critic()
-        self._amp_dtype = resolve_amp(self.amp, self.device)
-        self._grad_scaler = th.amp.GradScaler(self.device.type, enabled=self._amp_dtype is th.float16)
+        self._grad_scaler = th.amp.GradScaler(
+            self.device.type, enabled=resolve_amp(self.amp, self.device) is th.float16
+        )
         self._reporter = CompilationReporter(self.verbose)
         self._gradient_step = self._make_gradient_step()
         self._compiled_actor: CompiledActor | None = None
@@ -194,18 +200,21 @@ class PPOPlus(PPO):
     def _make_gradient_step(self) -> GradientStep:
         if self.compile is False:
             return GradientStep(self.policy, self._grad_scaler)
-        return CompiledGradientStep(self.policy, self._grad_scaler, self._compile_options, self._reporter)
-
-    @property
-    def _compile_options(self) -> dict[str, Any]:
-        return self.compile if isinstance(self.compile, dict) else {}
+        return CompiledGradientStep(self.policy, self._grad_scaler, inductor_options(self.compile), self._reporter)
 
     def _check_arguments(self) -> None:
         for name in ("ent_coef", "vf_coef"):
             make_schedule(getattr(self, name), name)
         resolve_amp(self.amp, self.device)
-        if not isinstance(self.compile, bool | dict):
-            raise TypeError(f"compile must be True, False or a dict of torch.compile's options, got {self.compile!r}")
+        inductor_options(self.compile)
+        for name, allowed, is_allowed in (
+            ("max_grad_norm", "at least 0", self.max_grad_norm >= 0),
+            ("target_kl", "None or above 0", self.target_kl is None or self.target_kl > 0),
+            ("gamma", "in [0, 1]", 0 <= self.gamma <= 1),
+            ("gae_lambda", "in [0, 1]", 0 <= self.gae_lambda <= 1),
+        ):
+            if not is_allowed:
+                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
         buffer_class = self.rollout_buffer_class
         if self.amp and not (buffer_class is not None and issubclass(buffer_class, PPOPlusRolloutBuffer)):
             raise ValueError(
@@ -223,6 +232,8 @@ class PPOPlus(PPO):
         self._scheduled_learning_rates = (self.learning_rate, self.critic_learning_rate)
 
     def _separate_critic(self) -> None:
+        if self._learning_rate_groups.optimizer is not self.policy.optimizer:
+            self._learning_rate_groups = LearningRateGroups(self.policy.optimizer, self.lr_schedule(1))
         if self.critic_learning_rate is not None and not self._learning_rate_groups.knows_critic:
             critic_parameters = critic_only_parameters(self.policy)
             self._learning_rate_groups.split_off_critic(self.policy.optimizer, critic_parameters)
@@ -238,7 +249,7 @@ class PPOPlus(PPO):
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         if self._scheduled_learning_rates != (self.learning_rate, self.critic_learning_rate):
             self._setup_lr_schedule()
-            self._separate_critic()
+        self._separate_critic()
         progress = self._current_progress_remaining
         learning_rate = schedule_value(self.lr_schedule, progress, "learning_rate")
         critic_learning_rate = learning_rate
@@ -277,20 +288,24 @@ class PPOPlus(PPO):
             return False
         started = time.perf_counter()
         self.policy.set_training_mode(False)
-        actor = self._actor_for(rollout_buffer)
-        actor.begin_rollout()
         timeouts: list[tuple[int, int, Any]] = []
         n_steps = 0
         rollout_buffer.reset()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
+        actor = self._actor_for(rollout_buffer)
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # not None in a rollout
-            action_tensor, values, log_probs = actor.act(obs_tensor)
-            actions = action_tensor.cpu().numpy()
+            values = log_probs = None
+            if actor is not None and actor.policy is self.policy:
+                actions = actor.act(obs_tensor).cpu().numpy()
+            else:
+                with th.no_grad():
+                    actions, values, log_probs = self.policy(obs_tensor)
+                actions = actions.cpu().numpy()
             clipped_actions = self._to_env_units(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
@@ -323,12 +338,16 @@ class PPOPlus(PPO):
         callback.on_rollout_end()
         return True
 
-    def _actor_for(self, rollout_buffer: RolloutBuffer) -> Actor:
-        is_apart = isinstance(rollout_buffer, PPOPlusRolloutBuffer) and can_act_alone(self.policy)
-        if self.compile is False or not is_apart:
-            return Actor(self.policy)
+    def _actor_for(self, rollout_buffer: RolloutBuffer) -> CompiledActor | None:
+        if self.compile is False:
+            return None
+        if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not can_act_alone(self.policy):
+            own = type(self.policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
+            self._reporter.failed("acting", f"{own.__name__} has methods of its own, which need all at each step")
+            return None
         if self._compiled_actor is None or self._compiled_actor.policy is not self.policy:
-            self._compiled_actor = CompiledActor(self.policy, self._compile_options, self._reporter)
+            self._compiled_actor = CompiledActor(self.policy, inductor_options(self.compile), self._reporter)
+        self._compiled_actor.begin_rollout()
         return self._compiled_actor
 
     def _to_env_units(self, actions: np.ndarray) -> np.ndarray:
@@ -358,7 +377,7 @@ class PPOPlus(PPO):
             pessimistic_value_clip=self.pessimistic_value_clip,
             max_grad_norm=self.max_grad_norm,
             kl_limit=None if self.target_kl is None else 1.5 * self.target_kl,
-            amp_dtype=self._amp_dtype,
+            amp_dtype=resolve_amp(self.amp, self.device),
         )
         is_sensitive = isinstance(getattr(self.policy, "action_dist", None), SquashedGaussianDistribution)
         if objective.amp_dtype is not None or is_sensitive:
@@ -373,7 +392,8 @@ class PPOPlus(PPO):
             self._update_end_said_stop = not notify_update_end(self._callback)
 
     def _run_epochs(self, objective: Objective) -> UpdateHistory:
-        if self._gradient_step.policy is not self.policy:
+        is_compiled = isinstance(self._gradient_step, CompiledGradientStep)
+        if self._gradient_step.policy is not self.policy or is_compiled != (self.compile is not False):
             self._gradient_step = self._make_gradient_step()
         self._gradient_step.begin_update()
         try:
@@ -468,7 +488,14 @@ class PPOPlus(PPO):
         :param kwargs: constructor arguments to change
         :raises TypeError: for a keyword that is not an argument of the constructor
         """
-        allowed = set(inspect.signature(cls.__init__).parameters) - {"self", "policy", "env", "_init_setup_model"}
+        # A subclass may pass the rest on by **kwargs
+        signatures = [
+            inspect.signature(vars(part)["__init__"])
+            for part in cls.__mro__
+            if "__init__" in vars(part) and issubclass(part, PPOPlus)
+        ]
+        allowed = {name for signature in signatures for name in signature.parameters}
+        allowed -= {"self", "policy", "env", "args", "kwargs", "_init_setup_model"}
         unknown = sorted(kwargs.keys() - allowed)
         if unknown:
             raise TypeError(f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}")
@@ -478,6 +505,7 @@ class PPOPlus(PPO):
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """Return the state dicts of policy and optimiser, the latter in SB3's order whatever its groups are."""
+        self._separate_critic()
         parameters = super().get_parameters()
         parameters["policy.optimizer"] = self._learning_rate_groups.state_dict(self.policy.optimizer)
         return parameters
@@ -499,6 +527,7 @@ class PPOPlus(PPO):
         else:
             _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
         if "policy.optimizer" in parameters:
+            self._separate_critic()
             split = self._learning_rate_groups.split_state_dict(self.policy.optimizer, parameters["policy.optimizer"])
             parameters = {**parameters, "policy.optimizer": split}
         super().set_parameters(parameters, exact_match, device)
@@ -511,14 +540,6 @@ def _float_schedule(value: object, name: str) -> FloatSchedule:
     """Validate a coefficient and give it the form that SB3's PPO gives its schedules."""
     schedule = make_schedule(value, name)
     return FloatSchedule(value if isinstance(value, float | int) else schedule)
-
-
-def _check_action_dist(env: GymEnv | str, policy_kwargs: dict[str, Any]) -> None:
-    # Before SB3's constructor, whose assertion on infinite bounds knows no remedy
-    action_dist = policy_kwargs.get("action_dist", "gaussian")
-    action_space = getattr(env, "action_space", None)
-    if action_dist != "gaussian" and action_space is not None:
-        make_action_distribution(action_space, action_dist, policy_kwargs.get("action_dist_kwargs"))
 
 
 def _was_saved_by_ppo_plus(path: str | pathlib.Path | io.BufferedIOBase) -> bool:

@@ -8,11 +8,15 @@ import pytest
 import torch as th
 from envs import make_env
 from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
+from sb3_ppo_plus.compiled_graph import inductor_options
 
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
 IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
@@ -173,8 +177,9 @@ def test_a_policy_that_no_graph_can_hold_trains_eagerly_after_one_warning(policy
     env = make_env(n_envs=1, observation_space=VECTOR, action_space=spaces.Discrete(2))
     kwargs = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
     eager = PPOPlus(policy, env, **kwargs).learn(96)
-    with pytest.warns(UserWarning, match="compile=True: the gradient step runs eagerly") as caught:
+    with pytest.warns(UserWarning, match="compile=True: .* runs eagerly") as caught:
         compiled = PPOPlus(policy, env, compile=True, **kwargs).learn(96)
+    assert compiled._gradient_step.n_compilations == 0
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
     if policy is BranchesOnValues:
         assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
@@ -184,3 +189,126 @@ def test_a_policy_that_no_graph_can_hold_trains_eagerly_after_one_warning(policy
 def test_compile_takes_a_bool_or_options(value: Any) -> None:
     with pytest.raises(TypeError, match="compile must be True, False or a dict"):
         PPOPlus("MlpPolicy", "CartPole-v1", compile=value)
+
+
+class RunningMean(nn.Module):
+    """Keeps a running mean as a buffer that it replaces in each call of training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", th.zeros(3))
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        if self.training:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(dim=0)
+        return x - self.mean
+
+
+class PlainAttribute(RunningMean):
+    """The same with a tensor that is no buffer."""
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)
+        self.mean = th.zeros(3)
+
+
+class Extractor(BaseFeaturesExtractor):
+    def __init__(self, observation_space: spaces.Space[Any], part: type[nn.Module]) -> None:
+        super().__init__(observation_space, 3)
+        self.part = part()
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.part(observations)
+
+
+@pytest.mark.parametrize(
+    "part", [RunningMean, PlainAttribute, lambda: nn.BatchNorm1d(3)], ids=["buffer", "plain", "batch norm"]
+)
+@pytest.mark.filterwarnings("ignore:compile=True")
+def test_an_extractor_with_a_state_learns_the_same_state(part: Any) -> None:
+    states = []
+    for compile in (False, True):
+        env = make_env(n_envs=2, observation_space=VECTOR, action_space=spaces.Discrete(2))
+        policy_kwargs = {
+            "features_extractor_class": Extractor,
+            "features_extractor_kwargs": {"part": part},
+            "net_arch": [8],
+        }
+        model = PPOPlus(
+            "MlpPolicy",
+            env,
+            n_steps=16,
+            batch_size=16,
+            n_epochs=2,
+            seed=0,
+            compile=compile,
+            policy_kwargs=policy_kwargs,
+        ).learn(96)
+        mean = getattr(model.policy.features_extractor.part, "mean", None)
+        states.append(model.policy.features_extractor.part.running_mean if mean is None else mean)
+    assert states[0].abs().max() > 1e-3
+    th.testing.assert_close(states[1], states[0], atol=2e-5, rtol=0)
+
+
+def test_a_change_of_the_policy_between_updates_reaches_the_graphs() -> None:
+    class ChangeActivation(BaseCallback):
+        def on_update_end(self) -> bool:
+            for parent in self.model.policy.mlp_extractor.policy_net, self.model.policy.mlp_extractor.value_net:
+                parent[1] = nn.ReLU()
+            return True
+
+        def _on_step(self) -> bool:
+            return True
+
+    models = []
+    for compile in (False, True):
+        env = make_env(n_envs=1, observation_space=VECTOR, action_space=spaces.Discrete(2))
+        kwargs = {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "seed": 0, "learning_rate": 1e-2}
+        model = PPOPlus("MlpPolicy", env, compile=compile, policy_kwargs={"net_arch": [8]}, **kwargs)
+        models.append(model.learn(48, callback=ChangeActivation()))
+    assert (parameters(models[0]) - parameters(models[1])).abs().max() < 2e-5
+
+
+def test_a_hook_on_a_parameter_keeps_the_step_eager_and_its_effect() -> None:
+    env = make_env(n_envs=1, observation_space=VECTOR, action_space=spaces.Discrete(2))
+    model = PPOPlus("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=2, seed=0, compile=True)
+    before = model.policy.value_net.weight.detach().clone()
+    model.policy.value_net.weight.register_hook(th.zeros_like)
+    with pytest.warns(UserWarning, match="compile=True: the gradient step runs eagerly, since a parameter has a hook"):
+        model.learn(48)
+    assert th.equal(model.policy.value_net.weight, before)
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+def test_gradients_are_those_of_the_last_minibatch() -> None:
+    eager, compiled = (train("discrete, short last minibatch", compile=compile) for compile in (False, True))
+    for expected, actual in zip(eager.policy.parameters(), compiled.policy.parameters(), strict=True):
+        th.testing.assert_close(actual.grad, expected.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"policy_kwargs": {"optimizer_class": th.optim.NAdam}}, "NAdam has no flat form"),
+        ({"rollout_buffer_class": type("OwnBuffer", (RolloutBuffer,), {})}, "OwnBuffer has methods of its own"),
+    ],
+    ids=["optimizer", "buffer"],
+)
+@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+def test_what_cannot_be_compiled_is_said_once(settings: dict[str, Any], what: str) -> None:
+    env = make_env(n_envs=1, observation_space=VECTOR, action_space=spaces.Discrete(2))
+    model = PPOPlus("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, compile=True, **settings)
+    with pytest.warns(UserWarning, match=what) as caught:
+        model.learn(48)
+    assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
+
+
+def test_options_are_torch_compiles() -> None:
+    assert inductor_options({"max_autotune": True}) == {"max_autotune": True}
+    assert inductor_options({"options": {"max_autotune": True}}) == {"max_autotune": True}
+    assert inductor_options({"mode": "max-autotune-no-cudagraphs"}) == {
+        "max_autotune": True,
+        "coordinate_descent_tuning": True,
+    }
+    with pytest.raises(ValueError, match="no_such_option"):
+        PPOPlus("MlpPolicy", "CartPole-v1", compile={"no_such_option": 1})

@@ -76,6 +76,7 @@ def fraction_above(model, bound):
     assert model.n_epochs == 1
     model.clip_range = bound
     (logs,) = logs_of_updates(model, model.n_steps * model.n_envs)
+    assert np.isfinite([logs["train/approx_kl"], logs["train/loss"]]).all(), "no ratio exceeds a bound if all are NaN"
     return logs["train/clip_fraction"]
 
 
