@@ -14,9 +14,10 @@ from typing import Any
 import torch as th
 import torch._inductor
 from stable_baselines3.common.distributions import Distribution as SB3Distribution
-from torch.distributions import Distribution
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
+
+from sb3_ppo_plus.distributions import without_argument_validation
 
 # Random operations of the graph are PyTorch's own: the numbers of eager mode, from the same generator
 DEFAULT_OPTIONS: dict[str, Any] = {"fallback_random": True}
@@ -144,13 +145,12 @@ def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:
 @contextmanager
 def _without_checks_of_values() -> Iterator[None]:
     # They have no place in a graph: arguments of distributions, and the range of what is one-hot encoded
-    validates, one_hot = Distribution._validate_args, F.one_hot
-    Distribution.set_default_validate_args(False)
+    one_hot = F.one_hot
     F.one_hot = _one_hot  # type: ignore[assignment]  # only ever called with num_classes by SB3
     try:
-        yield
+        with without_argument_validation():
+            yield
     finally:
-        Distribution.set_default_validate_args(validates)
         F.one_hot = one_hot
 
 

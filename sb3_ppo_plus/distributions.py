@@ -10,7 +10,8 @@ the action before the affine map to the bounds, whose constant Jacobian cancels 
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -23,6 +24,7 @@ from stable_baselines3.common.distributions import (
     sum_independent_dims,
 )
 from stable_baselines3.common.preprocessing import get_action_dim
+from torch import distributions as torch_distributions
 from torch import nn
 from torch.distributions import Beta, Normal
 from torch.nn import functional as F
@@ -228,6 +230,22 @@ class BetaDistribution(BoundedDistribution):
     def to_unit_interval(self, actions: np.ndarray) -> np.ndarray:
         """Return x itself, in float64 and kept within [0, 1]."""
         return np.clip(actions.astype(np.float64), 0.0, 1.0)
+
+
+@contextmanager
+def without_argument_validation() -> Iterator[None]:
+    """Have torch.distributions take arguments unchecked, for the while.
+
+    An update checks every minibatch otherwise, at the cost of several operations each. NaN still raises SB3's error, at
+    the first step of the next rollout.
+    """
+    base = torch_distributions.Distribution
+    before = base._validate_args
+    base.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        base.set_default_validate_args(before)
 
 
 def _at_least_float32(tensor: th.Tensor) -> th.Tensor:

@@ -27,7 +27,11 @@ from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer,
 from sb3_ppo_plus.callbacks import notify_update_end
 from sb3_ppo_plus.compiled_graph import CompilationReporter, inductor_options
 from sb3_ppo_plus.compiled_step import CompiledGradientStep
-from sb3_ppo_plus.distributions import SquashedGaussianDistribution, make_action_distribution
+from sb3_ppo_plus.distributions import (
+    SquashedGaussianDistribution,
+    make_action_distribution,
+    without_argument_validation,
+)
 from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside_normalize
 from sb3_ppo_plus.gradient_step import GradientStep, Objective, resolve_amp
 from sb3_ppo_plus.learning_rate_groups import LearningRateGroups, critic_only_parameters
@@ -397,7 +401,8 @@ class PPOPlus(PPO):
             self._gradient_step = self._make_gradient_step()
         self._gradient_step.begin_update()
         try:
-            return self._take_steps(objective)
+            with without_argument_validation():
+                return self._take_steps(objective)
         finally:
             self._gradient_step.end_update()
 
