@@ -44,7 +44,8 @@ class CompiledGradientStep(GradientStep):
     ) -> None:
         super().__init__(policy, grad_scaler)
         self.n_compilations = 0
-        self._options = options
+        # A step calls dozens of kernels: from C++ they cost a fifth less of it (measured), an actor's few do not
+        self._options = {"cpp_wrapper": policy.device.type == "cpu", **options}
         self._reporter = reporter
         self._graphs: dict[Hashable, Graph] = {}
         self._gave_up = False
