@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -21,6 +21,15 @@ from sb3_ppo_plus.losses import LossCoefficients
 from sb3_ppo_plus.update_history import METRICS
 
 Tensors = dict[str, Any]
+
+
+class _Prepared(NamedTuple):
+    """What stays the same for the minibatches of one update."""
+
+    rollout: RolloutBatch
+    inputs: Tensors
+    leaves: list[th.Tensor]
+    static_key: Hashable
 
 
 class CompiledGradientStep(GradientStep):
@@ -50,14 +59,18 @@ class CompiledGradientStep(GradientStep):
         self._graphs: dict[Hashable, Graph] = {}
         self._gave_up = False
         self._python_state: list[Hashable] = []
-        self._prepared: tuple[RolloutBatch, Tensors, list[th.Tensor]] | None = None
+        self._has_hooks = False
+        self._prepared: _Prepared | None = None
 
     def begin_update(self) -> None:
         """Take note of whatever has changed since the last update."""
         before = self._flat
         super().begin_update()
-        if not self._try_flat and not self._gave_up:
+        if not self._try_flat:
             self._reporter.failed("the gradient step", f"{type(self.policy.optimizer).__name__} has no flat form here")
+        self._has_hooks = any(parameter._backward_hooks for parameter in self._parameters)
+        if self._has_hooks:
+            self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
         state = python_state(self.policy)
         if self._flat is not before or state != self._python_state:
             # The graphs hold for another set of parameters, other tensors, or what the policy was before
@@ -69,23 +82,20 @@ class CompiledGradientStep(GradientStep):
         """Take a step, see :meth:`GradientStep.__call__`."""
         if minibatch.indices is None:
             self._reporter.failed("the gradient step", "the rollout buffer is none of PPOPlus's")
-        if self._gave_up or self._flat is None or minibatch.indices is None or self._has_hooks():
+        if self._gave_up or self._flat is None or minibatch.indices is None or self._has_hooks:
             return super().__call__(objective, minibatch)
-        if self._prepared is None or self._prepared[0] is not minibatch.rollout:
-            inputs = self._inputs(objective, minibatch.rollout)
-            self._prepared = (minibatch.rollout, inputs, tree_flatten(inputs)[0])
-        _, inputs, leaves = self._prepared
-        key = self._static_key(objective, minibatch.indices, leaves)
-        if key not in self._graphs and not self._compile(key, objective, inputs, minibatch.indices):
+        if self._prepared is None or self._prepared.rollout is not minibatch.rollout:
+            self._prepared = self._prepare(objective, minibatch.rollout)
+        key = (len(minibatch.indices), self._prepared.static_key)
+        if key not in self._graphs and not self._compile(key, objective, self._prepared.inputs, minibatch.indices):
             return super().__call__(objective, minibatch)
-        metrics: th.Tensor = self._graphs[key](minibatch.indices, *leaves)[0]
+        metrics: th.Tensor = self._graphs[key](minibatch.indices, *self._prepared.leaves)[0]
         return metrics, not objective.forbids_step(metrics[METRICS.index("approx_kl")])
 
-    def _has_hooks(self) -> bool:
-        has_hooks = any(parameter._backward_hooks for parameter in self._parameters)
-        if has_hooks:
-            self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
-        return has_hooks
+    def _prepare(self, objective: Objective, rollout: RolloutBatch) -> _Prepared:
+        inputs = self._inputs(objective, rollout)
+        leaves = tree_flatten(inputs)[0]
+        return _Prepared(rollout, inputs, leaves, self._static_key(objective, leaves))
 
     def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
         """Collect everything that the graph reads or changes, but for the indices."""
@@ -114,12 +124,11 @@ class CompiledGradientStep(GradientStep):
             "rollout": _tensors_of({field.name: getattr(rollout, field.name) for field in fields(rollout)}),
         }
 
-    def _static_key(self, objective: Objective, indices: th.Tensor, leaves: list[th.Tensor]) -> Hashable:
+    def _static_key(self, objective: Objective, leaves: list[th.Tensor]) -> Hashable:
         """Everything that a graph has compiled in."""
         assert self._flat is not None
         settings = [{k: v for k, v in group.hyperparameters.items() if k != "lr"} for group in self._flat.groups]
         return (
-            len(indices),
             objective.normalize_advantage,
             objective.pessimistic_value_clip,
             objective.coefficients.clip_range_vf is None,

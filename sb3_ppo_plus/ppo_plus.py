@@ -304,7 +304,7 @@ class PPOPlus(PPO):
                 self.policy.reset_noise(env.num_envs)
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # not None in a rollout
             values = log_probs = None
-            if actor is not None and actor.policy is self.policy:
+            if actor is not None:
                 actions = actor.act(obs_tensor).cpu().numpy()
             else:
                 with th.no_grad():
@@ -322,7 +322,7 @@ class PPOPlus(PPO):
                 terminal_obs = infos[index].get("terminal_observation")
                 if terminal_obs is None or not infos[index].get("TimeLimit.truncated", False):
                     continue
-                if values is None:
+                if actor is not None:
                     timeouts.append((n_steps, index, terminal_obs))
                 else:
                     # One at a time: in a batch the value may differ from SB3's in the last bit
@@ -332,8 +332,8 @@ class PPOPlus(PPO):
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
             self._last_episode_starts = dones
-        if values is None:
-            self._evaluate_afterwards(rollout_buffer, timeouts)
+        if actor is not None:
+            self._evaluate_afterwards(actor.policy, rollout_buffer, timeouts)
         with th.no_grad():
             values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]  # as above
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
@@ -363,13 +363,15 @@ class PPOPlus(PPO):
         bounded: np.ndarray = np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
         return bounded
 
-    def _evaluate_afterwards(self, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]) -> None:
+    def _evaluate_afterwards(
+        self, policy: ActorCriticPolicy, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]
+    ) -> None:
         """Fill in what a :class:`CompiledActor` left out of each step."""
-        assert isinstance(rollout_buffer, PPOPlusRolloutBuffer) and isinstance(self.policy, ActorCriticPlusPolicy)
-        rollout_buffer.set_evaluation(*evaluate_rollout(self.policy, rollout_buffer.rollout()))
+        assert isinstance(rollout_buffer, PPOPlusRolloutBuffer) and isinstance(policy, ActorCriticPlusPolicy)
+        rollout_buffer.set_evaluation(*evaluate_rollout(policy, rollout_buffer.rollout()))
         if timeouts:
             steps, indices, observations = zip(*timeouts, strict=True)
-            rollout_buffer.rewards[steps, indices] += self.gamma * predict_values(self.policy, list(observations))
+            rollout_buffer.rewards[steps, indices] += self.gamma * predict_values(policy, list(observations))
 
     def train(self) -> None:
         """Update the policy from the rollout buffer: ``n_epochs`` passes of minibatch steps on the PPO objective."""
