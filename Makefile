@@ -32,9 +32,9 @@ $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(INSTALL) -e ".[zoo,plot,box2d,mujoco,dev]"
 	@touch $@
 
-# SB3's tests read its CSV files with pandas.
+# A check of system information in SB3's tests.
 $(VENV)/.test-sb3: $(VENV)/.test
-	$(INSTALL) pandas psutil
+	$(INSTALL) psutil
 	@touch $@
 
 demo: $(VENV)/.demo
