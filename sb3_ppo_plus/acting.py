@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Hashable
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from sb3_ppo_plus.buffers import RolloutBatch
-from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, compile_graph, python_state, tensor_places
+from sb3_ppo_plus.compiled_graph import CompilationReporter, GraphCache, tensor_places
 from sb3_ppo_plus.policies import ActorCriticPlusPolicy
 
 # Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
@@ -32,21 +31,18 @@ class CompiledActor:
 
     def __init__(self, policy: ActorCriticPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
         self.policy = policy
-        self.n_compilations = 0
-        self._options = options
-        self._reporter = reporter
-        self._graphs: dict[Hashable, Graph] = {}
-        self._gave_up = False
+        self._graphs = GraphCache(policy, options, reporter)
         self._places: dict[str, th.Tensor] = {}
-        self._python_state: list[Hashable] = []
+
+    @property
+    def n_compilations(self) -> int:
+        """Graphs that were compiled."""
+        return self._graphs.n_compilations
 
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
         self._places = tensor_places(self.policy)
-        state = python_state(self.policy)
-        if state != self._python_state:
-            self._graphs.clear()
-        self._python_state = state
+        self._graphs.refresh()
 
     @th.no_grad()
     def act(self, observations: PyTorchObs) -> th.Tensor:
@@ -56,39 +52,25 @@ class CompiledActor:
         :return: stored actions, shape (n_envs, *action shape)
         """
         noise = _exploration_matrices(self.policy)
-        leaves: list[th.Tensor] = [*_leaves(observations), *noise, *self._places.values()]
-        key = tuple((leaf.shape, leaf.dtype) for leaf in leaves[: len(leaves) - len(self._places)])
-        if key in self._graphs or (not self._gave_up and self._compile(key, observations, noise, leaves)):
-            actions: th.Tensor = self._graphs[key](*leaves)[0]
-        else:
-            actions = self.policy.get_distribution(observations).get_actions()
-        return actions.reshape(-1, *(self.policy.action_space.shape or ()))
+        varying = [*_leaves(observations), *noise]
+        leaves = [*varying, *self._places.values()]
+        key = tuple((leaf.shape, leaf.dtype) for leaf in varying)
+        graph = self._graphs.get(key, "acting", lambda: self._function(observations, len(noise)), leaves)
+        actions = graph(*leaves)[0] if graph else self.policy.get_distribution(observations).get_actions()
+        stored: th.Tensor = actions.reshape(-1, *(self.policy.action_space.shape or ()))
+        return stored
 
-    def _compile(
-        self, key: Hashable, observations: PyTorchObs, noise: list[th.Tensor], leaves: list[th.Tensor]
-    ) -> bool:
+    def _function(self, observations: PyTorchObs, n_noise: int) -> Callable[..., tuple[th.Tensor]]:
         module = _Acting(self.policy)
         names = [f"policy.{name}" for name in self._places]
-        n_observations = len(_leaves(observations))
 
         def function(*leaves: th.Tensor) -> tuple[th.Tensor]:
-            tensors = dict(zip(names, leaves[n_observations + len(noise) :], strict=True))
             given = iter(leaves)
             observation = {k: next(given) for k in observations} if isinstance(observations, dict) else next(given)
-            arguments = (observation, [next(given) for _ in noise])
-            return (functional_call(module, tensors, arguments, tie_weights=False),)
+            arguments = (observation, [next(given) for _ in range(n_noise)])
+            return (functional_call(module, dict(zip(names, given, strict=True)), arguments, tie_weights=False),)
 
-        started = time.perf_counter()
-        examples = [leaf.detach() for leaf in leaves]
-        try:
-            self._graphs[key] = compile_graph(function, examples, self.policy, self._options)
-        except Exception as error:  # tracing and compilers raise all kinds
-            self._gave_up = True
-            self._reporter.failed("acting", error)
-            return False
-        self.n_compilations += 1
-        self._reporter.compiled(f"actor for {len(leaves[0])} environments", time.perf_counter() - started)
-        return True
+        return function
 
 
 class _Acting(th.nn.Module):

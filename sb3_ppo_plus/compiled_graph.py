@@ -6,6 +6,7 @@ guarded at each call, and there is nothing to recompile. A graph holds for the s
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ class CompilationReporter:
         """Count the seconds, and print a line."""
         self.seconds += seconds
         if self.verbose >= 1:
-            print(f"Compiled the {what} in {seconds:.1f} s")
+            print(f"Compiled {what} in {seconds:.1f} s")
 
     def failed(self, what: str, reason: Exception | str) -> None:
         """Warn, once."""
@@ -50,6 +51,54 @@ class CompilationReporter:
                 reason = f"it could not be compiled: {type(reason).__name__}: {first_line}"
             warnings.warn(f"compile=True: {what} runs eagerly, since {reason}", stacklevel=2)
         self._has_warned = True
+
+
+class GraphCache:
+    """The compiled graphs of one thing that a policy does, one for each key; none any more once one failed.
+
+    :param policy: what the graphs were traced from
+    :param options: TorchInductor's
+    :param reporter: told of what was compiled, or could not be
+    """
+
+    def __init__(self, policy: th.nn.Module, options: dict[str, Any], reporter: CompilationReporter) -> None:
+        self.n_compilations = 0
+        self._policy = policy
+        self._options = options
+        self._reporter = reporter
+        self._graphs: dict[Hashable, Graph] = {}
+        self._python_state: list[Hashable] = []
+        self._gave_up = False
+
+    def refresh(self, *, is_outdated: bool = False) -> None:
+        """Drop the graphs if ``is_outdated``, or if the policy is no longer what they have compiled in."""
+        state = python_state(self._policy)
+        if is_outdated or state != self._python_state:
+            self._graphs.clear()
+        self._python_state = state
+
+    def get(
+        self, key: Hashable, what: str, make_function: Callable[[], Callable[..., Any]], inputs: Sequence[th.Tensor]
+    ) -> Graph | None:
+        """Look up a graph, or compile it; None where that has failed, which the reporter was told.
+
+        :param key: everything that the graph has compiled in, besides the policy
+        :param what: what it does, for the reporter
+        :param make_function: makes the function to compile, see :func:`compile_graph`
+        :param inputs: its inputs
+        """
+        if self._gave_up or key in self._graphs:
+            return None if self._gave_up else self._graphs[key]
+        started = time.perf_counter()
+        try:
+            self._graphs[key] = compile_graph(make_function(), inputs, self._policy, self._options)
+        except Exception as error:  # tracing and compilers raise all kinds
+            self._gave_up = True
+            self._reporter.failed(what, error)
+            return None
+        self.n_compilations += 1
+        self._reporter.compiled(f"{what} ({len(inputs[0])} at once)", time.perf_counter() - started)
+        return self._graphs[key]
 
 
 def inductor_options(compile: bool | dict[str, Any]) -> dict[str, Any]:
@@ -90,11 +139,12 @@ def compile_graph(
     :raises RuntimeError: where the module keeps a state in Python, which a graph would not follow
     :raises Exception: whatever else tracing or the compiler raises, of many kinds
     """
+    examples: list[Any] = [tensor.detach() for tensor in inputs]
     with _without_checks_of_values():
-        graph, again = (_trace(function, inputs, module) for _ in range(2))
+        graph, again = (_trace(function, examples, module) for _ in range(2))
     if graph.code != again.code:
         raise RuntimeError("it computes something else at each call")
-    compiled: Graph = th._inductor.compile(graph, list(inputs), options={**DEFAULT_OPTIONS, **(options or {})})
+    compiled: Graph = th._inductor.compile(graph, examples, options={**DEFAULT_OPTIONS, **(options or {})})
     return compiled
 
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import functional_call, grad_and_value
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
-from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, compile_graph, python_state, tensor_places
+from sb3_ppo_plus.compiled_graph import CompilationReporter, GraphCache, tensor_places
 from sb3_ppo_plus.flat_parameters import FlatGroup
 from sb3_ppo_plus.flat_updates import UPDATES
 from sb3_ppo_plus.gradient_step import GradientStep, Objective
@@ -27,8 +26,8 @@ class _Prepared(NamedTuple):
     """What stays the same for the minibatches of one update."""
 
     rollout: RolloutBatch
-    inputs: Tensors
     leaves: list[th.Tensor]
+    spec: TreeSpec
     static_key: Hashable
 
 
@@ -52,15 +51,16 @@ class CompiledGradientStep(GradientStep):
         reporter: CompilationReporter,
     ) -> None:
         super().__init__(policy, grad_scaler)
-        self.n_compilations = 0
-        # A step calls dozens of kernels: from C++ they cost a fifth less of it (measured), an actor's few do not
-        self._options = {"cpp_wrapper": policy.device.type == "cpu", **options}
         self._reporter = reporter
-        self._graphs: dict[Hashable, Graph] = {}
-        self._gave_up = False
-        self._python_state: list[Hashable] = []
+        # A step calls dozens of kernels: from C++ they cost a fifth less of it (measured), an actor's few do not
+        self._graphs = GraphCache(policy, {"cpp_wrapper": policy.device.type == "cpu", **options}, reporter)
         self._has_hooks = False
         self._prepared: _Prepared | None = None
+
+    @property
+    def n_compilations(self) -> int:
+        """Graphs that were compiled."""
+        return self._graphs.n_compilations
 
     def begin_update(self) -> None:
         """Take note of whatever has changed since the last update."""
@@ -71,31 +71,28 @@ class CompiledGradientStep(GradientStep):
         self._has_hooks = any(parameter._backward_hooks for parameter in self._parameters)
         if self._has_hooks:
             self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
-        state = python_state(self.policy)
-        if self._flat is not before or state != self._python_state:
-            # The graphs hold for another set of parameters, other tensors, or what the policy was before
-            self._graphs.clear()
-        self._python_state = state
+        self._graphs.refresh(is_outdated=self._flat is not before)
         self._prepared = None
 
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         """Take a step, see :meth:`GradientStep.__call__`."""
         if minibatch.indices is None:
             self._reporter.failed("the gradient step", "the rollout buffer is none of PPOPlus's")
-        if self._gave_up or self._flat is None or minibatch.indices is None or self._has_hooks:
+        if self._flat is None or minibatch.indices is None or self._has_hooks:
             return super().__call__(objective, minibatch)
         if self._prepared is None or self._prepared.rollout is not minibatch.rollout:
             self._prepared = self._prepare(objective, minibatch.rollout)
         key = (len(minibatch.indices), self._prepared.static_key)
-        if key not in self._graphs and not self._compile(key, objective, self._prepared.inputs, minibatch.indices):
+        inputs = [minibatch.indices, *self._prepared.leaves]
+        graph = self._graphs.get(key, "the gradient step", lambda: self._function(objective), inputs)
+        if graph is None:
             return super().__call__(objective, minibatch)
-        metrics: th.Tensor = self._graphs[key](minibatch.indices, *self._prepared.leaves)[0]
+        metrics: th.Tensor = graph(*inputs)[0]
         return metrics, not objective.forbids_step(metrics[METRICS.index("approx_kl")])
 
     def _prepare(self, objective: Objective, rollout: RolloutBatch) -> _Prepared:
-        inputs = self._inputs(objective, rollout)
-        leaves = tree_flatten(inputs)[0]
-        return _Prepared(rollout, inputs, leaves, self._static_key(objective, leaves))
+        leaves, spec = tree_flatten(self._inputs(objective, rollout))
+        return _Prepared(rollout, leaves, spec, self._static_key(objective, leaves))
 
     def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
         """Collect everything that the graph reads or changes, but for the indices."""
@@ -138,24 +135,14 @@ class CompiledGradientStep(GradientStep):
             tuple(leaf.shape for leaf in leaves),
         )
 
-    def _compile(self, key: Hashable, objective: Objective, inputs: Tensors, indices: th.Tensor) -> bool:
-        leaves, spec = tree_flatten(inputs)
-        assert self._flat is not None
-        graph = _StepFunction(self.policy, objective, self._flat.groups)
+    def _function(self, objective: Objective) -> Callable[..., tuple[th.Tensor]]:
+        assert self._flat is not None and self._prepared is not None
+        step, spec = _StepFunction(self.policy, objective, self._flat.groups), self._prepared.spec
 
         def function(indices: th.Tensor, *leaves: th.Tensor) -> tuple[th.Tensor]:
-            return (graph(indices, **tree_unflatten(leaves, spec)),)
+            return (step(indices, **tree_unflatten(leaves, spec)),)
 
-        started = time.perf_counter()
-        try:
-            self._graphs[key] = compile_graph(function, [indices, *leaves], self.policy, self._options)
-        except Exception as error:  # tracing and compilers raise all kinds
-            self._gave_up = True
-            self._reporter.failed("the gradient step", error)
-            return False
-        self.n_compilations += 1
-        self._reporter.compiled(f"gradient step of {len(indices)} transitions", time.perf_counter() - started)
-        return True
+        return function
 
 
 class _Evaluation(th.nn.Module):
