@@ -45,29 +45,30 @@ class CompiledActor:
         self._graphs.refresh()
 
     @th.no_grad()
-    def act(self, observations: PyTorchObs) -> th.Tensor:
+    def act(self, observations: PyTorchObs, context: dict[str, th.Tensor]) -> th.Tensor:
         """Choose actions.
 
         :param observations: shape (n_envs, *observation shape), or a dict of such
+        :param context: further keyword arguments of the policy, such as action_masks
         :return: stored actions, shape (n_envs, *action shape)
         """
         noise = _exploration_matrices(self.policy)
-        varying = [*_leaves(observations), *noise]
+        varying = [*_leaves(observations), *context.values(), *noise]
         leaves = [*varying, *self._places.values()]
-        key = tuple((leaf.shape, leaf.dtype) for leaf in varying)
-        graph = self._graphs.get(key, "acting", lambda: self._function(observations, len(noise)), leaves)
-        actions = graph(*leaves)[0] if graph else self.policy.get_distribution(observations).get_actions()
+        key = (*context, *((leaf.shape, leaf.dtype) for leaf in varying))
+        graph = self._graphs.get(key, "acting", lambda: self._function(observations, list(context), len(noise)), leaves)
+        actions = graph(*leaves)[0] if graph else self.policy.get_distribution(observations, **context).get_actions()
         stored: th.Tensor = actions.reshape(-1, *(self.policy.action_space.shape or ()))
         return stored
 
-    def _function(self, observations: PyTorchObs, n_noise: int) -> Callable[..., tuple[th.Tensor]]:
+    def _function(self, observations: PyTorchObs, context: list[str], n_noise: int) -> Callable[..., tuple[th.Tensor]]:
         module = _Acting(self.policy)
         names = [f"policy.{name}" for name in self._places]
 
         def function(*leaves: th.Tensor) -> tuple[th.Tensor]:
             given = iter(leaves)
             observation = {k: next(given) for k in observations} if isinstance(observations, dict) else next(given)
-            arguments = (observation, [next(given) for _ in range(n_noise)])
+            arguments = (observation, {name: next(given) for name in context}, [next(given) for _ in range(n_noise)])
             return (functional_call(module, dict(zip(names, given, strict=True)), arguments, tie_weights=False),)
 
         return function
@@ -80,8 +81,8 @@ class _Acting(th.nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, observations: PyTorchObs, noise: list[th.Tensor]) -> th.Tensor:
-        distribution = self.policy.get_distribution(observations)
+    def forward(self, observations: PyTorchObs, context: dict[str, th.Tensor], noise: list[th.Tensor]) -> th.Tensor:
+        distribution = self.policy.get_distribution(observations, **context)
         if isinstance(distribution, StateDependentNoiseDistribution):
             # Inputs of the graph, as they are drawn anew
             distribution.exploration_mat, distribution.exploration_matrices = noise
@@ -93,9 +94,9 @@ def can_act_alone(policy: ActorCriticPolicy) -> bool:
     cls = type(policy)
     return (
         isinstance(policy, ActorCriticPlusPolicy)
-        and cls.forward is ActorCriticPolicy.forward
-        and cls.get_distribution is ActorCriticPolicy.get_distribution
-        and cls.predict_values is ActorCriticPolicy.predict_values
+        and cls.forward is ActorCriticPlusPolicy.forward
+        and cls.get_distribution is ActorCriticPlusPolicy.get_distribution
+        and cls.predict_values is ActorCriticPlusPolicy.predict_values
         and cls.evaluate_actions is ActorCriticPlusPolicy.evaluate_actions
         and cls._get_action_dist_from_latent is ActorCriticPlusPolicy._get_action_dist_from_latent
     )
@@ -110,7 +111,7 @@ def evaluate_rollout(policy: ActorCriticPlusPolicy, rollout: RolloutBatch) -> tu
     values, log_probs = [], []
     for indices in _chunks(rollout.observations, len(rollout.actions)):
         batch = rollout.select(indices)
-        value, distribution = policy.value_and_distribution(batch.observations)
+        value, distribution = policy.value_and_distribution(batch.observations, **batch.context)
         values.append(value.flatten())
         log_probs.append(distribution.log_prob(batch.actions))
     return th.cat(values), th.cat(log_probs)

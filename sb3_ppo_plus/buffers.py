@@ -24,7 +24,7 @@ class RolloutBatch:
     :param advantages: GAE(lambda) estimates, shape (batch,)
     :param returns: TD(lambda) targets of the value function, shape (batch,)
     :param valid: marks the real elements of a padded minibatch, shape (batch,); None: all of them
-    :param context: further keyword arguments of ``policy.evaluate_actions``
+    :param context: further keyword arguments of the policy, such as action_masks: tensors of shape (batch, ...)
     """
 
     observations: PyTorchObs
@@ -34,7 +34,7 @@ class RolloutBatch:
     advantages: th.Tensor
     returns: th.Tensor
     valid: th.Tensor | None = None
-    context: dict[str, Any] = field(default_factory=dict)
+    context: dict[str, th.Tensor] = field(default_factory=dict)
 
     def select(self, indices: th.Tensor) -> RolloutBatch:
         """Return the transitions at ``indices``, a tensor of int64."""
@@ -48,6 +48,8 @@ class RolloutBatch:
             old_log_prob=self.old_log_prob[indices],
             advantages=self.advantages[indices],
             returns=self.returns[indices],
+            valid=None if self.valid is None else self.valid[indices],
+            context={name: tensor[indices] for name, tensor in self.context.items()},
         )
 
 
@@ -73,10 +75,12 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     """Estimate advantages without a loop over the steps, in float64: SB3's to float32 rounding, not bit for bit."""
 
     _rollout: RolloutBatch | None = None
+    context: dict[str, np.ndarray]
 
     def reset(self) -> None:
         """Empty the buffer."""
         self._rollout = None
+        self.context = {}
         super().reset()
 
     def add(
@@ -87,6 +91,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         episode_start: np.ndarray,
         value: th.Tensor | None,
         log_prob: th.Tensor | None,
+        context: dict[str, th.Tensor] | None = None,
     ) -> None:
         """Store one step of every env, as SB3's ``RolloutBuffer.add`` but for its intermediate copies.
 
@@ -96,6 +101,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         :param episode_start: whether ``obs`` begins an episode, shape (n_envs,)
         :param value: value predictions; None: :meth:`set_evaluation` follows
         :param log_prob: log probability of the actions; None: the same
+        :param context: what else the policy was given, tensors of shape (n_envs, ...), the same names at each step
         """
         self._store_observations(obs)
         self.actions[self.pos] = action.reshape(self.n_envs, self.action_dim)
@@ -104,6 +110,8 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         if value is not None and log_prob is not None:
             self.values[self.pos] = value.cpu().numpy().reshape(-1)
             self.log_probs[self.pos] = log_prob.cpu().numpy().reshape(-1)
+        if context is not None:
+            self._store_context(context)
         self.pos += 1
         self.full = self.pos == self.buffer_size
 
@@ -150,6 +158,9 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
                 old_log_prob=self.to_torch(self.log_probs.reshape(-1), copy=False),
                 advantages=self.to_torch(self.advantages.reshape(-1), copy=False),
                 returns=self.to_torch(self.returns.reshape(-1), copy=False),
+                context={
+                    name: self.to_torch(self._flat_context(array), copy=False) for name, array in self.context.items()
+                },
             )
         return self._rollout
 
@@ -169,6 +180,17 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     def _flat(self, array: np.ndarray) -> np.ndarray:
         """Join steps and envs; after SB3's ``get`` they are joined already."""
         return array if self.generator_ready else array.reshape(-1, *array.shape[2:])
+
+    def _store_context(self, context: dict[str, th.Tensor]) -> None:
+        for name, tensor in context.items():
+            array = tensor.cpu().numpy()
+            if name not in self.context:
+                self.context[name] = np.zeros((self.buffer_size, *array.shape), array.dtype)
+            self.context[name][self.pos] = array
+
+    def _flat_context(self, array: np.ndarray) -> np.ndarray:
+        # SB3's get orders its own arrays env by env, and does not know these
+        return self.swap_and_flatten(array) if self.generator_ready else array.reshape(-1, *array.shape[2:])
 
     def _store_observations(self, obs: Any) -> None:  # noqa: ANN401  # array or dict, as the subclass knows
         self.observations[self.pos] = obs.reshape(self.observations.shape[1:])

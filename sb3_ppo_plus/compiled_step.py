@@ -219,7 +219,5 @@ class _StepFunction:
 
 
 def _tensors_of(values: dict[str, Any]) -> Tensors:
-    """Keep what holds tensors: an optimiser's state may hold None, and a batch may lack a mask."""
-    return {
-        name: value for name, value in values.items() if isinstance(value, th.Tensor) or (value and name != "context")
-    }
+    """Keep what holds tensors: an optimiser's state may hold None, and a batch may lack a mask or context."""
+    return {name: value for name, value in values.items() if isinstance(value, th.Tensor) or value}

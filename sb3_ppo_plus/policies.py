@@ -11,13 +11,16 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import (
+    CategoricalDistribution,
     DiagGaussianDistribution,
     Distribution,
+    MultiCategoricalDistribution,
     StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
+    BaseModel,
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
@@ -27,6 +30,8 @@ from torch import nn
 
 from sb3_ppo_plus.distributions import BoundedDistribution, make_action_distribution
 from sb3_ppo_plus.extractors import ImpalaCNN, resolve_features_extractor
+from sb3_ppo_plus.masked_distributions import apply_masks, make_maskable_distribution, mask_sizes
+from sb3_ppo_plus.masking import check_masks, has_mask_key, split_off_mask, without_mask_key
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
@@ -44,6 +49,9 @@ OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
 }
 
 
+MaybeMasks = th.Tensor | np.ndarray | None
+
+
 class ActorCriticPlusPolicy(ActorCriticPolicy):
     """SB3's ``ActorCriticPolicy`` with more action distributions, and with heads that stay in float32 under autocast.
 
@@ -53,6 +61,8 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
     :param action_dist: distribution of Box actions: "gaussian" (SB3's; gSDE with ``use_sde``), "squashed_gaussian" or
         "beta"
     :param action_dist_kwargs: keyword arguments of that distribution, e.g. ``{"deterministic": "mode"}`` for "beta"
+    :param action_masking: built to be trained with masks: sb3-contrib's distribution of MultiBinary actions, and the
+        observation key ``action_mask`` holds masks and is no feature. PPOPlus sets it
     :param features_extractor_class: SB3's parameter; the default is the subclass's
     :param kwargs: SB3's further parameters
     :raises ValueError: for an unknown ``action_dist``, or one that does not fit the action space
@@ -68,9 +78,13 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         *,
         action_dist: str = "gaussian",
         action_dist_kwargs: dict[str, Any] | None = None,
+        action_masking: bool = False,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         **kwargs: Any,
     ) -> None:
+        self.action_masking = action_masking
+        self.has_mask_key = action_masking and has_mask_key(observation_space)
+        self._predict_context: dict[str, Any] = {}
         extractor_class = features_extractor_class or self.default_features_extractor_class
         if issubclass(extractor_class, ImpalaCNN):
             # What SB3 does for NatureCNN by its name: no hidden layers behind it, no check of [0, 255] where not scaled
@@ -95,6 +109,9 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
             self.action_dist = make_action_distribution(
                 self.action_space, self.action_dist_name, self.action_dist_kwargs
             )
+        if self.action_masking or isinstance(self.action_dist, CategoricalDistribution | MultiCategoricalDistribution):
+            # Without masks it is SB3's own
+            self.action_dist = make_maskable_distribution(self.action_space)
         super()._build(lr_schedule)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -102,7 +119,14 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
             **super()._get_constructor_parameters(),
             "action_dist": self.action_dist_name,
             "action_dist_kwargs": self.action_dist_kwargs,
+            "action_masking": self.action_masking,
         }
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """Create a features extractor, of all observations but the mask."""
+        if not self.has_mask_key:
+            return super().make_features_extractor()
+        return self.features_extractor_class(without_mask_key(self.observation_space), **self.features_extractor_kwargs)
 
     @property
     def squash_output(self) -> bool:
@@ -122,23 +146,45 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         actions: np.ndarray = np.clip(super().unscale_action(scaled_action), low, high)
         return actions
 
-    def evaluate_actions(self, obs: PyTorchObs, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+    def forward(
+        self, obs: PyTorchObs, deterministic: bool = False, action_masks: th.Tensor | None = None
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Choose actions and predict values; matches SB3's ``ActorCriticPolicy.forward``.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param deterministic: the most probable actions instead of samples
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        :return: stored actions (batch, *action shape), values (batch, 1), log probability (batch,)
+        """
+        values, distribution = self.value_and_distribution(obs, action_masks=action_masks)
+        actions = distribution.get_actions(deterministic=deterministic)
+        log_prob = distribution.log_prob(actions)
+        return actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob
+
+    def evaluate_actions(
+        self, obs: PyTorchObs, actions: th.Tensor, action_masks: th.Tensor | None = None
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Evaluate stored actions under the current policy; matches SB3's ``ActorCriticPolicy.evaluate_actions``.
 
         :param obs: observations, shape (batch, *observation shape), or a dict of such
         :param actions: stored actions, shape (batch, action dim), or (batch,) for Discrete
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
         :return: values (batch, 1), log probability (batch,), entropy (batch,) or None where there is no closed form;
             all in float32, under autocast too
         """
-        values, distribution = self.value_and_distribution(obs)
+        values, distribution = self.value_and_distribution(obs, action_masks=action_masks)
         with _without_autocast(values.device):
             return values, distribution.log_prob(actions), distribution.entropy()
 
-    def value_and_distribution(self, obs: PyTorchObs) -> tuple[th.Tensor, Distribution]:
+    def value_and_distribution(
+        self, obs: PyTorchObs, action_masks: MaybeMasks = None
+    ) -> tuple[th.Tensor, Distribution]:
         """Values, shape (batch, 1), and action distributions of observations, from one pass of shared layers.
 
         :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
         """
+        obs, action_masks = self._split_off_mask(obs, action_masks)
         features = self.extract_features(obs)
         if self.share_features_extractor:
             latent_pi, latent_vf = self.mlp_extractor(features)
@@ -148,7 +194,67 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
             latent_vf = self.mlp_extractor.forward_critic(vf_features)
         with _without_autocast(latent_vf.device):
             values: th.Tensor = self.value_net(latent_vf.float())
-        return values, self._get_action_dist_from_latent(latent_pi)
+        return values, self._masked_distribution(latent_pi, action_masks)
+
+    def get_distribution(self, obs: PyTorchObs, action_masks: MaybeMasks = None) -> Distribution:
+        """Action distributions of observations; matches SB3's ``ActorCriticPolicy.get_distribution``.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        """
+        obs, action_masks = self._split_off_mask(obs, action_masks)
+        features = BaseModel.extract_features(self, obs, self.pi_features_extractor)
+        return self._masked_distribution(self.mlp_extractor.forward_actor(features), action_masks)
+
+    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+        """Values of observations, shape (batch, 1); matches SB3's ``ActorCriticPolicy.predict_values``.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        """
+        return super().predict_values(self._split_off_mask(obs, None)[0])
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose actions in the env's units; matches SB3's ``BasePolicy.predict``.
+
+        :param observation: observations of one or of n_envs environments
+        :param state: returned as it is
+        :param episode_start: not used
+        :param deterministic: the most probable actions instead of samples
+        :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
+        :raises ValueError: for masks of a wrong size, or where no action is valid
+        """
+        if action_masks is not None:
+            sizes = mask_sizes(self.action_space)
+            action_masks = np.asarray(action_masks)
+            self._predict_context = {
+                "action_masks": check_masks(action_masks.reshape(-1, action_masks.shape[-1]), sizes)
+            }
+        try:
+            return super().predict(observation, state, episode_start, deterministic)
+        finally:
+            self._predict_context = {}
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self.get_distribution(observation, **self._predict_context).get_actions(deterministic=deterministic)
+
+    def _split_off_mask(self, obs: PyTorchObs, action_masks: MaybeMasks) -> tuple[PyTorchObs, MaybeMasks]:
+        if not self.has_mask_key:
+            return obs, action_masks
+        obs, from_observation = split_off_mask(obs)
+        return obs, from_observation if action_masks is None else action_masks
+
+    def _masked_distribution(self, latent_pi: th.Tensor, action_masks: MaybeMasks) -> Distribution:
+        distribution = self._get_action_dist_from_latent(latent_pi)
+        if action_masks is not None:
+            apply_masks(distribution, action_masks)
+        return distribution
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
         # A copy: tensors with a gradient would stay on SB3's shared object, where deepcopy trips on them

@@ -7,6 +7,7 @@ import io
 import json
 import pathlib
 import time
+import warnings
 import zipfile
 from typing import Any, ClassVar, Self
 
@@ -36,6 +37,7 @@ from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside
 from sb3_ppo_plus.gradient_step import GradientStep, Objective, resolve_amp
 from sb3_ppo_plus.learning_rate_groups import LearningRateGroups, critic_only_parameters
 from sb3_ppo_plus.losses import LossCoefficients
+from sb3_ppo_plus.masking import ActionMaskSource, decide_masking, takes_masks
 from sb3_ppo_plus.policies import (
     PLUS_POLICY_OF,
     ActorCriticPlusPolicy,
@@ -55,12 +57,14 @@ REBUILT_ATTRIBUTES = (
     "_callback",
     "_compiled_actor",
     "_critic_lr_schedule",
+    "_env_with_masks",
     "_grad_scaler",
     "_gradient_step",
     "_learning_rate_groups",
     "_reporter",
     "_scheduled_learning_rates",
     "_update_end_said_stop",
+    "_warned_of_no_masks",
 )
 
 
@@ -82,6 +86,9 @@ class PPOPlus(PPO):
     :param critic_learning_rate: learning rate of the parameters that only the critic uses; None: as the actor's
     :param pessimistic_value_clip: with ``clip_range_vf``, take the larger of the clipped and the unclipped error;
         False: SB3's form, which is also what a model saved by SB3 keeps
+    :param action_masking: mask invalid actions: None: where the action space is Discrete, MultiDiscrete or MultiBinary
+        and every environment has a method ``action_masks()`` or the observations a key ``action_mask``; True: an error
+        where they have not; False: never
     :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA
     :param compile: the fast path: True, or a dict of torch.compile's options. Same semantics, float32 rounding apart
     :raises ValueError: for a value that is not allowed, before the first environment step
@@ -125,15 +132,21 @@ class PPOPlus(PPO):
         *,
         critic_learning_rate: Coefficient | None = None,
         pessimistic_value_clip: bool = True,
+        action_masking: bool | None = None,
         amp: bool | str = False,
         compile: bool | dict[str, Any] = False,
     ) -> None:
         self.critic_learning_rate = critic_learning_rate
         self.pessimistic_value_clip = pessimistic_value_clip
+        self.action_masking = action_masking
         self.amp = amp
         self.compile = compile
         self._callback: BaseCallback | None = None
         self._update_end_said_stop = False
+        self._env_with_masks: tuple[VecEnv | None, bool] = (None, False)
+        self._built_for_masks: bool | None = None
+        self._was_given_masks = False
+        self._warned_of_no_masks = False
         try:
             super().__init__(
                 policy,
@@ -183,6 +196,11 @@ class PPOPlus(PPO):
             self.clip_range_vf = _float_schedule(self.clip_range_vf, "clip_range_vf")
         given = self.policy_kwargs
         self.policy_kwargs = resolve_policy_kwargs(self.policy_class, given)
+        uses_masks = self.action_masking is True if self.env is None else self._uses_masks_of(self.env)
+        if self._built_for_masks is None:
+            self._built_for_masks = uses_masks and issubclass(self.policy_class, ActorCriticPlusPolicy)
+        if self._built_for_masks:
+            self.policy_kwargs["action_masking"] = True
         try:
             super()._setup_model()
         finally:
@@ -201,6 +219,23 @@ class PPOPlus(PPO):
         if self.env is not None and any(isinstance(module, TransformerExtractor) for module in self.policy.modules()):
             warn_if_stacked_inside_normalize(self.env)
 
+    def _uses_masks_of(self, env: VecEnv) -> bool:
+        if self._env_with_masks[0] is not env:
+            # Asked once: an environment without masks takes its time to say so
+            is_used = decide_masking(self.action_masking, env, self.action_space, self._obstacle_to_masks())
+            self._env_with_masks = (env, is_used)
+        return self._env_with_masks[1]
+
+    def _obstacle_to_masks(self) -> Exception | None:
+        if not takes_masks(self.policy_class):
+            return TypeError(f"{self.policy_class.__name__}'s forward and evaluate_actions lack action_masks")
+        buffer_class = self.rollout_buffer_class
+        if buffer_class is None or not issubclass(buffer_class, PPOPlusRolloutBuffer):
+            return TypeError(f"{buffer_class} stores none; subclass PPOPlusRolloutBuffer instead")
+        if isinstance(self.action_space, spaces.MultiBinary) and self._built_for_masks is False:
+            return ValueError("a model with MultiBinary actions that was built without masks has no logits for them")
+        return None
+
     def _make_gradient_step(self) -> GradientStep:
         if self.compile is False:
             return GradientStep(self.policy, self._grad_scaler)
@@ -209,6 +244,8 @@ class PPOPlus(PPO):
     def _check_arguments(self) -> None:
         for name in ("ent_coef", "vf_coef"):
             make_schedule(getattr(self, name), name)
+        if not (self.action_masking is None or isinstance(self.action_masking, bool)):
+            raise ValueError(f"action_masking must be None, True or False, got {self.action_masking!r}")
         resolve_amp(self.amp, self.device)
         inductor_options(self.compile)
         for name, allowed, is_allowed in (
@@ -299,16 +336,20 @@ class PPOPlus(PPO):
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
         actor = self._actor_for(rollout_buffer)
+        action_masks = self._mask_source(env)
+        context: dict[str, th.Tensor] = {}
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # not None in a rollout
             values = log_probs = None
+            if action_masks is not None:
+                context = action_masks.context(self._last_obs, n_steps)
             if actor is not None:
-                actions = actor.act(obs_tensor).cpu().numpy()
+                actions = actor.act(obs_tensor, context).cpu().numpy()
             else:
                 with th.no_grad():
-                    actions, values, log_probs = self.policy(obs_tensor)
+                    actions, values, log_probs = self.policy(obs_tensor, **context)
                 actions = actions.cpu().numpy()
             clipped_actions = self._to_env_units(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -328,7 +369,7 @@ class PPOPlus(PPO):
                     # One at a time: in a batch the value may differ from SB3's in the last bit
                     rewards[index] += self.gamma * predict_values(self.policy, [terminal_obs])[0]
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
-            rollout_buffer.add(*last)  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
+            rollout_buffer.add(*last, *((context,) if context else ()))  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
             self._last_episode_starts = dones
@@ -353,6 +394,12 @@ class PPOPlus(PPO):
             self._compiled_actor = CompiledActor(self.policy, inductor_options(self.compile), self._reporter)
         self._compiled_actor.begin_rollout()
         return self._compiled_actor
+
+    def _mask_source(self, env: VecEnv) -> ActionMaskSource | None:
+        if not self._uses_masks_of(env):
+            return None
+        self._was_given_masks = True
+        return ActionMaskSource(env, self.action_space, self.policy)
 
     def _to_env_units(self, actions: np.ndarray) -> np.ndarray:
         if not isinstance(self.action_space, spaces.Box):
@@ -477,6 +524,33 @@ class PPOPlus(PPO):
         self._callback = super()._init_callback(callback, progress_bar)
         return self._callback
 
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose actions; SB3's ``predict``.
+
+        :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
+        :raises ValueError: for masks of a wrong size, or where no action is valid
+        :raises TypeError: for masks that the policy class does not take
+        """
+        if action_masks is not None:
+            if "action_masks" not in inspect.signature(self.policy.predict).parameters:
+                raise TypeError(f"{type(self.policy).__name__}.predict has no action_masks")
+            return self.policy.predict(observation, state, episode_start, deterministic, action_masks)  # type: ignore[call-arg]  # as just seen
+        if self._was_given_masks and not self._warned_of_no_masks and not getattr(self.policy, "has_mask_key", False):
+            self._warned_of_no_masks = True
+            warnings.warn(
+                "This model was trained with action masks and now predicts without: give predict(action_masks=...), or "
+                "use model.masked(env), which asks env for them",
+                stacklevel=2,
+            )
+        return super().predict(observation, state, episode_start, deterministic)
+
     @classmethod
     def load(
         cls,
@@ -506,8 +580,11 @@ class PPOPlus(PPO):
         unknown = sorted(kwargs.keys() - allowed)
         if unknown:
             raise TypeError(f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}")
-        if not _was_saved_by_ppo_plus(path):
+        saved = _saved_attributes(path)
+        if "pessimistic_value_clip" not in saved:
             kwargs.setdefault("pessimistic_value_clip", False)
+        if "_built_for_masks" not in saved:
+            kwargs["_built_for_masks"] = False
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
@@ -549,15 +626,15 @@ def _float_schedule(value: object, name: str) -> FloatSchedule:
     return FloatSchedule(value if isinstance(value, float | int) else schedule)
 
 
-def _was_saved_by_ppo_plus(path: str | pathlib.Path | io.BufferedIOBase) -> bool:
+def _saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> set[str]:
+    """Names of a saved model's attributes; of a file that is no model, of which SB3's load tells more, none."""
     file = open_path(path, "r", verbose=0, suffix="zip")
     position = file.tell()
     try:
         with zipfile.ZipFile(file) as archive:
-            return "pessimistic_value_clip" in json.loads(archive.read("data"))
+            return set(json.loads(archive.read("data")))
     except (zipfile.BadZipFile, KeyError, ValueError):
-        # SB3's load has the better message for a file that is no model
-        return True
+        return set()
     finally:
         # A file that the caller opened stays open, and where it was
         if file is path:

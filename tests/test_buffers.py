@@ -185,6 +185,45 @@ def test_select_returns_the_transitions_asked_for(kind):
         assert all(th.equal(selected.observations[key], obs[indices]) for key, obs in rollout.observations.items())
 
 
+def fill_with_context(buffer):
+    """Fill with a context that repeats the values and the first number of the observations."""
+    buffer.reset()
+    rng = np.random.default_rng(0)
+    for _ in range(SIZE):
+        observation = rng.normal(size=(N_ENVS, 3)).astype(np.float32)
+        values = th.as_tensor(rng.normal(size=N_ENVS), dtype=th.float32)
+        context = {"value": values, "is_positive": th.as_tensor(observation > 0)}
+        zeros = np.zeros(N_ENVS)
+        buffer.add(observation, np.zeros((N_ENVS, 2)), zeros, zeros, values, values, context)
+    buffer.compute_returns_and_advantage(th.ones(N_ENVS), np.zeros(N_ENVS))
+    return buffer
+
+
+@pytest.mark.parametrize("is_ordered_by_sb3", [False, True])
+def test_context_stays_with_its_transition(is_ordered_by_sb3):
+    buffer = fill_with_context(make())
+    if is_ordered_by_sb3:
+        next(buffer.get())
+    for batch in batches_of(buffer, 4):
+        assert th.equal(batch.context["value"], batch.old_values)
+        assert batch.context["is_positive"].dtype == th.bool
+        assert th.equal(batch.context["is_positive"], batch.observations > 0)
+
+
+def test_context_is_the_rollouts_own():
+    buffer = fill_with_context(make())
+    first = buffer.rollout().context["value"]
+    kept = first.clone()
+    fill_with_context(buffer)
+    assert th.equal(first, kept)
+    assert fill(buffer).rollout().context == {}
+
+
+def test_select_keeps_what_is_valid():
+    rollout = dataclasses.replace(fill(make()).rollout(), valid=th.arange(TRANSITIONS) % 2 == 0)
+    assert rollout.select(th.tensor([3, 4])).valid.tolist() == [False, True]
+
+
 def test_a_batch_cannot_be_changed_by_accident():
     batch = fill(make()).rollout()
     with pytest.raises(dataclasses.FrozenInstanceError):

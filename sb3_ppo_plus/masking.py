@@ -1,0 +1,181 @@
+"""Where action masks come from, and what they must be.
+
+An environment offers them by a method ``action_masks()``, as sb3-contrib's MaskablePPO asks for it, or under the key
+``action_mask`` of Dict observations, as PettingZoo and RLlib do. True, or 1, marks a valid action.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+
+from sb3_ppo_plus.masked_distributions import MASKABLE_SPACES, mask_sizes
+
+MASK_KEY = "action_mask"
+
+
+def has_mask_key(observation_space: spaces.Space[Any]) -> bool:
+    """Whether observations hold masks."""
+    return isinstance(observation_space, spaces.Dict) and MASK_KEY in observation_space.spaces
+
+
+def without_mask_key(observation_space: spaces.Space[Any]) -> spaces.Dict:
+    """Return the Dict space of what is left for the features."""
+    assert isinstance(observation_space, spaces.Dict)
+    return spaces.Dict({key: space for key, space in observation_space.spaces.items() if key != MASK_KEY})
+
+
+def split_off_mask(observations: PyTorchObs) -> tuple[PyTorchObs, th.Tensor]:
+    """Part observations, a dict of tensors, from their masks of shape (batch, mask size)."""
+    assert isinstance(observations, dict)
+    features = {key: observation for key, observation in observations.items() if key != MASK_KEY}
+    return features, observations[MASK_KEY].flatten(1) != 0
+
+
+def offers_masks(env: VecEnv, action_space: spaces.Space[Any]) -> bool:
+    """Whether every environment offers masks, of a space that can be masked."""
+    if not isinstance(action_space, MASKABLE_SPACES):
+        return False
+    try:
+        return has_mask_key(env.observation_space) or is_masking_supported(env)
+    except NotImplementedError:
+        # A VecEnv need not know its environments' attributes
+        return False
+
+
+def decide_masking(
+    action_masking: bool | None, env: VecEnv, action_space: spaces.Space[Any], obstacle: Exception | None
+) -> bool:
+    """Whether the masks of an environment are to be used.
+
+    :param action_masking: PPOPlus's argument
+    :param env: the training environment
+    :param action_space: its action space
+    :param obstacle: why the model cannot take masks; raised if they are required, otherwise a warning if there are any
+    :raises ValueError: if masks are required and not offered, or masks among the observations are none
+    """
+    if action_masking is False:
+        return False
+    is_offered = offers_masks(env, action_space)
+    if action_masking and not is_offered:
+        raise ValueError(
+            "action_masking=True needs Discrete, MultiDiscrete or MultiBinary actions, and a method action_masks() of "
+            f"every environment (sb3_contrib's ActionMasker adds one) or an observation key {MASK_KEY!r}; got "
+            f"{action_space} and observations {env.observation_space}"
+        )
+    if is_offered and obstacle is not None:
+        if action_masking:
+            raise obstacle
+        warnings.warn(
+            f"The environments offer action masks, which are not used: {obstacle}. action_masking=False is silent.",
+            stacklevel=2,
+        )
+        return False
+    if is_offered and has_mask_key(env.observation_space):
+        check_mask_key(env, action_space)
+    return is_offered
+
+
+def takes_masks(policy_class: type[Any]) -> bool:
+    """Whether a policy class has the argument ``action_masks`` where rollout and update give it."""
+    methods = (policy_class.forward, policy_class.evaluate_actions)
+    return all("action_masks" in inspect.signature(method).parameters for method in methods)
+
+
+def check_mask_key(env: VecEnv, action_space: spaces.Space[Any]) -> None:
+    """Check the masks among the observations of an environment.
+
+    :raises ValueError: if they have not the size of the action space's masks, or are normalised
+    """
+    assert isinstance(env.observation_space, spaces.Dict)
+    shape, size = env.observation_space[MASK_KEY].shape, sum(mask_sizes(action_space))
+    if shape is None or int(np.prod(shape)) != size:
+        raise ValueError(
+            f"the observation key {MASK_KEY!r} must hold a mask of shape ({size},) for {action_space}, got "
+            f"{env.observation_space[MASK_KEY]}; action_masking=False takes it for a feature"
+        )
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize) and env.norm_obs and MASK_KEY in (env.norm_obs_keys or ()):
+            raise ValueError(
+                f"VecNormalize normalises the observation key {MASK_KEY!r}, which is a mask: give it norm_obs_keys "
+                f"without that key, got {env.norm_obs_keys}"
+            )
+        env = env.venv
+
+
+def check_masks(masks: np.ndarray, sizes: Sequence[int], step: int | None = None) -> np.ndarray:
+    """Check masks of several environments.
+
+    :param masks: shape (n_envs, sum of sizes), bool or numbers 0 and 1
+    :param sizes: number of choices of each action, see :func:`mask_sizes`
+    :param step: for the message: step of the rollout, None outside one
+    :return: the masks, bool
+    :raises ValueError: for another shape, other numbers, or where an action has no valid choice
+    """
+    when = "" if step is None else f" at step {step} of the rollout"
+    if masks.shape[1:] != (sum(sizes),):
+        raise ValueError(f"action masks must have the shape ({sum(sizes)},), got {masks.shape[1:]}{when}")
+    if masks.dtype != np.bool_:
+        is_bool = (masks == 0) | (masks == 1)
+        if not is_bool.all():
+            index = int(np.flatnonzero(~is_bool.all(axis=1))[0])
+            raise ValueError(f"action masks must be bool, or 0 and 1, got {masks[index]} of env {index}{when}")
+        masks = masks.astype(np.bool_)
+    if len(sizes) == 1:
+        has_choice = masks.any(axis=1, keepdims=True)
+    else:
+        has_choice = np.logical_or.reduceat(masks, [0, *accumulate(sizes[:-1])], axis=1)
+    if not has_choice.all():
+        index, action = (int(position[0]) for position in np.nonzero(~has_choice))
+        which = "action" if len(sizes) == 1 else f"choice of action {action}"
+        raise ValueError(f"the action mask of env {index} leaves no valid {which}{when}")
+    return masks
+
+
+class ActionMaskSource:
+    """Asks for the masks of each step of a rollout.
+
+    :param env: the training environment
+    :param action_space: its action space
+    :param policy: which will be given the masks, unless it takes them out of the observations by itself
+    """
+
+    def __init__(self, env: VecEnv, action_space: spaces.Space[Any], policy: BasePolicy) -> None:
+        self._env = env
+        self._sizes = mask_sizes(action_space)
+        self._device = policy.device
+        self._in_observations = has_mask_key(env.observation_space)
+        self._policy_finds_them = bool(getattr(policy, "has_mask_key", False))
+
+    def context(self, observations: Any, step: int) -> dict[str, th.Tensor]:  # noqa: ANN401  # array or dict
+        """Ask for the masks of a step.
+
+        :param observations: before the step
+        :param step: steps done in this rollout, for the message of an error
+        :return: keyword arguments for the policy; none where it finds the masks among the observations
+        :raises ValueError: for masks of a wrong shape, or where an environment has no valid action
+        """
+        if self._in_observations:
+            masks = observations[MASK_KEY]
+            masks = check_masks(masks.reshape(len(masks), -1), self._sizes, step)
+            return {} if self._policy_finds_them else {"action_masks": th.from_numpy(masks).to(self._device)}
+        given = [np.asarray(mask) for mask in self._env.env_method(EXPECTED_METHOD_NAME)]
+        for index, mask in enumerate(given):
+            if mask.size != sum(self._sizes):
+                raise ValueError(
+                    f"action_masks() of env {index} must return the shape ({sum(self._sizes)},), got {mask.shape} at "
+                    f"step {step} of the rollout"
+                )
+        masks = check_masks(np.stack(given).reshape(len(given), -1), self._sizes, step)
+        return {"action_masks": th.from_numpy(masks).to(self._device)}
