@@ -190,7 +190,8 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
 
     def _flat_context(self, array: np.ndarray) -> np.ndarray:
         # SB3's get orders its own arrays env by env, and does not know these
-        return self.swap_and_flatten(array) if self.generator_ready else array.reshape(-1, *array.shape[2:])
+        in_order = array.swapaxes(0, 1) if self.generator_ready else array
+        return in_order.reshape(-1, *array.shape[2:])
 
     def _store_observations(self, obs: Any) -> None:  # noqa: ANN401  # array or dict, as the subclass knows
         self.observations[self.pos] = obs.reshape(self.observations.shape[1:])
