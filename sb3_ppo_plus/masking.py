@@ -15,11 +15,14 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
+from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, get_action_masks, is_masking_supported
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
+from sb3_ppo_plus.callbacks import iterate_callbacks
 from sb3_ppo_plus.masked_distributions import MASKABLE_SPACES, mask_sizes
 
 MASK_KEY = "action_mask"
@@ -117,15 +120,17 @@ def check_mask_key(env: VecEnv, action_space: spaces.Space[Any]) -> None:
 def check_masks(masks: np.ndarray, sizes: Sequence[int], step: int | None = None) -> np.ndarray:
     """Check masks of several environments.
 
-    :param masks: shape (n_envs, sum of sizes), bool or numbers 0 and 1
+    :param masks: shape (n_envs, sum of sizes), or of that many elements; bool, or numbers 0 and 1
     :param sizes: number of choices of each action, see :func:`mask_sizes`
     :param step: for the message: step of the rollout, None outside one
-    :return: the masks, bool
+    :return: bool, shape (n_envs, sum of sizes)
     :raises ValueError: for another shape, other numbers, or where an action has no valid choice
     """
     when = "" if step is None else f" at step {step} of the rollout"
-    if masks.shape[1:] != (sum(sizes),):
-        raise ValueError(f"action masks must have the shape ({sum(sizes)},), got {masks.shape[1:]}{when}")
+    size = sum(sizes)
+    if masks.size == 0 or masks.size % size:
+        raise ValueError(f"action masks must have the shape (n_envs, {size}), got {masks.shape}{when}")
+    masks = masks.reshape(-1, size)
     if masks.dtype != np.bool_:
         is_bool = (masks == 0) | (masks == 1)
         if not is_bool.all():
@@ -167,8 +172,7 @@ class ActionMaskSource:
         :raises ValueError: for masks of a wrong shape, or where an environment has no valid action
         """
         if self._in_observations:
-            masks = observations[MASK_KEY]
-            masks = check_masks(masks.reshape(len(masks), -1), self._sizes, step)
+            masks = check_masks(observations[MASK_KEY], self._sizes, step)
             return {} if self._policy_finds_them else {"action_masks": th.from_numpy(masks).to(self._device)}
         given = [np.asarray(mask) for mask in self._env.env_method(EXPECTED_METHOD_NAME)]
         for index, mask in enumerate(given):
@@ -177,5 +181,68 @@ class ActionMaskSource:
                     f"action_masks() of env {index} must return the shape ({sum(self._sizes)},), got {mask.shape} at "
                     f"step {step} of the rollout"
                 )
-        masks = check_masks(np.stack(given).reshape(len(given), -1), self._sizes, step)
+        masks = check_masks(np.stack([mask.reshape(-1) for mask in given]), self._sizes, step)
         return {"action_masks": th.from_numpy(masks).to(self._device)}
+
+
+class MaskedPredictor:
+    """A model whose ``predict`` asks an environment for masks; everything else is the model's.
+
+    :param model: a PPOPlus model
+    :param env: the environment that it acts in: a VecEnv, or a single environment
+    :raises ValueError: if the environment has no method ``action_masks()``
+    """
+
+    def __init__(self, model: Any, env: GymEnv) -> None:  # noqa: ANN401  # PPOPlus, whose module imports this one
+        if not is_masking_supported(env):
+            raise ValueError(
+                f"masked(env) needs a method action_masks() of env (sb3_contrib's ActionMasker adds one), got {env}"
+            )
+        vars(self).update(_model=model, _env_with_masks=env)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose actions, see ``PPOPlus.predict``; the environment is asked where no ``action_masks`` are given."""
+        model, env = vars(self)["_model"], vars(self)["_env_with_masks"]
+        masks = get_action_masks(env) if action_masks is None else action_masks
+        prediction: tuple[np.ndarray, tuple[np.ndarray, ...] | None] = model.predict(
+            observation, state, episode_start, deterministic, masks
+        )
+        return prediction
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever the model has
+        # An object that is being copied has nothing yet
+        if "_model" not in vars(self):
+            raise AttributeError(name)
+        return getattr(vars(self)["_model"], name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(vars(self)["_model"], name, value)
+
+
+def evaluate_with_masks(callback: BaseCallback, model: Any) -> None:  # noqa: ANN401  # PPOPlus
+    """Have every ``EvalCallback`` in ``callback`` predict with the masks of its environment, if that offers any.
+
+    sb3-contrib's ``MaskableEvalCallback`` asks for masks by itself.
+
+    :param callback: with everything inside it, see ``callbacks.iterate_callbacks``
+    :param model: the model that trains
+    """
+    for child in iterate_callbacks(callback):
+        if not isinstance(child, EvalCallback) or isinstance(child, MaskableEvalCallback):
+            continue
+        if offers_masks(child.eval_env, model.action_space) and not has_mask_key(child.eval_env.observation_space):
+            child.model = MaskedPredictor(model, child.eval_env)  # type: ignore[assignment]  # all that EvalCallback uses
+
+
+def evaluate_without_masks(callback: BaseCallback, model: Any) -> None:  # noqa: ANN401  # PPOPlus
+    """Undo :func:`evaluate_with_masks`."""
+    for child in iterate_callbacks(callback):
+        if isinstance(child, EvalCallback):
+            child.model = model

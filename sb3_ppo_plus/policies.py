@@ -231,11 +231,8 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         :raises ValueError: for masks of a wrong size, or where no action is valid
         """
         if action_masks is not None:
-            sizes = mask_sizes(self.action_space)
-            action_masks = np.asarray(action_masks)
-            self._predict_context = {
-                "action_masks": check_masks(action_masks.reshape(-1, action_masks.shape[-1]), sizes)
-            }
+            masks = check_masks(np.asarray(action_masks), mask_sizes(self.action_space))
+            self._predict_context = {"action_masks": masks}
         try:
             return super().predict(observation, state, episode_start, deterministic)
         finally:
@@ -253,7 +250,8 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
     def _masked_distribution(self, latent_pi: th.Tensor, action_masks: MaybeMasks) -> Distribution:
         distribution = self._get_action_dist_from_latent(latent_pi)
         if action_masks is not None:
-            apply_masks(distribution, action_masks)
+            with _without_autocast(latent_pi.device):
+                apply_masks(distribution, action_masks)
         return distribution
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:

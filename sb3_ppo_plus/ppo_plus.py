@@ -37,7 +37,14 @@ from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside
 from sb3_ppo_plus.gradient_step import GradientStep, Objective, resolve_amp
 from sb3_ppo_plus.learning_rate_groups import LearningRateGroups, critic_only_parameters
 from sb3_ppo_plus.losses import LossCoefficients
-from sb3_ppo_plus.masking import ActionMaskSource, decide_masking, takes_masks
+from sb3_ppo_plus.masking import (
+    ActionMaskSource,
+    MaskedPredictor,
+    decide_masking,
+    evaluate_with_masks,
+    evaluate_without_masks,
+    takes_masks,
+)
 from sb3_ppo_plus.policies import (
     PLUS_POLICY_OF,
     ActorCriticPlusPolicy,
@@ -511,6 +518,7 @@ class PPOPlus(PPO):
         """Train for ``total_timesteps`` environment steps; SB3's ``learn``.
 
         Callbacks that have a method ``on_update_end() -> bool`` are called after each update; False stops training.
+        With action masks, every ``EvalCallback`` whose environment offers masks evaluates ``self.masked(eval_env)``.
         """
         self._update_end_said_stop = False
         try:
@@ -518,10 +526,14 @@ class PPOPlus(PPO):
                 total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
             )
         finally:
+            if self._callback is not None:
+                evaluate_without_masks(self._callback, self)
             self._callback = None
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         self._callback = super()._init_callback(callback, progress_bar)
+        if self.env is not None and self._uses_masks_of(self.env):
+            evaluate_with_masks(self._callback, self)
         return self._callback
 
     def predict(
@@ -542,7 +554,7 @@ class PPOPlus(PPO):
             if "action_masks" not in inspect.signature(self.policy.predict).parameters:
                 raise TypeError(f"{type(self.policy).__name__}.predict has no action_masks")
             return self.policy.predict(observation, state, episode_start, deterministic, action_masks)  # type: ignore[call-arg]  # as just seen
-        if self._was_given_masks and not self._warned_of_no_masks and not getattr(self.policy, "has_mask_key", False):
+        if self.needs_masks and not self._warned_of_no_masks:
             self._warned_of_no_masks = True
             warnings.warn(
                 "This model was trained with action masks and now predicts without: give predict(action_masks=...), or "
@@ -550,6 +562,19 @@ class PPOPlus(PPO):
                 stacklevel=2,
             )
         return super().predict(observation, state, episode_start, deterministic)
+
+    @property
+    def needs_masks(self) -> bool:
+        """Whether the model was trained with masks that it does not find among the observations."""
+        return self._was_given_masks and not getattr(self.policy, "has_mask_key", False)
+
+    def masked(self, env: GymEnv) -> MaskedPredictor:
+        """Return this model with a ``predict`` that asks ``env`` for masks, for SB3's ``evaluate_policy`` and the like.
+
+        :param env: the environment that is acted in: a VecEnv, or a single environment
+        :raises ValueError: if it has no method ``action_masks()``
+        """
+        return MaskedPredictor(self, env)
 
     @classmethod
     def load(

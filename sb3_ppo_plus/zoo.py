@@ -11,9 +11,10 @@ import copy
 import functools
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
@@ -173,6 +174,36 @@ def register() -> None:
     _let_schedules_through(exp_manager)
 
 
+@contextmanager
+def _enjoying_with_masks(enjoy: Any) -> Iterator[None]:  # noqa: ANN401  # a module, whose attributes are replaced
+    """Have ``enjoy``, which knows no masks, act with those of its environment, for a model that was trained with masks.
+
+    :param enjoy: ``rl_zoo3.enjoy``.
+    """
+    from stable_baselines3.common.vec_env import VecEnv
+
+    from sb3_ppo_plus.masking import MaskedPredictor
+    from sb3_ppo_plus.ppo_plus import PPOPlus
+
+    create_test_env, envs = enjoy.create_test_env, list[VecEnv]()
+
+    def create_and_keep(*args: Any, **kwargs: Any) -> VecEnv:
+        envs.append(create_test_env(*args, **kwargs))
+        return envs[-1]
+
+    def load(*args: Any, **kwargs: Any) -> PPOPlus | MaskedPredictor:
+        model = PPOPlus.load(*args, **kwargs)
+        return model.masked(envs[-1]) if model.needs_masks else model
+
+    enjoy.create_test_env = create_and_keep
+    enjoy.ALGOS[ALGO] = SimpleNamespace(load=load)
+    try:
+        yield
+    finally:
+        enjoy.create_test_env = create_test_env
+        enjoy.ALGOS[ALGO] = PPOPlus
+
+
 def _with_defaults(command: str, arguments: Sequence[str]) -> list[str]:
     """Put our defaults in front of the user's arguments: in argparse the last one counts, however it is spelled.
 
@@ -208,7 +239,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = parser.parse_args(argv[:1]).command
     try:
         register()
-        run = getattr(_import_optional(f"rl_zoo3.{command}"), command)
+        module = _import_optional(f"rl_zoo3.{command}")
     except ImportError as error:
         raise SystemExit(str(error)) from error
 
@@ -216,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The RL Zoo's functions take no arguments: they read the command line.
     sys.argv = [f"{parser.prog} {command}", *_with_defaults(command, argv[1:])]
     try:
-        run()
+        with _enjoying_with_masks(module) if command == "enjoy" else nullcontext():
+            getattr(module, command)()
     finally:
         sys.argv = user_argv
 
