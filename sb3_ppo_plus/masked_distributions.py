@@ -27,7 +27,8 @@ class MaskedCategorical(Categorical):
 
     def __init__(self, logits: th.Tensor, masks: th.Tensor) -> None:
         self.masks = masks
-        super().__init__(logits=logits.masked_fill(~masks, th.finfo(logits.dtype).min))
+        # The logits were checked when they were normalised
+        super().__init__(logits=logits.masked_fill(~masks, th.finfo(logits.dtype).min), validate_args=False)
 
     def entropy(self) -> th.Tensor:
         """Entropy of the choice among the valid actions, shape (batch,)."""

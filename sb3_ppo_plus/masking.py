@@ -174,15 +174,18 @@ class ActionMaskSource:
         if self._in_observations:
             masks = check_masks(observations[MASK_KEY], self._sizes, step)
             return {} if self._policy_finds_them else {"action_masks": th.from_numpy(masks).to(self._device)}
-        given = [np.asarray(mask) for mask in self._env.env_method(EXPECTED_METHOD_NAME)]
-        for index, mask in enumerate(given):
-            if mask.size != sum(self._sizes):
-                raise ValueError(
-                    f"action_masks() of env {index} must return the shape ({sum(self._sizes)},), got {mask.shape} at "
-                    f"step {step} of the rollout"
-                )
-        masks = check_masks(np.stack([mask.reshape(-1) for mask in given]), self._sizes, step)
-        return {"action_masks": th.from_numpy(masks).to(self._device)}
+        masks = _stacked(self._env.env_method(EXPECTED_METHOD_NAME), sum(self._sizes), step)
+        return {"action_masks": th.from_numpy(check_masks(masks, self._sizes, step)).to(self._device)}
+
+
+def _stacked(given: list[Any], size: int, step: int) -> np.ndarray:
+    for index, mask in enumerate(given):
+        if np.size(mask) != size:
+            raise ValueError(
+                f"action_masks() of env {index} must return the shape ({size},), got {np.shape(mask)} at step {step} "
+                "of the rollout"
+            )
+    return np.array(given)
 
 
 class MaskedPredictor:

@@ -1,10 +1,11 @@
-"""Speed of PPOPlus beside SB3's PPO, and SBX's where it is installed: the same environments, one interleaved run.
+"""Speed of PPOPlus beside the PPOs of SB3, sb3-contrib and, if installed, SBX: same environments, one interleaved run.
 
     python examples/benchmarks/speed.py --output logs/speed
 
 Every contender of a case is built, warmed up (compile time is reported apart) and then measured in turns, so that
 whatever else the machine does hits all alike. Of each figure the median over the rounds is printed, and its ratio to
-SB3's. --cases picks some; --quick shortens the rounds. Writes speed.json and speed.png to --output.
+that of SB3 (or sb3-contrib). --cases picks some; --quick shortens the rounds. Writes speed.json and speed.png to
+--output.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
@@ -51,6 +53,15 @@ class RandomEnv(gym.Env):
         return self.observation, 1.0, False, self.n_steps >= 200, {}
 
 
+class EdgeMask(gym.Wrapper):
+    """CartPole in which a cart that nears an edge may not be pushed towards it."""
+
+    def action_masks(self) -> np.ndarray:
+        """Mark the valid actions."""
+        x = self.unwrapped.state[0]
+        return np.array([x > -1.5, x < 1.5])
+
+
 PIXELS = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 DICT = spaces.Dict({"position": spaces.Box(-1, 1, (8,)), "target": spaces.Box(-1, 1, (3,)), "kind": spaces.Discrete(4)})
 
@@ -64,6 +75,7 @@ class Case:
     policy: str = "MlpPolicy"
     normalize: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
+    masked: bool = False
 
     def make_env(self) -> VecEnv:
         """Build the vectorised environment."""
@@ -90,12 +102,20 @@ CASES: dict[str, Case] = {
     "CartPole, 1 env": Case("CartPole-v1", 1),
     "CartPole, 64 envs": Case("CartPole-v1", 64, kwargs={"n_steps": 128}),
     "CartPole, 256 envs": Case("CartPole-v1", 256, kwargs={"n_steps": 32}),
+    "CartPole with masks, 8 envs": Case(lambda: EdgeMask(gym.make("CartPole-v1")), 8, masked=True),
     "HalfCheetah, 1 env, VecNormalize": Case("HalfCheetah-v5", 1, normalize=True),
 }
 
 
-def contenders() -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]]:
-    """Name the algorithms that are installed."""
+def contenders(case: Case) -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]]:
+    """Name the algorithms that are installed; the others are compared with the first."""
+    if case.masked:
+        return {
+            "MaskablePPO": (MaskablePPO, {}),
+            "PPOPlus": (PPOPlus, {}),
+            "PPOPlus compiled": (PPOPlus, {"compile": True}),
+            "PPOPlus compiled, no masks": (PPOPlus, {"compile": True, "action_masking": False}),
+        }
     found: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
         "SB3": (PPO, {}),
         "PPOPlus": (PPOPlus, {}),
@@ -161,7 +181,7 @@ def run_case(name: str, rounds: int) -> dict[str, Any]:
     """Measure all contenders of a case in turns."""
     th.set_num_threads(1)
     case = CASES[name]
-    running = {label: Contender(case, *given) for label, given in contenders().items()}
+    running = {label: Contender(case, *given) for label, given in contenders(case).items()}
     bounds = []
     for _ in range(rounds):
         bounds.append(env_only(case))
@@ -182,7 +202,7 @@ def peak_memory(name: str, label: str) -> float:
 
 def _train_alone(name: str, label: str) -> float:
     th.set_num_threads(1)
-    algorithm, kwargs = contenders()[label]
+    algorithm, kwargs = contenders(CASES[name])[label]
     Contender(CASES[name], algorithm, kwargs).measure()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -194,7 +214,7 @@ def table(results: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
-        base = result["contenders"]["SB3"]
+        base = next(iter(result["contenders"].values()))
         for label, figures in result["contenders"].items():
             lines.append(
                 f"| {result['case']} | {label} | {figures['rollout_us_per_step']:.0f} "
@@ -208,21 +228,22 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw end-to-end speed relative to SB3."""
+    """Draw end-to-end speed relative to each case's first contender."""
     import matplotlib.pyplot as plt
 
-    labels = list(results[0]["contenders"])
+    labels = list(dict.fromkeys(label for result in results for label in result["contenders"]))
     figure, axes = plt.subplots(figsize=(10, 1 + 0.6 * len(results)))
     height = 0.8 / len(labels)
     for index, label in enumerate(labels):
+        speeds = [[figures["steps_per_second"] for figures in result["contenders"].values()] for result in results]
         ratios = [
-            result["contenders"][label]["steps_per_second"] / result["contenders"]["SB3"]["steps_per_second"]
-            for result in results
+            dict(zip(result["contenders"], speed, strict=True)).get(label, np.nan) / speed[0]
+            for result, speed in zip(results, speeds, strict=True)
         ]
         axes.barh(np.arange(len(results)) + index * height, ratios, height, label=label)
     axes.set_yticks(np.arange(len(results)) + 0.3, [result["case"] for result in results])
     axes.invert_yaxis()
-    axes.set_xlabel("steps per second, relative to SB3's PPO")
+    axes.set_xlabel("steps per second, relative to PPO of SB3 or sb3-contrib")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
