@@ -12,6 +12,7 @@ from sb3_ppo_plus.policies import (
 )
 from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
+from sb3_ppo_plus.strict_json import UntrustedFileError
 
 __version__ = "0.1.0"
 
@@ -33,6 +34,7 @@ __all__ = [
     "PPOPlusRolloutBuffer",
     "RolloutBatch",
     "TransformerExtractor",
+    "UntrustedFileError",
     "WarmupCosine",
     "make_schedule",
 ]

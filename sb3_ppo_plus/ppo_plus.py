@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import pathlib
 import time
 import warnings
 import zipfile
+from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -24,6 +24,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance, ob
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.acting import CompiledActor, can_act_alone, evaluate_rollout, predict_values
+from sb3_ppo_plus.argument_checks import check_ranges, check_types
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
 from sb3_ppo_plus.callbacks import notify_update_end
 from sb3_ppo_plus.compiled_graph import CompilationReporter, inductor_options
@@ -45,6 +46,7 @@ from sb3_ppo_plus.masking import (
     evaluate_without_masks,
     takes_masks,
 )
+from sb3_ppo_plus.model_description import constructor_arguments
 from sb3_ppo_plus.policies import (
     PLUS_POLICY_OF,
     ActorCriticPlusPolicy,
@@ -53,6 +55,7 @@ from sb3_ppo_plus.policies import (
     MultiInputPolicy,
     resolve_policy_kwargs,
 )
+from sb3_ppo_plus.safe_load import add_description, load_without_trust
 from sb3_ppo_plus.schedules import make_schedule, schedule_value
 from sb3_ppo_plus.update_history import METRICS, UpdateHistory
 
@@ -143,6 +146,7 @@ class PPOPlus(PPO):
         amp: bool | str = False,
         compile: bool | dict[str, Any] = False,
     ) -> None:
+        check_types(locals())
         self.critic_learning_rate = critic_learning_rate
         self.pessimistic_value_clip = pessimistic_value_clip
         self.action_masking = action_masking
@@ -255,14 +259,7 @@ class PPOPlus(PPO):
             raise ValueError(f"action_masking must be None, True or False, got {self.action_masking!r}")
         resolve_amp(self.amp, self.device)
         inductor_options(self.compile)
-        for name, allowed, is_allowed in (
-            ("max_grad_norm", "at least 0", self.max_grad_norm >= 0),
-            ("target_kl", "None or above 0", self.target_kl is None or self.target_kl > 0),
-            ("gamma", "in [0, 1]", 0 <= self.gamma <= 1),
-            ("gae_lambda", "in [0, 1]", 0 <= self.gae_lambda <= 1),
-        ):
-            if not is_allowed:
-                raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+        check_ranges(self)
         buffer_class = self.rollout_buffer_class
         if self.amp and not (buffer_class is not None and issubclass(buffer_class, PPOPlusRolloutBuffer)):
             raise ValueError(
@@ -585,32 +582,57 @@ class PPOPlus(PPO):
         custom_objects: dict[str, Any] | None = None,
         print_system_info: bool = False,
         force_reset: bool = True,
+        *,
+        trusted: bool = True,
+        allow: Iterable[type] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Load a model that PPOPlus or SB3's PPO saved; SB3's ``load``.
 
         A model of SB3's PPO keeps SB3's form of value clipping unless ``pessimistic_value_clip`` is given.
 
+        :param trusted: True: as SB3, which runs whatever code the file holds. False: nothing is unpickled or imported
+            by name; what the file's plain description lacks is an error. ``custom_objects`` and ``kwargs`` replace
+            arguments that it holds, ``tensorboard_log`` is not taken from it
+        :param allow: with ``trusted=False``, classes of your own that the description may name: policies, features
+            extractors, activations, optimisers, rollout buffers, schedules that are dataclasses
         :param kwargs: constructor arguments to change
-        :raises TypeError: for a keyword that is not an argument of the constructor
+        :raises TypeError: for a keyword that is no argument of the constructor, or a class that ``allow`` can't hold
+        :raises UntrustedFileError: a ValueError, with ``trusted=False``: if the file is damaged or hostile, or holds
+            what only pickle can describe
         """
-        # A subclass may pass the rest on by **kwargs
-        signatures = [
-            inspect.signature(vars(part)["__init__"])
-            for part in cls.__mro__
-            if "__init__" in vars(part) and issubclass(part, PPOPlus)
-        ]
-        allowed = {name for signature in signatures for name in signature.parameters}
-        allowed -= {"self", "policy", "env", "args", "kwargs", "_init_setup_model"}
+        allowed = set(constructor_arguments(cls)) - {"policy", "env"}
         unknown = sorted(kwargs.keys() - allowed)
         if unknown:
             raise TypeError(f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}")
+        if not trusted:
+            replaced = {name: value for name, value in (custom_objects or {}).items() if name in allowed} | kwargs
+            return load_without_trust(
+                cls, path, env, device=device, allow=allow, print_system_info=print_system_info, replaced=replaced
+            )
+        if allow is not None:
+            raise ValueError("allow is for trusted=False: with trusted=True every class is allowed")
         saved = _saved_attributes(path)
         if "pessimistic_value_clip" not in saved:
             kwargs.setdefault("pessimistic_value_clip", False)
         if "_built_for_masks" not in saved:
             kwargs["_built_for_masks"] = False
         return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
+
+    def save(
+        self,
+        path: str | pathlib.Path | io.BufferedIOBase,
+        exclude: Iterable[str] | None = None,
+        include: Iterable[str] | None = None,
+    ) -> None:
+        """Save the model in a zip as SB3's ``save``, with a plain description for loading without trust."""
+        archive = io.BytesIO()
+        super().save(archive, exclude, include)
+        add_description(archive, self, exclude or ())
+        file = open_path(path, "w", verbose=0, suffix="zip")
+        file.write(archive.getbuffer())
+        if file is not path:
+            file.close()
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
         """Return the state dicts of policy and optimiser, the latter in SB3's order whatever its groups are."""

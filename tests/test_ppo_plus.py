@@ -66,8 +66,9 @@ def test_our_parameters_are_keyword_only_with_the_documented_defaults():
 
 @pytest.mark.parametrize("method", ["learn", "load", "predict", "save", "set_parameters", "get_parameters", "set_env"])
 def test_methods_keep_sb3s_parameters(method):
-    sb3 = [(p.name, p.kind) for p in inspect.signature(getattr(PPO, method)).parameters.values()]
-    ours = [(p.name, p.kind) for p in inspect.signature(getattr(PPOPlus, method)).parameters.values()]
+    parameters = [inspect.signature(getattr(cls, method)).parameters.values() for cls in (PPO, PPOPlus)]
+    # Keyword arguments of our own come before **kwargs
+    sb3, ours = ([(p.name, p.kind) for p in each if p.kind != p.VAR_KEYWORD] for each in parameters)
     assert ours[: len(sb3)] == sb3
     learn = inspect.signature(PPOPlus.learn).parameters
     assert learn["tb_log_name"].default == "PPOPlus"
