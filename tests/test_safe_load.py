@@ -8,9 +8,10 @@ import zipfile
 import numpy as np
 import pytest
 import torch as th
-from envs import BOX, CHANNEL_FIRST, SMALL_DICT, SMALL_NET, make_env, state_of
+from envs import BOX, CHANNEL_FIRST, SMALL_DICT, SMALL_NET, ToyEnv, make_env, state_of
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
@@ -349,3 +350,20 @@ def test_the_description_is_plain_json():
         description = json.loads(archive.read("ppo_plus.json"))
     assert description["arguments"]["n_steps"] == 32
     assert description["policy"] == {"$": "class", "name": "MlpPolicy"}
+
+
+class MaskedEnv(ToyEnv):
+    def action_masks(self):
+        return np.array([True, False, True])
+
+
+def test_a_model_that_was_built_for_masks_still_needs_them(tmp_path):
+    env = make_vec_env(lambda: MaskedEnv(action_space=spaces.Discrete(3)), n_envs=2)
+    model = PPOPlus("MlpPolicy", env, **SETTINGS)
+    file = saved(model.learn(64))
+    loaded = PPOPlus.load(file, env=env, trusted=False, device="cpu")
+    assert_same(model, loaded)
+    observations, masks = env.reset(), np.array([[False, True, False]] * 2)
+    assert (loaded.predict(observations, action_masks=masks)[0] == 1).all()
+    without_env = PPOPlus.load(file, trusted=False, device="cpu")
+    assert (without_env.predict(observations, action_masks=masks)[0] == 1).all()
