@@ -10,6 +10,11 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import (
+    MaskableActorCriticCnnPolicy,
+    MaskableActorCriticPolicy,
+    MaskableMultiInputActorCriticPolicy,
+)
 from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
@@ -286,11 +291,14 @@ MlpPolicy = ActorCriticPlusPolicy
 CnnPolicy = ActorCriticPlusCnnPolicy
 MultiInputPolicy = MultiInputActorCriticPlusPolicy
 
-# A model saved by SB3 names SB3's classes
+# A model saved by SB3 or sb3-contrib names their classes
 PLUS_POLICY_OF: dict[type[Any], type[ActorCriticPlusPolicy]] = {
     ActorCriticPolicy: ActorCriticPlusPolicy,
     ActorCriticCnnPolicy: ActorCriticPlusCnnPolicy,
     MultiInputActorCriticPolicy: MultiInputActorCriticPlusPolicy,
+    MaskableActorCriticPolicy: ActorCriticPlusPolicy,
+    MaskableActorCriticCnnPolicy: ActorCriticPlusCnnPolicy,
+    MaskableMultiInputActorCriticPolicy: MultiInputActorCriticPlusPolicy,
 }
 
 

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
+from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -62,6 +64,8 @@ from sb3_ppo_plus.update_history import METRICS, UpdateHistory
 
 Coefficient = float | str | Schedule
 """A number, a schedule or any callable of progress_remaining, or a schedule's string form such as "lin_3e-4"."""
+
+REPLACED_BUFFERS = (None, RolloutBuffer, DictRolloutBuffer, MaskableRolloutBuffer, MaskableDictRolloutBuffer)
 
 # Set up again by _setup_model or learn, so not saved
 REBUILT_ATTRIBUTES = (
@@ -196,8 +200,10 @@ class PPOPlus(PPO):
             raise
 
     def _setup_model(self) -> None:
+        if issubclass(self.policy_class, MaskableActorCriticPolicy):
+            self._built_for_masks, self._was_given_masks = True, self.num_timesteps > 0
         self.policy_class = PLUS_POLICY_OF.get(self.policy_class, self.policy_class)
-        if self.rollout_buffer_class in (None, RolloutBuffer, DictRolloutBuffer):
+        if self.rollout_buffer_class in REPLACED_BUFFERS:
             is_dict = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = PPOPlusDictRolloutBuffer if is_dict else PPOPlusRolloutBuffer
         self._check_arguments()
@@ -372,7 +378,9 @@ class PPOPlus(PPO):
                     timeouts.append((n_steps, index, terminal_obs))
                 else:
                     # One at a time: in a batch the value may differ from SB3's in the last bit
-                    rewards[index] += self.gamma * predict_values(self.policy, [terminal_obs])[0]
+                    terminal_value = th.from_numpy(predict_values(self.policy, [terminal_obs]))[0]
+                    # As a tensor: SB3's sum is in float32, also where a VecEnv's rewards are in float64
+                    rewards[index] += self.gamma * terminal_value
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
             rollout_buffer.add(*last, *((context,) if context else ()))  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
             n_steps += 1

@@ -10,6 +10,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from sb3_ppo_plus.masked_distributions import mask_sizes
+
 BOX = spaces.Box(-1.0, 1.0, (3,), np.float32)
 ASYMMETRIC = spaces.Box(np.array([-0.5, 2.0], np.float32), np.array([3.0, 2.5], np.float32))
 IMAGE = spaces.Box(0, 255, (36, 36, 1), np.uint8)
@@ -20,6 +22,11 @@ ACTION_SPACES = {
     "box": ASYMMETRIC,
     "discrete": spaces.Discrete(3),
     "multi_discrete": spaces.MultiDiscrete([3, 2]),
+    "multi_binary": spaces.MultiBinary(3),
+}
+MASKED_ACTION_SPACES = {
+    "discrete": spaces.Discrete(5),
+    "multi_discrete": spaces.MultiDiscrete([3, 2, 4]),
     "multi_binary": spaces.MultiBinary(3),
 }
 SMALL_NET = {"net_arch": [8, 8]}
@@ -63,6 +70,62 @@ class ToyEnv(gym.Env):
         return self.observation, reward, terminated, not terminated and self.n_steps >= self.max_steps, {}
 
 
+class MaskedEnv(ToyEnv):
+    """ToyEnv with other random valid actions at each step, which refuses all others.
+
+    :param action_space: Discrete, MultiDiscrete or MultiBinary
+    """
+
+    def __init__(self, action_space=MASKED_ACTION_SPACES["discrete"], **kwargs):
+        super().__init__(action_space=action_space, **kwargs)
+        self.sizes = mask_sizes(action_space)
+
+    def reset(self, *, seed=None, options=None):
+        result = super().reset(seed=seed, options=options)
+        self._draw_masks()
+        return result
+
+    def step(self, action):
+        chosen = np.asarray(action).reshape(-1)
+        assert all(mask[choice] for mask, choice in zip(self.masks, chosen, strict=True)), f"{action} is masked"
+        result = super().step(action)
+        self._draw_masks()
+        return result
+
+    def _draw_masks(self):
+        self.masks = [self.np_random.random(size) < 0.5 for size in self.sizes]
+        for mask in self.masks:
+            mask[self.np_random.integers(len(mask))] = True
+
+    def action_masks(self):
+        return np.concatenate(self.masks)
+
+
+class MaskInObservation(gym.ObservationWrapper):
+    """Hides ``action_masks()`` of an env, and gives the masks as an observation; vectors under the key "vector".
+
+    :param env: a MaskedEnv
+    :param mask_space: space of the masks
+    """
+
+    def __init__(self, env, mask_space=None):
+        super().__init__(env)
+        inner = env.observation_space
+        self.parts = inner.spaces if isinstance(inner, spaces.Dict) else {"vector": inner}
+        n = sum(env.sizes)
+        self.observation_space = spaces.Dict({**self.parts, "action_mask": mask_space or spaces.MultiBinary(n)})
+
+    def observation(self, observation):
+        parts = observation if isinstance(observation, dict) else {"vector": observation}
+        mask_space = self.observation_space["action_mask"]
+        return {**parts, "action_mask": self.env.action_masks().astype(mask_space.dtype).reshape(mask_space.shape)}
+
+    def get_wrapper_attr(self, name):
+        if name == "action_masks":
+            raise AttributeError(name)
+        return super().get_wrapper_attr(name)
+
+
 class ConstantRewardEnv(gym.Env):
     """Reward 1 at every step, until the episode ends by truncation or by termination.
 
@@ -93,6 +156,11 @@ class ConstantRewardEnv(gym.Env):
 def make_env(n_envs=1, **kwargs):
     """A DummyVecEnv of ToyEnvs in Monitors."""
     return make_vec_env(lambda: ToyEnv(**kwargs), n_envs=n_envs)
+
+
+def make_masked_env(n_envs=2, **kwargs):
+    """A DummyVecEnv of MaskedEnvs in Monitors."""
+    return make_vec_env(lambda: MaskedEnv(**kwargs), n_envs=n_envs)
 
 
 def toy_envs(vec_env: DummyVecEnv):

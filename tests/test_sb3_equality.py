@@ -13,6 +13,7 @@ from envs import (
     IMAGE,
     SMALL_DICT,
     SMALL_NET,
+    ToyEnv,
     logs_of_updates,
     make_env,
     state_of,
@@ -20,10 +21,11 @@ from envs import (
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule, set_random_seed
-from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
 from torch import nn
 
 from sb3_ppo_plus import Constant, Cosine, Exponential, Linear, PPOPlus, WarmupCosine
@@ -162,6 +164,14 @@ def test_vec_normalize(norm):
     for name in ("obs_rms", "ret_rms"):
         if getattr(sb3.env, name, None) is not None:
             assert np.array_equal(getattr(sb3.env, name).mean, getattr(ours.env, name).mean)
+
+
+def test_subprocesses():
+    # Whose rewards are in float64
+    assert_trains_alike(
+        env=lambda: make_vec_env(ToyEnv, 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"}),
+        updates=2,
+    )
 
 
 def test_frame_stack():
