@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,28 +10,37 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.func import functional_call
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sb3_ppo_plus.buffers import RolloutBatch
-from sb3_ppo_plus.compiled_graph import CompilationReporter, GraphCache, tensor_places
+from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, GraphCache, tensor_places
 from sb3_ppo_plus.policies import ActorCriticPlusPolicy
 
 # Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
 EVALUATION_CHUNK = 2**22
+# Observations of one such pass, whose activations should stay in a cache
+EVALUATION_ROWS = 1024
 
 
 class CompiledActor:
-    """Computes only the actions at each step, in a compiled graph that draws the random numbers of eager mode.
+    """Computes only the actions at each step, and the rest after the rollout, in compiled graphs.
+
+    They draw the random numbers of eager mode. Where they cannot be compiled, one warning says why, and the same is
+    computed eagerly.
 
     :param policy: the policy, see :func:`can_act_alone`
     :param options: TorchInductor's
     :param reporter: told of what was compiled, or could not be
     """
 
-    def __init__(self, policy: ActorCriticPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
+    def __init__(self, policy: ActorCriticPlusPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
         self.policy = policy
         self._graphs = GraphCache(policy, options, reporter)
-        self._places: dict[str, th.Tensor] = {}
+        self._acting, self._evaluating = _Acting(policy), _Evaluating(policy)
+        self._names: list[str] = []
+        self._tensors: list[th.Tensor] = []
+        self._graph: Graph | None = None
+        self._is_first_step = True
 
     @property
     def n_compilations(self) -> int:
@@ -41,37 +49,66 @@ class CompiledActor:
 
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
-        self._places = tensor_places(self.policy)
+        places = tensor_places(self.policy)
+        self._names = [f"policy.{name}" for name in places]
+        # Detached, so that no call needs to enter a no_grad
+        self._tensors = [tensor.detach() for tensor in places.values()]
         self._graphs.refresh()
+        self._is_first_step = True
 
-    @th.no_grad()
     def act(self, observations: PyTorchObs, context: dict[str, th.Tensor]) -> th.Tensor:
         """Choose actions.
 
         :param observations: shape (n_envs, *observation shape), or a dict of such
-        :param context: further keyword arguments of the policy, such as action_masks
+        :param context: further keyword arguments of the policy, such as action_masks; of the same shapes at each step
         :return: stored actions, shape (n_envs, *action shape)
         """
         noise = _exploration_matrices(self.policy)
-        varying = [*_leaves(observations), *context.values(), *noise]
-        leaves = [*varying, *self._places.values()]
-        key = (*context, *((leaf.shape, leaf.dtype) for leaf in varying))
-        graph = self._graphs.get(key, "acting", lambda: self._function(observations, list(context), len(noise)), leaves)
-        actions = graph(*leaves)[0] if graph else self.policy.get_distribution(observations, **context).get_actions()
-        stored: th.Tensor = actions.reshape(-1, *(self.policy.action_space.shape or ()))
-        return stored
+        if self._is_first_step:
+            self._graph = self._find_graph("acting", self._acting, (observations, context, noise))
+            self._is_first_step = False
+        if self._graph is None:
+            with th.no_grad():
+                return self._acting(observations, context, noise)[0]
+        actions: th.Tensor = self._graph(*_leaves(observations), *context.values(), *noise, *self._tensors)[0]
+        return actions
 
-    def _function(self, observations: PyTorchObs, context: list[str], n_noise: int) -> Callable[..., tuple[th.Tensor]]:
-        module = _Acting(self.policy)
-        names = [f"policy.{name}" for name in self._places]
+    def evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
+        """Compute the values and log-probabilities of a rollout, in as many passes as caches and memory ask for.
 
-        def function(*leaves: th.Tensor) -> tuple[th.Tensor]:
-            given = iter(leaves)
-            observation = {k: next(given) for k in observations} if isinstance(observations, dict) else next(given)
-            arguments = (observation, {name: next(given) for name in context}, [next(given) for _ in range(n_noise)])
-            return (functional_call(module, dict(zip(names, given, strict=True)), arguments, tie_weights=False),)
+        :return: values and log-probabilities, both of shape (n_transitions,)
+        """
+        n_transitions = len(rollout.actions)
+        size = min(EVALUATION_ROWS, n_transitions, _rows_of_chunk(rollout.observations))
+        values, log_probs = th.empty_like(rollout.old_values), th.empty_like(rollout.old_log_prob)
+        for start in range(0, n_transitions, size):
+            # The last rows overlap those before, so that all passes need the same graph
+            rows = slice(min(start, n_transitions - size), min(start, n_transitions - size) + size)
+            batch = rollout.select(rows)
+            arguments = (batch.observations, batch.context, batch.actions)
+            graph = self._find_graph("evaluating a rollout", self._evaluating, arguments)
+            if graph is None:
+                with th.no_grad():
+                    evaluation = self._evaluating(*arguments)
+            else:
+                evaluation = graph(*tree_flatten(arguments)[0], *self._tensors)
+            values[rows], log_probs[rows] = evaluation
+        return values, log_probs
 
-        return function
+    @th.no_grad()
+    def _find_graph(self, what: str, module: th.nn.Module, arguments: tuple[Any, ...]) -> Graph | None:
+        leaves, spec = tree_flatten(arguments)
+        names = self._names
+
+        def function(*given: th.Tensor) -> tuple[th.Tensor, ...]:
+            tensors = dict(zip(names, given[len(leaves) :], strict=True))
+            called: tuple[th.Tensor, ...] = functional_call(
+                module, tensors, tuple(tree_unflatten(given[: len(leaves)], spec)), tie_weights=False
+            )
+            return called
+
+        key = (what, str(spec), *((leaf.shape, leaf.dtype) for leaf in leaves))
+        return self._graphs.get(key, what, lambda: function, [*leaves, *self._tensors])
 
 
 class _Acting(th.nn.Module):
@@ -81,12 +118,28 @@ class _Acting(th.nn.Module):
         super().__init__()
         self.policy = policy
 
-    def forward(self, observations: PyTorchObs, context: dict[str, th.Tensor], noise: list[th.Tensor]) -> th.Tensor:
+    def forward(
+        self, observations: PyTorchObs, context: dict[str, th.Tensor], noise: list[th.Tensor]
+    ) -> tuple[th.Tensor]:
         distribution = self.policy.get_distribution(observations, **context)
         if isinstance(distribution, StateDependentNoiseDistribution):
             # Inputs of the graph, as they are drawn anew
             distribution.exploration_mat, distribution.exploration_matrices = noise
-        return distribution.get_actions()
+        return (distribution.get_actions().reshape(-1, *(self.policy.action_space.shape or ())),)
+
+
+class _Evaluating(th.nn.Module):
+    """The policy's values and log-probabilities, in the same form."""
+
+    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(
+        self, observations: PyTorchObs, context: dict[str, th.Tensor], actions: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor]:
+        values, distribution = self.policy.value_and_distribution(observations, **context)
+        return values.flatten(), distribution.log_prob(actions)
 
 
 def can_act_alone(policy: ActorCriticPolicy) -> bool:
@@ -100,21 +153,6 @@ def can_act_alone(policy: ActorCriticPolicy) -> bool:
         and cls.evaluate_actions is ActorCriticPlusPolicy.evaluate_actions
         and cls._get_action_dist_from_latent is ActorCriticPlusPolicy._get_action_dist_from_latent
     )
-
-
-@th.no_grad()
-def evaluate_rollout(policy: ActorCriticPlusPolicy, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
-    """Compute the values and log-probabilities of a rollout in few large batches.
-
-    :return: values and log-probabilities, both of shape (n_transitions,)
-    """
-    values, log_probs = [], []
-    for indices in _chunks(rollout.observations, len(rollout.actions)):
-        batch = rollout.select(indices)
-        value, distribution = policy.value_and_distribution(batch.observations, **batch.context)
-        values.append(value.flatten())
-        log_probs.append(distribution.log_prob(batch.actions))
-    return th.cat(values), th.cat(log_probs)
 
 
 @th.no_grad()
@@ -133,9 +171,13 @@ def predict_values(policy: ActorCriticPolicy, observations: list[Any]) -> np.nda
 
 
 def _chunks(observations: PyTorchObs, n_observations: int) -> tuple[th.Tensor, ...]:
-    leaves = _leaves(observations)
-    numbers_each = sum(leaf[0].numel() for leaf in leaves)
-    return th.split(th.arange(n_observations, device=leaves[0].device), max(1, EVALUATION_CHUNK // numbers_each))
+    indices = th.arange(n_observations, device=_leaves(observations)[0].device)
+    return th.split(indices, _rows_of_chunk(observations))
+
+
+def _rows_of_chunk(observations: PyTorchObs) -> int:
+    numbers_each = sum(leaf[0].numel() for leaf in _leaves(observations))
+    return max(1, EVALUATION_CHUNK // numbers_each)
 
 
 def _leaves(observations: PyTorchObs) -> list[th.Tensor]:

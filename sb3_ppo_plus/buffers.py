@@ -36,8 +36,8 @@ class RolloutBatch:
     valid: th.Tensor | None = None
     context: dict[str, th.Tensor] = field(default_factory=dict)
 
-    def select(self, indices: th.Tensor) -> RolloutBatch:
-        """Return the transitions at ``indices``, a tensor of int64."""
+    def select(self, indices: th.Tensor | slice) -> RolloutBatch:
+        """Return the transitions at ``indices``, a tensor of int64 or a slice."""
         observations = self.observations
         return RolloutBatch(
             observations={key: obs[indices] for key, obs in observations.items()}

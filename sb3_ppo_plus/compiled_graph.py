@@ -13,12 +13,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch as th
+import torch._functorch.config
 import torch._inductor
 from stable_baselines3.common.distributions import Distribution as SB3Distribution
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from sb3_ppo_plus.distributions import without_argument_validation
+from sb3_ppo_plus.fused_operations import FUSED_OPERATIONS
 
 # Random operations of the graph are PyTorch's own: the numbers of eager mode, from the same generator
 DEFAULT_OPTIONS: dict[str, Any] = {"fallback_random": True}
@@ -68,14 +71,18 @@ class GraphCache:
         self._reporter = reporter
         self._graphs: dict[Hashable, Graph] = {}
         self._python_state: list[Hashable] = []
+        self._constants: list[th.Tensor] = []
         self._gave_up = False
 
     def refresh(self, *, is_outdated: bool = False) -> None:
         """Drop the graphs if ``is_outdated``, or if the policy is no longer what they have compiled in."""
-        state = python_state(self._policy)
+        state, constants = python_state(self._policy), constant_tensors(self._policy)
+        if self._graphs and [id(tensor) for tensor in constants] != [id(tensor) for tensor in self._constants]:
+            self._gave_up = True
+            self._reporter.failed("what was compiled", "a tensor that is neither parameter nor buffer was replaced")
         if is_outdated or state != self._python_state:
             self._graphs.clear()
-        self._python_state = state
+        self._python_state, self._constants = state, constants
 
     def get(
         self, key: Hashable, what: str, make_function: Callable[[], Callable[..., Any]], inputs: Sequence[th.Tensor]
@@ -144,14 +151,36 @@ def compile_graph(
         graph, again = (_trace(function, examples, module) for _ in range(2))
     if graph.code != again.code:
         raise RuntimeError("it computes something else at each call")
-    compiled: Graph = th._inductor.compile(graph, examples, options={**DEFAULT_OPTIONS, **(options or {})})
-    return compiled
+    return _generate_code(graph, examples, {**DEFAULT_OPTIONS, **(options or {})})
+
+
+def _generate_code(graph: th.fx.GraphModule, examples: list[Any], options: dict[str, Any]) -> Graph:
+    """Compile as ``torch._inductor.compile`` does, less the wrappers that AOTAutograd puts around the code.
+
+    They would cost an actor as much as its arithmetic at each call, and serve gradients, aliases and subclasses of
+    tensors, none of which there are.
+    """
+    codes: list[Graph] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # an Inductor hook, passed through
+        codes.append(compile_fx_inner(*args, **kwargs))
+        return codes[-1]
+
+    # Its cache would hand out the wrapped code and leave nothing to keep; that of the code itself stays
+    with th._functorch.config.patch(enable_autograd_cache=False):
+        compile_fx(graph, examples, inner_compile=keep, config_patches=options)
+    (code,) = codes
+    # Tensors that the traced code holds, which come first
+    constants = [*graph.parameters(), *graph.buffers()]
+    return lambda *inputs: code([*constants, *inputs])
 
 
 def _trace(function: Callable[..., Any], inputs: Sequence[th.Tensor], module: th.nn.Module) -> th.fx.GraphModule:
     before = [(owner, dict(vars(owner))) for owner in _owners_of_state(module)]
     try:
-        graph: th.fx.GraphModule = make_fx(function, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        graph: th.fx.GraphModule = make_fx(
+            function, FUSED_OPERATIONS, tracing_mode="fake", _allow_non_fake_inputs=True
+        )(*inputs)
         for owner, attributes in before:
             changed = [name for name, value in vars(owner).items() if attributes.get(name) is not value]
             if isinstance(owner, th.nn.Module) and set(changed) - {"action_dist"}:
@@ -176,6 +205,11 @@ def python_state(module: th.nn.Module) -> list[Hashable]:
         (id(part), tuple((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str)))
         for part in module.modules()
     ]
+
+
+def constant_tensors(module: th.nn.Module) -> list[th.Tensor]:
+    """Tensors that a graph of the module holds on to: attributes that are neither parameters nor buffers."""
+    return [value for part in module.modules() for value in vars(part).values() if isinstance(value, th.Tensor)]
 
 
 def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:

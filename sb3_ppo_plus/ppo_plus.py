@@ -26,7 +26,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_plus.acting import CompiledActor, can_act_alone, evaluate_rollout, predict_values
+from sb3_ppo_plus.acting import CompiledActor, can_act_alone, predict_values
 from sb3_ppo_plus.argument_checks import check_ranges, check_types
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
 from sb3_ppo_plus.callbacks import notify_update_end
@@ -387,7 +387,7 @@ class PPOPlus(PPO):
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
             self._last_episode_starts = dones
         if actor is not None:
-            self._evaluate_afterwards(actor.policy, rollout_buffer, timeouts)
+            self._evaluate_afterwards(actor, rollout_buffer, timeouts)
         with th.no_grad():
             values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]  # as above
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
@@ -424,14 +424,14 @@ class PPOPlus(PPO):
         return bounded
 
     def _evaluate_afterwards(
-        self, policy: ActorCriticPolicy, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]
+        self, actor: CompiledActor, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]
     ) -> None:
         """Fill in what a :class:`CompiledActor` left out of each step."""
-        assert isinstance(rollout_buffer, PPOPlusRolloutBuffer) and isinstance(policy, ActorCriticPlusPolicy)
-        rollout_buffer.set_evaluation(*evaluate_rollout(policy, rollout_buffer.rollout()))
+        assert isinstance(rollout_buffer, PPOPlusRolloutBuffer)
+        rollout_buffer.set_evaluation(*actor.evaluate(rollout_buffer.rollout()))
         if timeouts:
             steps, indices, observations = zip(*timeouts, strict=True)
-            rollout_buffer.rewards[steps, indices] += self.gamma * predict_values(policy, list(observations))
+            rollout_buffer.rewards[steps, indices] += self.gamma * predict_values(actor.policy, list(observations))
 
     def train(self) -> None:
         """Update the policy from the rollout buffer: ``n_epochs`` passes of minibatch steps on the PPO objective."""
