@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import CategoricalDistribution, Distribution, MultiCategoricalDistribution
+from stable_baselines3.common.distributions import Distribution, MultiCategoricalDistribution
 from torch.distributions import Categorical
+
+from sb3_ppo_plus.lean_distributions import LeanCategoricalDistribution
 
 MASKABLE_SPACES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
@@ -36,7 +38,7 @@ class MaskedCategorical(Categorical):
         return -(self.logits * self.probs).masked_fill(~self.masks, 0.0).sum(-1)
 
 
-class MaskableCategoricalDistribution(CategoricalDistribution):
+class MaskableCategoricalDistribution(LeanCategoricalDistribution):
     """SB3's distribution of Discrete actions, to which masks can be applied."""
 
     def apply_masking(self, masks: th.Tensor | np.ndarray) -> None:

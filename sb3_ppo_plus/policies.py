@@ -35,6 +35,7 @@ from torch import nn
 
 from sb3_ppo_plus.distributions import BoundedDistribution, make_action_distribution
 from sb3_ppo_plus.extractors import ImpalaCNN, resolve_features_extractor
+from sb3_ppo_plus.lean_distributions import LeanDiagGaussianDistribution
 from sb3_ppo_plus.masked_distributions import apply_masks, make_maskable_distribution, mask_sizes
 from sb3_ppo_plus.masking import check_masks, has_mask_key, split_off_mask, without_mask_key
 
@@ -114,6 +115,8 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
             self.action_dist = make_action_distribution(
                 self.action_space, self.action_dist_name, self.action_dist_kwargs
             )
+        if type(self.action_dist) is DiagGaussianDistribution:
+            self.action_dist = LeanDiagGaussianDistribution(self.action_dist.action_dim)
         if self.action_masking or isinstance(self.action_dist, CategoricalDistribution | MultiCategoricalDistribution):
             # Without masks it is SB3's own
             self.action_dist = make_maskable_distribution(self.action_space)
@@ -260,14 +263,12 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         return distribution
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
-        # A copy: tensors with a gradient would stay on SB3's shared object, where deepcopy trips on them
-        distribution = copy(self.action_dist)
+        # A copy: tensors with a gradient would stay on SB3's shared object, where deepcopy trips on them. Without one
+        # it is shared as in SB3, whose users read policy.action_dist after predict and forward
+        distribution = copy(self.action_dist) if th.is_grad_enabled() else self.action_dist
         # bf16 logits would put errors of 1e-2 into the log-ratio
         with _without_autocast(latent_pi.device):
             outputs = self.action_net(latent_pi.float())
-            if not th.is_grad_enabled():
-                # SB3 users read policy.action_dist after predict and forward
-                self.action_dist = distribution
             if isinstance(distribution, StateDependentNoiseDistribution):
                 return distribution.proba_distribution(outputs, self.log_std, latent_pi.float())
             if isinstance(distribution, DiagGaussianDistribution):

@@ -5,7 +5,7 @@ import pytest
 import torch as th
 from envs import ACTION_SPACES, ASYMMETRIC, BOX, CHANNEL_FIRST, IMAGE, SMALL_DICT, SMALL_NET, make_env, toy_envs
 from gymnasium import spaces
-from stable_baselines3.common.distributions import DiagGaussianDistribution, StateDependentNoiseDistribution
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
@@ -20,6 +20,7 @@ from sb3_ppo_plus import (
     TransformerExtractor,
 )
 from sb3_ppo_plus.distributions import BetaDistribution, SquashedGaussianDistribution
+from sb3_ppo_plus.lean_distributions import LeanDiagGaussianDistribution
 from sb3_ppo_plus.policies import resolve_policy_kwargs
 
 SETTINGS = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "seed": 0, "device": "cpu"}
@@ -78,8 +79,8 @@ def test_default_extractors_are_sb3s(policy_class, observation_space, extractor)
 @pytest.mark.parametrize(
     ("kwargs", "distribution"),
     [
-        ({}, DiagGaussianDistribution),
-        ({"action_dist": "gaussian"}, DiagGaussianDistribution),
+        ({}, LeanDiagGaussianDistribution),
+        ({"action_dist": "gaussian"}, LeanDiagGaussianDistribution),
         ({"use_sde": True}, StateDependentNoiseDistribution),
         ({"action_dist": "squashed_gaussian"}, SquashedGaussianDistribution),
         ({"action_dist": "beta"}, BetaDistribution),
