@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch as th
@@ -19,7 +19,7 @@ from sb3_ppo_plus.policies import ActorCriticPlusPolicy
 # Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
 EVALUATION_CHUNK = 2**22
 # Observations of one such pass, whose activations should stay in a cache
-EVALUATION_ROWS = 1024
+EVALUATION_ROWS = 2048
 
 
 class CompiledActor:
@@ -69,8 +69,9 @@ class CompiledActor:
             self._is_first_step = False
         if self._graph is None:
             with th.no_grad():
-                return self._acting(observations, context, noise)[0]
-        actions: th.Tensor = self._graph(*_leaves(observations), *context.values(), *noise, *self._tensors)[0]
+                actions: th.Tensor = self._acting(observations, context, noise)[0]
+        else:
+            actions = self._graph(*_leaves(observations), *context.values(), *noise, *self._tensors)[0]
         return actions
 
     def evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
@@ -142,7 +143,7 @@ class _Evaluating(th.nn.Module):
         return values.flatten(), distribution.log_prob(actions)
 
 
-def can_act_alone(policy: ActorCriticPolicy) -> bool:
+def can_act_alone(policy: ActorCriticPolicy) -> TypeGuard[ActorCriticPlusPolicy]:
     """Whether actions, values and log-probs may be computed apart: nothing in a subclass changes how they are made."""
     cls = type(policy)
     return (

@@ -33,14 +33,15 @@ def multinomial(weights: th.Tensor, n_samples: int, replacement: bool = False) -
     :return: int64, shape (batch, 1)
     """
     if n_samples != 1:
-        return NotImplemented
-    return (weights / th.ops.aten.exponential.default(th.empty_like(weights))).argmax(-1, keepdim=True)
+        return NotImplemented  # type: ignore[no-any-return]  # the protocol of decompositions: PyTorch's own is kept
+    clocks: th.Tensor = th.ops.aten.exponential.default(th.empty_like(weights))
+    return (weights / clocks).argmax(-1, keepdim=True)
 
 
 def tanh(x: th.Tensor) -> th.Tensor:
     """Compute tanh as a rational function, to a relative error of 4e-7; float32 only."""
     if x.dtype != th.float32 or x.device.type != "cpu":
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]  # the same
     x = x.clamp(-_TANH_LIMIT, _TANH_LIMIT)
     return x * _polynomial(x * x, _TANH_NUMERATOR) / _polynomial(x * x, _TANH_DENOMINATOR)
 
@@ -60,7 +61,7 @@ def addmm(bias: th.Tensor, x: th.Tensor, weight: th.Tensor, *, beta: float = 1, 
     :param weight: shape (inputs, outputs)
     """
     if x.device.type != "cpu" or x.shape[0] * weight.numel() > SMALL_PRODUCT or (beta, alpha) != (1, 1):
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]  # the same
     return (x.unsqueeze(1) * weight.t().unsqueeze(0)).sum(-1) + bias
 
 
