@@ -105,7 +105,8 @@ def test_compiled_training_equals_eager_training_to_rounding(case: str) -> None:
     eager, compiled = train(case, compile=False), train(case, compile=True)
     is_short = CASES[case][3].get("batch_size") == 24
     assert compiled._gradient_step.n_compilations == 1 + is_short
-    assert compiled._compiled_actor.n_compilations == 1
+    # Acting, and evaluating the rollout
+    assert compiled._compiled_actor.n_compilations == 2
     # Autocast rounds each product to 8 bits, in whatever order the compiler chose
     tolerance = 5e-4 if case == "bf16" else 2e-5
     moved = (parameters(eager) - parameters(train(case, compile=False, n_updates=0))).abs().max()
@@ -142,7 +143,7 @@ def test_nothing_is_compiled_after_the_first_update() -> None:
     with pytest.warns(UserWarning, match="mini-batch size"):
         model = PPOPlus("MlpPolicy", env, n_steps=20, batch_size=16, n_epochs=1, compile=True, **kwargs)
     model.learn(40 * 4, callback=Count())
-    assert counts == [(2, 1)] * 4
+    assert counts == [(2, 2)] * 4
 
 
 def test_one_warning_and_the_same_results_where_there_is_no_compiler() -> None:
