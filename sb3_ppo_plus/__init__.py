@@ -11,6 +11,7 @@ from sb3_ppo_plus.policies import (
     MultiInputPolicy,
 )
 from sb3_ppo_plus.ppo_plus import PPOPlus
+from sb3_ppo_plus.safe_vec_normalize import load_vec_normalize, save_vec_normalize
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
 from sb3_ppo_plus.strict_json import UntrustedFileError
 
@@ -36,5 +37,7 @@ __all__ = [
     "TransformerExtractor",
     "UntrustedFileError",
     "WarmupCosine",
+    "load_vec_normalize",
     "make_schedule",
+    "save_vec_normalize",
 ]
