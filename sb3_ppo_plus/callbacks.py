@@ -1,4 +1,4 @@
-"""The hook at the end of an update, which SB3's callbacks lack."""
+"""The hooks at the end of an update and at any end of ``learn``, which SB3's callbacks lack."""
 
 from __future__ import annotations
 
@@ -23,5 +23,15 @@ def notify_update_end(callback: BaseCallback) -> bool:
 
     :return: False where one of them returned False, which stops training
     """
-    answers = [child.on_update_end() for child in iterate_callbacks(callback) if hasattr(child, "on_update_end")]
+    children = [child for child in iterate_callbacks(callback) if hasattr(child, "on_update_end")]
+    # A checkpoint holds what the other callbacks have done
+    children.sort(key=lambda child: getattr(child, "comes_last", False))
+    answers = [child.on_update_end() for child in children]
     return all(answer is not False for answer in answers)
+
+
+def notify_learn_end(callback: BaseCallback) -> None:
+    """Call ``on_learn_end()`` of every callback that has it, the last one first; also after an exception."""
+    for child in reversed(list(iterate_callbacks(callback))):
+        if hasattr(child, "on_learn_end"):
+            child.on_learn_end()
