@@ -1,6 +1,8 @@
 """PPO for Stable-Baselines3 users: SB3's PPO bit for bit by default, with every extra one argument away."""
 
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.checkpoint import TrainingCheckpoint, latest_checkpoint
+from sb3_ppo_plus.checkpoint_directory import CheckpointError
 from sb3_ppo_plus.extractors import ImpalaCNN, MultiInputExtractor, TransformerExtractor
 from sb3_ppo_plus.policies import (
     ActorCriticPlusCnnPolicy,
@@ -11,15 +13,17 @@ from sb3_ppo_plus.policies import (
     MultiInputPolicy,
 )
 from sb3_ppo_plus.ppo_plus import PPOPlus
-from sb3_ppo_plus.safe_vec_normalize import load_vec_normalize, save_vec_normalize
+from sb3_ppo_plus.resumable_env import ResumableEnv
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
 from sb3_ppo_plus.strict_json import UntrustedFileError
+from sb3_ppo_plus.vec_env_state import WrapperStackError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActorCriticPlusCnnPolicy",
     "ActorCriticPlusPolicy",
+    "CheckpointError",
     "CnnPolicy",
     "Constant",
     "Cosine",
@@ -33,11 +37,13 @@ __all__ = [
     "PPOPlus",
     "PPOPlusDictRolloutBuffer",
     "PPOPlusRolloutBuffer",
+    "ResumableEnv",
     "RolloutBatch",
+    "TrainingCheckpoint",
     "TransformerExtractor",
     "UntrustedFileError",
     "WarmupCosine",
-    "load_vec_normalize",
+    "WrapperStackError",
+    "latest_checkpoint",
     "make_schedule",
-    "save_vec_normalize",
 ]

@@ -6,7 +6,6 @@ A step on one flat tensor is bit-identical to the steps on its parts and costs a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,8 +59,6 @@ class FlatGroup:
         self.gradients = self.views(self.flat.grad)
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
         self.optimizer = make_optimizer([{**group, "params": [self.flat]}])
-        # Less what torch wraps around it for profilers and hooks, which nobody has put on this one
-        self._step = inspect.unwrap(type(optimizer).step)
         self._adopt_state()
         for parameter, view in zip(self.parameters, self.views(self.flat), strict=True):
             parameter.data = view
@@ -104,11 +101,6 @@ class FlatGroup:
                 self.state[name] = first.clone()
             else:
                 raise MixedStateError
-
-    @th.no_grad()
-    def step(self) -> None:
-        """Let the optimiser take a step."""
-        self._step(self.optimizer)
 
     def refresh(self) -> None:
         """Take over settings that changed on the policy's optimiser, such as the learning rate."""
@@ -166,19 +158,21 @@ class FlatParameters:
         self._optimizer = optimizer
         self._trainable = [id(parameter) for parameter in parameters if parameter.requires_grad]
         self._grouping = _grouping(optimizer)
-        has_gradient = {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-        self._has_gradient = [gradient is not None for gradient in gradients]
+        ids_with_gradient = {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
+        self.has_gradient = [gradient is not None for gradient in gradients]
         self.groups = [
-            FlatGroup(optimizer, group, has_gradient)
+            FlatGroup(optimizer, group, ids_with_gradient)
             for group in optimizer.param_groups
-            if any(id(parameter) in has_gradient for parameter in group["params"])
+            if any(id(parameter) in ids_with_gradient for parameter in group["params"])
         ]
         of_parameter = {
             id(parameter): view
             for group in self.groups
             for parameter, view in zip(group.parameters, group.gradients, strict=True)
         }
-        self._gradients = [of_parameter[id(parameter)] for parameter in parameters if id(parameter) in has_gradient]
+        self._gradients = [
+            of_parameter[id(parameter)] for parameter in parameters if id(parameter) in ids_with_gradient
+        ]
 
     def is_current(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
         """Whether nothing that this was built from has been replaced, frozen or freed since."""
@@ -191,7 +185,7 @@ class FlatParameters:
 
     def fits(self, gradients: Sequence[th.Tensor | None]) -> bool:
         """Whether the same parameters as before have a gradient."""
-        return [gradient is not None for gradient in gradients] == self._has_gradient
+        return [gradient is not None for gradient in gradients] == self.has_gradient
 
     def refresh(self) -> None:
         """Take over settings that changed on the policy's optimiser."""
@@ -212,7 +206,7 @@ class FlatParameters:
         for group in self.groups:
             assert group.flat.grad is not None
             group.flat.grad.mul_(scale)
-            group.step()
+            group.optimizer.step()
         return grad_norm
 
     def publish(self) -> None:

@@ -99,6 +99,18 @@ class GradientStep:
         self._parameters: list[th.nn.Parameter] = []
         self._try_flat = False
 
+    @property
+    def has_gradient(self) -> list[bool] | None:
+        """Which of the policy's parameters the loss depends on; None: unknown as yet, or the steps are not flat."""
+        return None if self._flat is None else self._flat.has_gradient
+
+    def flatten(self, has_gradient: list[bool]) -> None:
+        """Step on flat parameters from the next minibatch on, without finding out :attr:`has_gradient`."""
+        self.begin_update()
+        if self._try_flat:
+            gradients = [p if has else None for p, has in zip(self._parameters, has_gradient, strict=True)]
+            self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
+
     def begin_update(self) -> None:
         """Take note of whatever the user or a load has changed since the last update."""
         self._parameters = list(self.policy.parameters())

@@ -63,6 +63,15 @@ class LearningRateGroups:
             # A single group follows the schedule, as in SB3
             self._rates = [_GroupRate(of_critic=False, factor=1.0)]
 
+    @property
+    def factors(self) -> list[float | None]:
+        """By what factor each group follows its schedule; None: it does not."""
+        return [rate.factor for rate in self._rates]
+
+    @factors.setter
+    def factors(self, factors: list[float | None]) -> None:
+        self._rates = [rate._replace(factor=factor) for rate, factor in zip(self._rates, factors, strict=True)]
+
     def split_off_critic(self, optimizer: th.optim.Optimizer, critic_parameters: list[th.nn.Parameter]) -> None:
         """Give the critic's parameters groups of their own, which follow the critic's schedule from now on.
 

@@ -19,7 +19,7 @@ from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, Maska
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.save_util import load_from_zip_file, open_path
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
@@ -29,7 +29,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_plus.acting import CompiledActor, can_act_alone, predict_values
 from sb3_ppo_plus.argument_checks import check_ranges, check_types
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
-from sb3_ppo_plus.callbacks import notify_update_end
+from sb3_ppo_plus.callbacks import notify_learn_end, notify_update_end
+from sb3_ppo_plus.checkpoint import Continuation, load_checkpoint
 from sb3_ppo_plus.compiled_graph import CompilationReporter, inductor_options
 from sb3_ppo_plus.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.distributions import (
@@ -71,15 +72,20 @@ REPLACED_BUFFERS = (None, RolloutBuffer, DictRolloutBuffer, MaskableRolloutBuffe
 REBUILT_ATTRIBUTES = (
     "_callback",
     "_compiled_actor",
+    "_continuation",
     "_critic_lr_schedule",
     "_env_with_masks",
     "_grad_scaler",
     "_gradient_step",
     "_learning_rate_groups",
+    "_log_interval",
+    "_n_iterations",
     "_reporter",
     "_scheduled_learning_rates",
+    "_tb_log_name",
     "_update_end_said_stop",
     "_warned_of_no_masks",
+    "last_checkpoint",
 )
 
 
@@ -115,6 +121,24 @@ class PPOPlus(PPO):
         "CnnPolicy": CnnPolicy,
         "MultiInputPolicy": MultiInputPolicy,
     }
+
+    TRAINING_STATE: ClassVar[tuple[str, ...]] = (
+        "_current_progress_remaining",
+        "_episode_num",
+        "_last_episode_starts",
+        "_last_obs",
+        "_last_original_obs",
+        "_log_interval",
+        "_n_iterations",
+        "_n_updates",
+        "_num_timesteps_at_start",
+        "_tb_log_name",
+        "_total_timesteps",
+        "ep_info_buffer",
+        "ep_success_buffer",
+        "num_timesteps",
+    )
+    """Attributes of plain values that a checkpoint holds; a subclass adds what changes during training."""
 
     def __init__(
         self,
@@ -157,7 +181,13 @@ class PPOPlus(PPO):
         self.action_masking = action_masking
         self.amp = amp
         self.compile = compile
+        self.last_checkpoint: str | None = None
+        """Directory of the checkpoint that was last written or resumed."""
         self._callback: BaseCallback | None = None
+        self._continuation: dict[str, Any] | None = None
+        self._log_interval: int | None = 1
+        self._n_iterations = 0
+        self._tb_log_name = "PPOPlus"
         self._update_end_said_stop = False
         self._env_with_masks: tuple[VecEnv | None, bool] = (None, False)
         self._built_for_masks: bool | None = None
@@ -454,6 +484,7 @@ class PPOPlus(PPO):
         self.logger.record("time/update_seconds", time.perf_counter() - started)
         if self.compile is not False:
             self.logger.record("time/compile_seconds", self._reporter.seconds)
+        self._n_iterations += 1
         if self._callback is not None:
             self._update_end_said_stop = not notify_update_end(self._callback)
 
@@ -526,15 +557,48 @@ class PPOPlus(PPO):
         Callbacks that have a method ``on_update_end() -> bool`` are called after each update; False stops training.
         With action masks, every ``EvalCallback`` whose environment offers masks evaluates ``self.masked(eval_env)``.
         """
+        self._continuation = None
+        self._log_interval, self._n_iterations, self._tb_log_name = log_interval, 0, tb_log_name
+        return self._learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def continue_learning(self, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:
+        """Finish the ``learn`` that was interrupted, with its total, schedules, logs and parameters, bit for bit.
+
+        :param callback: the same callbacks as before; those that were made anew go on from the checkpoint's state
+        :param progress_bar: display a progress bar
+        :raises ValueError: for a model that has never learned
+        """
+        if self._total_timesteps == 0:
+            raise ValueError("there is no learn to continue: call learn, or resume from a checkpoint")
+        given = callback if isinstance(callback, list) else [] if callback is None else [callback]
+        callbacks = [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in given]
+        return self._learn(
+            self._total_timesteps - self.num_timesteps,
+            [*callbacks, Continuation(self)],
+            # dump_logs knows better which iterations are meant
+            None if self._log_interval is None else 1,
+            self._tb_log_name,
+            False,
+            progress_bar,
+        )
+
+    def _learn(self, *arguments: Any) -> Self:
         self._update_end_said_stop = False
         try:
-            return super().learn(
-                total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar
-            )
+            return super().learn(*arguments)
         finally:
             if self._callback is not None:
+                notify_learn_end(self._callback)
                 evaluate_without_masks(self._callback, self)
             self._callback = None
+
+    def dump_logs(self, iteration: int = 0) -> None:
+        """Write the log; SB3's ``dump_logs``, with iterations counted from the beginning of a run that was resumed."""
+        if iteration > 0:
+            iteration = self._n_iterations + 1
+            if self._log_interval is None or iteration % self._log_interval != 0:
+                return
+        super().dump_logs(iteration)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         self._callback = super()._init_callback(callback, progress_bar)
@@ -581,6 +645,25 @@ class PPOPlus(PPO):
         :raises ValueError: if it has no method ``action_masks()``
         """
         return MaskedPredictor(self, env)
+
+    @classmethod
+    def resume(
+        cls, save_path: str | pathlib.Path, env: GymEnv, device: th.device | str = "auto", **load_arguments: Any
+    ) -> Self:
+        """Load the newest valid checkpoint of a run, for :meth:`continue_learning` to finish it.
+
+        A checkpoint that is torn or was altered is skipped with a warning. Its ``model.zip`` is loaded as
+        :meth:`load` does, by pickle: resume from directories that you trust.
+
+        :param save_path: as given to :class:`TrainingCheckpoint`; or the directory of one checkpoint
+        :param env: as many environments as before, wrapped in the same way. What they or their wrappers cannot say
+            with ``get_resume_state()`` begins anew, after a warning
+        :param device: device on which to load
+        :param load_arguments: further arguments of :meth:`load`
+        :raises CheckpointError: where there is no valid checkpoint
+        :raises WrapperStackError: a ValueError, for other wrappers or another number of environments, naming both
+        """
+        return load_checkpoint(cls, save_path, env, device, **load_arguments)
 
     @classmethod
     def load(

@@ -44,6 +44,11 @@ def test_drop_in():
     assert load_example("drop_in").main(timesteps=2_048) is True
 
 
+def test_resume_training(capsys):
+    assert load_example("resume_training").main(timesteps=4_096) is True
+    assert "stopped by SIGTERM at 2048 steps" in capsys.readouterr().out
+
+
 def test_schedules(capsys):
     load_example("schedules").main(timesteps=1_024)
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}
