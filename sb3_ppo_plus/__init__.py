@@ -14,6 +14,7 @@ from sb3_ppo_plus.policies import (
 )
 from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resumable_env import ResumableEnv
+from sb3_ppo_plus.safe_vec_normalize import load_vec_normalize, save_vec_normalize
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
 from sb3_ppo_plus.strict_json import UntrustedFileError
 from sb3_ppo_plus.vec_env_state import WrapperStackError
@@ -45,5 +46,7 @@ __all__ = [
     "WarmupCosine",
     "WrapperStackError",
     "latest_checkpoint",
+    "load_vec_normalize",
     "make_schedule",
+    "save_vec_normalize",
 ]

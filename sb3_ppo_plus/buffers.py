@@ -37,20 +37,25 @@ class RolloutBatch:
     context: dict[str, th.Tensor] = field(default_factory=dict)
 
     def select(self, indices: th.Tensor | slice) -> RolloutBatch:
-        """Return the transitions at ``indices``, a tensor of int64 or a slice."""
+        """Return the transitions at ``indices``, int64 of shape (batch,), or a slice."""
         observations = self.observations
         return RolloutBatch(
-            observations={key: obs[indices] for key, obs in observations.items()}
+            observations={key: _rows(obs, indices) for key, obs in observations.items()}
             if isinstance(observations, dict)
-            else observations[indices],
-            actions=self.actions[indices],
-            old_values=self.old_values[indices],
-            old_log_prob=self.old_log_prob[indices],
-            advantages=self.advantages[indices],
-            returns=self.returns[indices],
-            valid=None if self.valid is None else self.valid[indices],
-            context={name: tensor[indices] for name, tensor in self.context.items()},
+            else _rows(observations, indices),
+            actions=_rows(self.actions, indices),
+            old_values=_rows(self.old_values, indices),
+            old_log_prob=_rows(self.old_log_prob, indices),
+            advantages=_rows(self.advantages, indices),
+            returns=_rows(self.returns, indices),
+            valid=None if self.valid is None else _rows(self.valid, indices),
+            context={name: _rows(tensor, indices) for name, tensor in self.context.items()},
         )
+
+
+def _rows(tensor: th.Tensor, indices: th.Tensor | slice) -> th.Tensor:
+    # Half as expensive as indexing, where it is possible
+    return tensor.index_select(0, indices) if isinstance(indices, th.Tensor) else tensor[indices]
 
 
 class Minibatch(NamedTuple):

@@ -6,6 +6,7 @@ A step on one flat tensor is bit-identical to the steps on its parts and costs a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -59,6 +60,8 @@ class FlatGroup:
         self.gradients = self.views(self.flat.grad)
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
         self.optimizer = make_optimizer([{**group, "params": [self.flat]}])
+        # Less what torch wraps around it for profilers and hooks, which nobody has put on this one
+        self._step = inspect.unwrap(type(optimizer).step)
         self._adopt_state()
         for parameter, view in zip(self.parameters, self.views(self.flat), strict=True):
             parameter.data = view
@@ -101,6 +104,11 @@ class FlatGroup:
                 self.state[name] = first.clone()
             else:
                 raise MixedStateError
+
+    @th.no_grad()
+    def step(self) -> None:
+        """Let the optimiser take a step."""
+        self._step(self.optimizer)
 
     def refresh(self) -> None:
         """Take over settings that changed on the policy's optimiser, such as the learning rate."""
@@ -206,7 +214,7 @@ class FlatParameters:
         for group in self.groups:
             assert group.flat.grad is not None
             group.flat.grad.mul_(scale)
-            group.optimizer.step()
+            group.step()
         return grad_norm
 
     def publish(self) -> None:

@@ -7,7 +7,7 @@ precision; in float32 it gives the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch as th
@@ -30,31 +30,46 @@ class MaskedCategorical(Categorical):
     def __init__(self, logits: th.Tensor, masks: th.Tensor) -> None:
         self.masks = masks
         # The logits were checked when they were normalised
-        super().__init__(logits=logits.masked_fill(~masks, th.finfo(logits.dtype).min), validate_args=False)
+        super().__init__(logits=_masked(logits, masks), validate_args=False)
 
     def entropy(self) -> th.Tensor:
         """Entropy of the choice among the valid actions, shape (batch,)."""
-        # The product's gradient with respect to the probability of an invalid action is the lowest number there is
-        return -(self.logits * self.probs).masked_fill(~self.masks, 0.0).sum(-1)
+        return _entropy(self.logits, self.probs, self.masks)
 
 
 class MaskableCategoricalDistribution(LeanCategoricalDistribution):
     """SB3's distribution of Discrete actions, to which masks can be applied."""
 
+    _masks: th.Tensor | None = None
+
+    def proba_distribution(self, action_logits: th.Tensor) -> Self:
+        """Set the parameters; see ``LeanCategoricalDistribution``."""
+        self._masks = None
+        return super().proba_distribution(action_logits)
+
     def apply_masking(self, masks: th.Tensor | np.ndarray) -> None:
-        """Give the invalid actions probability 0.
+        """Give the invalid actions probability 0, besides those to which earlier masks gave it.
 
         :param masks: True where an action is valid, shape (batch, n) or (batch * n,)
         """
-        logits = self.distribution.logits
-        self.distribution = MaskedCategorical(logits, _as_masks(masks, logits.shape, logits.device))
+        self._masks = _as_masks(masks, self._logits.shape, self._logits.device)
+        # Not by proba_distribution, whose check that all are finite adds them up
+        self._action_logits = _masked(self._logits, self._masks)
+        self._logits = self._action_logits - self._action_logits.logsumexp(dim=-1, keepdim=True)
+        self._object, self._probs = None, None
+
+    def entropy(self) -> th.Tensor:
+        """Entropy of the choice among the valid actions, shape (batch,)."""
+        if self._masks is None:
+            return super().entropy()
+        return _entropy(self._logits, self._probabilities(), self._masks)
 
 
 class MaskableMultiCategoricalDistribution(MultiCategoricalDistribution):
     """SB3's distribution of MultiDiscrete actions, to which masks can be applied."""
 
     def apply_masking(self, masks: th.Tensor | np.ndarray) -> None:
-        """Give the invalid choices probability 0.
+        """Give the invalid choices probability 0, besides those to which earlier masks gave it.
 
         :param masks: True where a choice is valid, shape (batch, sum of nvec) or flat: those of the first action, then
             those of the second, ...
@@ -121,6 +136,15 @@ def apply_masks(distribution: Distribution, masks: th.Tensor | np.ndarray) -> No
             "Discrete and MultiDiscrete actions, and MultiBinary ones of a model with action_masking=True"
         )
     distribution.apply_masking(masks)
+
+
+def _masked(logits: th.Tensor, masks: th.Tensor) -> th.Tensor:
+    return logits.masked_fill(~masks, th.finfo(logits.dtype).min)
+
+
+def _entropy(logits: th.Tensor, probs: th.Tensor, masks: th.Tensor) -> th.Tensor:
+    # Else a float16 loss's scale times the lowest number, the gradient of an invalid action's probability, overflows
+    return -(logits * probs).masked_fill(~masks, 0.0).sum(-1)
 
 
 def _as_masks(masks: th.Tensor | np.ndarray, shape: tuple[int, ...], device: th.device) -> th.Tensor:

@@ -1,7 +1,7 @@
 """PPOPlus in the RL Zoo: registration, default hyperparameters and ``python -m sb3_ppo_plus.zoo train|enjoy``.
 
 The RL Zoo (``rl_zoo3``) is an optional dependency, imported only when something here is called.
-Its ``enjoy`` evaluates and unpickles what lies in the log folder: use it on folders that you trust.
+Its own ``enjoy`` evaluates and unpickles what lies in the log folder; ours does so only with ``--trust``.
 """
 
 from __future__ import annotations
@@ -175,10 +175,11 @@ def register() -> None:
 
 
 @contextmanager
-def _enjoying_with_masks(enjoy: Any) -> Iterator[None]:  # noqa: ANN401  # a module, whose attributes are replaced
+def _enjoying_with_masks(enjoy: Any, trusted: bool) -> Iterator[None]:  # noqa: ANN401  # a module, whose attributes are replaced
     """Have ``enjoy``, which knows no masks, act with those of its environment, for a model that was trained with masks.
 
     :param enjoy: ``rl_zoo3.enjoy``.
+    :param trusted: Whether to unpickle the model.
     """
     from stable_baselines3.common.vec_env import VecEnv
 
@@ -192,7 +193,7 @@ def _enjoying_with_masks(enjoy: Any) -> Iterator[None]:  # noqa: ANN401  # a mod
         return envs[-1]
 
     def load(*args: Any, **kwargs: Any) -> PPOPlus | MaskedPredictor:
-        model = PPOPlus.load(*args, **kwargs)
+        model = PPOPlus.load(*args, trusted=trusted, **kwargs)
         return model.masked(envs[-1]) if model.needs_masks else model
 
     enjoy.create_test_env = create_and_keep
@@ -204,6 +205,31 @@ def _enjoying_with_masks(enjoy: Any) -> Iterator[None]:  # noqa: ANN401  # a mod
         enjoy.ALGOS[ALGO] = PPOPlus
 
 
+@contextmanager
+def _in_our_way(command: str, module: ModuleType, trusted: bool) -> Iterator[None]:
+    """Change what the RL Zoo's command does with files, while it runs.
+
+    :param command: ``train`` or ``enjoy``.
+    :param module: The RL Zoo's module of that name.
+    :param trusted: Whether ``enjoy`` may run code from the log folder.
+    :raises SystemExit: Without trust, the log folder holds what is not plain.
+    """
+    from sb3_ppo_plus import UntrustedFileError, zoo_enjoy
+
+    if command == "train":
+        with zoo_enjoy.saving_statistics_twice():
+            yield
+        return
+    try:
+        with (
+            nullcontext() if trusted else zoo_enjoy.enjoying_without_trust(module),
+            _enjoying_with_masks(module, trusted),
+        ):
+            yield
+    except UntrustedFileError as error:
+        raise SystemExit(f"{error}\nWith --trust, enjoy runs whatever code the log folder holds.") from error
+
+
 def _with_defaults(command: str, arguments: Sequence[str]) -> list[str]:
     """Put our defaults in front of the user's arguments: in argparse the last one counts, however it is spelled.
 
@@ -211,20 +237,26 @@ def _with_defaults(command: str, arguments: Sequence[str]) -> list[str]:
     :param arguments: What the user gave after the command.
     :return: Arguments for the RL Zoo; only ``ppo_plus`` gets our hyperparameter file and log folder.
     """
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--algo", nargs="?", default=ALGO)
-    algo = parser.parse_known_args(arguments)[0].algo
+    algo = _algo(arguments)
     defaults = ["--algo", ALGO]
     if algo == ALGO:
         defaults += ["-conf", str(hyperparams_file())] if command == "train" else ["-f", "logs"]
     return [*defaults, *arguments]
 
 
+def _algo(arguments: Sequence[str]) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--algo", nargs="?", default=ALGO)
+    algo: str | None = parser.parse_known_args(arguments)[0].algo
+    return algo
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the RL Zoo's ``train`` or ``enjoy`` with ``ppo_plus`` registered; every flag of theirs is taken.
 
     Unless given, ``--algo`` is ``ppo_plus``, and with it train's ``-conf`` is ``hyperparams_file()`` and
-    enjoy's ``-f`` is ``logs``, train's own default.
+    enjoy's ``-f`` is ``logs``, train's own default. Without ``--trust``, enjoy unpickles, evaluates and imports nothing
+    that the log folder holds or names.
 
     :param argv: ``train`` or ``enjoy`` and its flags; None: those of the command line.
     :raises SystemExit: The command is unknown, the RL Zoo is not installed, or the RL Zoo itself exits.
@@ -233,10 +265,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m sb3_ppo_plus.zoo",
         description="RL Zoo's train and enjoy for PPOPlus.",
-        epilog="Flags after the command are the RL Zoo's: see `train --help` and `enjoy --help`.",
+        epilog="Flags after the command are the RL Zoo's: see `train --help` and `enjoy --help`. "
+        "enjoy also takes --trust: run whatever code the log folder holds, as the RL Zoo does.",
     )
     parser.add_argument("command", choices=_COMMANDS)
-    command = parser.parse_args(argv[:1]).command
+    command, arguments = parser.parse_args(argv[:1]).command, argv[1:]
+    trusted = command == "enjoy" and "--trust" in arguments
+    if trusted:
+        arguments.remove("--trust")
+    elif command == "enjoy" and _algo(arguments) not in (ALGO, None):
+        raise SystemExit("Only models of ppo_plus can be loaded without trust: give --trust to run the RL Zoo's enjoy")
     try:
         register()
         module = _import_optional(f"rl_zoo3.{command}")
@@ -245,9 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     user_argv = sys.argv
     # The RL Zoo's functions take no arguments: they read the command line.
-    sys.argv = [f"{parser.prog} {command}", *_with_defaults(command, argv[1:])]
+    sys.argv = [f"{parser.prog} {command}", *_with_defaults(command, arguments)]
     try:
-        with _enjoying_with_masks(module) if command == "enjoy" else nullcontext():
+        with _in_our_way(command, module, trusted):
             getattr(module, command)()
     finally:
         sys.argv = user_argv

@@ -238,8 +238,9 @@ def test_train_gets_what_the_user_did_not_give(monkeypatch, flags, expected):
     ("flags", "expected"),
     [
         ([], ("ppo_plus", "logs")),
-        (["--algo", "ppo"], ("ppo", "rl-trained-agents")),
-        (["--alg=ppo", "-f", "logs"], ("ppo", "logs")),
+        (["--algo", "ppo", "--trust"], ("ppo", "rl-trained-agents")),
+        (["--trust", "-f", "logs"], ("ppo_plus", "logs")),
+        (["--trust", "--alg=ppo", "-f", "logs"], ("ppo", "logs")),
         (["-f", "mine"], ("ppo_plus", "mine")),
         (["-fmine"], ("ppo_plus", "mine")),
         (["-f=mine"], ("ppo_plus", "mine")),
