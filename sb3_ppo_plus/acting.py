@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.distributions import StateDependentNoiseDistribution
+from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.func import functional_call
@@ -23,10 +23,11 @@ EVALUATION_ROWS = 2048
 
 
 class CompiledActor:
-    """Computes only the actions at each step, and the rest after the rollout, in compiled graphs.
+    """Computes the actions at each step, and values and log-probabilities after the rollout, in compiled graphs.
 
-    They draw the random numbers of eager mode. Where they cannot be compiled, one warning says why, and the same is
-    computed eagerly.
+    All three come at each step where the features extractor learns: it would do most of the work twice. The graphs draw
+    the random numbers of eager mode. Where they cannot be compiled, one warning says why, and the same is computed
+    eagerly.
 
     :param policy: the policy, see :func:`can_act_alone`
     :param options: TorchInductor's
@@ -36,7 +37,9 @@ class CompiledActor:
     def __init__(self, policy: ActorCriticPlusPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
         self.policy = policy
         self._graphs = GraphCache(policy, options, reporter)
-        self._acting, self._evaluating = _Acting(policy), _Evaluating(policy)
+        self.evaluates_afterwards = not _features_are_learned(policy)
+        self._acting = (_Acting if self.evaluates_afterwards else _ActingAndEvaluating)(policy)
+        self._evaluating = _Evaluating(policy)
         self._names: list[str] = []
         self._tensors: list[th.Tensor] = []
         self._graph: Graph | None = None
@@ -56,12 +59,15 @@ class CompiledActor:
         self._graphs.refresh()
         self._is_first_step = True
 
-    def act(self, observations: PyTorchObs, context: dict[str, th.Tensor]) -> th.Tensor:
+    def act(
+        self, observations: PyTorchObs, context: dict[str, th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions.
 
         :param observations: shape (n_envs, *observation shape), or a dict of such
         :param context: further keyword arguments of the policy, such as action_masks; of the same shapes at each step
-        :return: stored actions, shape (n_envs, *action shape)
+        :return: stored actions, shape (n_envs, *action shape); values (n_envs, 1) and log-probabilities (n_envs,), or
+            None for both where :meth:`evaluate` follows
         """
         noise = _exploration_matrices(self.policy)
         if self._is_first_step:
@@ -69,10 +75,11 @@ class CompiledActor:
             self._is_first_step = False
         if self._graph is None:
             with th.no_grad():
-                actions: th.Tensor = self._acting(observations, context, noise)[0]
+                computed = self._acting(observations, context, noise)
         else:
-            actions = self._graph(*_leaves(observations), *context.values(), *noise, *self._tensors)[0]
-        return actions
+            computed = self._graph(*_leaves(observations), *context.values(), *noise, *self._tensors)
+        actions, values, log_probs = (*computed, None, None)[:3]
+        return actions, values, log_probs
 
     def evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
         """Compute the values and log-probabilities of a rollout, in as many passes as caches and memory ask for.
@@ -115,18 +122,34 @@ class CompiledActor:
 class _Acting(th.nn.Module):
     """The policy's choice of actions as a module's forward, which ``functional_call`` asks for."""
 
-    def __init__(self, policy: ActorCriticPolicy) -> None:
+    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
         super().__init__()
         self.policy = policy
 
     def forward(
         self, observations: PyTorchObs, context: dict[str, th.Tensor], noise: list[th.Tensor]
-    ) -> tuple[th.Tensor]:
-        distribution = self.policy.get_distribution(observations, **context)
+    ) -> tuple[th.Tensor, ...]:
+        return (self._stored(self._sample(self.policy.get_distribution(observations, **context), noise)),)
+
+    def _sample(self, distribution: Distribution, noise: list[th.Tensor]) -> th.Tensor:
         if isinstance(distribution, StateDependentNoiseDistribution):
             # Inputs of the graph, as they are drawn anew
             distribution.exploration_mat, distribution.exploration_matrices = noise
-        return (distribution.get_actions().reshape(-1, *(self.policy.action_space.shape or ())),)
+        return distribution.get_actions()
+
+    def _stored(self, actions: th.Tensor) -> th.Tensor:
+        return actions.reshape(-1, *(self.policy.action_space.shape or ()))
+
+
+class _ActingAndEvaluating(_Acting):
+    """Actions with their values and log-probabilities, in the same form."""
+
+    def forward(
+        self, observations: PyTorchObs, context: dict[str, th.Tensor], noise: list[th.Tensor]
+    ) -> tuple[th.Tensor, ...]:
+        values, distribution = self.policy.value_and_distribution(observations, **context)
+        actions = self._sample(distribution, noise)
+        return self._stored(actions), values, distribution.log_prob(actions)
 
 
 class _Evaluating(th.nn.Module):
@@ -154,6 +177,11 @@ def can_act_alone(policy: ActorCriticPolicy) -> TypeGuard[ActorCriticPlusPolicy]
         and cls.evaluate_actions is ActorCriticPlusPolicy.evaluate_actions
         and cls._get_action_dist_from_latent is ActorCriticPlusPolicy._get_action_dist_from_latent
     )
+
+
+def _features_are_learned(policy: ActorCriticPolicy) -> bool:
+    extractors = {policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor}
+    return any(parameter.numel() for extractor in extractors for parameter in extractor.parameters())
 
 
 @th.no_grad()

@@ -383,15 +383,14 @@ class PPOPlus(PPO):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # not None in a rollout
-            values = log_probs = None
             if action_masks is not None:
                 context = action_masks.context(self._last_obs, n_steps)
             if actor is not None:
-                actions = actor.act(obs_tensor, context).cpu().numpy()
+                chosen, values, log_probs = actor.act(obs_tensor, context)
             else:
                 with th.no_grad():
-                    actions, values, log_probs = self.policy(obs_tensor, **context)
-                actions = actions.cpu().numpy()
+                    chosen, values, log_probs = self.policy(obs_tensor, **context)
+            actions = chosen.cpu().numpy()
             clipped_actions = self._to_env_units(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             self.num_timesteps += env.num_envs
@@ -400,7 +399,7 @@ class PPOPlus(PPO):
             if not callback.on_step():
                 return False
             self._update_info_buffer(infos, dones)
-            for index in np.flatnonzero(dones).tolist():
+            for index in dones.nonzero()[0].tolist():
                 terminal_obs = infos[index].get("terminal_observation")
                 if terminal_obs is None or not infos[index].get("TimeLimit.truncated", False):
                     continue
@@ -458,7 +457,8 @@ class PPOPlus(PPO):
     ) -> None:
         """Fill in what a :class:`CompiledActor` left out of each step."""
         assert isinstance(rollout_buffer, PPOPlusRolloutBuffer)
-        rollout_buffer.set_evaluation(*actor.evaluate(rollout_buffer.rollout()))
+        if actor.evaluates_afterwards:
+            rollout_buffer.set_evaluation(*actor.evaluate(rollout_buffer.rollout()))
         if timeouts:
             steps, indices, observations = zip(*timeouts, strict=True)
             rollout_buffer.rewards[steps, indices] += self.gamma * predict_values(actor.policy, list(observations))

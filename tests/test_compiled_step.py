@@ -105,8 +105,7 @@ def test_compiled_training_equals_eager_training_to_rounding(case: str) -> None:
     eager, compiled = train(case, compile=False), train(case, compile=True)
     is_short = CASES[case][3].get("batch_size") == 24
     assert compiled._gradient_step.n_compilations == 1 + is_short
-    # Acting, and evaluating the rollout
-    assert compiled._compiled_actor.n_compilations == 2
+    assert compiled._compiled_actor.n_compilations == (1 if case in ("CNN", "Transformer") else 2)
     # Autocast rounds each product to 8 bits, in whatever order the compiler chose
     tolerance = 5e-4 if case == "bf16" else 2e-5
     moved = (parameters(eager) - parameters(train(case, compile=False, n_updates=0))).abs().max()
