@@ -101,3 +101,21 @@ def test_logging_tensorboard_csv():
 def test_continue_from_sb3(capsys):
     assert 8 <= load_example("continue_from_sb3").main(timesteps=4_096) <= 500
     assert capsys.readouterr().out.splitlines()[-1].endswith("after 4096 steps")
+
+
+def test_masked_puzzle(capsys):
+    example = load_example("masked_puzzle")
+    env = example.Queens(6)
+    env.reset(seed=0)
+    env.columns = [1, 3]
+    # 1 and 3 stand in the way below them, 0 to 5 are reached by the diagonals from (0, 1) and (1, 3)
+    assert env.action_masks().tolist() == [True, False, False, False, False, True]
+    assert env.step(5)[1:4] == (0.1, False, False)
+    assert env.step(0)[1:4] == (0.1, False, False)
+    assert env.step(2)[1:4] == (0.1, False, False)
+    board, reward, is_over, _, _ = env.step(4)
+    assert (reward, is_over) == (1.1, True)
+    assert board.reshape(6, 6).sum() == 6
+    shares = example.main(timesteps=2_048)
+    assert shares.keys() == {"with masks", "without"}
+    assert capsys.readouterr().out.count("of the boards are full") == 2

@@ -2,6 +2,7 @@
 
 import copy
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -36,6 +37,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
 from sb3_ppo_plus.masked_distributions import mask_sizes
+from sb3_ppo_plus.masking import MaskFromInfo
 
 SETTINGS = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
 SPACES = pytest.mark.parametrize("action_space", MASKED_ACTION_SPACES.values(), ids=MASKED_ACTION_SPACES)
@@ -140,6 +142,14 @@ class ToyEnvWithSizes(ToyEnv):
 
     def action_masks(self):
         return np.arange(5) > 2
+
+
+def test_masks_in_infos_are_those_of_taxi():
+    model = build(make_vec_env(lambda: MaskFromInfo(gym.make("Taxi-v4")), 2))
+    masks = model.learn(64).rollout_buffer.context["action_masks"]
+    states = model.rollout_buffer.observations.reshape(-1).astype(int)
+    taxi = gym.make("Taxi-v4").unwrapped
+    assert np.array_equal(masks.reshape(-1, 6), [taxi.action_mask(state) for state in states])
 
 
 # When they are used
@@ -532,6 +542,14 @@ def test_a_model_of_sb3s_may_be_given_masks(tmp_path):
         PPOPlus.load(tmp_path / "binary", env=make_masked_env(action_space=space))
     with pytest.raises(ValueError, match="MultiBinary actions that was built without masks"):
         PPOPlus.load(tmp_path / "binary", env=make_masked_env(action_space=space), action_masking=True)
+
+
+def test_a_model_of_sb3s_keeps_the_mask_among_the_observations_as_a_feature_too(tmp_path):
+    env = make_vec_env(lambda: MaskInObservation(ToyEnvWithSizes()), n_envs=2)
+    PPO("MultiInputPolicy", env, **SETTINGS).save(tmp_path / "model")
+    # MaskedEnv refuses invalid actions
+    model = PPOPlus.load(tmp_path / "model", env=make_key_env()).learn(64)
+    assert model.needs_masks
 
 
 def test_a_model_with_masks_may_go_on_without():

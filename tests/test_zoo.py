@@ -14,8 +14,10 @@ import pytest
 import rl_zoo3.enjoy
 import rl_zoo3.train
 import yaml
+from envs import MaskedEnv
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
+from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import SimpleLinearSchedule
@@ -291,6 +293,18 @@ def test_train_then_enjoy_then_train_on(env_id, capsys):
     zoo.main([*train, "--eval-freq", "-1", "-i", str(run / f"{env_id}.zip"), *small, "vf_coef:'lin_0.5_0.1'"])
     continued = PPOPlus.load(f"logs/ppo_plus/{env_id}_2/{env_id}.zip")
     assert continued.vf_coef == "lin_0.5_0.1"
+
+
+def test_train_and_enjoy_use_the_masks_of_the_env(monkeypatch, capsys):
+    # The env refuses every invalid action
+    env_id = "Masked-v0"
+    monkeypatch.setitem(gym.registry, env_id, gym.envs.registration.EnvSpec(env_id, entry_point=MaskedEnv))
+    small = ["-params", "n_steps:16", "batch_size:16", "n_envs:2"]
+    arguments = ["--env", env_id, "--seed", "3", "--device", "cpu"]
+    zoo.main(["train", *arguments, "-n", "64", "--eval-episodes", "5", "--eval-freq", "16", *small])
+    zoo.main(["enjoy", *arguments, "--no-render", "-n", "200", "--stochastic"])
+    assert "Mean reward" in capsys.readouterr().out
+    assert ALGOS["ppo_plus"] is PPOPlus
 
 
 def test_normalisation_is_saved_for_enjoy():
