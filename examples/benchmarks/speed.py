@@ -10,7 +10,6 @@ that of SB3 (or sb3-contrib). --cases picks some; --quick shortens the rounds. W
 
 import argparse
 import json
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -92,6 +91,9 @@ CASES: dict[str, Case] = {
     "CartPole, zoo": Case("CartPole-v1", 8, kwargs=ZOO_CARTPOLE),
     "pixels 84x84x4": Case(
         lambda: RandomEnv(PIXELS, spaces.Discrete(4)), 8, "CnnPolicy", kwargs={"n_steps": 32, "n_epochs": 4}
+    ),
+    "pixels 84x84x4, 512 steps": Case(
+        lambda: RandomEnv(PIXELS, spaces.Discrete(4)), 8, "CnnPolicy", kwargs={"n_steps": 512, "n_epochs": 1}
     ),
     "Dict": Case(lambda: RandomEnv(DICT, spaces.Discrete(4)), 8, "MultiInputPolicy", kwargs={"n_steps": 256}),
     "256x256 net, batch 4096": Case(
@@ -204,14 +206,17 @@ def _train_alone(name: str, label: str) -> float:
     th.set_num_threads(1)
     algorithm, kwargs = contenders(CASES[name])[label]
     Contender(CASES[name], algorithm, kwargs).measure()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    # Not getrusage's maximum, which a child process inherits
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def table(results: list[dict[str, Any]]) -> str:
     """Format the results as Markdown."""
     lines = [
-        "| case | | rollout us/step | update us/minibatch | steps/s | rollout x | update x | end to end x |",
-        "|---|---|---|---|---|---|---|---|",
+        "| case | | rollout us/step | update us/minibatch | steps/s | rollout x | update x | end to end x | compile s "
+        "| peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         base = next(iter(result["contenders"].values()))
@@ -221,9 +226,10 @@ def table(results: list[dict[str, Any]]) -> str:
                 f"| {figures['update_us_per_minibatch']:.0f} | {figures['steps_per_second']:.0f} "
                 f"| {base['rollout_us_per_step'] / figures['rollout_us_per_step']:.2f} "
                 f"| {base['update_us_per_minibatch'] / figures['update_us_per_minibatch']:.2f} "
-                f"| {figures['steps_per_second'] / base['steps_per_second']:.2f} |"
+                f"| {figures['steps_per_second'] / base['steps_per_second']:.2f} "
+                f"| {figures['compile_seconds'] or '':.3} | {figures.get('peak_memory_mib', ''):.5} |"
             )
-        lines.append(f"| {result['case']} | env only | {result['env_only_us_per_step']:.0f} | | | | | |")
+        lines.append(f"| {result['case']} | env only | {result['env_only_us_per_step']:.0f} | | | | | | | |")
     return "\n".join(lines)
 
 
