@@ -43,7 +43,7 @@ class CompiledActor:
         self._names: list[str] = []
         self._tensors: list[th.Tensor] = []
         self._graph: Graph | None = None
-        self._is_first_step = True
+        self._layout: list[tuple[th.Size, th.dtype]] | None = None
 
     @property
     def n_compilations(self) -> int:
@@ -57,7 +57,7 @@ class CompiledActor:
         # Detached, so that no call needs to enter a no_grad
         self._tensors = [tensor.detach() for tensor in places.values()]
         self._graphs.refresh()
-        self._is_first_step = True
+        self._layout = None
 
     def act(
         self, observations: PyTorchObs, context: dict[str, th.Tensor]
@@ -65,19 +65,22 @@ class CompiledActor:
         """Choose actions.
 
         :param observations: shape (n_envs, *observation shape), or a dict of such
-        :param context: further keyword arguments of the policy, such as action_masks; of the same shapes at each step
+        :param context: further keyword arguments of the policy, such as action_masks
         :return: stored actions, shape (n_envs, *action shape); values (n_envs, 1) and log-probabilities (n_envs,), or
             None for both where :meth:`evaluate` follows
         """
         noise = _exploration_matrices(self.policy)
-        if self._is_first_step:
+        # A graph reads its inputs' memory by the layout and type that it was compiled for
+        leaves = [leaf.contiguous() for leaf in (*_leaves(observations), *context.values(), *noise)]
+        layout = [(leaf.shape, leaf.dtype) for leaf in leaves]
+        if layout != self._layout:
             self._graph = self._find_graph("acting", self._acting, (observations, context, noise))
-            self._is_first_step = False
+            self._layout = layout
         if self._graph is None:
             with th.no_grad():
                 computed = self._acting(observations, context, noise)
         else:
-            computed = self._graph(*_leaves(observations), *context.values(), *noise, *self._tensors)
+            computed = self._graph(*leaves, *self._tensors)
         actions, values, log_probs = (*computed, None, None)[:3]
         return actions, values, log_probs
 
@@ -105,7 +108,7 @@ class CompiledActor:
 
     @th.no_grad()
     def _find_graph(self, what: str, module: th.nn.Module, arguments: tuple[Any, ...]) -> Graph | None:
-        leaves, spec = tree_flatten(arguments)
+        leaves, spec = tree_flatten(tree_map(th.Tensor.contiguous, arguments))
         names = self._names
 
         def function(*given: th.Tensor) -> tuple[th.Tensor, ...]:

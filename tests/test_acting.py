@@ -105,3 +105,19 @@ def test_a_policy_with_a_forward_of_its_own_is_asked_at_every_step_after_one_war
     assert not can_act_alone(model.policy)
     assert callback.rollouts[0]["values"].min() > 90
     assert all(isinstance(values, th.Tensor) for values in callback.seen)
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+def test_observations_of_any_layout_and_precision_give_the_same_actions() -> None:
+    model = PPOPlus("MlpPolicy", make_env(4, action_space=spaces.Discrete(50)), n_steps=16, batch_size=64, compile=True)
+    model.learn(64)
+    actor = model._actor_for(model.rollout_buffer)
+    assert actor is not None
+    observations = th.rand(4, 3)
+    layouts = [observations, observations.t().contiguous().t(), observations.double(), observations]
+    assert layouts[1].stride() != layouts[0].stride()
+    actions = []
+    for layout in layouts:
+        th.manual_seed(0)
+        actions.append(actor.act(layout, {})[0].tolist())
+    assert actions[1:] == actions[:-1]
