@@ -142,7 +142,11 @@ CASES = {
     "vec_normalize": Case(lambda: VecNormalize(pendulum())),
     "wrappers": Case(wrapped_envs),
     "own_methods": Case(lambda: make_vec_env(lambda: gym.wrappers.TimeLimit(OwnMethods(), 11), n_envs=2, seed=0)),
-    "subproc": Case(lambda: VecNormalize(gym_envs("Pendulum-v1", vec_env_cls=SubprocVecEnv))),
+    "subproc": Case(
+        lambda: VecNormalize(
+            gym_envs("Pendulum-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
+        )
+    ),
     "gsde": Case(pendulum, arguments={"use_sde": True, "sde_sample_freq": 5}),
     "schedules": Case(
         pendulum,
@@ -174,7 +178,7 @@ CASES = {
     "compile": Case(
         lambda: toy_envs(action_space=ASYMMETRIC),
         arguments={
-            "compile": True,
+            "compile": {"cpp_wrapper": False},
             "critic_learning_rate": 1e-3,
             "policy_kwargs": {"net_arch": [8], "log_std_init": -1},
         },
