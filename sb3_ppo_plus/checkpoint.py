@@ -27,6 +27,7 @@ from sb3_ppo_plus.checkpoint_directory import (
     versions,
     write_checkpoint,
 )
+from sb3_ppo_plus.generator_state import set_global_generator_states
 from sb3_ppo_plus.training_state import (
     MODEL_FILE,
     checkpoint_files,
@@ -109,8 +110,7 @@ class TrainingCheckpoint(BaseCallback):
                 "PPOPlus.resume(save_path, env) would continue it",
                 stacklevel=2,
             )
-        if self.on_signal:
-            self._signals.install()
+        if self.on_signal and self._signals.install():
             keep_interrupts_from_workers(self.training_env)
 
     @property
@@ -134,8 +134,11 @@ class TrainingCheckpoint(BaseCallback):
         """
         model = self._ppo_plus
         is_due = model.num_timesteps - self._n_saved_at >= self.save_freq
+        is_over = model.num_timesteps >= model._total_timesteps
+        is_requested = self._signals.take_request()
+        # Asked last: whatever stops training has been saved, even if the signal comes only now
         self.received_signal = self._signals.stop
-        if is_due or self._signals.take_request() or model.num_timesteps >= model._total_timesteps:
+        if is_due or is_over or is_requested or self.received_signal is not None:
             self.save()
         return self.received_signal is None
 
@@ -169,15 +172,20 @@ class _SignalFlags:
         self._was_interrupted = False
         self._previous: dict[int, Any] = {}
 
-    def install(self) -> None:
+    def install(self) -> bool:
+        """Handle signals from now on, if this is the main thread.
+
+        :return: whether they are
+        """
         self.stop, self._is_requested, self._was_interrupted = None, False, False
         if threading.current_thread() is not threading.main_thread() or self._previous:
-            return
+            return False
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             number = getattr(signal, name, None)
             # A handler that Python does not know could not be put back
             if number is not None and signal.getsignal(number) is not None:
                 self._previous[number] = signal.signal(number, self._note)
+        return True
 
     def remove(self) -> None:
         while self._previous:
@@ -227,7 +235,7 @@ def load_checkpoint(
     state = read_state(checkpoint.files)
     goes_on = set_training_state(model, state)
     model.last_checkpoint = str(checkpoint.directory)
-    model._continuation = {name: state[name] for name in ("seconds", "logger", "callbacks")}
+    model._continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
     _warn_of_inexactness(checkpoint, goes_on)
     if model.verbose >= 1:
         print(f"Resumed from {checkpoint.directory}")
@@ -251,7 +259,7 @@ def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
 
 
 class Continuation(BaseCallback):
-    """Puts back, once ``learn`` has set them up, the clock, the logs and the callbacks of the run that it continues.
+    """Puts back the clock, the logs and the callbacks of the run that it continues, once ``learn`` has set them up.
 
     :param model: the model, before its ``learn``
     """
@@ -264,6 +272,7 @@ class Continuation(BaseCallback):
         self._seconds: float = state["seconds"]
         self._logs: dict[str, Any] = state["logger"]
         self._callback_states: dict[str, Any] | None = state.get("callbacks")
+        self._generators: dict[str, Any] | None = state.get("generators")
 
     def _on_training_start(self) -> None:
         model: Any = self.model
@@ -272,6 +281,9 @@ class Continuation(BaseCallback):
         restore_logs(model, self._logs)
         if self._callback_states is not None:
             set_callback_states(model._callback, self._callback_states)
+        # Once more: whoever made the callbacks may have drawn from them since resume
+        if self._generators is not None:
+            set_global_generator_states(self._generators)
 
     def _on_step(self) -> bool:
         return True

@@ -177,6 +177,35 @@ def test_resumes_from_the_newest_valid_checkpoint_or_from_a_given_one(tmp_path):
     assert steps_of(tmp_path) == [64, 80, 96]
 
 
+def test_what_the_rest_of_the_run_does_not_depend_on_is_restored_too(tmp_path):
+    def envs():
+        return VecNormalize(make_envs())
+
+    model = make_model(envs(), use_sde=True, tensorboard_log=str(tmp_path / "tb"))
+    model.learn(32)
+    callbacks = [TrainingCheckpoint(1, tmp_path / "checkpoints"), StopAfter(48)]
+    model.learn(96, callbacks, tb_log_name="named", reset_num_timesteps=False)
+    resumed = PPOPlus.resume(tmp_path / "checkpoints", envs(), device="cpu")
+    for name in model.TRAINING_STATE:
+        assert_same_bits(getattr(resumed, name), getattr(model, name), name)
+    for name in ("exploration_mat", "exploration_matrices"):
+        assert th.equal(*(getattr(one.policy.action_dist, name) for one in (model, resumed)))
+    started = model.start_time
+    resumed.continue_learning()
+    assert resumed._num_timesteps_at_start == 32
+    assert abs(resumed.start_time - started) < 1e9, "the clock goes on"
+    assert [path.name for path in (tmp_path / "tb").iterdir() if "named" in path.name] == ["named_1"]
+
+
+def test_what_is_drawn_between_resume_and_continue_learning_changes_nothing(tmp_path):
+    interrupted(tmp_path)
+    resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu")
+    np.random.random(3)
+    th.rand(3)
+    resumed.continue_learning()
+    assert_same_bits(state_of(resumed), learned())
+
+
 def test_nothing_to_resume_and_nothing_to_continue(tmp_path):
     with pytest.raises(CheckpointError, match=f"no valid checkpoint in {tmp_path}"):
         PPOPlus.resume(tmp_path, make_envs())

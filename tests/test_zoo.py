@@ -22,10 +22,12 @@ from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import ConstantSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_ppo_plus import PPOPlus, zoo
+from sb3_ppo_plus import PPOPlus, ResumableEnv, zoo
+from sb3_ppo_plus.checkpoint_directory import checkpoint_directories
 
 ROOT = Path(__file__).parents[1]
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
@@ -305,6 +307,17 @@ def test_train_and_enjoy_use_the_masks_of_the_env(monkeypatch, capsys):
     zoo.main(["enjoy", *arguments, "--no-render", "-n", "200", "--stochastic"])
     assert "Mean reward" in capsys.readouterr().out
     assert ALGOS["ppo_plus"] is PPOPlus
+
+
+def test_an_entry_may_ask_for_checkpoints_that_can_be_resumed():
+    checkpoint = "{'sb3_ppo_plus.TrainingCheckpoint': {'save_freq': 1, 'save_path': 'checkpoints'}}"
+    small = ["n_steps:8", "n_envs:2", "batch_size:16", "n_epochs:1", "env_wrapper:'sb3_ppo_plus.ResumableEnv'"]
+    train = ["train", "--env", "CartPole-v1", "-n", "32", "--eval-freq", "-1", "--device", "cpu"]
+    zoo.main([*train, "-params", *small, f"callback:{checkpoint}"])
+    env = make_vec_env("CartPole-v1", n_envs=2, wrapper_class=ResumableEnv)
+    model = PPOPlus.resume(checkpoint_directories(Path("checkpoints"))[-1], env)
+    assert model.num_timesteps == 16
+    assert model.continue_learning().num_timesteps == 32
 
 
 def test_normalisation_is_saved_for_enjoy():
