@@ -16,6 +16,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -161,6 +162,7 @@ def remove_leftovers(save_path: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+@cache
 def versions() -> dict[str, str]:
     """What the bits of a training run depend on, apart from its own state."""
     return {

@@ -8,6 +8,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Collection
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -113,7 +114,10 @@ def mujoco_state(data: Any) -> dict[str, Any]:  # noqa: ANN401  # mujoco is an o
     integration = mujoco.mjtState.mjSTATE_INTEGRATION
     state = np.empty(mujoco.mj_stateSize(data.model, integration))
     mujoco.mj_getState(data.model, data, state, integration)
-    return {"integration": state, "derived": {name: getattr(data, name).copy() for name in _derived_arrays(data)}}
+    # One array for all: there are 120 of them in each environment
+    derived = [getattr(data, name) for name in _derived_arrays()]
+    sizes = np.array([array.nbytes for array in derived])
+    return {"integration": state, "derived": b"".join(array.tobytes() for array in derived), "sizes": sizes}
 
 
 def set_mujoco_state(data: Any, state: dict[str, Any]) -> None:  # noqa: ANN401  # as above
@@ -128,20 +132,22 @@ def set_mujoco_state(data: Any, state: dict[str, Any]) -> None:  # noqa: ANN401 
         raise ValueError(f"the saved MuJoCo state has {len(state['integration'])} numbers, the model's has {size}")
     mujoco.mj_setState(data.model, data, state["integration"], integration)
     mujoco.mj_forward(data.model, data)
-    for name, saved in state["derived"].items():
+    begin = 0
+    for name, size in zip(_derived_arrays(), state["sizes"].tolist(), strict=True):
         array = getattr(data, name)
-        # As many contacts as MuJoCo finds now
-        if array.shape == saved.shape:
-            array[...] = saved
+        # What is as long as there are contacts is as MuJoCo finds it now
+        if array.nbytes == size:
+            array[...] = np.frombuffer(state["derived"][begin : begin + size], array.dtype).reshape(array.shape)
+        begin += size
 
 
-def _derived_arrays(data: Any) -> list[str]:  # noqa: ANN401  # as above
+@cache
+def _derived_arrays() -> list[str]:
+    mujoco = importlib.import_module("mujoco")
+    data = mujoco.MjData(mujoco.MjModel.from_xml_string("<mujoco/>"))
+    names = [name for name in dir(data) if isinstance(getattr(data, name), np.ndarray)]
     # Those of constraints are as long as there are contacts, and no environment of Gymnasium reads them
-    return [
-        name
-        for name in dir(data)
-        if not name.startswith(("_", "efc_", "iefc_")) and isinstance(getattr(data, name), np.ndarray)
-    ]
+    return [name for name in names if not name.startswith(("_", "efc_", "iefc_"))]
 
 
 def _never_changes(value: object) -> bool:

@@ -142,11 +142,7 @@ CASES = {
     "vec_normalize": Case(lambda: VecNormalize(pendulum())),
     "wrappers": Case(wrapped_envs),
     "own_methods": Case(lambda: make_vec_env(lambda: gym.wrappers.TimeLimit(OwnMethods(), 11), n_envs=2, seed=0)),
-    "subproc": Case(
-        lambda: VecNormalize(
-            gym_envs("Pendulum-v1", vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"})
-        )
-    ),
+    "subproc": Case(lambda: VecNormalize(gym_envs("Pendulum-v1", vec_env_cls=SubprocVecEnv))),
     "gsde": Case(pendulum, arguments={"use_sde": True, "sde_sample_freq": 5}),
     "schedules": Case(
         pendulum,
