@@ -52,7 +52,7 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> State:
     }
     if _envs_are_resumable(base):
         state["envs"] = base.env_method("get_resume_state")
-        if len(outside) < len(stack[0]):
+        if stack and len(outside) < len(stack[0]):
             unknown = [name for name in outside if name not in WRAPPER_ATTRIBUTES]
             unsaved.extend(f"{name} is outside ResumableEnv: put ResumableEnv outermost" for name in unknown)
     for wrapper in outside:
