@@ -3,6 +3,7 @@
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.checkpoint import TrainingCheckpoint, latest_checkpoint
 from sb3_ppo_plus.checkpoint_directory import CheckpointError
+from sb3_ppo_plus.dead_workers import DeadWorkerError
 from sb3_ppo_plus.extractors import ImpalaCNN, MultiInputExtractor, TransformerExtractor
 from sb3_ppo_plus.policies import (
     ActorCriticPlusCnnPolicy,
@@ -13,6 +14,7 @@ from sb3_ppo_plus.policies import (
     MultiInputPolicy,
 )
 from sb3_ppo_plus.ppo_plus import PPOPlus
+from sb3_ppo_plus.restarting_env import RestartingEnv
 from sb3_ppo_plus.resumable_env import ResumableEnv
 from sb3_ppo_plus.safe_vec_normalize import load_vec_normalize, save_vec_normalize
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
@@ -28,6 +30,7 @@ __all__ = [
     "CnnPolicy",
     "Constant",
     "Cosine",
+    "DeadWorkerError",
     "Exponential",
     "ImpalaCNN",
     "Linear",
@@ -38,6 +41,7 @@ __all__ = [
     "PPOPlus",
     "PPOPlusDictRolloutBuffer",
     "PPOPlusRolloutBuffer",
+    "RestartingEnv",
     "ResumableEnv",
     "RolloutBatch",
     "TrainingCheckpoint",

@@ -33,6 +33,7 @@ from sb3_ppo_plus.callbacks import notify_learn_end, notify_update_end
 from sb3_ppo_plus.checkpoint import Continuation, load_checkpoint
 from sb3_ppo_plus.compiled_graph import CompilationReporter, inductor_options
 from sb3_ppo_plus.compiled_step import CompiledGradientStep
+from sb3_ppo_plus.dead_workers import BROKEN_PIPES, dead_worker_error
 from sb3_ppo_plus.distributions import (
     SquashedGaussianDistribution,
     make_action_distribution,
@@ -59,6 +60,7 @@ from sb3_ppo_plus.policies import (
     MultiInputPolicy,
     resolve_policy_kwargs,
 )
+from sb3_ppo_plus.restarting_env import RestartCounter
 from sb3_ppo_plus.safe_load import add_description, load_without_trust
 from sb3_ppo_plus.schedules import make_schedule, schedule_value
 from sb3_ppo_plus.update_history import METRICS, UpdateHistory
@@ -81,6 +83,7 @@ REBUILT_ATTRIBUTES = (
     "_log_interval",
     "_n_iterations",
     "_reporter",
+    "_restart_counter",
     "_scheduled_learning_rates",
     "_tb_log_name",
     "_update_end_said_stop",
@@ -189,6 +192,7 @@ class PPOPlus(PPO):
         self._n_iterations = 0
         self._tb_log_name = "PPOPlus"
         self._update_end_said_stop = False
+        self._restart_counter: RestartCounter | None = None
         self._env_with_masks: tuple[VecEnv | None, bool] = (None, False)
         self._built_for_masks: bool | None = None
         self._was_given_masks = False
@@ -421,9 +425,17 @@ class PPOPlus(PPO):
             values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]  # as above
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
+        self._log_restarts(env)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _log_restarts(self, env: VecEnv) -> None:
+        if self._restart_counter is None or self._restart_counter.env is not env:
+            self._restart_counter = RestartCounter(env)
+        n_restarts = self._restart_counter.count()
+        if n_restarts is not None:
+            self.logger.record("rollout/env_restarts", n_restarts)
 
     def _actor_for(self, rollout_buffer: RolloutBuffer) -> CompiledActor | None:
         if self.compile is False:
@@ -556,6 +568,8 @@ class PPOPlus(PPO):
 
         Callbacks that have a method ``on_update_end() -> bool`` are called after each update; False stops training.
         With action masks, every ``EvalCallback`` whose environment offers masks evaluates ``self.masked(eval_env)``.
+
+        :raises DeadWorkerError: if a worker of a SubprocVecEnv has died
         """
         self._continuation = None
         self._log_interval, self._n_iterations, self._tb_log_name = log_interval, 0, tb_log_name
@@ -586,6 +600,11 @@ class PPOPlus(PPO):
         self._update_end_said_stop = False
         try:
             return super().learn(*arguments)
+        except BROKEN_PIPES as error:
+            dead = dead_worker_error(self.env, self._callback)
+            if dead is None:
+                raise
+            raise dead from error
         finally:
             if self._callback is not None:
                 notify_learn_end(self._callback)

@@ -1,0 +1,131 @@
+"""A wrapper that builds an environment anew when it fails, and the count of it for the log."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+
+class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
+    """Survives exceptions in ``step`` and ``reset`` of an environment, by building it anew.
+
+    A failed step ends the episode as truncated, with the last observation before it, reward 0 and
+    ``info["env_restarted"] = True``; ``info["env_error"]`` says what went wrong. The seed of a new environment follows
+    from the last one that ``reset`` was given. Put ``Monitor`` outside: ``Monitor(RestartingEnv(make_env))``, as
+    ``make_vec_env(lambda: RestartingEnv(make_env))`` does.
+
+    :param make_env: builds the environment
+    :param max_restarts: restarts allowed within ``window``; one more failure raises the environment's own error
+    :param window: length of time over which restarts are counted, in seconds; None: all of them
+    :raises ValueError: for a negative ``max_restarts``, or a ``window`` that is not above 0
+    """
+
+    def __init__(
+        self, make_env: Callable[[], gym.Env[Any, Any]], max_restarts: int = 10, window: float | None = 3600.0
+    ) -> None:
+        if not callable(make_env):
+            raise TypeError(f"make_env must be a function that builds an environment, got {make_env!r}")
+        if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < 0:
+            raise ValueError(f"max_restarts must be an integer of at least 0, got {max_restarts!r}")
+        if window is not None and not window > 0:
+            raise ValueError(f"window must be None or a number of seconds above 0, got {window!r}")
+        super().__init__(make_env())
+        self.make_env = make_env
+        self.max_restarts = max_restarts
+        self.window = math.inf if window is None else window
+        self.n_restarts = 0
+        self._times: deque[float] = deque()
+        self._last_observation: Any = None
+        self._seeds: np.random.Generator | None = None
+        self._is_new = False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode, in a new environment where this one fails; ``info["env_restarted"]`` then says so."""
+        if seed is not None:
+            self._seeds = np.random.default_rng(seed)
+        elif self._is_new:
+            seed = self._next_seed()
+        has_failed = False
+        while True:
+            try:
+                observation, info = self.env.reset(seed=seed, options=options)
+                break
+            except Exception as error:
+                self._restart(error)
+                has_failed, seed = True, self._next_seed()
+        self._is_new = False
+        self._last_observation = copy.deepcopy(observation)
+        return observation, {**info, "env_restarted": True} if has_failed else info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401  # as the env takes it
+        """Take a step; if it fails, end the episode as truncated and build the environment anew."""
+        if self._last_observation is None:
+            # No episode is under way: the caller's fault, not the environment's
+            return self.env.step(action)
+        try:
+            observation, reward, terminated, truncated, info = self.env.step(action)
+        except Exception as error:
+            last_observation, self._last_observation = self._last_observation, None
+            self._restart(error)
+            info = {"env_restarted": True, "env_error": f"{type(error).__name__}: {error}"}
+            return last_observation, 0.0, False, True, info
+        self._last_observation = copy.deepcopy(observation)
+        return observation, reward, terminated, truncated, info
+
+    def _restart(self, error: Exception) -> None:
+        """Replace the environment, again and again if need be, until there have been too many failures."""
+        with suppress(Exception):
+            self.env.close()
+        while True:
+            now = time.monotonic()
+            while self._times and now - self._times[0] > self.window:
+                self._times.popleft()
+            if len(self._times) >= self.max_restarts:
+                error.add_note(
+                    f"RestartingEnv gave up: {len(self._times)} restarts in the last {self.window:g} seconds"
+                )
+                raise error
+            self._times.append(now)
+            self.n_restarts += 1
+            warnings.warn(f"The environment is built anew after {type(error).__name__}: {error}", stacklevel=3)
+            try:
+                env = self.make_env()
+                break
+            except Exception as another:
+                error = another
+        if (env.observation_space, env.action_space) != (self.env.observation_space, self.env.action_space):
+            raise ValueError(f"make_env returned an environment of other spaces: {env}") from error
+        self.env = env
+        self._is_new = True
+
+    def _next_seed(self) -> int | None:
+        return None if self._seeds is None else int(self._seeds.integers(2**31))
+
+
+class RestartCounter:
+    """Counts the restarts in a vectorised environment, if it has any RestartingEnv.
+
+    :param env: the vectorised environment
+    """
+
+    def __init__(self, env: VecEnv) -> None:
+        self.env = env
+        self._indices: list[int] = []
+        # VecEnvs of others may lack it
+        with suppress(AttributeError, NotImplementedError):
+            is_wrapped = env.env_is_wrapped(RestartingEnv)
+            self._indices = [index for index, is_restarting in enumerate(is_wrapped) if is_restarting]
+
+    def count(self) -> int | None:
+        """Restarts so far; None where no environment could restart."""
+        return sum(self.env.get_attr("n_restarts", self._indices)) if self._indices else None
