@@ -5,6 +5,7 @@ from sb3_ppo_plus.checkpoint import TrainingCheckpoint, latest_checkpoint
 from sb3_ppo_plus.checkpoint_directory import CheckpointError
 from sb3_ppo_plus.dead_workers import DeadWorkerError
 from sb3_ppo_plus.extractors import ImpalaCNN, MultiInputExtractor, TransformerExtractor
+from sb3_ppo_plus.non_finite import NonFiniteError
 from sb3_ppo_plus.policies import (
     ActorCriticPlusCnnPolicy,
     ActorCriticPlusPolicy,
@@ -38,6 +39,7 @@ __all__ = [
     "MultiInputActorCriticPlusPolicy",
     "MultiInputExtractor",
     "MultiInputPolicy",
+    "NonFiniteError",
     "PPOPlus",
     "PPOPlusDictRolloutBuffer",
     "PPOPlusRolloutBuffer",

@@ -40,6 +40,8 @@ _KINDS = {
     # What Python's random.seed takes
     "seed": _Kind((int, type(None)), "an int or None"),
     "pessimistic_value_clip": _FLAG,
+    "on_non_finite": _Kind((str,), "a string"),
+    "max_skipped": _INTEGER,
 }
 
 
@@ -74,6 +76,7 @@ def check_ranges(algorithm: object) -> None:
         ("batch_size", "at least 1", lambda value: value >= 1),
         ("n_epochs", "at least 1", lambda value: value >= 1),
         ("_stats_window_size", "at least 1", lambda value: value >= 1),
+        ("max_skipped", "at least 0", lambda value: value >= 0),
         ("max_grad_norm", "at least 0", lambda value: value >= 0),
         ("target_kl", "None or above 0", lambda value: value is None or value > 0),
         ("gamma", "in [0, 1]", lambda value: 0 <= value <= 1),

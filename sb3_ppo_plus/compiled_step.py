@@ -205,7 +205,9 @@ class _StepFunction:
         computed, (_, metrics) = grad_and_value(loss, has_aux=True)(flat)
         grad_norm = th.stack([gradient.square().sum() for gradient in computed]).sum().sqrt()
         scale = (scalars["max_grad_norm"] / (grad_norm + 1e-6)).clamp(max=1.0)
-        is_allowed = metrics[METRICS.index("approx_kl")] <= scalars["kl_limit"]
+        is_allowed = metrics[METRICS.index("loss")].isfinite() & grad_norm.isfinite()
+        if objective.kl_limit is not None:
+            is_allowed = is_allowed & (metrics[METRICS.index("approx_kl")] <= scalars["kl_limit"])
         for index, (group, parameters, old, gradient) in enumerate(
             zip(self._groups, flat, state, computed, strict=True)
         ):
@@ -214,7 +216,7 @@ class _StepFunction:
             update = UPDATES[type(group.optimizer)]
             new_parameters, new = update(group.hyperparameters, parameters, gradient * scale, old, scalars[str(index)])
             for target, value in [(parameters, new_parameters), *((old[name], new[name]) for name in new)]:
-                target.copy_(value if objective.kl_limit is None else th.where(is_allowed, value, target))
+                target.copy_(th.where(is_allowed, value, target))
         return th.cat([metrics, grad_norm.reshape(1)])
 
 

@@ -14,7 +14,7 @@ from sb3_ppo_plus.callbacks import iterate_callbacks
 # What SB3 lets through where a worker's end of the pipe is closed
 BROKEN_PIPES = (EOFError, ConnectionError)
 # A worker closes its pipe before its process has ended
-MAX_WAIT = 5.0
+MAX_WAIT = 2.0
 
 
 class DeadWorkerError(RuntimeError):
@@ -35,8 +35,10 @@ def dead_worker_error(env: VecEnv | None, callback: BaseCallback | None) -> Dead
 
 
 def _dead_workers(env: SubprocVecEnv) -> Iterable[str]:
-    wait([process.sentinel for process in env.processes], MAX_WAIT)
+    ended = wait([process.sentinel for process in env.processes], MAX_WAIT)
     for index, process in enumerate(env.processes):
+        if process.sentinel in ended:
+            process.join(MAX_WAIT)
         code = process.exitcode
         if code is not None:
             reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

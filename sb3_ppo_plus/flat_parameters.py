@@ -7,6 +7,7 @@ A step on one flat tensor is bit-identical to the steps on its parts and costs a
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -110,6 +111,20 @@ class FlatGroup:
         """Let the optimiser take a step."""
         self._step(self.optimizer)
 
+    @th.no_grad()
+    def step_where(self, is_allowed: th.Tensor) -> None:
+        """Let the optimiser take a step where ``is_allowed``, a 0-dim tensor whose value the host does not wait for.
+
+        A counter of steps that the optimiser keeps on the host counts in any case.
+        """
+        parameters = self.flat.clone()
+        state = {name: value.clone() for name, value in self.state.items() if isinstance(value, th.Tensor)}
+        self.step()
+        self.flat.copy_(th.where(is_allowed, self.flat, parameters))
+        for name, value in self.state.items():
+            if isinstance(value, th.Tensor) and value.device == is_allowed.device:
+                value.copy_(th.where(is_allowed, value, state.get(name, th.zeros_like(value))))
+
     def refresh(self) -> None:
         """Take over settings that changed on the policy's optimiser, such as the learning rate."""
         self.optimizer.param_groups[0].update(self.hyperparameters)
@@ -200,21 +215,31 @@ class FlatParameters:
         for group in self.groups:
             group.refresh()
 
-    def step(self, gradients: list[th.Tensor], max_grad_norm: float) -> th.Tensor:
+    def step(self, gradients: list[th.Tensor], max_grad_norm: float, loss: th.Tensor) -> th.Tensor:
         """Clip the gradients and let the optimiser take a step, with the operations of ``clip_grad_norm_`` in order.
+
+        No step is taken where the loss or a gradient is not finite.
 
         :param gradients: gradient of each parameter that has one, in the policy's order
         :param max_grad_norm: the gradients are scaled down to this norm where theirs is larger
+        :param loss: the loss
         :return: norm of the gradients before clipping
         """
         th._foreach_copy_(self._gradients, gradients)
         # Norms of the copies: autograd's own gradients may be strided, and are then summed in another order
         grad_norm: th.Tensor = th.linalg.vector_norm(th.stack(th._foreach_norm(self._gradients)))
+        is_on_host = grad_norm.device.type == "cpu"
+        if is_on_host and not (math.isfinite(grad_norm.item()) and math.isfinite(loss.item())):
+            return grad_norm
+        is_finite = None if is_on_host else grad_norm.isfinite() & loss.isfinite()
         scale = (max_grad_norm / (grad_norm + 1e-6)).clamp_(max=1.0)
         for group in self.groups:
             assert group.flat.grad is not None
             group.flat.grad.mul_(scale)
-            group.step()
+            if is_finite is None:
+                group.step()
+            else:
+                group.step_where(is_finite)
         return grad_norm
 
     def publish(self) -> None:

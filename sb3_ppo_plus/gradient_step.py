@@ -130,8 +130,10 @@ class GradientStep:
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         """Compute the loss of a minibatch and take a step, unless the limit of approx_kl forbids it.
 
-        :return: the metrics, see ``update_history.METRICS``, with a gradient norm of NaN where no step was taken; and
-            whether one was
+        Nor is a step taken where the loss or its gradient is not finite, which the metrics show.
+
+        :return: the metrics, see ``update_history.METRICS``, with a gradient norm of NaN where the limit forbade the
+            step; and whether it did not
         """
         batch = minibatch.batch()
         terms = objective.loss(batch, objective.evaluate(self.policy, batch))
@@ -144,12 +146,15 @@ class GradientStep:
     def _plain_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
         self.policy.optimizer.zero_grad()
         self.grad_scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return self._clip_and_step(max_grad_norm)
+        return self._clip_and_step(max_grad_norm, loss)
 
-    def _clip_and_step(self, max_grad_norm: float) -> th.Tensor:
+    def _clip_and_step(self, max_grad_norm: float, loss: th.Tensor) -> th.Tensor:
         optimizer = self.policy.optimizer
         self.grad_scaler.unscale_(optimizer)
         grad_norm = th.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
+        # A scaler makes sure itself, and lowers its scale
+        if not self.grad_scaler.is_enabled() and not (grad_norm.isfinite() & loss.isfinite()):
+            return grad_norm
         self.grad_scaler.step(optimizer)
         self.grad_scaler.update()
         return grad_norm
@@ -166,5 +171,5 @@ class GradientStep:
                 self._flat, self._try_flat = None, False
                 for parameter, gradient in zip(self._parameters, gradients, strict=True):
                     parameter.grad = None if gradient is None else gradient.contiguous()
-                return self._clip_and_step(max_grad_norm)
-        return self._flat.step([gradient for gradient in gradients if gradient is not None], max_grad_norm)
+                return self._clip_and_step(max_grad_norm, loss)
+        return self._flat.step([gradient for gradient in gradients if gradient is not None], max_grad_norm, loss)

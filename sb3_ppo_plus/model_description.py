@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from sb3_ppo_plus.ppo_plus import PPOPlus
 
 FORMAT = "sb3_ppo_plus.model/1"
-COUNTERS = ("num_timesteps", "_total_timesteps", "_num_timesteps_at_start", "_n_updates", "_episode_num")
+COUNTERS = (
+    *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start"),
+    *("_n_updates", "_episode_num", "_skipped_steps", "_skipped_in_a_row"),
+)
 # True, False or, before it is known, None
 FLAGS = ("_built_for_masks", "_was_given_masks")
 # Those of the loading machine, or described apart

@@ -57,7 +57,7 @@ class EnvOutputCheck:
         """
         for array in observation.values() if isinstance(observation, dict) else (observation,):
             if not np.isfinite(array).all():
-                raise NonFiniteError(f"the terminal observation of env {index} at step {step} of the rollout is {array}")
+                raise NonFiniteError(f"the terminal observation of env {index} at step {step} is {array}")
 
     def _raise_at(self, name: str, array: np.ndarray, raw_name: str, key: str | None, step: int) -> None:
         is_finite = np.isfinite(array)
@@ -93,21 +93,29 @@ class Skipped(NamedTuple):
 
 
 def check_steps(
-    table: th.Tensor, skipped: Skipped, max_in_a_row: int | None, n_minibatches: int, after: str
+    table: th.Tensor,
+    skipped: Skipped,
+    max_in_a_row: int | None,
+    *,
+    checks_gradient: bool,
+    n_minibatches: int,
+    after: str,
 ) -> tuple[th.Tensor, Skipped]:
     """Find the minibatches of an update whose loss or gradient was not finite, on which no step was taken.
 
     :param table: metrics of the minibatches that were to be stepped on, shape (n, len(METRICS))
     :param skipped: steps left out before the update
     :param max_in_a_row: how many of them are allowed in a row; None: none at all
+    :param checks_gradient: False: a gradient scaler deals with overflowing gradients
     :param n_minibatches: in an epoch
     :param after: end of the message
     :return: which of the minibatches were fine, bool of shape (n,), and the steps left out by now
     :raises NonFiniteError: says which term, epoch and minibatch
     """
-    is_fine = table[:, [METRICS.index("loss"), METRICS.index("grad_norm")]].isfinite().all(dim=1)
+    columns = [METRICS.index(name) for name in ("loss", "grad_norm")[: 1 + checks_gradient]]
+    is_fine = table[:, columns].isfinite().all(dim=1)
     total, in_a_row = skipped
-    for index in range(len(is_fine)):
+    for index in range(0 if is_fine.all() else len(is_fine)):
         in_a_row = 0 if is_fine[index] else in_a_row + 1
         total += in_a_row > 0
         if in_a_row > (0 if max_in_a_row is None else max_in_a_row):
@@ -116,6 +124,7 @@ def check_steps(
             terms = terms or [f"the norm of the gradient is {values['grad_norm']}, of the loss {values['loss']}"]
             row = "" if max_in_a_row is None else f", the {in_a_row}th in a row, and max_skipped={max_in_a_row}"
             raise NonFiniteError(
-                f"{' and '.join(terms)} in epoch {index // n_minibatches}, minibatch {index % n_minibatches}{row}; {after}"
+                f"{' and '.join(terms)} in epoch {index // n_minibatches}, minibatch {index % n_minibatches}{row}, "
+                f"{after}"
             )
-    return is_fine, Skipped(total, in_a_row)
+    return is_fine, Skipped(total, 0 if is_fine.all() else in_a_row)

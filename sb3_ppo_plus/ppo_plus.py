@@ -52,6 +52,7 @@ from sb3_ppo_plus.masking import (
     takes_masks,
 )
 from sb3_ppo_plus.model_description import constructor_arguments
+from sb3_ppo_plus.non_finite import ON_NON_FINITE, EnvOutputCheck, Skipped, check_steps
 from sb3_ppo_plus.policies import (
     PLUS_POLICY_OF,
     ActorCriticPlusPolicy,
@@ -115,6 +116,9 @@ class PPOPlus(PPO):
         where they have not; False: never
     :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA
     :param compile: the fast path: True, or a dict of torch.compile's options. Same semantics, float32 rounding apart
+    :param on_non_finite: where a loss or its gradient is NaN or infinite, no step is taken; "raise": an error then says
+        which term it is; "skip": training goes on, and ``train/skipped_steps`` counts
+    :param max_skipped: with "skip", an error at more than so many in a row
     :raises ValueError: for a value that is not allowed, before the first environment step
     :raises TypeError: for an argument of the wrong type, or one that a custom policy class lacks
     """
@@ -135,6 +139,8 @@ class PPOPlus(PPO):
         "_n_iterations",
         "_n_updates",
         "_num_timesteps_at_start",
+        "_skipped_in_a_row",
+        "_skipped_steps",
         "_tb_log_name",
         "_total_timesteps",
         "ep_info_buffer",
@@ -177,6 +183,8 @@ class PPOPlus(PPO):
         action_masking: bool | None = None,
         amp: bool | str = False,
         compile: bool | dict[str, Any] = False,
+        on_non_finite: str = "raise",
+        max_skipped: int = 10,
     ) -> None:
         check_types(locals())
         self.critic_learning_rate = critic_learning_rate
@@ -184,6 +192,9 @@ class PPOPlus(PPO):
         self.action_masking = action_masking
         self.amp = amp
         self.compile = compile
+        self.on_non_finite = on_non_finite
+        self.max_skipped = max_skipped
+        self._skipped_steps = self._skipped_in_a_row = 0
         self.last_checkpoint: str | None = None
         """Directory of the checkpoint that was last written or resumed."""
         self._callback: BaseCallback | None = None
@@ -298,6 +309,8 @@ class PPOPlus(PPO):
             make_schedule(getattr(self, name), name)
         if not (self.action_masking is None or isinstance(self.action_masking, bool)):
             raise ValueError(f"action_masking must be None, True or False, got {self.action_masking!r}")
+        if self.on_non_finite not in ON_NON_FINITE:
+            raise ValueError(f"on_non_finite must be one of {ON_NON_FINITE}, got {self.on_non_finite!r}")
         resolve_amp(self.amp, self.device)
         inductor_options(self.compile)
         check_ranges(self)
@@ -383,6 +396,8 @@ class PPOPlus(PPO):
         actor = self._actor_for(rollout_buffer)
         action_masks = self._mask_source(env)
         context: dict[str, th.Tensor] = {}
+        check_output = EnvOutputCheck(env)
+        check_output(self._last_obs, None, n_steps)
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
@@ -397,6 +412,7 @@ class PPOPlus(PPO):
             actions = chosen.cpu().numpy()
             clipped_actions = self._to_env_units(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
+            check_output(new_obs, rewards, n_steps)
             self.num_timesteps += env.num_envs
             # Callbacks read SB3's names of these variables
             callback.update_locals(locals())
@@ -407,6 +423,7 @@ class PPOPlus(PPO):
                 terminal_obs = infos[index].get("terminal_observation")
                 if terminal_obs is None or not infos[index].get("TimeLimit.truncated", False):
                     continue
+                check_output.terminal(terminal_obs, index, n_steps)
                 if actor is not None:
                     timeouts.append((n_steps, index, terminal_obs))
                 else:
@@ -492,6 +509,7 @@ class PPOPlus(PPO):
             self._recompute_log_prob(objective)
         self.policy.set_training_mode(True)
         history = self._run_epochs(objective)
+        self._check_steps(history)
         self._log_update(objective.coefficients, history)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
         if self.compile is not False:
@@ -527,6 +545,25 @@ class PPOPlus(PPO):
                     return history
             history.n_epochs_done += 1
         return history
+
+    def _check_steps(self, history: UpdateHistory) -> None:
+        after = f"update {self._n_iterations + 1}, {self.num_timesteps} timesteps; no step was taken on it"
+        if self.last_checkpoint is not None:
+            after += f"; the last checkpoint is {self.last_checkpoint}"
+        table = history.table()
+        is_fine, skipped = check_steps(
+            table[: len(table) - history.was_stopped],
+            Skipped(self._skipped_steps, self._skipped_in_a_row),
+            None if self.on_non_finite == "raise" else self.max_skipped,
+            checks_gradient=not self._grad_scaler.is_enabled(),
+            n_minibatches=-(-self.n_steps * self.n_envs // self.batch_size),
+            after=after,
+        )
+        self._skipped_steps, self._skipped_in_a_row = skipped
+        if not is_fine.all():
+            history.is_fine = th.cat([is_fine, th.ones(int(history.was_stopped), dtype=th.bool)])
+        if self.on_non_finite == "skip":
+            self.logger.record("train/skipped_steps", self._skipped_steps)
 
     def _recompute_log_prob(self, objective: Objective) -> None:
         """Compute the rollout's log-probs anew, as the update will, so that the first ratios are 1.
@@ -569,6 +606,7 @@ class PPOPlus(PPO):
         Callbacks that have a method ``on_update_end() -> bool`` are called after each update; False stops training.
         With action masks, every ``EvalCallback`` whose environment offers masks evaluates ``self.masked(eval_env)``.
 
+        :raises NonFiniteError: where an observation, reward, loss or gradient is NaN or infinite, see ``on_non_finite``
         :raises DeadWorkerError: if a worker of a SubprocVecEnv has died
         """
         self._continuation = None

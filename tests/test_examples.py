@@ -119,3 +119,8 @@ def test_masked_puzzle(capsys):
     shares = example.main(timesteps=2_048)
     assert shares.keys() == {"with masks", "without"}
     assert capsys.readouterr().out.count("of the boards are full") == 2
+
+
+def test_load_untrusted(capsys):
+    assert -2000 < load_example("load_untrusted").main(timesteps=2_048) < 0
+    assert "learning_rate is 'the function main.<locals>.<lambda>'" in capsys.readouterr().out
