@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import BasePolicy
 
 MAX_SEED = 2**32 - 1
 
@@ -57,6 +58,9 @@ def check_types(arguments: Mapping[str, Any]) -> None:
         is_flag = isinstance(value, bool | np.bool_)
         if not isinstance(value, kind.types) or (is_flag and kind is not _FLAG):
             raise TypeError(f"{name} must be {kind.described}, got {value!r}")
+    policy = arguments["policy"]
+    if isinstance(policy, type) and not issubclass(policy, BasePolicy):
+        raise TypeError(f"policy must be a policy's name or class, got {policy!r}")
     buffer_class = arguments["rollout_buffer_class"]
     if buffer_class is not None and not issubclass(buffer_class, RolloutBuffer):
         raise TypeError(f"rollout_buffer_class must be a subclass of RolloutBuffer or None, got {buffer_class!r}")

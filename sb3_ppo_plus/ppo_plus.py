@@ -266,6 +266,11 @@ class PPOPlus(PPO):
             self.policy_kwargs["action_masking"] = True
         try:
             super()._setup_model()
+        except KeyError as error:
+            if not isinstance(self.observation_space, spaces.Dict):
+                raise
+            # SB3's extractors are kept by these keys in a ModuleDict, which takes no dots for one
+            raise ValueError(f"a key of the Dict observations is not allowed: {error}") from error
         finally:
             # Kept as given: names, not classes, are saved and compared by load
             self.policy_kwargs = given
