@@ -9,9 +9,12 @@ from sb3_ppo_plus.non_finite import NonFiniteError
 from sb3_ppo_plus.policies import (
     ActorCriticPlusCnnPolicy,
     ActorCriticPlusPolicy,
+    CnnLstmPolicy,
     CnnPolicy,
+    MlpLstmPolicy,
     MlpPolicy,
     MultiInputActorCriticPlusPolicy,
+    MultiInputLstmPolicy,
     MultiInputPolicy,
 )
 from sb3_ppo_plus.ppo_plus import PPOPlus
@@ -28,6 +31,7 @@ __all__ = [
     "ActorCriticPlusCnnPolicy",
     "ActorCriticPlusPolicy",
     "CheckpointError",
+    "CnnLstmPolicy",
     "CnnPolicy",
     "Constant",
     "Cosine",
@@ -35,9 +39,11 @@ __all__ = [
     "Exponential",
     "ImpalaCNN",
     "Linear",
+    "MlpLstmPolicy",
     "MlpPolicy",
     "MultiInputActorCriticPlusPolicy",
     "MultiInputExtractor",
+    "MultiInputLstmPolicy",
     "MultiInputPolicy",
     "NonFiniteError",
     "PPOPlus",

@@ -130,7 +130,7 @@ class _Acting(th.nn.Module):
         self.policy = policy
 
     def forward(
-        self, observations: PyTorchObs, context: dict[str, th.Tensor], noise: list[th.Tensor]
+        self, observations: PyTorchObs, context: dict[str, Any], noise: list[th.Tensor]
     ) -> tuple[th.Tensor, ...]:
         return (self._stored(self._sample(self.policy.get_distribution(observations, **context), noise)),)
 
@@ -148,7 +148,7 @@ class _ActingAndEvaluating(_Acting):
     """Actions with their values and log-probabilities, in the same form."""
 
     def forward(
-        self, observations: PyTorchObs, context: dict[str, th.Tensor], noise: list[th.Tensor]
+        self, observations: PyTorchObs, context: dict[str, Any], noise: list[th.Tensor]
     ) -> tuple[th.Tensor, ...]:
         values, distribution = self.policy.value_and_distribution(observations, **context)
         actions = self._sample(distribution, noise)

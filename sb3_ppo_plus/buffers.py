@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch.utils._pytree import tree_map
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,8 @@ class RolloutBatch:
     :param returns: TD(lambda) targets of the value function, shape (batch,)
     :param valid: marks the real elements of a padded minibatch, shape (batch,); None: all of them
     :param context: further keyword arguments of the policy, such as action_masks: tensors of shape (batch, ...)
+    :param states: of a memory, at the start of each sequence into which a rollout is cut: (n_layers, n_sequences, ...)
+    :param sequence_of: the sequence of each transition of a rollout, int64, shape (batch,)
     """
 
     observations: PyTorchObs
@@ -34,10 +38,17 @@ class RolloutBatch:
     advantages: th.Tensor
     returns: th.Tensor
     valid: th.Tensor | None = None
-    context: dict[str, th.Tensor] = field(default_factory=dict)
+    context: dict[str, Any] = field(default_factory=dict)
+    states: RNNStates | None = None
+    sequence_of: th.Tensor | None = None
 
     def select(self, indices: th.Tensor | slice) -> RolloutBatch:
-        """Return the transitions at ``indices``, int64 of shape (batch,), or a slice."""
+        """Return some transitions, or whole sequences one after the other.
+
+        :param indices: a slice, or int64, shape (batch,); or (n_sequences, length), where -1 is padding
+        """
+        if isinstance(indices, th.Tensor) and indices.dim() == 2:
+            return self._select_sequences(indices)
         observations = self.observations
         return RolloutBatch(
             observations={key: _rows(obs, indices) for key, obs in observations.items()}
@@ -50,6 +61,17 @@ class RolloutBatch:
             returns=_rows(self.returns, indices),
             valid=None if self.valid is None else _rows(self.valid, indices),
             context={name: _rows(tensor, indices) for name, tensor in self.context.items()},
+        )
+
+    def _select_sequences(self, indices: th.Tensor) -> RolloutBatch:
+        assert self.states is not None and self.sequence_of is not None
+        flat = indices.flatten()
+        batch = self.select(flat.clamp(min=0))
+        sequences = self.sequence_of[indices[:, 0]]
+        return replace(
+            batch,
+            valid=None if self.valid is None else flat >= 0,
+            context={**batch.context, "states": tree_map(lambda part: part[:, sequences], self.states)},
         )
 
 
@@ -79,13 +101,18 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     advantages_by_scan: bool = False
     """Estimate advantages without a loop over the steps, in float64: SB3's to float32 rounding, not bit for bit."""
 
+    sequence_length: int | None = None
+    """Length of the sequences that make up minibatches, for a memory; None: minibatches of single transitions."""
+
     _rollout: RolloutBatch | None = None
     context: dict[str, np.ndarray]
+    states: list[RNNStates]
 
     def reset(self) -> None:
         """Empty the buffer."""
         self._rollout = None
         self.context = {}
+        self.states = []
         super().reset()
 
     def add(
@@ -119,6 +146,14 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             self._store_context(context)
         self.pos += 1
         self.full = self.pos == self.buffer_size
+
+    def add_states(self, states: RNNStates) -> None:
+        """Keep a memory's states before the next step, if a sequence begins with it.
+
+        :param states: tensors of shape (n_layers, n_envs, ...)
+        """
+        if self.sequence_length is not None and self.pos % self.sequence_length == 0:
+            self.states.append(states)
 
     def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor) -> None:
         """Fill in what :meth:`add` was not given.
@@ -156,7 +191,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             assert self.full, "The rollout buffer is not full"
             # SB3 casts to float32 too: a MultiBinary action's int8 has no log-probability
             actions = self.to_torch(self._flat(self.actions).astype(np.float32, copy=False), copy=False)
-            self._rollout = RolloutBatch(
+            rollout = RolloutBatch(
                 observations=self._observation_tensors(),
                 actions=_as_policy_takes(actions, self.action_space),
                 old_values=self.to_torch(self.values.reshape(-1), copy=False),
@@ -167,20 +202,57 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
                     name: self.to_torch(self._flat_context(array), copy=False) for name, array in self.context.items()
                 },
             )
+            self._rollout = rollout if self.sequence_length is None else self._with_sequences(rollout)
         return self._rollout
+
+    def _with_sequences(self, rollout: RolloutBatch) -> RolloutBatch:
+        assert self.sequence_length is not None
+        episode_starts = self._flat_context(self.episode_starts.reshape(self.buffer_size, self.n_envs))
+        steps, envs = np.mgrid[: self.buffer_size, : self.n_envs]
+        sequences = self._flat_context(steps // self.sequence_length * self.n_envs + envs)
+        is_padded = self.buffer_size % self.sequence_length > 0
+        return replace(
+            rollout,
+            valid=th.ones_like(rollout.old_values, dtype=th.bool) if is_padded else None,
+            context={**rollout.context, "episode_starts": self.to_torch(episode_starts, copy=False) > 0},
+            states=tree_map(lambda *parts: th.cat(parts, dim=1), *self.states),
+            sequence_of=self.to_torch(sequences, copy=False),
+        )
 
     def minibatches(self, batch_size: int) -> Iterator[Minibatch]:
         """Yield every transition once, in the random order of SB3's ``RolloutBuffer.get``; the last batch may be short.
 
-        :param batch_size: transitions per minibatch
+        :param batch_size: transitions per minibatch; with a ``sequence_length``, minibatches of whole sequences
         """
         rollout = self.rollout()
+        if self.sequence_length is not None:
+            sequences = self._sequence_indices()
+            indices = sequences[np.random.permutation(len(sequences))]
+            for batch_indices in th.split(th.from_numpy(indices).to(self.device), batch_size // self.sequence_length):
+                yield Minibatch(rollout, batch_indices)
+            return
         indices = np.random.permutation(self.buffer_size * self.n_envs)
         if not self.generator_ready:
             # SB3 numbers the transitions env by env, the arrays hold them step by step until its get reorders them
             indices = indices % self.buffer_size * self.n_envs + indices // self.buffer_size
         for batch_indices in th.split(th.from_numpy(indices).to(self.device), batch_size):
             yield Minibatch(rollout, batch_indices)
+
+    def _sequence_indices(self) -> np.ndarray:
+        """Indices of the transitions of each sequence, shape (n_sequences, sequence_length); -1 is padding."""
+        assert self.sequence_length is not None
+        n_sequences = -(-self.buffer_size // self.sequence_length)
+        steps = np.arange(n_sequences * self.sequence_length).reshape(n_sequences, 1, -1)
+        envs = np.arange(self.n_envs).reshape(-1, 1)
+        flat = envs * self.buffer_size + steps if self.generator_ready else steps * self.n_envs + envs
+        return np.where(steps < self.buffer_size, flat, -1).reshape(-1, self.sequence_length)
+
+    def in_order(self, batch_size: int) -> tuple[th.Tensor, ...]:
+        """Return indices for :meth:`RolloutBatch.select`, of all transitions or sequences in their order."""
+        if self.sequence_length is None:
+            return th.split(th.arange(self.buffer_size * self.n_envs, device=self.device), batch_size)
+        sequences = th.from_numpy(self._sequence_indices()).to(self.device)
+        return th.split(sequences, batch_size // self.sequence_length)
 
     def _flat(self, array: np.ndarray) -> np.ndarray:
         """Join steps and envs; after SB3's ``get`` they are joined already."""

@@ -76,14 +76,14 @@ class Segments(NamedTuple):
     def buckets(self) -> list[slice]:
         """Group segments of similar lengths, to be padded to the longest of their group.
 
-        Cuts wherever the padding saved outweighs a further group: measured on a CPU, a step costs about as much as two
-        segments more in it.
+        Cuts wherever the padding saved outweighs a further group. Measured on a CPU, forward and backward of an LSTM
+        cost what a group of n segments of length T has of ``30 + T + T * n``.
         """
         found, todo = [], [slice(0, len(self.starts))]
         while todo:
             group = todo.pop()
             lengths = self.lengths[group]
-            savings = (lengths[0] - lengths) * np.arange(len(lengths), 0, -1) - 2 * lengths
+            savings = (lengths[0] - lengths) * np.arange(len(lengths), 0, -1) - lengths - 30
             cut = group.start + int(savings.argmax())
             if cut > group.start and savings.max() > 0:
                 todo += [slice(cut, group.stop), slice(group.start, cut)]
@@ -110,13 +110,28 @@ class LSTMMemory(nn.LSTM):
     :param n_layers: layers
     :param bias: as in ``nn.LSTM``
     :param dropout: between layers, as in ``nn.LSTM``; above 0 the first log-ratio of an update is no longer 0
+    :param forget_bias: added to the bias of the forget gates at first: with 1 the memory begins longer (Jozefowicz et
+        al. 2015, section 2.2), which decides whether a cue from dozens of steps before is learned at all
     """
 
     def __init__(
-        self, features_dim: int, hidden_size: int = 256, n_layers: int = 1, bias: bool = True, dropout: float = 0.0
+        self,
+        features_dim: int,
+        hidden_size: int = 256,
+        n_layers: int = 1,
+        bias: bool = True,
+        dropout: float = 0.0,
+        forget_bias: float = 0.0,
     ) -> None:
         super().__init__(features_dim, hidden_size, n_layers, bias=bias, dropout=dropout)
         self.output_dim = hidden_size
+        if forget_bias != 0.0:
+            if not bias:
+                raise ValueError(f"memory_kwargs: forget_bias={forget_bias!r} needs bias=True, got False")
+            with th.no_grad():
+                for layer in range(n_layers):
+                    # Gates are input, forget, cell, output
+                    getattr(self, f"bias_hh_l{layer}")[hidden_size : 2 * hidden_size] += forget_bias
 
     def initial_state(self, n_envs: int) -> State:
         """See :meth:`Memory.initial_state`: hidden and cell state, both (n_layers, n_envs, hidden_size)."""

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from sb3_ppo_plus import buffers
 from sb3_ppo_plus.described_spaces import encode_space
 from sb3_ppo_plus.extractors import FEATURES_EXTRACTORS
-from sb3_ppo_plus.policies import ACTIVATIONS, OPTIMIZERS
+from sb3_ppo_plus.policy_kwargs import ACTIVATIONS, OPTIMIZERS
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine
 from sb3_ppo_plus.strict_json import MAX_DEPTH, MAX_DIGITS, UntrustedFileError, get, short
 

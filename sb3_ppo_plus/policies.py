@@ -1,8 +1,7 @@
-"""The actor-critic policies, and the names that YAML may use in ``policy_kwargs``."""
+"""The actor-critic policies."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
@@ -15,6 +14,12 @@ from sb3_contrib.common.maskable.policies import (
     MaskableActorCriticPolicy,
     MaskableMultiInputActorCriticPolicy,
 )
+from sb3_contrib.common.recurrent.policies import (
+    RecurrentActorCriticCnnPolicy,
+    RecurrentActorCriticPolicy,
+    RecurrentMultiInputActorCriticPolicy,
+)
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
@@ -26,39 +31,23 @@ from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
     BaseModel,
-    BasePolicy,
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import nn
 
 from sb3_ppo_plus.distributions import BoundedDistribution, make_action_distribution
-from sb3_ppo_plus.extractors import ImpalaCNN, resolve_features_extractor
+from sb3_ppo_plus.extractors import ImpalaCNN
 from sb3_ppo_plus.lean_distributions import LeanDiagGaussianDistribution
 from sb3_ppo_plus.masked_distributions import apply_masks, make_maskable_distribution, mask_sizes
 from sb3_ppo_plus.masking import check_masks, has_mask_key, split_off_mask, without_mask_key
-
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "tanh": nn.Tanh,
-    "relu": nn.ReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-}
-OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
-    "adam": th.optim.Adam,
-    "adamw": th.optim.AdamW,
-    "sgd": th.optim.SGD,
-    "rmsprop": th.optim.RMSprop,
-}
-
+from sb3_ppo_plus.memory import State
+from sb3_ppo_plus.memory_policy import CONTRIB_KWARGS, MemoryOptions, RememberingPolicy
 
 MaybeMasks = th.Tensor | np.ndarray | None
 
 
-class ActorCriticPlusPolicy(ActorCriticPolicy):
+class ActorCriticPlusPolicy(RememberingPolicy):
     """SB3's ``ActorCriticPolicy`` with more action distributions, and with heads that stay in float32 under autocast.
 
     :param observation_space: observation space
@@ -69,12 +58,15 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
     :param action_dist_kwargs: keyword arguments of that distribution, e.g. ``{"deterministic": "mode"}`` for "beta"
     :param action_masking: built to be trained with masks: sb3-contrib's distribution of MultiBinary actions, and the
         observation key ``action_mask`` holds masks and is no feature. PPOPlus sets it
+    :param memory: None, "lstm", "gru" or "gtrxl": a memory over time between the features and the heads
+    :param memory_kwargs: see :class:`MemoryOptions`; the arguments of sb3-contrib's recurrent policies are understood
     :param features_extractor_class: SB3's parameter; the default is the subclass's
     :param kwargs: SB3's further parameters
     :raises ValueError: for an unknown ``action_dist``, or one that does not fit the action space
     """
 
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
+    default_memory: str | None = None
 
     def __init__(
         self,
@@ -85,9 +77,13 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         action_dist: str = "gaussian",
         action_dist_kwargs: dict[str, Any] | None = None,
         action_masking: bool = False,
+        memory: str | None = None,
+        memory_kwargs: dict[str, Any] | None = None,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         **kwargs: Any,
     ) -> None:
+        of_contrib = {name: kwargs.pop(name) for name in CONTRIB_KWARGS if name in kwargs}
+        self.memory_options = MemoryOptions.resolve(memory or self.default_memory, memory_kwargs, of_contrib)
         self.action_masking = action_masking
         self.has_mask_key = action_masking and has_mask_key(observation_space)
         self._predict_context: dict[str, Any] = {}
@@ -109,6 +105,7 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
             features_extractor_class=extractor_class,
             **kwargs,
         )
+        self._build_memory(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
         if self.action_dist_name != "gaussian" or self.action_dist_kwargs:
@@ -155,32 +152,59 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         return actions
 
     def forward(
-        self, obs: PyTorchObs, deterministic: bool = False, action_masks: th.Tensor | None = None
+        self,
+        obs: PyTorchObs,
+        deterministic: bool = False,
+        action_masks: th.Tensor | None = None,
+        states: RNNStates | None = None,
+        episode_starts: th.Tensor | None = None,
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Choose actions and predict values; matches SB3's ``ActorCriticPolicy.forward``.
 
         :param obs: observations, shape (batch, *observation shape), or a dict of such
         :param deterministic: the most probable actions instead of samples
         :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        :param states: of a memory, before the step; None: each observation begins an episode
+        :param episode_starts: where the states are reset first, shape (batch,); None: nowhere
         :return: stored actions (batch, *action shape), values (batch, 1), log probability (batch,)
         """
-        values, distribution = self.value_and_distribution(obs, action_masks=action_masks)
+        return self.forward_step(obs, deterministic, action_masks, states, episode_starts)[:3]
+
+    def forward_step(
+        self,
+        obs: PyTorchObs,
+        deterministic: bool = False,
+        action_masks: th.Tensor | None = None,
+        states: RNNStates | None = None,
+        episode_starts: th.Tensor | None = None,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, RNNStates | None]:
+        """As :meth:`forward`, and return the states after the step too."""
+        values, distribution, states = self._evaluate(obs, action_masks, states, episode_starts)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
-        return actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob
+        return actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob, states
 
     def evaluate_actions(
-        self, obs: PyTorchObs, actions: th.Tensor, action_masks: th.Tensor | None = None
+        self,
+        obs: PyTorchObs,
+        actions: th.Tensor,
+        action_masks: th.Tensor | None = None,
+        states: RNNStates | None = None,
+        episode_starts: th.Tensor | None = None,
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Evaluate stored actions under the current policy; matches SB3's ``ActorCriticPolicy.evaluate_actions``.
+
+        With a memory the batch may consist of sequences, one after the other: as many as ``states`` are for.
 
         :param obs: observations, shape (batch, *observation shape), or a dict of such
         :param actions: stored actions, shape (batch, action dim), or (batch,) for Discrete
         :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        :param states: of a memory, at the start of each sequence; None: each observation begins an episode
+        :param episode_starts: where the states are reset first, shape (batch,); None: nowhere
         :return: values (batch, 1), log probability (batch,), entropy (batch,) or None where there is no closed form;
             all in float32, under autocast too
         """
-        values, distribution = self.value_and_distribution(obs, action_masks=action_masks)
+        values, distribution, _ = self._evaluate(obs, action_masks, states, episode_starts)
         with _without_autocast(values.device):
             return values, distribution.log_prob(actions), distribution.entropy()
 
@@ -192,34 +216,69 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         :param obs: observations, shape (batch, *observation shape), or a dict of such
         :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
         """
+        return self._evaluate(obs, action_masks, None, None)[:2]
+
+    def _evaluate(
+        self,
+        obs: PyTorchObs,
+        action_masks: MaybeMasks,
+        states: RNNStates | None,
+        episode_starts: th.Tensor | None,
+    ) -> tuple[th.Tensor, Distribution, RNNStates | None]:
         obs, action_masks = self._split_off_mask(obs, action_masks)
-        features = self.extract_features(obs)
-        if self.share_features_extractor:
+        features: Any = self.extract_features(obs)
+        if self.share_features_extractor and self.memory_options is None:
             latent_pi, latent_vf = self.mlp_extractor(features)
         else:
-            pi_features, vf_features = features
+            pi_features, vf_features = (features, features) if self.share_features_extractor else features
+            if self.memory_options is not None:
+                pi_features, vf_features, states = self._remember(pi_features, vf_features, states, episode_starts)
             latent_pi = self.mlp_extractor.forward_actor(pi_features)
             latent_vf = self.mlp_extractor.forward_critic(vf_features)
         with _without_autocast(latent_vf.device):
             values: th.Tensor = self.value_net(latent_vf.float())
-        return values, self._masked_distribution(latent_pi, action_masks)
+        return values, self._masked_distribution(latent_pi, action_masks), states
 
-    def get_distribution(self, obs: PyTorchObs, action_masks: MaybeMasks = None) -> Distribution:
+    def get_distribution(
+        self,
+        obs: PyTorchObs,
+        action_masks: MaybeMasks = None,
+        states: RNNStates | None = None,
+        episode_starts: th.Tensor | None = None,
+    ) -> Distribution:
         """Action distributions of observations; matches SB3's ``ActorCriticPolicy.get_distribution``.
 
         :param obs: observations, shape (batch, *observation shape), or a dict of such
         :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        :param states: see :meth:`evaluate_actions`
+        :param episode_starts: likewise
         """
+        return self._distribution_and_state(obs, action_masks, states.pi if states else None, episode_starts)[0]
+
+    def _distribution_and_state(
+        self, obs: PyTorchObs, action_masks: MaybeMasks, state: State | None, episode_starts: th.Tensor | None
+    ) -> tuple[Distribution, State]:
         obs, action_masks = self._split_off_mask(obs, action_masks)
         features = BaseModel.extract_features(self, obs, self.pi_features_extractor)
-        return self._masked_distribution(self.mlp_extractor.forward_actor(features), action_masks)
+        latent, state = self._remember_actor(features, state, episode_starts)
+        return self._masked_distribution(self.mlp_extractor.forward_actor(latent), action_masks), state
 
-    def predict_values(self, obs: PyTorchObs) -> th.Tensor:
+    def predict_values(
+        self, obs: PyTorchObs, states: RNNStates | None = None, episode_starts: th.Tensor | None = None
+    ) -> th.Tensor:
         """Values of observations, shape (batch, 1); matches SB3's ``ActorCriticPolicy.predict_values``.
 
         :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param states: see :meth:`evaluate_actions`
+        :param episode_starts: likewise
         """
-        return super().predict_values(self._split_off_mask(obs, None)[0])
+        obs, _ = self._split_off_mask(obs, None)
+        if self.memory_options is None:
+            return super().predict_values(obs)
+        features = BaseModel.extract_features(self, obs, self.vf_features_extractor)
+        latent, _ = self._remember_critic(features, states, episode_starts)
+        values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return values
 
     def predict(
         self,
@@ -232,22 +291,37 @@ class ActorCriticPlusPolicy(ActorCriticPolicy):
         """Choose actions in the env's units; matches SB3's ``BasePolicy.predict``.
 
         :param observation: observations of one or of n_envs environments
-        :param state: returned as it is
-        :param episode_start: not used
+        :param state: of the actor's memory, as the last call returned it; None: each observation begins an episode
+        :param episode_start: where the state is reset first, shape (n_envs,); None: nowhere
         :param deterministic: the most probable actions instead of samples
         :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
-        :raises ValueError: for masks of a wrong size, or where no action is valid
+        :return: the actions and the state after them; without a memory, the state is returned as it is
+        :raises ValueError: for masks of a wrong size, or where no action is valid, or a state of a wrong shape
         """
+        self._predict_context = {"state": state, "episode_start": episode_start}
         if action_masks is not None:
             masks = check_masks(np.asarray(action_masks), mask_sizes(self.action_space))
-            self._predict_context = {"action_masks": masks}
+            self._predict_context["action_masks"] = masks
         try:
-            return super().predict(observation, state, episode_start, deterministic)
+            actions, _ = super().predict(observation, state, episode_start, deterministic)
+            return actions, self._predict_context["state"]
         finally:
             self._predict_context = {}
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        return self.get_distribution(observation, **self._predict_context).get_actions(deterministic=deterministic)
+        context = self._predict_context
+        state, episode_starts = None, context.get("episode_start")
+        if self.memory_options is not None:
+            n_envs = len(next(iter(observation.values())) if isinstance(observation, dict) else observation)
+            state = self._check_state(context.get("state"), n_envs)
+            if episode_starts is not None:
+                episode_starts = th.as_tensor(np.asarray(episode_starts), dtype=th.bool, device=self.device)
+        distribution, state = self._distribution_and_state(
+            observation, context.get("action_masks"), state, episode_starts
+        )
+        if self.memory_options is not None:
+            context["state"] = tuple(part.cpu().numpy() for part in state)
+        return distribution.get_actions(deterministic=deterministic)
 
     def _split_off_mask(self, obs: PyTorchObs, action_masks: MaybeMasks) -> tuple[PyTorchObs, MaybeMasks]:
         if not self.has_mask_key:
@@ -288,6 +362,24 @@ class MultiInputActorCriticPlusPolicy(ActorCriticPlusPolicy):
     default_features_extractor_class = CombinedExtractor
 
 
+class MlpLstmPolicy(ActorCriticPlusPolicy):
+    """The policy with an LSTM by default: sb3-contrib's ``RecurrentActorCriticPolicy``."""
+
+    default_memory = "lstm"
+
+
+class CnnLstmPolicy(ActorCriticPlusCnnPolicy):
+    """The policy for images with an LSTM by default: sb3-contrib's ``RecurrentActorCriticCnnPolicy``."""
+
+    default_memory = "lstm"
+
+
+class MultiInputLstmPolicy(MultiInputActorCriticPlusPolicy):
+    """The policy for Dict observations with an LSTM by default: sb3-contrib's, ``RecurrentMultiInput...``."""
+
+    default_memory = "lstm"
+
+
 MlpPolicy = ActorCriticPlusPolicy
 CnnPolicy = ActorCriticPlusCnnPolicy
 MultiInputPolicy = MultiInputActorCriticPlusPolicy
@@ -300,46 +392,10 @@ PLUS_POLICY_OF: dict[type[Any], type[ActorCriticPlusPolicy]] = {
     MaskableActorCriticPolicy: ActorCriticPlusPolicy,
     MaskableActorCriticCnnPolicy: ActorCriticPlusCnnPolicy,
     MaskableMultiInputActorCriticPolicy: MultiInputActorCriticPlusPolicy,
+    RecurrentActorCriticPolicy: MlpLstmPolicy,
+    RecurrentActorCriticCnnPolicy: CnnLstmPolicy,
+    RecurrentMultiInputActorCriticPolicy: MultiInputLstmPolicy,
 }
-
-
-def resolve_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Replace registered names in ``policy_kwargs`` by their classes.
-
-    :param policy_class: the class that will take them
-    :param policy_kwargs: as the user gave them; not changed
-    :raises ValueError: for a name that is not registered
-    :raises TypeError: for an argument of ours that ``policy_class`` lacks, or a value that is neither name nor class
-    """
-    resolved = dict(policy_kwargs)
-    if not issubclass(policy_class, ActorCriticPlusPolicy):
-        lacking = sorted({"action_dist", "action_dist_kwargs"} & resolved.keys())
-        if lacking:
-            raise TypeError(
-                f"policy_kwargs: {policy_class.__name__} has no {' or '.join(lacking)}; subclass "
-                "sb3_ppo_plus.ActorCriticPlusPolicy instead of SB3's ActorCriticPolicy to use it"
-            )
-    if "features_extractor_class" in resolved:
-        resolved["features_extractor_class"] = resolve_features_extractor(resolved["features_extractor_class"])
-    for name, table, base in (
-        ("activation_fn", ACTIVATIONS, nn.Module),
-        ("optimizer_class", OPTIMIZERS, th.optim.Optimizer),
-    ):
-        if name in resolved:
-            resolved[name] = _from_table(name, resolved[name], table, base)
-    return resolved
-
-
-def _from_table(name: str, value: object, table: Mapping[str, type], base: type) -> object:
-    if isinstance(value, str):
-        if value not in table:
-            raise ValueError(f"policy_kwargs: {name}={value!r} is unknown; allowed: a class or one of {sorted(table)}")
-        return table[value]
-    if isinstance(value, type) and not issubclass(value, base):
-        raise TypeError(f"policy_kwargs: {name} must be a subclass of {base.__name__} or a name, got {value!r}")
-    if not callable(value):
-        raise TypeError(f"policy_kwargs: {name} must be a class or one of {sorted(table)}, got {value!r}")
-    return value
 
 
 def _without_autocast(device: th.device) -> AbstractContextManager[Any]:

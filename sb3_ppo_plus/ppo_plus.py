@@ -17,6 +17,7 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
@@ -51,17 +52,22 @@ from sb3_ppo_plus.masking import (
     evaluate_without_masks,
     takes_masks,
 )
+from sb3_ppo_plus.memory_policy import resolve_sequence_length
 from sb3_ppo_plus.model_description import constructor_arguments
 from sb3_ppo_plus.non_finite import ON_NON_FINITE, EnvOutputCheck, Skipped, check_steps
 from sb3_ppo_plus.policies import (
     PLUS_POLICY_OF,
     ActorCriticPlusPolicy,
+    CnnLstmPolicy,
     CnnPolicy,
+    MlpLstmPolicy,
     MlpPolicy,
+    MultiInputLstmPolicy,
     MultiInputPolicy,
-    resolve_policy_kwargs,
 )
+from sb3_ppo_plus.policy_kwargs import resolve_policy_kwargs
 from sb3_ppo_plus.restarting_env import RestartCounter
+from sb3_ppo_plus.rollout_memory import RolloutMemory
 from sb3_ppo_plus.safe_load import add_description, load_without_trust
 from sb3_ppo_plus.schedules import make_schedule, schedule_value
 from sb3_ppo_plus.update_history import METRICS, UpdateHistory
@@ -80,6 +86,7 @@ REBUILT_ATTRIBUTES = (
     "_env_with_masks",
     "_grad_scaler",
     "_gradient_step",
+    "_last_states",
     "_learning_rate_groups",
     "_log_interval",
     "_n_iterations",
@@ -99,7 +106,8 @@ class PPOPlus(PPO):
     The parameters of SB3's PPO come first, with its names, order, meaning and defaults. Those that are described here
     take more than in SB3, or are new and keyword-only.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" or an ``ActorCriticPolicy`` class
+    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" ("MlpLstmPolicy" ... with an LSTM), or an
+        ``ActorCriticPolicy`` class
     :param env: environment, or the id of a registered one
     :param learning_rate: number, schedule, callable of progress_remaining, or string such as "lin_3e-4"
     :param clip_range: the same
@@ -107,7 +115,8 @@ class PPOPlus(PPO):
     :param ent_coef: the same
     :param vf_coef: the same
     :param policy_kwargs: SB3's, where ``features_extractor_class``, ``activation_fn`` and ``optimizer_class`` may be
-        registered names too; plus ``action_dist`` and ``action_dist_kwargs`` (:class:`ActorCriticPlusPolicy`)
+        registered names too; plus ``action_dist``, ``action_dist_kwargs``, ``memory`` and ``memory_kwargs``
+        (:class:`ActorCriticPlusPolicy`)
     :param critic_learning_rate: learning rate of the parameters that only the critic uses; None: as the actor's
     :param pessimistic_value_clip: with ``clip_range_vf``, take the larger of the clipped and the unclipped error;
         False: SB3's form, which is also what a model saved by SB3 keeps
@@ -115,7 +124,8 @@ class PPOPlus(PPO):
         and every environment has a method ``action_masks()`` or the observations a key ``action_mask``; True: an error
         where they have not; False: never
     :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA
-    :param compile: the fast path: True, or a dict of torch.compile's options. Same semantics, float32 rounding apart
+    :param compile: the fast path: True, or a dict of torch.compile's options. Same semantics, float32 rounding apart.
+        With a memory it is the gradient step of "gtrxl" that is compiled; the rest runs eagerly
     :param on_non_finite: where a loss or its gradient is NaN or infinite, no step is taken; "raise": an error then says
         which term it is; "skip": training goes on, and ``train/skipped_steps`` counts
     :param max_skipped: with "skip", an error at more than so many in a row
@@ -126,7 +136,10 @@ class PPOPlus(PPO):
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
         "MlpPolicy": MlpPolicy,
         "CnnPolicy": CnnPolicy,
+        "CnnLstmPolicy": CnnLstmPolicy,
+        "MlpLstmPolicy": MlpLstmPolicy,
         "MultiInputPolicy": MultiInputPolicy,
+        "MultiInputLstmPolicy": MultiInputLstmPolicy,
     }
 
     TRAINING_STATE: ClassVar[tuple[str, ...]] = (
@@ -135,6 +148,7 @@ class PPOPlus(PPO):
         "_last_episode_starts",
         "_last_obs",
         "_last_original_obs",
+        "_last_states",
         "_log_interval",
         "_n_iterations",
         "_n_updates",
@@ -202,6 +216,7 @@ class PPOPlus(PPO):
         self._log_interval: int | None = 1
         self._n_iterations = 0
         self._tb_log_name = "PPOPlus"
+        self._last_states: RNNStates | None = None
         self._update_end_said_stop = False
         self._restart_counter: RestartCounter | None = None
         self._env_with_masks: tuple[VecEnv | None, bool] = (None, False)
@@ -282,10 +297,24 @@ class PPOPlus(PPO):
         self._reporter = CompilationReporter(self.verbose)
         self._gradient_step = self._make_gradient_step()
         self._compiled_actor: CompiledActor | None = None
+        self._setup_memory()
         if isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
             self.rollout_buffer.advantages_by_scan = self.compile is not False
         if self.env is not None and any(isinstance(module, TransformerExtractor) for module in self.policy.modules()):
             warn_if_stacked_inside_normalize(self.env)
+
+    def _setup_memory(self) -> None:
+        options = getattr(self.policy, "memory_options", None)
+        if options is None:
+            return
+        if not isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
+            raise ValueError(
+                f"memory={options.kind!r} needs a rollout_buffer_class that is None or a subclass of "
+                f"PPOPlusRolloutBuffer, got {self.rollout_buffer_class}"
+            )
+        self.rollout_buffer.sequence_length = resolve_sequence_length(
+            options.sequence_length, self.n_steps, self.batch_size
+        )
 
     def _uses_masks_of(self, env: VecEnv) -> bool:
         if self._env_with_masks[0] is not env:
@@ -304,8 +333,14 @@ class PPOPlus(PPO):
             return ValueError("a model with MultiBinary actions that was built without masks has no logits for them")
         return None
 
+    @property
+    def _compiles_gradient_step(self) -> bool:
+        # An LSTM or GRU cuts sequences at episode starts, elsewhere in each minibatch: no graph of fixed shapes
+        options = getattr(self.policy, "memory_options", None)
+        return self.compile is not False and (options is None or options.kind == "gtrxl")
+
     def _make_gradient_step(self) -> GradientStep:
-        if self.compile is False:
+        if not self._compiles_gradient_step:
             return GradientStep(self.policy, self._grad_scaler)
         return CompiledGradientStep(self.policy, self._grad_scaler, inductor_options(self.compile), self._reporter)
 
@@ -400,6 +435,7 @@ class PPOPlus(PPO):
         callback.on_rollout_start()
         actor = self._actor_for(rollout_buffer)
         action_masks = self._mask_source(env)
+        memory = self._rollout_memory(env, rollout_buffer)
         context: dict[str, th.Tensor] = {}
         check_output = EnvOutputCheck(env)
         check_output(self._last_obs, None, n_steps)
@@ -411,6 +447,8 @@ class PPOPlus(PPO):
                 context = action_masks.context(self._last_obs, n_steps)
             if actor is not None:
                 chosen, values, log_probs = actor.act(obs_tensor, context)
+            elif memory is not None:
+                chosen, values, log_probs = memory.step(obs_tensor, self._last_episode_starts, context)
             else:
                 with th.no_grad():
                     chosen, values, log_probs = self.policy(obs_tensor, **context)
@@ -431,6 +469,8 @@ class PPOPlus(PPO):
                 check_output.terminal(terminal_obs, index, n_steps)
                 if actor is not None:
                     timeouts.append((n_steps, index, terminal_obs))
+                elif memory is not None:
+                    rewards[index] += self.gamma * memory.value_of_terminal(terminal_obs, index)
                 else:
                     # One at a time: in a batch the value may differ from SB3's in the last bit
                     terminal_value = th.from_numpy(predict_values(self.policy, [terminal_obs]))[0]
@@ -441,10 +481,12 @@ class PPOPlus(PPO):
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
             self._last_episode_starts = dones
+            self._last_states = None if memory is None else memory.states
         if actor is not None:
             self._evaluate_afterwards(actor, rollout_buffer, timeouts)
+        obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # as above
         with th.no_grad():
-            values = self.policy.predict_values(obs_as_tensor(self._last_obs, self.device))  # type: ignore[arg-type]  # as above
+            values = memory.values(obs_tensor, dones) if memory is not None else self.policy.predict_values(obs_tensor)
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         self._log_restarts(env)
@@ -460,7 +502,7 @@ class PPOPlus(PPO):
             self.logger.record("rollout/env_restarts", n_restarts)
 
     def _actor_for(self, rollout_buffer: RolloutBuffer) -> CompiledActor | None:
-        if self.compile is False:
+        if self.compile is False or getattr(self.policy, "memory_options", None) is not None:
             return None
         if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not can_act_alone(self.policy):
             own = type(self.policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
@@ -476,6 +518,12 @@ class PPOPlus(PPO):
             return None
         self._was_given_masks = True
         return ActionMaskSource(env, self.action_space, self.policy)
+
+    def _rollout_memory(self, env: VecEnv, rollout_buffer: RolloutBuffer) -> RolloutMemory | None:
+        if getattr(self.policy, "memory_options", None) is None:
+            return None
+        assert isinstance(self.policy, ActorCriticPlusPolicy) and isinstance(rollout_buffer, PPOPlusRolloutBuffer)
+        return RolloutMemory(self.policy, rollout_buffer, self._last_states, env.num_envs)
 
     def _to_env_units(self, actions: np.ndarray) -> np.ndarray:
         if not isinstance(self.action_space, spaces.Box):
@@ -525,7 +573,7 @@ class PPOPlus(PPO):
 
     def _run_epochs(self, objective: Objective) -> UpdateHistory:
         is_compiled = isinstance(self._gradient_step, CompiledGradientStep)
-        if self._gradient_step.policy is not self.policy or is_compiled != (self.compile is not False):
+        if self._gradient_step.policy is not self.policy or is_compiled != self._compiles_gradient_step:
             self._gradient_step = self._make_gradient_step()
         self._gradient_step.begin_update()
         try:
@@ -581,8 +629,10 @@ class PPOPlus(PPO):
         rollout = self.rollout_buffer.rollout()
         self.policy.set_training_mode(False)
         with th.no_grad():
-            for indices in th.split(th.arange(len(rollout.old_log_prob), device=self.device), self.batch_size):
-                rollout.old_log_prob[indices] = objective.evaluate(self.policy, rollout.select(indices))[1]
+            for indices in self.rollout_buffer.in_order(self.batch_size):
+                log_prob = objective.evaluate(self.policy, rollout.select(indices))[1]
+                is_real = indices.flatten() >= 0
+                rollout.old_log_prob[indices.flatten()[is_real]] = log_prob[is_real]
 
     def _log_update(self, coefficients: LossCoefficients, history: UpdateHistory) -> None:
         for name, value in history.logged().items():

@@ -11,7 +11,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.optim import Optimizer
 
-from sb3_ppo_plus.policies import OPTIMIZERS
+from sb3_ppo_plus.policy_kwargs import OPTIMIZERS
 from sb3_ppo_plus.strict_json import UntrustedFileError, short
 
 POLICY_FILE = "policy.pth"

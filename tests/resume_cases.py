@@ -170,6 +170,15 @@ CASES = {
         ),
         arguments={"action_masking": True},
     ),
+    "lstm": Case(
+        pendulum,
+        "MlpLstmPolicy",
+        {"policy_kwargs": {"net_arch": [8], "lstm_hidden_size": 8, "memory_kwargs": {"sequence_length": 8}}},
+    ),
+    "gtrxl": Case(
+        lambda: gym_envs("CartPole-v1"),
+        arguments={"policy_kwargs": {"net_arch": [8], "memory": "gtrxl", "memory_kwargs": {"hidden_size": 8}}},
+    ),
     "callbacks": Case(pendulum, make_callbacks=eval_callbacks, log_interval=2),
     "compile": Case(
         lambda: toy_envs(action_space=ASYMMETRIC),

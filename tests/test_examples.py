@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from types import ModuleType
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
@@ -124,3 +125,44 @@ def test_masked_puzzle(capsys):
 def test_load_untrusted(capsys):
     assert -2000 < load_example("load_untrusted").main(timesteps=2_048) < 0
     assert "learning_rate is 'the function main.<locals>.<lambda>'" in capsys.readouterr().out
+
+
+def test_memory_without_velocities():
+    example = load_example("memory_without_velocities")
+    for env_id, n_positions in (("CartPole-v1", 2), ("Pendulum-v1", 2), ("LunarLander-v3", 5)):
+        assert example.make_env(env_id, 1, seed=0).reset().shape == (1, n_positions)
+    assert 8 <= example.main(timesteps=1_024) <= 500
+    assert -2000 < example.main("Pendulum-v1", "gtrxl", timesteps=1_600) < 0
+
+
+def test_memory_tasks():
+    example = load_example("memory_tasks")
+    assert 0 <= example.main("TMaze-v0", "none", timesteps=2_016) <= 1
+    assert 0 <= example.main("CueAndMask-v0", "gtrxl", timesteps=2_016) <= 1
+
+
+def test_the_memory_tasks_can_be_solved_by_who_remembers_and_not_by_guessing():
+    load_example("memory_tasks")
+    maze, cue = (gym.make(env_id).unwrapped for env_id in ("TMaze-v0", "CueAndMask-v0"))
+    for goal_is_remembered, expected in ((True, 1.0), (False, 0.0)):
+        for seed in range(4):
+            observation, _ = maze.reset(seed=seed)
+            shown, steps, over, total = int(observation[0] > 0), 0, False, 0.0
+            while not over:
+                observation, reward, over, _, _ = maze.step(shown if goal_is_remembered else 1 - shown)
+                total, steps = total + reward, steps + 1
+                assert over or observation[0] == 0, "the cue is seen once"
+            assert (total, steps) == (expected, 21)
+    for seed in range(4):
+        observation, _ = cue.reset(seed=seed)
+        shown, over, total = int(observation.argmax()), False, 0.0
+        while not over:
+            valid = np.flatnonzero(cue.action_masks())
+            order = [(shown + i) % 4 for i in range(4)]
+            action = next((a for a in order if a in valid), 4)
+            observation, reward, over, _, _ = cue.step(action)
+            total += reward
+            assert observation[:4].sum() == 0, "the cue is seen once"
+        assert total == pytest.approx(1.0)
+        cue.reset(seed=seed)
+        assert cue.step(0)[2], "an invalid action ends the episode"

@@ -182,6 +182,19 @@ def test_segments_cover_every_step_once_and_buckets_every_segment(p_start):
     assert in_buckets == list(range(len(segments.starts)))
 
 
+def test_forget_bias_opens_the_forget_gates_and_nothing_else():
+    th.manual_seed(0)
+    plain = LSTMMemory(FEATURES, 8, 2)
+    th.manual_seed(0)
+    biased = LSTMMemory(FEATURES, 8, 2, forget_bias=1.0)
+    for name, value in biased.state_dict().items():
+        difference = value - plain.state_dict()[name]
+        is_forget = (th.arange(32) // 8 == 1).float() if name.startswith("bias_hh") else th.zeros(())
+        th.testing.assert_close(difference, is_forget.expand_as(difference))
+    with pytest.raises(ValueError, match=r"forget_bias=1\.0 needs bias=True"):
+        LSTMMemory(FEATURES, 8, bias=False, forget_bias=1.0)
+
+
 # GTrXL's parts
 
 

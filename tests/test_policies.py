@@ -21,7 +21,7 @@ from sb3_ppo_plus import (
 )
 from sb3_ppo_plus.distributions import BetaDistribution, SquashedGaussianDistribution
 from sb3_ppo_plus.lean_distributions import LeanDiagGaussianDistribution
-from sb3_ppo_plus.policies import resolve_policy_kwargs
+from sb3_ppo_plus.policy_kwargs import resolve_policy_kwargs
 
 SETTINGS = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "seed": 0, "device": "cpu"}
 OBSERVATIONS = np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32)

@@ -89,7 +89,8 @@ def test_the_environment_may_be_a_registered_id():
 def test_public_names_are_importable():
     for name in sb3_ppo_plus.__all__:
         assert getattr(sb3_ppo_plus, name) is not None
-    assert set(PPOPlus.policy_aliases) == {"MlpPolicy", "CnnPolicy", "MultiInputPolicy"}
+    extractors = ("Mlp", "Cnn", "MultiInput")
+    assert set(PPOPlus.policy_aliases) == {f"{name}{memory}Policy" for name in extractors for memory in ("", "Lstm")}
 
 
 # Coefficients: numbers, schedules, callables and strings

@@ -4,7 +4,8 @@
 
 trains each seed once, evaluates the final policy (deterministic, 20 episodes, statistics of VecNormalize frozen) with
 SB3's evaluate_policy, prints one JSON line per seed and their mean, and appends the lines to --output.
-``--algo ppo`` trains SB3's PPO with the same parameters and steps.
+``--algo ppo`` trains SB3's PPO with the same parameters and steps, ``--memory none`` leaves the entry's memory out.
+Also known are the RL Zoo's environments without velocities, and TMaze-v0 and CueAndMask-v0 of memory_envs.py.
 """
 
 import argparse
@@ -17,8 +18,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import memory_envs  # noqa: F401  # registers TMaze-v0 and CueAndMask-v0
+import rl_zoo3.import_envs  # noqa: F401  # registers CartPoleNoVel-v1 and the like
 import torch as th
 import yaml
+from sb3_contrib.common.maskable.utils import is_masking_supported
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
@@ -38,12 +42,16 @@ def make_env(env_id: str, n_envs: int, seed: int, normalize: dict[str, Any], fra
 
 
 def run(
-    seed: int, *, env_id: str, algo: str, steps: int | None, action_dist: str | None, compile: bool
+    seed: int, *, env_id: str, algo: str, steps: int | None, variant: str | None, compile: bool
 ) -> dict[str, Any]:
     """Train one seed and score its final policy."""
     th.set_num_threads(1)
     entries = yaml.safe_load(hyperparams_file().read_text(encoding="utf-8"))
-    hyperparams = entries[f"{env_id}:{action_dist}" if action_dist else env_id]
+    hyperparams = entries[f"{env_id}:{variant}" if variant not in (None, "none") else env_id]
+    if variant == "none":
+        hyperparams["policy_kwargs"] = {
+            name: value for name, value in hyperparams["policy_kwargs"].items() if not name.startswith("memory")
+        }
     n_timesteps = steps or int(hyperparams.pop("n_timesteps"))
     hyperparams.pop("n_timesteps", None)
     n_envs, frame_stack = int(hyperparams.pop("n_envs", 1)), int(hyperparams.pop("frame_stack", 1))
@@ -65,11 +73,12 @@ def run(
     statistics, of_training = unwrap_vec_normalize(eval_env), unwrap_vec_normalize(env)
     if statistics is not None and of_training is not None:
         statistics.obs_rms, statistics.training, statistics.norm_reward = of_training.obs_rms, False, False
-    score, std = evaluate_policy(model, eval_env, n_eval_episodes=20, deterministic=True)
+    predictor = model.masked(eval_env) if is_masking_supported(eval_env) else model
+    score, std = evaluate_policy(predictor, eval_env, n_eval_episodes=20, deterministic=True)
     return {
         "env": env_id,
         "algo": algo,
-        "action_dist": action_dist or "as in the file",
+        "variant": variant or "as in the file",
         "compile": compile,
         "seed": seed,
         "steps": model.num_timesteps,
@@ -87,13 +96,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of the file's n_timesteps")
     parser.add_argument("--algo", choices=["ppo", "ppo_plus"], default="ppo_plus")
     parser.add_argument("--action-dist", choices=["squashed_gaussian", "beta"], help="take the entry ENV:ACTION_DIST")
+    parser.add_argument("--memory", choices=["lstm", "gtrxl", "none"], help="take the entry ENV:MEMORY, or no memory")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--workers", type=int, default=1, help="seeds that train at the same time")
     parser.add_argument("--output", type=Path, help="file to append the JSON lines to")
     args = parser.parse_args()
-    job = partial(
-        run, env_id=args.env, algo=args.algo, steps=args.steps, action_dist=args.action_dist, compile=args.compile
-    )
+    variant = args.memory or args.action_dist
+    job = partial(run, env_id=args.env, algo=args.algo, steps=args.steps, variant=variant, compile=args.compile)
     scores = []
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         for result in pool.map(job, args.seeds):

@@ -22,7 +22,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from sb3_contrib import MaskablePPO
+from sb3_contrib import MaskablePPO, RecurrentPPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
@@ -105,6 +105,7 @@ CASES: dict[str, Case] = {
     "CartPole, 64 envs": Case("CartPole-v1", 64, kwargs={"n_steps": 128}),
     "CartPole, 256 envs": Case("CartPole-v1", 256, kwargs={"n_steps": 32}),
     "CartPole with masks, 8 envs": Case(lambda: EdgeMask(gym.make("CartPole-v1")), 8, masked=True),
+    "CartPole with LSTM, 8 envs": Case("CartPole-v1", 8, "MlpLstmPolicy", kwargs={"n_steps": 128, "batch_size": 128}),
     "HalfCheetah, 1 env, VecNormalize": Case("HalfCheetah-v5", 1, normalize=True),
 }
 
@@ -117,6 +118,16 @@ def contenders(case: Case) -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any
             "PPOPlus": (PPOPlus, {}),
             "PPOPlus compiled": (PPOPlus, {"compile": True}),
             "PPOPlus compiled, no masks": (PPOPlus, {"compile": True, "action_masking": False}),
+        }
+    if case.policy == "MlpLstmPolicy":
+        return {
+            "RecurrentPPO": (RecurrentPPO, {}),
+            "PPOPlus": (PPOPlus, {}),
+            "PPOPlus, sequences of 16": (PPOPlus, {"policy_kwargs": {"memory_kwargs": {"sequence_length": 16}}}),
+            "PPOPlus, sequences of 16, compiled": (
+                PPOPlus,
+                {"compile": True, "policy_kwargs": {"memory_kwargs": {"sequence_length": 16}}},
+            ),
         }
     found: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
         "SB3": (PPO, {}),
