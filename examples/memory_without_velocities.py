@@ -24,7 +24,7 @@ SETTINGS = {
 }
 MEMORIES = {
     "lstm": {"hidden_size": 64, "forget_bias": 1.0},
-    "gtrxl": {"hidden_size": 32, "n_layers": 1, "memory_length": 16},
+    "gtrxl": {"hidden_size": 64, "n_layers": 1, "memory_length": 16, "gate_bias": 0.0},
 }
 
 

@@ -124,10 +124,6 @@ def contenders(case: Case) -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any
             "RecurrentPPO": (RecurrentPPO, {}),
             "PPOPlus": (PPOPlus, {}),
             "PPOPlus, sequences of 16": (PPOPlus, {"policy_kwargs": {"memory_kwargs": {"sequence_length": 16}}}),
-            "PPOPlus, sequences of 16, compiled": (
-                PPOPlus,
-                {"compile": True, "policy_kwargs": {"memory_kwargs": {"sequence_length": 16}}},
-            ),
         }
     found: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
         "SB3": (PPO, {}),
