@@ -32,6 +32,7 @@ from sb3_ppo_plus.checkpoint_directory import checkpoint_directories
 ROOT = Path(__file__).parents[1]
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
 NO_VELOCITIES = ["CartPoleNoVel-v1", "PendulumNoVel-v1", "LunarLanderNoVel-v3"]
+TOY_TEXT = ["Taxi-v4"]
 BOX2D = ["LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3"]
 MUJOCO = [
     f"{name}-v5"
@@ -75,7 +76,7 @@ def preprocessed(algo: str, hyperparams: dict[str, Any]) -> dict[str, Any]:
 # --- the hyperparameter file ---
 
 
-@pytest.mark.parametrize("env_id", [*CLASSIC, *BOX2D, *MUJOCO, *NO_VELOCITIES, "atari", "default"])
+@pytest.mark.parametrize("env_id", [*CLASSIC, *TOY_TEXT, *BOX2D, *MUJOCO, *NO_VELOCITIES, "atari", "default"])
 def test_the_file_has_an_entry(env_id):
     assert env_id in yaml.safe_load(zoo.hyperparams_file().read_text())
 
@@ -85,7 +86,9 @@ def test_the_default_entry_normalises():
 
 
 # The last two have no entry of their own: they get `atari` and `default`.
-@pytest.mark.parametrize("env_id", [*CLASSIC, *BOX2D, *MUJOCO, *NO_VELOCITIES, "ALE/Pong-v5", "MountainCarNoVel-v0"])
+@pytest.mark.parametrize(
+    "env_id", [*CLASSIC, *TOY_TEXT, *BOX2D, *MUJOCO, *NO_VELOCITIES, "ALE/Pong-v5", "MountainCarNoVel-v0"]
+)
 def test_every_entry_builds_a_model(env_id):
     entry = zoo.load_hyperparams(env_id)
     # Rollout buffers of full length would only cost time and memory.
@@ -99,6 +102,12 @@ def test_every_entry_builds_a_model(env_id):
     assert model.gamma == entry.get("gamma", 0.99)
     assert model.use_sde == entry.get("use_sde", False)
     assert (model.get_vec_normalize_env() is not None) == entry.get("normalize", False)
+    model.env.close()
+
+
+def test_taxi_is_masked():
+    model = set_up("ppo_plus", "Taxi-v4", {"n_steps": 16})
+    assert model.policy.action_masking
     model.env.close()
 
 
