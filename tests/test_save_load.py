@@ -288,8 +288,8 @@ def test_what_is_derived_is_not_saved(tmp_path):
         data = json.loads(archive.read("data"))
     arguments = inspect.signature(PPOPlus.__init__).parameters.values()
     ours = {argument.name for argument in arguments if argument.kind is inspect.Parameter.KEYWORD_ONLY}
-    known_of_masks = {"_built_for_masks", "_was_given_masks"}
-    assert set(data) - set(vars(build(PPO, {})[0])) == ours | known_of_masks
+    known = {"_built_for_masks", "_was_given_masks", "_skipped_steps", "_skipped_in_a_row"}
+    assert set(data) - set(vars(build(PPO, {})[0])) == ours | known
     # A small model: neither buffers nor parameters among the pickled attributes
     assert max(len(json.dumps(value)) for value in data.values()) < 20_000
 
