@@ -134,6 +134,9 @@ def contenders(case: Case) -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any
         from sbx import PPO as SBX_PPO
     except ImportError:
         return found
+    if case.policy == "MultiInputPolicy":
+        # SBX has none
+        return found
     return {**found, "SBX": (SBX_PPO, {})}
 
 
