@@ -603,9 +603,8 @@ class PPOPlus(PPO):
         after = f"update {self._n_iterations + 1}, {self.num_timesteps} timesteps; no step was taken on it"
         if self.last_checkpoint is not None:
             after += f"; the last checkpoint is {self.last_checkpoint}"
-        table = history.table()
         is_fine, skipped = check_steps(
-            table[: len(table) - history.was_stopped],
+            history.table[: len(history.table) - history.was_stopped],
             Skipped(self._skipped_steps, self._skipped_in_a_row),
             None if self.on_non_finite == "raise" else self.max_skipped,
             checks_gradient=not self._grad_scaler.is_enabled(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch as th
 
@@ -33,8 +34,9 @@ class UpdateHistory:
         """Note that what follows belongs to another epoch."""
         self.last_epoch_start = len(self.metrics)
 
+    @cached_property
     def table(self) -> th.Tensor:
-        """Metrics of all minibatches, float64 on the CPU, of shape (n_minibatches, len(METRICS))."""
+        """Metrics of all minibatches, float64 on the CPU, of shape (n_minibatches, len(METRICS)); of a whole update."""
         # One transfer for all minibatches; float64, in which SB3 averages
         return th.stack(self.metrics).double().cpu()
 
@@ -44,7 +46,7 @@ class UpdateHistory:
         As in SB3, approx_kl is the mean over the last epoch, and loss is that of the last minibatch. Minibatches whose
         loss or gradient is not finite are left out.
         """
-        table = self.table()
+        table = self.table
         start, n_stepped = self.last_epoch_start, len(table) - self.was_stopped
         if self.is_fine is not None:
             start, n_stepped = int(self.is_fine[:start].sum()), int(self.is_fine[:n_stepped].sum())
