@@ -1,190 +1,81 @@
-"""Acting apart from evaluating: only actions at each step, their values and log-probabilities after the rollout."""
+"""Acting in a rollout as SB3 does: the policy is called at each step."""
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-
-from sb3_ppo_plus.buffers import RolloutBatch
-from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, GraphCache, tensor_places
-from sb3_ppo_plus.policies import ActorCriticPlusPolicy
+from torch.utils._pytree import tree_map
 
 # Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
 EVALUATION_CHUNK = 2**22
-# Observations of one such pass, whose activations should stay in a cache
-EVALUATION_ROWS = 2048
 
 
-class CompiledActor:
-    """Computes the actions at each step, and values and log-probabilities after the rollout, in compiled graphs.
+class RolloutActor:
+    """Chooses the actions of a rollout and predicts the values that it needs, bit for bit as SB3 does.
 
-    All three come at each step where the features extractor learns: it would do most of the work twice. The graphs draw
-    the random numbers of eager mode. Where they cannot be compiled, one warning says why, and the same is computed
-    eagerly.
-
-    :param policy: the policy, see :func:`can_act_alone`
-    :param options: TorchInductor's
-    :param reporter: told of what was compiled, or could not be
+    :param policy: the policy
     """
 
-    def __init__(self, policy: ActorCriticPlusPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
+    states: RNNStates | None = None
+    """Of the policy's memory, after the last step; None: it has none."""
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
-        self._graphs = GraphCache(policy, options, reporter)
-        self.evaluates_afterwards = not _features_are_learned(policy)
-        self._acting = (_Acting if self.evaluates_afterwards else _ActingAndEvaluating)(policy)
-        self._evaluating = _Evaluating(policy)
-        self._names: list[str] = []
-        self._tensors: list[th.Tensor] = []
-        self._graph: Graph | None = None
-        self._layout: list[tuple[th.Size, th.dtype]] | None = None
-
-    @property
-    def n_compilations(self) -> int:
-        """Graphs that were compiled."""
-        return self._graphs.n_compilations
-
-    def begin_rollout(self) -> None:
-        """Take note of whatever has changed since the last rollout."""
-        places = tensor_places(self.policy)
-        self._names = [f"policy.{name}" for name in places]
-        # Detached, so that no call needs to enter a no_grad
-        self._tensors = [tensor.detach() for tensor in places.values()]
-        self._graphs.refresh()
-        self._layout = None
-
-    def act(
-        self, observations: PyTorchObs, context: dict[str, th.Tensor]
-    ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
-        """Choose actions.
-
-        :param observations: shape (n_envs, *observation shape), or a dict of such
-        :param context: further keyword arguments of the policy, such as action_masks
-        :return: stored actions, shape (n_envs, *action shape); values (n_envs, 1) and log-probabilities (n_envs,), or
-            None for both where :meth:`evaluate` follows
-        """
-        noise = _exploration_matrices(self.policy)
-        # A graph reads its inputs' memory by the layout and type that it was compiled for
-        leaves = [leaf.contiguous() for leaf in (*_leaves(observations), *context.values(), *noise)]
-        layout = [(leaf.shape, leaf.dtype) for leaf in leaves]
-        if layout != self._layout:
-            self._graph = self._find_graph("acting", self._acting, (observations, context, noise))
-            self._layout = layout
-        if self._graph is None:
-            with th.no_grad():
-                computed = self._acting(observations, context, noise)
-        else:
-            computed = self._graph(*leaves, *self._tensors)
-        actions, values, log_probs = (*computed, None, None)[:3]
-        return actions, values, log_probs
-
-    def evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
-        """Compute the values and log-probabilities of a rollout, in as many passes as caches and memory ask for.
-
-        :return: values and log-probabilities, both of shape (n_transitions,)
-        """
-        n_transitions = len(rollout.actions)
-        size = min(EVALUATION_ROWS, n_transitions, _rows_of_chunk(rollout.observations))
-        values, log_probs = th.empty_like(rollout.old_values), th.empty_like(rollout.old_log_prob)
-        for start in range(0, n_transitions, size):
-            # The last rows overlap those before, so that all passes need the same graph
-            rows = slice(min(start, n_transitions - size), min(start, n_transitions - size) + size)
-            batch = rollout.select(rows)
-            arguments = (batch.observations, batch.context, batch.actions)
-            graph = self._find_graph("evaluating a rollout", self._evaluating, arguments)
-            if graph is None:
-                with th.no_grad():
-                    evaluation = self._evaluating(*arguments)
-            else:
-                evaluation = graph(*tree_flatten(arguments)[0], *self._tensors)
-            values[rows], log_probs[rows] = evaluation
-        return values, log_probs
 
     @th.no_grad()
-    def _find_graph(self, what: str, module: th.nn.Module, arguments: tuple[Any, ...]) -> Graph | None:
-        leaves, spec = tree_flatten(tree_map(th.Tensor.contiguous, arguments))
-        names = self._names
+    def act(
+        self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
+        """Choose the actions of one step.
 
-        def function(*given: th.Tensor) -> tuple[th.Tensor, ...]:
-            tensors = dict(zip(names, given[len(leaves) :], strict=True))
-            called: tuple[th.Tensor, ...] = functional_call(
-                module, tensors, tuple(tree_unflatten(given[: len(leaves)], spec)), tie_weights=False
-            )
-            return called
+        :param observations: shape (n_envs, *observation shape), or a dict of such
+        :param episode_starts: which of them begin an episode, shape (n_envs,)
+        :param context: further keyword arguments of the policy, such as action_masks
+        :return: stored actions, shape (n_envs, *action shape); values (n_envs, 1) and log-probabilities (n_envs,), or
+            None for both where :meth:`finish` computes them
+        """
+        actions, values, log_probs = self.policy(observations, **context)
+        return actions, values, log_probs
 
-        key = (what, str(spec), *((leaf.shape, leaf.dtype) for leaf in leaves))
-        return self._graphs.get(key, what, lambda: function, [*leaves, *self._tensors])
+    def terminal_value(
+        self,
+        observation: Any,  # noqa: ANN401  # array or dict
+        index: int,
+        step: int,
+    ) -> th.Tensor | float | None:
+        """Predict the value of the observation with which an env's episode was truncated.
 
+        :param observation: as ``infos[index]["terminal_observation"]`` holds it
+        :param index: of the env
+        :param step: of the rollout
+        :return: None where :meth:`finish` bootstraps from it
+        """
+        # One at a time: in a batch the value may differ from SB3's in the last bit. And as a tensor: SB3's sum with the
+        # reward is in float32, also where a VecEnv's rewards are in float64
+        return th.from_numpy(predict_values(self.policy, [observation]))[0]
 
-class _Acting(th.nn.Module):
-    """The policy's choice of actions as a module's forward, which ``functional_call`` asks for."""
+    @th.no_grad()
+    def last_values(self, observations: PyTorchObs, episode_starts: np.ndarray) -> th.Tensor:
+        """Predict the values of the observations after the last step.
 
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__()
-        self.policy = policy
+        :param observations: shape (n_envs, *observation shape), or a dict of such
+        :param episode_starts: which of them begin an episode, shape (n_envs,)
+        :return: shape (n_envs, 1)
+        """
+        return self.policy.predict_values(observations)
 
-    def forward(
-        self, observations: PyTorchObs, context: dict[str, Any], noise: list[th.Tensor]
-    ) -> tuple[th.Tensor, ...]:
-        return (self._stored(self._sample(self.policy.get_distribution(observations, **context), noise)),)
+    def finish(self, rollout_buffer: RolloutBuffer, gamma: float) -> None:
+        """Fill in what was left out of the steps: nothing.
 
-    def _sample(self, distribution: Distribution, noise: list[th.Tensor]) -> th.Tensor:
-        if isinstance(distribution, StateDependentNoiseDistribution):
-            # Inputs of the graph, as they are drawn anew
-            distribution.exploration_mat, distribution.exploration_matrices = noise
-        return distribution.get_actions()
-
-    def _stored(self, actions: th.Tensor) -> th.Tensor:
-        return actions.reshape(-1, *(self.policy.action_space.shape or ()))
-
-
-class _ActingAndEvaluating(_Acting):
-    """Actions with their values and log-probabilities, in the same form."""
-
-    def forward(
-        self, observations: PyTorchObs, context: dict[str, Any], noise: list[th.Tensor]
-    ) -> tuple[th.Tensor, ...]:
-        values, distribution = self.policy.value_and_distribution(observations, **context)
-        actions = self._sample(distribution, noise)
-        return self._stored(actions), values, distribution.log_prob(actions)
-
-
-class _Evaluating(th.nn.Module):
-    """The policy's values and log-probabilities, in the same form."""
-
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(
-        self, observations: PyTorchObs, context: dict[str, th.Tensor], actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
-        values, distribution = self.policy.value_and_distribution(observations, **context)
-        return values.flatten(), distribution.log_prob(actions)
-
-
-def can_act_alone(policy: ActorCriticPolicy) -> TypeGuard[ActorCriticPlusPolicy]:
-    """Whether actions, values and log-probs may be computed apart: nothing in a subclass changes how they are made."""
-    cls = type(policy)
-    return (
-        isinstance(policy, ActorCriticPlusPolicy)
-        and cls.forward is ActorCriticPlusPolicy.forward
-        and cls.get_distribution is ActorCriticPlusPolicy.get_distribution
-        and cls.predict_values is ActorCriticPlusPolicy.predict_values
-        and cls.evaluate_actions is ActorCriticPlusPolicy.evaluate_actions
-        and cls._get_action_dist_from_latent is ActorCriticPlusPolicy._get_action_dist_from_latent
-    )
-
-
-def _features_are_learned(policy: ActorCriticPolicy) -> bool:
-    extractors = {policy.features_extractor, policy.pi_features_extractor, policy.vf_features_extractor}
-    return any(parameter.numel() for extractor in extractors for parameter in extractor.parameters())
+        :param rollout_buffer: the full buffer
+        :param gamma: discount factor of the values that timeouts are bootstrapped from
+        """
 
 
 @th.no_grad()
@@ -203,21 +94,16 @@ def predict_values(policy: ActorCriticPolicy, observations: list[Any]) -> np.nda
 
 
 def _chunks(observations: PyTorchObs, n_observations: int) -> tuple[th.Tensor, ...]:
-    indices = th.arange(n_observations, device=_leaves(observations)[0].device)
-    return th.split(indices, _rows_of_chunk(observations))
+    indices = th.arange(n_observations, device=leaves_of(observations)[0].device)
+    return th.split(indices, rows_of_chunk(observations))
 
 
-def _rows_of_chunk(observations: PyTorchObs) -> int:
-    numbers_each = sum(leaf[0].numel() for leaf in _leaves(observations))
+def rows_of_chunk(observations: PyTorchObs) -> int:
+    """Observations of one forward pass after a rollout, of which the memory is bounded."""
+    numbers_each = sum(leaf[0].numel() for leaf in leaves_of(observations))
     return max(1, EVALUATION_CHUNK // numbers_each)
 
 
-def _leaves(observations: PyTorchObs) -> list[th.Tensor]:
+def leaves_of(observations: PyTorchObs) -> list[th.Tensor]:
+    """Return the tensors of observations."""
     return list(observations.values()) if isinstance(observations, dict) else [observations]
-
-
-def _exploration_matrices(policy: ActorCriticPolicy) -> list[th.Tensor]:
-    distribution = policy.action_dist
-    if not isinstance(distribution, StateDependentNoiseDistribution):
-        return []
-    return [distribution.exploration_mat.detach(), distribution.exploration_matrices.detach()]

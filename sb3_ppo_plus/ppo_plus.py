@@ -27,11 +27,12 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedul
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_plus.acting import CompiledActor, can_act_alone, predict_values
+from sb3_ppo_plus.acting import RolloutActor
 from sb3_ppo_plus.argument_checks import check_ranges, check_types
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
 from sb3_ppo_plus.callbacks import notify_learn_end, notify_update_end
 from sb3_ppo_plus.checkpoint import Continuation, load_checkpoint
+from sb3_ppo_plus.compiled_actor import CompiledActor, can_act_alone
 from sb3_ppo_plus.compiled_graph import CompilationReporter, inductor_options
 from sb3_ppo_plus.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.dead_workers import BROKEN_PIPES, dead_worker_error
@@ -427,15 +428,13 @@ class PPOPlus(PPO):
             return False
         started = time.perf_counter()
         self.policy.set_training_mode(False)
-        timeouts: list[tuple[int, int, Any]] = []
         n_steps = 0
         rollout_buffer.reset()
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
-        actor = self._actor_for(rollout_buffer)
-        action_masks = self._mask_source(env)
-        memory = self._rollout_memory(env, rollout_buffer)
+        actor = self._actor_for(env, rollout_buffer)
+        mask_source = self._mask_source(env)
         context: dict[str, th.Tensor] = {}
         check_output = EnvOutputCheck(env)
         check_output(self._last_obs, None, n_steps)
@@ -443,15 +442,9 @@ class PPOPlus(PPO):
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self.policy.reset_noise(env.num_envs)
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # not None in a rollout
-            if action_masks is not None:
-                context = action_masks.context(self._last_obs, n_steps)
-            if actor is not None:
-                chosen, values, log_probs = actor.act(obs_tensor, context)
-            elif memory is not None:
-                chosen, values, log_probs = memory.step(obs_tensor, self._last_episode_starts, context)
-            else:
-                with th.no_grad():
-                    chosen, values, log_probs = self.policy(obs_tensor, **context)
+            if mask_source is not None:
+                context = mask_source.context(self._last_obs, n_steps)
+            chosen, values, log_probs = actor.act(obs_tensor, self._last_episode_starts, context)
             actions = chosen.cpu().numpy()
             clipped_actions = self._to_env_units(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
@@ -462,37 +455,41 @@ class PPOPlus(PPO):
             if not callback.on_step():
                 return False
             self._update_info_buffer(infos, dones)
-            for index in dones.nonzero()[0].tolist():
-                terminal_obs = infos[index].get("terminal_observation")
-                if terminal_obs is None or not infos[index].get("TimeLimit.truncated", False):
-                    continue
-                check_output.terminal(terminal_obs, index, n_steps)
-                if actor is not None:
-                    timeouts.append((n_steps, index, terminal_obs))
-                elif memory is not None:
-                    rewards[index] += self.gamma * memory.value_of_terminal(terminal_obs, index)
-                else:
-                    # One at a time: in a batch the value may differ from SB3's in the last bit
-                    terminal_value = th.from_numpy(predict_values(self.policy, [terminal_obs]))[0]
-                    # As a tensor: SB3's sum is in float32, also where a VecEnv's rewards are in float64
-                    rewards[index] += self.gamma * terminal_value
+            self._bootstrap_timeouts(actor, rewards, dones, infos, n_steps, check_output)
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
             rollout_buffer.add(*last, *((context,) if context else ()))  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
             self._last_episode_starts = dones
-            self._last_states = None if memory is None else memory.states
-        if actor is not None:
-            self._evaluate_afterwards(actor, rollout_buffer, timeouts)
+            self._last_states = actor.states
+        actor.finish(rollout_buffer, self.gamma)
         obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # as above
-        with th.no_grad():
-            values = memory.values(obs_tensor, dones) if memory is not None else self.policy.predict_values(obs_tensor)
+        values = actor.last_values(obs_tensor, dones)
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         self._log_restarts(env)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
+
+    def _bootstrap_timeouts(
+        self,
+        actor: RolloutActor,
+        rewards: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+        step: int,
+        check_output: EnvOutputCheck,
+    ) -> None:
+        """Add the value of what would have followed to the reward before a truncation."""
+        for index in dones.nonzero()[0].tolist():
+            terminal_obs = infos[index].get("terminal_observation")
+            if terminal_obs is None or not infos[index].get("TimeLimit.truncated", False):
+                continue
+            check_output.terminal(terminal_obs, index, step)
+            terminal_value = actor.terminal_value(terminal_obs, index, step)
+            if terminal_value is not None:
+                rewards[index] += self.gamma * terminal_value
 
     def _log_restarts(self, env: VecEnv) -> None:
         if self._restart_counter is None or self._restart_counter.env is not env:
@@ -501,13 +498,16 @@ class PPOPlus(PPO):
         if n_restarts is not None:
             self.logger.record("rollout/env_restarts", n_restarts)
 
-    def _actor_for(self, rollout_buffer: RolloutBuffer) -> CompiledActor | None:
-        if self.compile is False or getattr(self.policy, "memory_options", None) is not None:
-            return None
+    def _actor_for(self, env: VecEnv, rollout_buffer: RolloutBuffer) -> RolloutActor:
+        if getattr(self.policy, "memory_options", None) is not None:
+            assert isinstance(self.policy, ActorCriticPlusPolicy) and isinstance(rollout_buffer, PPOPlusRolloutBuffer)
+            return RolloutMemory(self.policy, rollout_buffer, self._last_states, env.num_envs)
+        if self.compile is False:
+            return RolloutActor(self.policy)
         if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not can_act_alone(self.policy):
             own = type(self.policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
             self._reporter.failed("acting", f"{own.__name__} has methods of its own, which need all at each step")
-            return None
+            return RolloutActor(self.policy)
         if self._compiled_actor is None or self._compiled_actor.policy is not self.policy:
             self._compiled_actor = CompiledActor(self.policy, inductor_options(self.compile), self._reporter)
         self._compiled_actor.begin_rollout()
@@ -519,12 +519,6 @@ class PPOPlus(PPO):
         self._was_given_masks = True
         return ActionMaskSource(env, self.action_space, self.policy)
 
-    def _rollout_memory(self, env: VecEnv, rollout_buffer: RolloutBuffer) -> RolloutMemory | None:
-        if getattr(self.policy, "memory_options", None) is None:
-            return None
-        assert isinstance(self.policy, ActorCriticPlusPolicy) and isinstance(rollout_buffer, PPOPlusRolloutBuffer)
-        return RolloutMemory(self.policy, rollout_buffer, self._last_states, env.num_envs)
-
     def _to_env_units(self, actions: np.ndarray) -> np.ndarray:
         if not isinstance(self.action_space, spaces.Box):
             return actions
@@ -533,17 +527,6 @@ class PPOPlus(PPO):
         # np.clip, without its overhead; after unscale_action too, which may round beyond a bound
         bounded: np.ndarray = np.minimum(np.maximum(actions, self.action_space.low), self.action_space.high)
         return bounded
-
-    def _evaluate_afterwards(
-        self, actor: CompiledActor, rollout_buffer: RolloutBuffer, timeouts: list[tuple[int, int, Any]]
-    ) -> None:
-        """Fill in what a :class:`CompiledActor` left out of each step."""
-        assert isinstance(rollout_buffer, PPOPlusRolloutBuffer)
-        if actor.evaluates_afterwards:
-            rollout_buffer.set_evaluation(*actor.evaluate(rollout_buffer.rollout()))
-        if timeouts:
-            steps, indices, observations = zip(*timeouts, strict=True)
-            rollout_buffer.rewards[steps, indices] += self.gamma * predict_values(actor.policy, list(observations))
 
     def train(self) -> None:
         """Update the policy from the rollout buffer: ``n_epochs`` passes of minibatch steps on the PPO objective."""

@@ -89,7 +89,7 @@ def test_minibatches_hold_every_transition_once_in_the_order_of_its_environment(
 def test_the_states_of_each_sequence_are_those_that_acted(memory):
     class Keep(BaseCallback):
         def _on_step(self):
-            self.states.append(self.locals["memory"].states)
+            self.states.append(self.locals["actor"].states)
             return True
 
     model, callback = build(memory, sequence_length=5), Keep()

@@ -11,7 +11,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
-from sb3_ppo_plus.acting import EVALUATION_CHUNK, can_act_alone, predict_values
+from sb3_ppo_plus.acting import EVALUATION_CHUNK, predict_values
+from sb3_ppo_plus.compiled_actor import CompiledActor, can_act_alone
 
 
 class KeepRollout(BaseCallback):
@@ -111,13 +112,13 @@ def test_a_policy_with_a_forward_of_its_own_is_asked_at_every_step_after_one_war
 def test_observations_of_any_layout_and_precision_give_the_same_actions() -> None:
     model = PPOPlus("MlpPolicy", make_env(4, action_space=spaces.Discrete(50)), n_steps=16, batch_size=64, compile=True)
     model.learn(64)
-    actor = model._actor_for(model.rollout_buffer)
-    assert actor is not None
+    actor = model._actor_for(model.env, model.rollout_buffer)
+    assert isinstance(actor, CompiledActor)
     observations = th.rand(4, 3)
     layouts = [observations, observations.t().contiguous().t(), observations.double(), observations]
     assert layouts[1].stride() != layouts[0].stride()
     actions = []
     for layout in layouts:
         th.manual_seed(0)
-        actions.append(actor.act(layout, {})[0].tolist())
+        actions.append(actor.act(layout, None, {})[0].tolist())
     assert actions[1:] == actions[:-1]
