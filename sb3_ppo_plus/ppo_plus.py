@@ -70,6 +70,7 @@ from sb3_ppo_plus.policy_kwargs import resolve_policy_kwargs
 from sb3_ppo_plus.restarting_env import RestartCounter
 from sb3_ppo_plus.rollout_memory import RolloutMemory
 from sb3_ppo_plus.safe_load import add_description, load_without_trust
+from sb3_ppo_plus.safe_zip import opened_model
 from sb3_ppo_plus.schedules import make_schedule, schedule_value
 from sb3_ppo_plus.update_history import METRICS, UpdateHistory
 
@@ -861,16 +862,9 @@ def _float_schedule(value: object, name: str) -> FloatSchedule:
 
 def _saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> set[str]:
     """Names of a saved model's attributes; of a file that is no model, of which SB3's load tells more, none."""
-    file = open_path(path, "r", verbose=0, suffix="zip")
-    position = file.tell()
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return set(json.loads(archive.read("data")))
-    except (zipfile.BadZipFile, KeyError, ValueError):
-        return set()
-    finally:
-        # A file that the caller opened stays open, and where it was
-        if file is path:
-            file.seek(position)
-        else:
-            file.close()
+    with opened_model(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return set(json.loads(archive.read("data")))
+        except (zipfile.BadZipFile, KeyError, ValueError):
+            return set()

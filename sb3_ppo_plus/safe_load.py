@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch as th
-from stable_baselines3.common.save_util import open_path
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces, get_device, get_system_info
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -27,7 +26,7 @@ from sb3_ppo_plus.model_description import (
     decode,
     describe,
 )
-from sb3_ppo_plus.safe_zip import load_tensors, read_members
+from sb3_ppo_plus.safe_zip import load_tensors, opened_model, read_members
 from sb3_ppo_plus.state_dict_checks import (
     OPTIMIZER_FILE,
     POLICY_FILE,
@@ -95,7 +94,8 @@ def load_without_trust(
     :raises ValueError: if ``env`` has other spaces
     """
     tables = closed_tables(cls, allow)
-    members = _read(path)
+    with opened_model(path) as file:
+        members = read_members(file, str(path), MEMBERS.__contains__, MAX_MEMBERS)
     if print_system_info:
         get_system_info()
         saved_on = members.get("system_info.txt", b"").decode(errors="replace").split("\n")
@@ -122,19 +122,6 @@ def load_without_trust(
         raise UntrustedFileError(
             f"the model that {path} describes cannot be built: {type(error).__name__}: {error}"
         ) from error
-
-
-def _read(path: File) -> dict[str, bytes]:
-    file = open_path(path, "r", verbose=0, suffix="zip")
-    position = file.tell()
-    try:
-        return read_members(file, str(path), MEMBERS.__contains__, MAX_MEMBERS)
-    finally:
-        # A file that the caller opened stays open, and where it was
-        if file is path:
-            file.seek(position)
-        else:
-            file.close()
 
 
 def _arguments(cls: type[PPOPlus], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import pathlib
 import re
 import stat
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import torch as th
+from stable_baselines3.common.save_util import open_path
 
 from sb3_ppo_plus.strict_json import UntrustedFileError, short
 
@@ -19,6 +22,23 @@ MAX_TENSORS = 100_000
 _TENSOR_FILE = re.compile(
     r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d{1,6}"
 )
+
+
+@contextmanager
+def opened_model(path: str | pathlib.Path | io.BufferedIOBase) -> Iterator[IO[bytes]]:
+    """Open a saved model as SB3's ``load`` does; a file that the caller opened stays open, and where it was.
+
+    :param path: the file, or its path, with or without ".zip"
+    """
+    file = open_path(path, "r", verbose=0, suffix="zip")
+    position = file.tell()
+    try:
+        yield file
+    finally:
+        if file is path:
+            file.seek(position)
+        else:
+            file.close()
 
 
 def read_members(file: IO[bytes], name: str, allows: Callable[[str], bool], max_members: int) -> dict[str, bytes]:
