@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
+from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.flat_parameters import FlatParameters, MixedStateError, can_flatten
 from sb3_ppo_plus.losses import LossCoefficients, LossTerms, ppo_loss
 
@@ -83,6 +83,27 @@ class Objective:
     def forbids_step(self, approx_kl: th.Tensor) -> bool:
         """Whether ``approx_kl`` is beyond the limit; the only value of a minibatch for which the host waits."""
         return self.kl_limit is not None and bool(approx_kl > self.kl_limit)
+
+
+@th.no_grad()
+def recompute_log_prob(
+    policy: ActorCriticPolicy, objective: Objective, rollout_buffer: PPOPlusRolloutBuffer, batch_size: int
+) -> None:
+    """Compute a rollout's log-probs anew, as the update will, so that the first ratios are 1.
+
+    Under autocast rounding alone would make them 1 +- 1e-2, and for a squashed Gaussian with a saturated mean and a
+    small standard deviation 1 +- 1e-3, since single rows and batches are rounded differently.
+
+    :param policy: the policy, in evaluation mode
+    :param objective: of the update
+    :param rollout_buffer: full; its log-probs are replaced
+    :param batch_size: of the update
+    """
+    rollout = rollout_buffer.rollout()
+    for indices in rollout_buffer.in_order(batch_size):
+        log_prob = objective.evaluate(policy, rollout.select(indices))[1]
+        is_real = indices.flatten() >= 0
+        rollout.old_log_prob[indices.flatten()[is_real]] = log_prob[is_real]
 
 
 class GradientStep:

@@ -27,7 +27,7 @@ from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, Warmup
 from sb3_ppo_plus.strict_json import MAX_DEPTH, MAX_DIGITS, UntrustedFileError, get, short
 
 if TYPE_CHECKING:
-    from sb3_ppo_plus.ppo_plus import PPOPlus
+    from sb3_ppo_plus.saved_ppo import SavedPPO
 
 FORMAT = "sb3_ppo_plus.model/1"
 COUNTERS = (
@@ -54,14 +54,14 @@ _BASES: dict[str, type] = {
 Tables = dict[str, dict[str, type]]
 
 
-def constructor_arguments(cls: type[PPOPlus]) -> list[str]:
+def constructor_arguments(cls: type[SavedPPO]) -> list[str]:
     """Names of the arguments of a class's constructor; a subclass may pass the rest on by **kwargs."""
     parts = [part for part in cls.__mro__[: cls.__mro__.index(PPO)] if "__init__" in vars(part)]
     names = {name: None for part in parts for name in inspect.signature(vars(part)["__init__"]).parameters}
     return [name for name in names if name not in ("self", "args", "kwargs", "_init_setup_model")]
 
 
-def closed_tables(cls: type[PPOPlus], allow: Iterable[type] | None = None) -> Tables:
+def closed_tables(cls: type[SavedPPO], allow: Iterable[type] | None = None) -> Tables:
     """Return the classes that a description may name, by the kind of field and by name.
 
     :param cls: the algorithm, which has its own aliases of policies
@@ -97,7 +97,7 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def describe(model: PPOPlus, exclude: Iterable[str] = ()) -> bytes:
+def describe(model: SavedPPO, exclude: Iterable[str] = ()) -> bytes:
     """Describe a model as JSON; what has no plain form is noted as such, so that only loading without trust fails.
 
     :param model: the model

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import io
-import json
 import pathlib
 import time
 import warnings
-import zipfile
-from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -18,13 +14,11 @@ from gymnasium import spaces
 from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
-from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
-from stable_baselines3.common.save_util import load_from_zip_file, open_path
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
-from stable_baselines3.common.utils import FloatSchedule, explained_variance, obs_as_tensor
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
+from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.acting import RolloutActor
@@ -42,8 +36,8 @@ from sb3_ppo_plus.distributions import (
     without_argument_validation,
 )
 from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside_normalize
-from sb3_ppo_plus.gradient_step import GradientStep, Objective, resolve_amp
-from sb3_ppo_plus.learning_rate_groups import LearningRateGroups, critic_only_parameters
+from sb3_ppo_plus.gradient_step import GradientStep, Objective, recompute_log_prob, resolve_amp
+from sb3_ppo_plus.learning_rate_groups import LearningRateGroups
 from sb3_ppo_plus.losses import LossCoefficients
 from sb3_ppo_plus.masking import (
     ActionMaskSource,
@@ -54,7 +48,6 @@ from sb3_ppo_plus.masking import (
     takes_masks,
 )
 from sb3_ppo_plus.memory_policy import resolve_sequence_length
-from sb3_ppo_plus.model_description import constructor_arguments
 from sb3_ppo_plus.non_finite import ON_NON_FINITE, EnvOutputCheck, Skipped, check_steps
 from sb3_ppo_plus.policies import (
     PLUS_POLICY_OF,
@@ -69,40 +62,14 @@ from sb3_ppo_plus.policies import (
 from sb3_ppo_plus.policy_kwargs import resolve_policy_kwargs
 from sb3_ppo_plus.restarting_env import RestartCounter
 from sb3_ppo_plus.rollout_memory import RolloutMemory
-from sb3_ppo_plus.safe_load import add_description, load_without_trust
-from sb3_ppo_plus.safe_zip import opened_model
-from sb3_ppo_plus.schedules import make_schedule, schedule_value
+from sb3_ppo_plus.saved_ppo import SavedPPO
+from sb3_ppo_plus.scheduled_ppo import Coefficient
 from sb3_ppo_plus.update_history import METRICS, UpdateHistory
-
-Coefficient = float | str | Schedule
-"""A number, a schedule or any callable of progress_remaining, or a schedule's string form such as "lin_3e-4"."""
 
 REPLACED_BUFFERS = (None, RolloutBuffer, DictRolloutBuffer, MaskableRolloutBuffer, MaskableDictRolloutBuffer)
 
-# Set up again by _setup_model or learn, so not saved
-REBUILT_ATTRIBUTES = (
-    "_callback",
-    "_compiled_actor",
-    "_continuation",
-    "_critic_lr_schedule",
-    "_env_with_masks",
-    "_grad_scaler",
-    "_gradient_step",
-    "_last_states",
-    "_learning_rate_groups",
-    "_log_interval",
-    "_n_iterations",
-    "_reporter",
-    "_restart_counter",
-    "_scheduled_learning_rates",
-    "_tb_log_name",
-    "_update_end_said_stop",
-    "_warned_of_no_masks",
-    "last_checkpoint",
-)
 
-
-class PPOPlus(PPO):
+class PPOPlus(SavedPPO):
     """Proximal Policy Optimization (Schulman et al. 2017), bit for bit SB3's PPO by default.
 
     The parameters of SB3's PPO come first, with its names, order, meaning and defaults. Those that are described here
@@ -269,11 +236,7 @@ class PPOPlus(PPO):
             is_dict = isinstance(self.observation_space, spaces.Dict)
             self.rollout_buffer_class = PPOPlusDictRolloutBuffer if is_dict else PPOPlusRolloutBuffer
         self._check_arguments()
-        self.clip_range = _float_schedule(self.clip_range, "clip_range")
-        # SB3's own check refuses numbers that are not positive
-        given_vf = self.clip_range_vf
-        if given_vf is not None and not (isinstance(given_vf, float | int) and not given_vf > 0):
-            self.clip_range_vf = _float_schedule(self.clip_range_vf, "clip_range_vf")
+        self._setup_coefficients()
         given = self.policy_kwargs
         self.policy_kwargs = resolve_policy_kwargs(self.policy_class, given)
         uses_masks = self.action_masking is True if self.env is None else self._uses_masks_of(self.env)
@@ -347,8 +310,6 @@ class PPOPlus(PPO):
         return CompiledGradientStep(self.policy, self._grad_scaler, inductor_options(self.compile), self._reporter)
 
     def _check_arguments(self) -> None:
-        for name in ("ent_coef", "vf_coef"):
-            make_schedule(getattr(self, name), name)
         if not (self.action_masking is None or isinstance(self.action_masking, bool)):
             raise ValueError(f"action_masking must be None, True or False, got {self.action_masking!r}")
         if self.on_non_finite not in ON_NON_FINITE:
@@ -363,55 +324,8 @@ class PPOPlus(PPO):
                 f"got {buffer_class}"
             )
 
-    def _setup_lr_schedule(self) -> None:
-        self.lr_schedule = _float_schedule(self.learning_rate, "learning_rate")
-        self._critic_lr_schedule = (
-            None
-            if self.critic_learning_rate is None
-            else _float_schedule(self.critic_learning_rate, "critic_learning_rate")
-        )
-        self._scheduled_learning_rates = (self.learning_rate, self.critic_learning_rate)
-
-    def _separate_critic(self) -> None:
-        if self._learning_rate_groups.optimizer is not self.policy.optimizer:
-            self._learning_rate_groups = LearningRateGroups(self.policy.optimizer, self.lr_schedule(1))
-        if self.critic_learning_rate is not None and not self._learning_rate_groups.knows_critic:
-            critic_parameters = critic_only_parameters(self.policy)
-            self._learning_rate_groups.split_off_critic(self.policy.optimizer, critic_parameters)
-
     def _maybe_recommend_cpu(self, mlp_class_name: str = MlpPolicy.__name__) -> None:
         super()._maybe_recommend_cpu(mlp_class_name)
-
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout overshoots total_timesteps, and SB3's schedules go below 0 with it
-        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
-
-    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
-        if self._scheduled_learning_rates != (self.learning_rate, self.critic_learning_rate):
-            self._setup_lr_schedule()
-        self._separate_critic()
-        progress = self._current_progress_remaining
-        learning_rate = schedule_value(self.lr_schedule, progress, "learning_rate")
-        critic_learning_rate = learning_rate
-        if self._critic_lr_schedule is not None:
-            critic_learning_rate = schedule_value(self._critic_lr_schedule, progress, "critic_learning_rate")
-        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-            self._learning_rate_groups.update(optimizer, learning_rate, critic_learning_rate)
-        self.logger.record("train/learning_rate", learning_rate)
-        self.logger.record("train/critic_learning_rate", critic_learning_rate)
-
-    def _current_coefficients(self) -> LossCoefficients:
-        # Read from the attributes at each update, so that an assignment between updates counts
-        def current(name: str) -> float:
-            return schedule_value(make_schedule(getattr(self, name), name), self._current_progress_remaining, name)
-
-        return LossCoefficients(
-            clip_range=current("clip_range"),
-            clip_range_vf=None if self.clip_range_vf is None else current("clip_range_vf"),
-            ent_coef=current("ent_coef"),
-            vf_coef=current("vf_coef"),
-        )
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
@@ -542,8 +456,9 @@ class PPOPlus(PPO):
             amp_dtype=resolve_amp(self.amp, self.device),
         )
         is_sensitive = isinstance(getattr(self.policy, "action_dist", None), SquashedGaussianDistribution)
-        if objective.amp_dtype is not None or is_sensitive:
-            self._recompute_log_prob(objective)
+        if (objective.amp_dtype is not None or is_sensitive) and isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
+            self.policy.set_training_mode(False)
+            recompute_log_prob(self.policy, objective, self.rollout_buffer, self.batch_size)
         self.policy.set_training_mode(True)
         history = self._run_epochs(objective)
         self._check_steps(history)
@@ -601,22 +516,6 @@ class PPOPlus(PPO):
         if self.on_non_finite == "skip":
             self.logger.record("train/skipped_steps", self._skipped_steps)
 
-    def _recompute_log_prob(self, objective: Objective) -> None:
-        """Compute the rollout's log-probs anew, as the update will, so that the first ratios are 1.
-
-        Under autocast rounding alone would make them 1 +- 1e-2, and for a squashed Gaussian with a saturated mean and a
-        small standard deviation 1 +- 1e-3, since single rows and batches are rounded differently.
-        """
-        if not isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
-            return
-        rollout = self.rollout_buffer.rollout()
-        self.policy.set_training_mode(False)
-        with th.no_grad():
-            for indices in self.rollout_buffer.in_order(self.batch_size):
-                log_prob = objective.evaluate(self.policy, rollout.select(indices))[1]
-                is_real = indices.flatten() >= 0
-                rollout.old_log_prob[indices.flatten()[is_real]] = log_prob[is_real]
-
     def _log_update(self, coefficients: LossCoefficients, history: UpdateHistory) -> None:
         for name, value in history.logged().items():
             self.logger.record(f"train/{name}", value)
@@ -650,6 +549,25 @@ class PPOPlus(PPO):
         self._continuation = None
         self._log_interval, self._n_iterations, self._tb_log_name = log_interval, 0, tb_log_name
         return self._learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    @classmethod
+    def resume(
+        cls, save_path: str | pathlib.Path, env: GymEnv, device: th.device | str = "auto", **load_arguments: Any
+    ) -> Self:
+        """Load the newest valid checkpoint of a run, for :meth:`continue_learning` to finish it.
+
+        A checkpoint that is torn or was altered is skipped with a warning. Its ``model.zip`` is loaded as
+        :meth:`load` does, by pickle: resume from directories that you trust.
+
+        :param save_path: as given to :class:`TrainingCheckpoint`; or the directory of one checkpoint
+        :param env: as many environments as before, wrapped in the same way. What they or their wrappers cannot say
+            with ``get_resume_state()`` begins anew, after a warning
+        :param device: device on which to load
+        :param load_arguments: further arguments of :meth:`load`
+        :raises CheckpointError: where there is no valid checkpoint
+        :raises WrapperStackError: a ValueError, for other wrappers or another number of environments, naming both
+        """
+        return load_checkpoint(cls, save_path, env, device, **load_arguments)
 
     def continue_learning(self, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:
         """Finish the ``learn`` that was interrupted, with its total, schedules, logs and parameters, bit for bit.
@@ -740,131 +658,3 @@ class PPOPlus(PPO):
         :raises ValueError: if it has no method ``action_masks()``
         """
         return MaskedPredictor(self, env)
-
-    @classmethod
-    def resume(
-        cls, save_path: str | pathlib.Path, env: GymEnv, device: th.device | str = "auto", **load_arguments: Any
-    ) -> Self:
-        """Load the newest valid checkpoint of a run, for :meth:`continue_learning` to finish it.
-
-        A checkpoint that is torn or was altered is skipped with a warning. Its ``model.zip`` is loaded as
-        :meth:`load` does, by pickle: resume from directories that you trust.
-
-        :param save_path: as given to :class:`TrainingCheckpoint`; or the directory of one checkpoint
-        :param env: as many environments as before, wrapped in the same way. What they or their wrappers cannot say
-            with ``get_resume_state()`` begins anew, after a warning
-        :param device: device on which to load
-        :param load_arguments: further arguments of :meth:`load`
-        :raises CheckpointError: where there is no valid checkpoint
-        :raises WrapperStackError: a ValueError, for other wrappers or another number of environments, naming both
-        """
-        return load_checkpoint(cls, save_path, env, device, **load_arguments)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        env: GymEnv | None = None,
-        device: th.device | str = "auto",
-        custom_objects: dict[str, Any] | None = None,
-        print_system_info: bool = False,
-        force_reset: bool = True,
-        *,
-        trusted: bool = True,
-        allow: Iterable[type] | None = None,
-        **kwargs: Any,
-    ) -> Self:
-        """Load a model that PPOPlus or SB3's PPO saved; SB3's ``load``.
-
-        A model of SB3's PPO keeps SB3's form of value clipping unless ``pessimistic_value_clip`` is given.
-
-        :param trusted: True: as SB3, which runs whatever code the file holds. False: nothing is unpickled or imported
-            by name; what the file's plain description lacks is an error. ``custom_objects`` and ``kwargs`` replace
-            arguments that it holds, ``tensorboard_log`` is not taken from it
-        :param allow: with ``trusted=False``, classes of your own that the description may name: policies, features
-            extractors, activations, optimisers, rollout buffers, schedules that are dataclasses
-        :param kwargs: constructor arguments to change
-        :raises TypeError: for a keyword that is no argument of the constructor, or a class that ``allow`` can't hold
-        :raises UntrustedFileError: a ValueError, with ``trusted=False``: if the file is damaged or hostile, or holds
-            what only pickle can describe
-        """
-        allowed = set(constructor_arguments(cls)) - {"policy", "env"}
-        unknown = sorted(kwargs.keys() - allowed)
-        if unknown:
-            raise TypeError(f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}")
-        if not trusted:
-            replaced = {name: value for name, value in (custom_objects or {}).items() if name in allowed} | kwargs
-            return load_without_trust(
-                cls, path, env, device=device, allow=allow, print_system_info=print_system_info, replaced=replaced
-            )
-        if allow is not None:
-            raise ValueError("allow is for trusted=False: with trusted=True every class is allowed")
-        saved = _saved_attributes(path)
-        if "pessimistic_value_clip" not in saved:
-            kwargs.setdefault("pessimistic_value_clip", False)
-        if "_built_for_masks" not in saved:
-            kwargs["_built_for_masks"] = False
-        return super().load(path, env, device, custom_objects, print_system_info, force_reset, **kwargs)
-
-    def save(
-        self,
-        path: str | pathlib.Path | io.BufferedIOBase,
-        exclude: Iterable[str] | None = None,
-        include: Iterable[str] | None = None,
-    ) -> None:
-        """Save the model in a zip as SB3's ``save``, with a plain description for loading without trust."""
-        archive = io.BytesIO()
-        super().save(archive, exclude, include)
-        add_description(archive, self, exclude or ())
-        file = open_path(path, "w", verbose=0, suffix="zip")
-        file.write(archive.getbuffer())
-        if file is not path:
-            file.close()
-
-    def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """Return the state dicts of policy and optimiser, the latter in SB3's order whatever its groups are."""
-        self._separate_critic()
-        parameters = super().get_parameters()
-        parameters["policy.optimizer"] = self._learning_rate_groups.state_dict(self.policy.optimizer)
-        return parameters
-
-    def set_parameters(
-        self,
-        load_path_or_dict: str | dict[str, Any],
-        exact_match: bool = True,
-        device: th.device | str = "auto",
-    ) -> None:
-        """Load state dicts as :meth:`get_parameters` returns them, or from a file of PPOPlus or SB3's PPO.
-
-        :param load_path_or_dict: path of a saved model, or the state dicts
-        :param exact_match: require every parameter of every module
-        :param device: device on which to load
-        """
-        if isinstance(load_path_or_dict, dict):
-            parameters = load_path_or_dict
-        else:
-            _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
-        if "policy.optimizer" in parameters:
-            self._separate_critic()
-            split = self._learning_rate_groups.split_state_dict(self.policy.optimizer, parameters["policy.optimizer"])
-            parameters = {**parameters, "policy.optimizer": split}
-        super().set_parameters(parameters, exact_match, device)
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), *REBUILT_ATTRIBUTES]
-
-
-def _float_schedule(value: object, name: str) -> FloatSchedule:
-    """Validate a coefficient and give it the form that SB3's PPO gives its schedules."""
-    schedule = make_schedule(value, name)
-    return FloatSchedule(value if isinstance(value, float | int) else schedule)
-
-
-def _saved_attributes(path: str | pathlib.Path | io.BufferedIOBase) -> set[str]:
-    """Names of a saved model's attributes; of a file that is no model, of which SB3's load tells more, none."""
-    with opened_model(path) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                return set(json.loads(archive.read("data")))
-        except (zipfile.BadZipFile, KeyError, ValueError):
-            return set()

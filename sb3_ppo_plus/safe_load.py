@@ -38,7 +38,7 @@ from sb3_ppo_plus.state_dict_checks import (
 from sb3_ppo_plus.strict_json import UntrustedFileError, get, parse, short
 
 if TYPE_CHECKING:
-    from sb3_ppo_plus.ppo_plus import PPOPlus
+    from sb3_ppo_plus.saved_ppo import SavedPPO
 
 DESCRIPTION = "ppo_plus.json"
 # What SB3 and PPOPlus write, most of which is never read without trust
@@ -56,11 +56,11 @@ MAX_ENVS = 2**20
 # Extractors that a policy builds and replaces need some memory beyond what the file holds
 SPARE_BYTES, SPARE_TENSORS = 2**26, 100
 
-Model = TypeVar("Model", bound="PPOPlus")
+Model = TypeVar("Model", bound="SavedPPO")
 File = str | pathlib.Path | io.BufferedIOBase
 
 
-def add_description(archive: io.BytesIO, model: PPOPlus, exclude: Iterable[str]) -> None:
+def add_description(archive: io.BytesIO, model: SavedPPO, exclude: Iterable[str]) -> None:
     """Add a model's plain description to the zip that SB3's ``save`` wrote.
 
     :param archive: the zip, changed in place
@@ -124,7 +124,7 @@ def load_without_trust(
         ) from error
 
 
-def _arguments(cls: type[PPOPlus], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(cls: type[SavedPPO], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:
     """Return the constructor arguments that a description and the caller give."""
     written = get(description, "format", str, DESCRIPTION)
     if written != FORMAT:
@@ -184,7 +184,7 @@ def _build(
     return model
 
 
-def _set_state(model: PPOPlus, description: object) -> None:
+def _set_state(model: SavedPPO, description: object) -> None:
     counters = get(description, "counters", dict, DESCRIPTION)
     for name in COUNTERS:
         value = get(counters, name, int, "counters")
