@@ -1,10 +1,18 @@
-"""What all tests share: small networks want one thread, and there is no display."""
+"""What all tests share: one thread, as networks are small; no display; and no switch that a test leaves behind."""
 
 import os
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
+import pytest
 import torch as th
+from torch.distributions import Distribution
 
 th.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def checks_of_distributions(monkeypatch):
+    """The first torch.compile of a process turns off, for good, the checks that find NaN."""
+    monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)

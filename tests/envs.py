@@ -192,17 +192,3 @@ def logs_of_updates(model, total_timesteps, **kwargs):
     recorder = record_logs(model)
     model.learn(total_timesteps, **kwargs)
     return [*recorder.dumps[1:], dict(model.logger.name_to_value)]
-
-
-def state_of(model):
-    """Everything that invariant 1 compares, flattened to name -> value."""
-    state = {f"policy.{name}": value for name, value in model.policy.state_dict().items()}
-    for source, optimizer in (
-        ("optimizer", model.policy.optimizer.state_dict()),
-        ("get_parameters", model.get_parameters()["policy.optimizer"]),
-    ):
-        for index, entries in optimizer["state"].items():
-            state |= {f"{source}.state.{index}.{name}": value for name, value in entries.items()}
-        for index, group in enumerate(optimizer["param_groups"]):
-            state |= {f"{source}.group.{index}.{name}": value for name, value in group.items()}
-    return state | {"num_timesteps": model.num_timesteps, "n_updates": model._n_updates}

@@ -16,7 +16,7 @@ import conftest  # noqa: F401  # one thread
 import gymnasium as gym
 import numpy as np
 import torch as th
-from envs import ASYMMETRIC, DICT, IMAGE, MASKED_ACTION_SPACES, MaskedEnv, ToyEnv, record_logs, state_of
+from envs import ASYMMETRIC, DICT, IMAGE, MASKED_ACTION_SPACES, MaskedEnv, ToyEnv, record_logs
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
@@ -31,6 +31,7 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
     unwrap_vec_normalize,
 )
+from states import state_of
 
 from sb3_ppo_plus import PPOPlus, ResumableEnv, TrainingCheckpoint
 

@@ -11,10 +11,10 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnNoModelImprovement,
 )
 from stable_baselines3.common.env_util import make_vec_env
+from states import written_and_read
 
 from sb3_ppo_plus import PPOPlus, ResumableEnv
 from sb3_ppo_plus.callback_state import callback_states, set_callback_states
-from sb3_ppo_plus.plain_state import PlainStateReader, PlainStateWriter
 
 
 class Counts(BaseCallback):
@@ -60,12 +60,6 @@ def learn(callback):
     PPOPlus("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, seed=0, policy_kwargs=SMALL_NET).learn(
         64, callback
     )
-
-
-def written_and_read(state):
-    writer = PlainStateWriter()
-    description = writer.describe(state)
-    return PlainStateReader(writer.arrays()).build(description)
 
 
 def attributes(callbacks):

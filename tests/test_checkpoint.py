@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch as th
-from envs import SMALL_NET, ToyEnv, record_logs, state_of
+from envs import SMALL_NET, ToyEnv, record_logs
 from resume_cases import CASES, INTERRUPTED_AFTER, N_STEPS, in_a_fork
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecMonitor, VecNormalize
+from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import (
     CheckpointError,
@@ -37,22 +38,6 @@ def results(tmp_path_factory):
         assert ran.returncode == 0, ran.stderr
         assert "were reset" not in ran.stderr and "do not hold everything" not in ran.stderr
     return folder
-
-
-def assert_same_bits(value, other, name=""):
-    assert type(value) is type(other), name
-    if isinstance(value, dict):
-        assert value.keys() == other.keys(), name
-        for key in value:
-            assert_same_bits(value[key], other[key], f"{name}.{key}")
-    elif isinstance(value, list | tuple):
-        assert len(value) == len(other), name
-        for index, (item, other_item) in enumerate(zip(value, other, strict=True)):
-            assert_same_bits(item, other_item, f"{name}[{index}]")
-    elif isinstance(value, th.Tensor):
-        assert th.equal(value, other), name
-    else:
-        np.testing.assert_array_equal(value, other, name, strict=True)
 
 
 # The first of them waits for all runs, three of which compile

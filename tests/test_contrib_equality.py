@@ -12,12 +12,12 @@ from envs import (
     MaskedEnv,
     logs_of_updates,
     make_masked_env,
-    state_of,
 )
 from sb3_contrib import MaskablePPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+from states import assert_same_training
 
 from sb3_ppo_plus import PPOPlus
 
@@ -35,17 +35,6 @@ SETTINGS = {
 UPDATES = 3
 
 
-def assert_same_bits(contrib, ours):
-    expected, actual = state_of(contrib), state_of(ours)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        if isinstance(value, th.Tensor):
-            assert th.isfinite(value).all(), f"{name} is not finite: the case proves nothing"
-            assert th.equal(actual[name], value), f"{name} differs"
-        else:
-            assert actual[name] == value, name
-
-
 def assert_trains_alike(policy="MlpPolicy", env=make_masked_env, updates=UPDATES, plus=None, **settings):
     models = []
     for algorithm, more in ((MaskablePPO, {}), (PPOPlus, plus or {})):
@@ -54,7 +43,7 @@ def assert_trains_alike(policy="MlpPolicy", env=make_masked_env, updates=UPDATES
         models.append(model.learn(updates * model.n_steps * model.n_envs))
         moved = [not th.equal(initial[name], value) for name, value in model.policy.state_dict().items()]
         assert any(moved), "nothing was trained: the case proves nothing"
-    assert_same_bits(*models)
+    assert_same_training(*models)
     return models
 
 
@@ -129,5 +118,5 @@ def test_a_saved_model_of_contribs_trains_on_alike(action_space, tmp_path):
         model = algorithm.load(tmp_path / "model", env=make_masked_env(action_space=action_space), device="cpu")
         set_random_seed(5)
         models.append(model.learn(128, reset_num_timesteps=False))
-    assert_same_bits(*models)
+    assert_same_training(*models)
     assert PPOPlus.load(tmp_path / "model").needs_masks

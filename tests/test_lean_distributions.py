@@ -3,16 +3,10 @@
 import pytest
 import torch as th
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
-from torch.distributions import Categorical, Distribution, Normal
+from torch.distributions import Categorical, Normal
 
 from sb3_ppo_plus.distributions import without_argument_validation
 from sb3_ppo_plus.lean_distributions import LeanCategoricalDistribution, LeanDiagGaussianDistribution
-
-
-@pytest.fixture(autouse=True)
-def checks_are_on(monkeypatch):
-    # The switch belongs to the process, where other tests may have left it off
-    monkeypatch.setattr(Distribution, "_validate_args", True)
 
 
 def gaussian_parameters(scale=1.0):

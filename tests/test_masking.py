@@ -18,7 +18,6 @@ from envs import (
     logs_of_updates,
     make_env,
     make_masked_env,
-    state_of,
     toy_envs,
 )
 from gymnasium import spaces
@@ -34,6 +33,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from states import assert_same_training
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
 from sb3_ppo_plus.masked_distributions import mask_sizes
@@ -50,13 +50,6 @@ def build(env=None, policy="MlpPolicy", **settings):
 def make_key_env(n_envs=2, mask_space=None, **kwargs):
     """Masks among the observations instead of a method."""
     return make_vec_env(lambda: MaskInObservation(MaskedEnv(**kwargs), mask_space), n_envs=n_envs)
-
-
-def assert_same_training(first, second):
-    expected, actual = state_of(first), state_of(second)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert th.equal(actual[name], value) if isinstance(value, th.Tensor) else actual[name] == value, name
 
 
 class FixedMask(ToyEnv):

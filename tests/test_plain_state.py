@@ -1,4 +1,3 @@
-import json
 import math
 import struct
 from collections import Counter, OrderedDict, deque
@@ -10,6 +9,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from states import written_and_read
 
 from sb3_ppo_plus.plain_state import PlainStateError, PlainStateReader, PlainStateWriter
 
@@ -30,12 +30,6 @@ plain_values = st.recursive(
     ),
     max_leaves=10,
 )
-
-
-def written_and_read(value):
-    writer = PlainStateWriter()
-    text = json.dumps(writer.describe(value))
-    return PlainStateReader(writer.arrays()).build(json.loads(text))
 
 
 def assert_same(value, other):

@@ -4,14 +4,15 @@ import ale_py
 import gymnasium as gym
 import numpy as np
 import pytest
+from envs import DICT, ToyEnv
 from gymnasium import spaces
 from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, NormalizeReward, TimeLimit
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import Monitor
+from states import described, written_and_read
 
-from sb3_ppo_plus.plain_state import PlainStateError, PlainStateReader, PlainStateWriter
+from sb3_ppo_plus.plain_state import PlainStateError
 from sb3_ppo_plus.resumable_env import ResumableEnv
-from tests.envs import DICT, ToyEnv
 
 CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 TOY_TEXT = ["FrozenLake-v1", "Taxi-v4", "Blackjack-v1", "CliffWalking-v1"]
@@ -29,16 +30,6 @@ def transitions(env, n_steps):
         if terminated or truncated:
             seen.append(env.reset()[0])
     return seen
-
-
-def described(state):
-    writer = PlainStateWriter()
-    return writer.describe(state), writer.arrays()
-
-
-def written_and_read(state):
-    description, arrays = described(state)
-    return PlainStateReader(arrays).build(description)
 
 
 def assert_goes_on_in_another(make_env, n_before=60, n_after=60):

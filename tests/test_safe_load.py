@@ -8,13 +8,14 @@ import zipfile
 import numpy as np
 import pytest
 import torch as th
-from envs import BOX, CHANNEL_FIRST, SMALL_DICT, SMALL_NET, ToyEnv, make_env, state_of
+from envs import BOX, CHANNEL_FIRST, SMALL_DICT, SMALL_NET, ToyEnv, make_env
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
+from states import assert_same_training
 
 from sb3_ppo_plus import (
     Cosine,
@@ -77,13 +78,6 @@ def saved(model):
     model.save(file)
     file.seek(0)
     return file
-
-
-def assert_same(first, second):
-    expected, actual = state_of(first), state_of(second)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        assert th.equal(actual[name], value) if isinstance(value, th.Tensor) else actual[name] == value, name
 
 
 MODELS = {
@@ -153,12 +147,12 @@ def test_without_trust_the_model_is_the_same_and_trains_on_as_with_trust(name):
     model, env = build(**MODELS[name])
     file = saved(model.learn(2 * model.n_steps))
     careful = PPOPlus.load(file, env=env(), device="cpu", trusted=False)
-    assert_same(PPOPlus.load(file, device="cpu"), careful)
+    assert_same_training(PPOPlus.load(file, device="cpu"), careful)
     careful.learn(2 * model.n_steps, reset_num_timesteps=False)
     trusting = PPOPlus.load(file, env=env(), device="cpu").learn(2 * model.n_steps, reset_num_timesteps=False)
-    assert_same(trusting, careful)
+    assert_same_training(trusting, careful)
     with pytest.raises(AssertionError):
-        assert_same(model, careful)
+        assert_same_training(model, careful)
 
 
 @pytest.mark.parametrize("name", ["defaults", "dict", "gSDE", "beta"])
@@ -293,7 +287,7 @@ def test_own_classes_are_used_only_where_the_caller_allows_them(name):
     with pytest.raises(UntrustedFileError, match=own.__name__):
         PPOPlus.load(file, trusted=False, allow=others)
     loaded = PPOPlus.load(file, env=env(), trusted=False, allow=[own], device="cpu")
-    assert_same(model, loaded)
+    assert_same_training(model, loaded)
 
 
 @pytest.mark.parametrize("value", [print, "OwnPolicy", th.optim, int, object(), Linear(1.0)])
@@ -367,7 +361,7 @@ def test_a_model_that_was_built_for_masks_still_needs_them(tmp_path):
     model = PPOPlus("MlpPolicy", env, **SETTINGS)
     file = saved(model.learn(64))
     loaded = PPOPlus.load(file, env=env, trusted=False, device="cpu")
-    assert_same(model, loaded)
+    assert_same_training(model, loaded)
     observations, masks = env.reset(), np.array([[False, True, False]] * 2)
     assert (loaded.predict(observations, action_masks=masks)[0] == 1).all()
     without_env = PPOPlus.load(file, trusted=False, device="cpu")

@@ -16,7 +16,6 @@ from envs import (
     SMALL_NET,
     logs_of_updates,
     make_env,
-    state_of,
 )
 from gymnasium import spaces
 from stable_baselines3 import PPO
@@ -24,6 +23,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
+from states import assert_same_training
 
 from sb3_ppo_plus import MlpPolicy, PPOPlus, make_schedule
 
@@ -32,18 +32,6 @@ SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device":
 
 class CustomPolicy(ActorCriticPolicy):
     pass
-
-
-def assert_equal_states(first, second, learning_rates=True):
-    expected, actual = state_of(first), state_of(second)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        if name.endswith(".lr") and not learning_rates:
-            continue
-        if isinstance(value, th.Tensor):
-            assert th.equal(actual[name], value), f"{name} differs"
-        else:
-            assert actual[name] == value, name
 
 
 def has_moments(model):
@@ -88,13 +76,13 @@ def test_a_model_of_sb3s_ppo_continues_exactly_as_in_sb3(settings, tmp_path):
     continued = []
     for algorithm in (PPO, PPOPlus):
         loaded = algorithm.load(tmp_path / "sb3", env=env(), device="cpu")
-        assert_equal_states(model, loaded)
+        assert_same_training(model, loaded)
         loaded.learn(2 * model.n_steps, reset_num_timesteps=False)
         continued.append(loaded)
-    assert_equal_states(*continued)
+    assert_same_training(*continued)
     assert isinstance(continued[1], PPOPlus)
     with pytest.raises(AssertionError):
-        assert_equal_states(model, continued[1])
+        assert_same_training(model, continued[1])
 
 
 def test_sb3s_value_clipping_survives_saving_and_loading_again(tmp_path):
@@ -105,7 +93,7 @@ def test_sb3s_value_clipping_survives_saving_and_loading_again(tmp_path):
         algorithm.load(tmp_path / name, env=env(), device="cpu").learn(2 * model.n_steps, reset_num_timesteps=False)
         for algorithm, name in ((PPO, "sb3"), (PPOPlus, "plus"))
     ]
-    assert_equal_states(*continued)
+    assert_same_training(*continued)
     assert continued[1].pessimistic_value_clip is False
 
 
@@ -138,7 +126,7 @@ def test_parameters_of_a_trained_ppo_plus_train_on_in_sb3_as_in_ours():
         model.set_parameters(copy.deepcopy(ours.get_parameters()), device="cpu")
         model.set_random_seed(1)
         model.learn(64)
-    assert_equal_states(*models)
+    assert_same_training(*models)
 
 
 # Our own models
@@ -175,13 +163,13 @@ def test_a_saved_model_continues_as_one_that_was_never_saved(settings, tmp_path)
     model.save(tmp_path / "model")
     loaded = PPOPlus.load(tmp_path / "model", env=env(), device="cpu")
     # The critic's group gets its learning rate with the next update
-    assert_equal_states(model, loaded, learning_rates="critic_learning_rate" not in settings)
+    assert_same_training(model, loaded, learning_rates="critic_learning_rate" not in settings)
     model.set_env(env())
     logs = []
     for each in (model, loaded):
         each.set_random_seed(model.seed)
         logs.append(logs_of_updates(each, 64, reset_num_timesteps=False))
-    assert_equal_states(model, loaded)
+    assert_same_training(model, loaded)
     for before, after in zip(*logs, strict=True):
         assert before.keys() == after.keys()
         for name in before:
@@ -277,7 +265,7 @@ def test_models_travel_through_paths_strings_and_open_files(algorithm, tmp_path)
     with open(tmp_path / "model.zip", "rb") as file:
         loaded = [PPOPlus.load(source) for source in (buffer, file, str(tmp_path / "model"), tmp_path / "model.zip")]
     for each in loaded:
-        assert_equal_states(model, each)
+        assert_same_training(model, each)
         assert each.pessimistic_value_clip is (algorithm is PPOPlus)
 
 
@@ -371,7 +359,7 @@ def test_set_parameters_is_the_inverse_of_get_parameters():
     for settings in ({}, {"critic_learning_rate": 1e-2}):
         first, second = (build(PPOPlus, settings | {"seed": seed})[0].learn(32) for seed in (0, 1))
         second.set_parameters(copy.deepcopy(first.get_parameters()), device="cpu")
-        assert_equal_states(first, second, learning_rates=not settings)
+        assert_same_training(first, second, learning_rates=not settings)
 
 
 def test_set_parameters_refuses_what_does_not_match():

@@ -16,7 +16,6 @@ from envs import (
     ToyEnv,
     logs_of_updates,
     make_env,
-    state_of,
 )
 from gymnasium import spaces
 from stable_baselines3 import PPO
@@ -26,6 +25,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActor
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule, set_random_seed
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
+from states import assert_same_training
 from torch import nn
 
 from sb3_ppo_plus import Constant, Cosine, Exponential, Linear, PPOPlus, WarmupCosine
@@ -34,19 +34,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch 
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
 UPDATES = 3
-
-
-def assert_same_bits(sb3, plus):
-    expected, actual = state_of(sb3), state_of(plus)
-    assert actual.keys() == expected.keys()
-    for name, value in expected.items():
-        if isinstance(value, th.Tensor):
-            # torch.equal calls nan unequal, and a nan here would hide everything
-            assert th.isfinite(value).all(), f"{name} is not finite: the case proves nothing"
-            assert th.equal(actual[name], value), f"{name} differs"
-            assert actual[name].dtype == value.dtype, name
-        else:
-            assert actual[name] == value, name
 
 
 def train(algorithm, policy, env, updates=UPDATES, **settings):
@@ -62,7 +49,7 @@ def train(algorithm, policy, env, updates=UPDATES, **settings):
 def assert_trains_alike(policy="MlpPolicy", env=make_env, plus=None, **settings):
     sb3 = train(PPO, policy, env, **settings)
     ours = train(PPOPlus, policy, env, **settings | (plus or {}))
-    assert_same_bits(sb3, ours)
+    assert_same_training(sb3, ours)
     return sb3, ours
 
 
@@ -237,7 +224,7 @@ def test_value_clipping_in_sb3s_form(clip_range_vf):
     settings = {"clip_range_vf": clip_range_vf, "learning_rate": 1e-2, "env": lambda: make_env(2)}
     sb3, _ = assert_trains_alike(**settings, plus={"pessimistic_value_clip": False})
     with pytest.raises(AssertionError, match="differs"):
-        assert_same_bits(sb3, train(PPOPlus, "MlpPolicy", **settings))
+        assert_same_training(sb3, train(PPOPlus, "MlpPolicy", **settings))
 
 
 SCHEDULES = {
@@ -499,7 +486,7 @@ def assert_continues_alike(change):
         change(model)
         model.learn(2 * model.n_steps, reset_num_timesteps=False)
         model.learn(model.n_steps)
-    assert_same_bits(*models)
+    assert_same_training(*models)
 
 
 def copy_the_policy(model):
@@ -647,4 +634,4 @@ def test_progress_never_falls_below_zero():
 
 def test_overshoot_changes_nothing_without_a_schedule():
     models = [algorithm("MlpPolicy", make_env(), **SETTINGS).learn(40) for algorithm in (PPO, PPOPlus)]
-    assert_same_bits(*models)
+    assert_same_training(*models)

@@ -6,11 +6,12 @@ import threading
 
 import pytest
 import torch as th
-from envs import ToyEnv, state_of
+from envs import ToyEnv
 from resume_cases import in_a_fork
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
-from test_checkpoint import assert_same_bits, learned, make_envs, make_model, steps_of
+from states import assert_same_bits, state_of
+from test_checkpoint import learned, make_envs, make_model, steps_of
 
 from sb3_ppo_plus import PPOPlus, ResumableEnv, TrainingCheckpoint
 

@@ -20,9 +20,9 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
     VecTransposeImage,
 )
+from states import described, written_and_read
 
 from sb3_ppo_plus import ResumableEnv, WrapperStackError
-from sb3_ppo_plus.plain_state import PlainStateReader, PlainStateWriter
 from sb3_ppo_plus.vec_env_state import (
     keep_interrupts_from_workers,
     reset_without_learning,
@@ -97,16 +97,6 @@ def transitions(env, n_steps, generator):
         terminal = [info.get("terminal_observation") for info in infos]
         seen.append((observations, rewards, dones, episodes, terminal))
     return seen
-
-
-def described(state):
-    writer = PlainStateWriter()
-    return writer.describe(state), writer.arrays()
-
-
-def written_and_read(state):
-    description, arrays = described(state)
-    return PlainStateReader(arrays).build(description)
 
 
 @pytest.mark.parametrize("name", STACKS)
