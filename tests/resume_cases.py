@@ -184,7 +184,7 @@ CASES = {
     "compile": Case(
         lambda: toy_envs(action_space=ASYMMETRIC),
         arguments={
-            "compile": {"cpp_wrapper": False},
+            "compile": True,
             "critic_learning_rate": 1e-3,
             "policy_kwargs": {"net_arch": [8], "log_std_init": -1},
         },

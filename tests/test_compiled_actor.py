@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from envs import ASYMMETRIC, BOX, IMAGE, SMALL_DICT, SMALL_NET, ConstantRewardEnv, make_env
+from envs import ASYMMETRIC, BOX, IMAGE, SMALL_DICT, ConstantRewardEnv, make_env
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -33,23 +33,31 @@ class KeepRollout(BaseCallback):
         self.rollouts.append({name: np.array(getattr(buffer, name)) for name in names})
 
 
+def two_rollouts(model: PPOPlus) -> KeepRollout:
+    """Collect a rollout, learn from it in one minibatch, which is always eager, and collect another."""
+    callback = KeepRollout()
+    model.learn(model.n_steps * model.n_envs, callback=callback)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return callback
+
+
 def rollouts(env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> tuple[KeepRollout, KeepRollout]:
     kept = []
     for compile in (False, True):
-        callback = KeepRollout()
-        model = PPOPlus(policy, env(), n_steps=24, batch_size=24, n_epochs=1, seed=0, compile=compile, **kwargs)
-        model.learn(2 * 24 * model.n_envs, callback=callback)
-        kept.append(callback)
+        # The sizes of test_compiled_step.py, whose graphs need not be compiled again
+        settings = {"n_steps": 16, "batch_size": 32, "n_epochs": 1, "seed": 0, **kwargs}
+        settings["policy_kwargs"] = {"net_arch": [8], **kwargs.get("policy_kwargs", {})}
+        kept.append(two_rollouts(PPOPlus(policy, env(), compile=compile, **settings)))
     return kept[0], kept[1]
 
 
 @pytest.mark.parametrize(
     ("observation_space", "action_space", "policy", "kwargs"),
     [
-        (BOX, ASYMMETRIC, "MlpPolicy", {"policy_kwargs": {**SMALL_NET, "action_dist": "squashed_gaussian"}}),
-        (BOX, ASYMMETRIC, "MlpPolicy", {"use_sde": True, "sde_sample_freq": 5, "policy_kwargs": SMALL_NET}),
-        (SMALL_DICT, spaces.MultiDiscrete([3, 2]), "MultiInputPolicy", {"policy_kwargs": SMALL_NET}),
-        (IMAGE, spaces.Discrete(3), "CnnPolicy", {}),
+        (BOX, ASYMMETRIC, "MlpPolicy", {"policy_kwargs": {"action_dist": "squashed_gaussian"}}),
+        (BOX, ASYMMETRIC, "MlpPolicy", {"use_sde": True, "sde_sample_freq": 5}),
+        (SMALL_DICT, spaces.MultiDiscrete([3, 2]), "MultiInputPolicy", {}),
+        (IMAGE, spaces.Discrete(2), "CnnPolicy", {}),
     ],
     ids=["squashed", "gSDE", "dict", "image"],
 )
@@ -98,20 +106,19 @@ class OwnForward(ActorCriticPlusPolicy):
 
 
 def test_a_policy_with_a_forward_of_its_own_is_asked_at_every_step_after_one_warning() -> None:
-    callback = KeepRollout()
     model = PPOPlus(OwnForward, make_env(), n_steps=16, batch_size=16, n_epochs=1, compile=True)
     with pytest.warns(UserWarning, match="compile=True: acting runs eagerly, since OwnForward") as caught:
-        model.learn(32, callback=callback)
+        callback = two_rollouts(model)
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
     assert not can_act_alone(model.policy)
-    assert callback.rollouts[0]["values"].min() > 90
+    assert len(callback.rollouts) == 2
+    assert all(rollout["values"].min() > 90 for rollout in callback.rollouts)
     assert all(isinstance(values, th.Tensor) for values in callback.seen)
 
 
 @pytest.mark.filterwarnings("error:compile=True")
 def test_observations_of_any_layout_and_precision_give_the_same_actions() -> None:
     model = PPOPlus("MlpPolicy", make_env(4, action_space=spaces.Discrete(50)), n_steps=16, batch_size=64, compile=True)
-    model.learn(64)
     actor = model._actor_for(model.env, model.rollout_buffer)
     assert isinstance(actor, CompiledActor)
     observations = th.rand(4, 3)

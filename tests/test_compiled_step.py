@@ -1,6 +1,7 @@
 """Invariant 4: compile=True changes no semantics, compiles once, and gives way to eager where it must."""
 
 import warnings
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,6 @@ from envs import make_env
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
@@ -19,12 +19,13 @@ from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
 from sb3_ppo_plus.compiled_graph import inductor_options
 
 VECTOR = spaces.Box(-1, 1, (3,), np.float32)
+DISCRETE = spaces.Discrete(3)
 IMAGE = spaces.Box(0, 255, (1, 36, 36), np.uint8)
 BOX = spaces.Box(np.array([-1.0, -2.0], np.float32), np.array([1.0, 3.0], np.float32))
 TRANSFORMER = {"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_model": 8, "n_layers": 1}}
 
 CASES: dict[str, tuple[spaces.Space[Any], spaces.Space[Any], str, dict[str, Any]]] = {
-    "discrete, short last minibatch": (VECTOR, spaces.Discrete(3), "MlpPolicy", {"batch_size": 24}),
+    "discrete, short last minibatch": (VECTOR, DISCRETE, "MlpPolicy", {"batch_size": 24}),
     "gaussian, schedules, value clipping, critic's learning rate": (
         VECTOR,
         BOX,
@@ -81,17 +82,35 @@ CASES: dict[str, tuple[spaces.Space[Any], spaces.Space[Any], str, dict[str, Any]
         "MlpPolicy",
         {"policy_kwargs": TRANSFORMER},
     ),
-    "bf16": (VECTOR, spaces.Discrete(3), "MlpPolicy", {"amp": True, "learning_rate": 1e-3}),
+    "bf16": (VECTOR, DISCRETE, "MlpPolicy", {"amp": True, "learning_rate": 1e-3}),
 }
 
 
-def train(case: str, *, compile: bool | dict[str, Any], n_updates: int = 3) -> PPOPlus:
-    observation_space, action_space, policy, kwargs = CASES[case]
+# All models act in two environments and learn in minibatches of the same size where they can: TorchInductor's cache on
+# the disk then has the graphs that several tests need
+SETTINGS: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
+
+
+def build(
+    policy: str | type[ActorCriticPlusPolicy] = "MlpPolicy",
+    observation_space: spaces.Space[Any] = VECTOR,
+    action_space: spaces.Space[Any] = DISCRETE,
+    **settings: Any,
+) -> PPOPlus:
     env = make_env(n_envs=2, observation_space=observation_space, action_space=action_space)
-    defaults: dict[str, Any] = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "device": "cpu"}
-    policy_kwargs = {"net_arch": [8], **kwargs.get("policy_kwargs", {})}
-    model = PPOPlus(policy, env, compile=compile, **{**defaults, **kwargs, "policy_kwargs": policy_kwargs})
-    return model.learn(64 * n_updates) if n_updates else model
+    policy_kwargs = {"net_arch": [8], **settings.pop("policy_kwargs", {})}
+    return PPOPlus(policy, env, policy_kwargs=policy_kwargs, **{**SETTINGS, **settings})
+
+
+def build_case(case: str, compile: bool | dict[str, Any]) -> PPOPlus:
+    observation_space, action_space, policy, settings = CASES[case]
+    return build(policy, observation_space, action_space, compile=compile, **settings)
+
+
+@cache
+def trained(case: str, compile: bool) -> PPOPlus:
+    """A model after three updates, for several tests to look at."""
+    return build_case(case, compile).learn(3 * 32)
 
 
 def parameters(model: PPOPlus) -> th.Tensor:
@@ -106,13 +125,13 @@ LEARNED_FEATURES = ("Dict, separate extractors", "CNN", "Transformer")
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 @pytest.mark.filterwarnings("error:compile=True")
 def test_compiled_training_equals_eager_training_to_rounding(case: str) -> None:
-    eager, compiled = train(case, compile=False), train(case, compile=True)
+    eager, compiled = trained(case, compile=False), trained(case, compile=True)
     is_short = CASES[case][3].get("batch_size") == 24
     assert compiled._gradient_step.n_compilations == 1 + is_short
     assert compiled._compiled_actor.n_compilations == (1 if case in LEARNED_FEATURES else 2)
     # Autocast rounds each product to 8 bits, in whatever order the compiler chose
     tolerance = 5e-4 if case == "bf16" else 2e-5
-    moved = (parameters(eager) - parameters(train(case, compile=False, n_updates=0))).abs().max()
+    moved = (parameters(eager) - parameters(build_case(case, compile=False))).abs().max()
     assert moved > 5 * tolerance, "training moved too little to tell"
     assert (parameters(eager) - parameters(compiled)).abs().max() < tolerance
     for name in ("train/loss", "train/value_loss", "train/entropy_loss", "train/approx_kl", "train/grad_norm"):
@@ -122,7 +141,7 @@ def test_compiled_training_equals_eager_training_to_rounding(case: str) -> None:
 
 
 def test_target_kl_stops_the_compiled_update_where_it_stops_the_eager_one() -> None:
-    eager, compiled = (train("MultiBinary, target_kl", compile=compile) for compile in (False, True))
+    eager, compiled = (trained("MultiBinary, target_kl", compile) for compile in (False, True))
     assert eager.logger.name_to_value["train/early_stopped"] == 1, "the case proves nothing"
     assert compiled.logger.name_to_value["train/early_stopped"] == 1
     steps = [next(iter(model.policy.optimizer.state.values()))["step"].item() for model in (eager, compiled)]
@@ -135,17 +154,16 @@ def test_nothing_is_compiled_after_the_first_update() -> None:
     class Count(BaseCallback):
         def on_update_end(self) -> bool:
             counts.append((self.model._gradient_step.n_compilations, self.model._compiled_actor.n_compilations))
-            evaluate_policy(self.model, make_vec_env("CartPole-v1", n_envs=3), n_eval_episodes=3)
+            evaluate_policy(self.model, make_env(3, observation_space=VECTOR, action_space=DISCRETE), n_eval_episodes=3)
             return True
 
         def _on_step(self) -> bool:
             return True
 
     kwargs = {"learning_rate": "lin_1e-3", "clip_range": "lin_0.2", "ent_coef": "lin_0.01", "vf_coef": "exp_0.5_0.1"}
-    env = make_vec_env("CartPole-v1", n_envs=2)
     with pytest.warns(UserWarning, match="mini-batch size"):
-        model = PPOPlus("MlpPolicy", env, n_steps=20, batch_size=16, n_epochs=1, compile=True, **kwargs)
-    model.learn(40 * 4, callback=Count())
+        model = build(batch_size=24, compile=True, **kwargs)
+    model.learn(32 * 4, callback=Count())
     assert counts == [(2, 2)] * 4
 
 
@@ -153,11 +171,11 @@ def test_one_warning_and_the_same_results_where_there_is_no_compiler() -> None:
     options = {"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        compiled = train("discrete, short last minibatch", compile=options)
+        compiled = build_case("discrete, short last minibatch", options).learn(3 * 32)
     about_compile = [str(warning.message) for warning in caught if "compile=True" in str(warning.message)]
     assert len(about_compile) == 1, about_compile
     assert "eager" in about_compile[0] and "no-such-compiler" in about_compile[0]
-    eager = train("discrete, short last minibatch", compile=False)
+    eager = trained("discrete, short last minibatch", compile=False)
     assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
 
 
@@ -178,11 +196,9 @@ class BranchesOnValues(ActorCriticPlusPolicy):
 
 @pytest.mark.parametrize("policy", [CountsItsCalls, BranchesOnValues])
 def test_a_policy_that_no_graph_can_hold_trains_eagerly_after_one_warning(policy: type[ActorCriticPlusPolicy]) -> None:
-    env = make_env(n_envs=1, observation_space=VECTOR, action_space=spaces.Discrete(2))
-    kwargs = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
-    eager = PPOPlus(policy, env, **kwargs).learn(96)
+    eager = build(policy).learn(96)
     with pytest.warns(UserWarning, match="compile=True: .* runs eagerly") as caught:
-        compiled = PPOPlus(policy, env, compile=True, **kwargs).learn(96)
+        compiled = build(policy, compile=True).learn(96)
     assert compiled._gradient_step.n_compilations == 0
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
     if policy is BranchesOnValues:
@@ -232,22 +248,8 @@ class Extractor(BaseFeaturesExtractor):
 def test_an_extractor_with_a_state_learns_the_same_state(part: Any) -> None:
     states = []
     for compile in (False, True):
-        env = make_env(n_envs=2, observation_space=VECTOR, action_space=spaces.Discrete(2))
-        policy_kwargs = {
-            "features_extractor_class": Extractor,
-            "features_extractor_kwargs": {"part": part},
-            "net_arch": [8],
-        }
-        model = PPOPlus(
-            "MlpPolicy",
-            env,
-            n_steps=16,
-            batch_size=16,
-            n_epochs=2,
-            seed=0,
-            compile=compile,
-            policy_kwargs=policy_kwargs,
-        ).learn(96)
+        policy_kwargs = {"features_extractor_class": Extractor, "features_extractor_kwargs": {"part": part}}
+        model = build(compile=compile, policy_kwargs=policy_kwargs).learn(96)
         mean = getattr(model.policy.features_extractor.part, "mean", None)
         states.append(model.policy.features_extractor.part.running_mean if mean is None else mean)
     assert states[0].abs().max() > 1e-3
@@ -264,28 +266,24 @@ def test_a_change_of_the_policy_between_updates_reaches_the_graphs() -> None:
         def _on_step(self) -> bool:
             return True
 
-    models = []
-    for compile in (False, True):
-        env = make_env(n_envs=1, observation_space=VECTOR, action_space=spaces.Discrete(2))
-        kwargs = {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "seed": 0, "learning_rate": 1e-2}
-        model = PPOPlus("MlpPolicy", env, compile=compile, policy_kwargs={"net_arch": [8]}, **kwargs)
-        models.append(model.learn(48, callback=ChangeActivation()))
-    assert (parameters(models[0]) - parameters(models[1])).abs().max() < 2e-5
+    eager, compiled = (
+        build(learning_rate=1e-2, compile=compile).learn(96, callback=ChangeActivation()) for compile in (False, True)
+    )
+    assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
 
 
 def test_a_hook_on_a_parameter_keeps_the_step_eager_and_its_effect() -> None:
-    env = make_env(n_envs=1, observation_space=VECTOR, action_space=spaces.Discrete(2))
-    model = PPOPlus("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=2, seed=0, compile=True)
+    model = build(compile=True)
     before = model.policy.value_net.weight.detach().clone()
     model.policy.value_net.weight.register_hook(th.zeros_like)
     with pytest.warns(UserWarning, match="compile=True: the gradient step runs eagerly, since a parameter has a hook"):
-        model.learn(48)
+        model.learn(96)
     assert th.equal(model.policy.value_net.weight, before)
 
 
 @pytest.mark.filterwarnings("error:compile=True")
 def test_gradients_are_those_of_the_last_minibatch() -> None:
-    eager, compiled = (train("discrete, short last minibatch", compile=compile) for compile in (False, True))
+    eager, compiled = (trained("discrete, short last minibatch", compile) for compile in (False, True))
     for expected, actual in zip(eager.policy.parameters(), compiled.policy.parameters(), strict=True):
         th.testing.assert_close(actual.grad, expected.grad, atol=1e-4, rtol=1e-3)
 
@@ -298,12 +296,10 @@ def test_gradients_are_those_of_the_last_minibatch() -> None:
     ],
     ids=["optimizer", "buffer"],
 )
-@pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 def test_what_cannot_be_compiled_is_said_once(settings: dict[str, Any], what: str) -> None:
-    env = make_env(n_envs=1, observation_space=VECTOR, action_space=spaces.Discrete(2))
-    model = PPOPlus("MlpPolicy", env, n_steps=16, batch_size=16, n_epochs=1, compile=True, **settings)
+    model = build(compile=True, **settings)
     with pytest.warns(UserWarning, match=what) as caught:
-        model.learn(48)
+        model.learn(96)
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
 
 

@@ -320,7 +320,8 @@ def test_compiled_and_eager_training_is_the_same_without_recompiling(policy):
     for compile in (False, True):
         make = make_key_env if policy == "MultiInputPolicy" else make_masked_env
         env = make(action_space=MASKED_ACTION_SPACES["multi_discrete"], max_steps=5)
-        models.append(build(env, policy, compile=compile, ent_coef=0.01, learning_rate=1e-3).learn(4 * 64))
+        settings = {"batch_size": 64, "n_epochs": 4, "ent_coef": 0.01, "learning_rate": 1e-3}
+        models.append(build(env, policy, compile=compile, **settings).learn(4 * 64))
     eager, compiled = models
     for name, value in eager.policy.state_dict().items():
         th.testing.assert_close(compiled.policy.state_dict()[name], value, atol=2e-4, rtol=1e-3, msg=name)
