@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch as th
@@ -10,6 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.flat_parameters import FlatParameters, MixedStateError, can_flatten
 from sb3_ppo_plus.losses import LossCoefficients, LossTerms, ppo_loss
+from sb3_ppo_plus.update_history import METRICS
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
 
@@ -156,18 +158,17 @@ class GradientStep:
         :return: the metrics, see ``update_history.METRICS``, with a gradient norm of NaN where the limit forbade the
             step; and whether it did not
         """
+        return (self._flat_step if self._try_flat else self._plain_step)(objective, minibatch)
+
+    def _plain_step(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         batch = minibatch.batch()
         terms = objective.loss(batch, objective.evaluate(self.policy, batch))
+        metrics = _stacked(terms)
         if objective.forbids_step(terms.approx_kl):
-            return th.stack([*terms, th.full_like(terms.loss, th.nan)]).detach(), False
-        step = self._flat_step if self._try_flat else self._plain_step
-        grad_norm = step(terms.loss, objective.max_grad_norm)
-        return th.stack([*terms, grad_norm]).detach(), True
-
-    def _plain_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
+            return _with_grad_norm(metrics, None), False
         self.policy.optimizer.zero_grad()
-        self.grad_scaler.scale(loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        return self._clip_and_step(max_grad_norm, loss)
+        self.grad_scaler.scale(terms.loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, terms.loss)), True
 
     def _clip_and_step(self, max_grad_norm: float, loss: th.Tensor) -> th.Tensor:
         optimizer = self.policy.optimizer
@@ -180,10 +181,11 @@ class GradientStep:
         self.grad_scaler.update()
         return grad_norm
 
-    def _flat_step(self, loss: th.Tensor, max_grad_norm: float) -> th.Tensor:
-        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
-        computed = iter(th.autograd.grad(loss, trainable, allow_unused=True))
-        gradients = [next(computed) if parameter.requires_grad else None for parameter in self._parameters]
+    def _flat_step(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+        metrics, gradients = self._differentiate(objective, minibatch)
+        if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
+            return _with_grad_norm(metrics, None), False
+        loss = metrics[METRICS.index("loss")]
         if self._flat is None or not self._flat.fits(gradients):
             self.end_update()
             try:
@@ -192,5 +194,24 @@ class GradientStep:
                 self._flat, self._try_flat = None, False
                 for parameter, gradient in zip(self._parameters, gradients, strict=True):
                     parameter.grad = None if gradient is None else gradient.contiguous()
-                return self._clip_and_step(max_grad_norm, loss)
-        return self._flat.step([gradient for gradient in gradients if gradient is not None], max_grad_norm, loss)
+                return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, loss)), True
+        of_flat = [gradient for gradient in gradients if gradient is not None]
+        return _with_grad_norm(metrics, self._flat.step(of_flat, objective.max_grad_norm, loss)), True
+
+    def _differentiate(
+        self, objective: Objective, minibatch: Minibatch
+    ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
+        """Metrics of a minibatch but for the gradient's norm, and the gradient of each parameter, None if it has none."""
+        batch = minibatch.batch()
+        terms = objective.loss(batch, objective.evaluate(self.policy, batch))
+        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
+        computed = iter(th.autograd.grad(terms.loss, trainable, allow_unused=True))
+        return _stacked(terms), [next(computed) if p.requires_grad else None for p in self._parameters]
+
+
+def _stacked(terms: LossTerms) -> th.Tensor:
+    return th.stack(terms).detach()
+
+
+def _with_grad_norm(metrics: th.Tensor, grad_norm: th.Tensor | None) -> th.Tensor:
+    return th.cat([metrics, th.full_like(metrics[:1], th.nan) if grad_norm is None else grad_norm.reshape(1)])
