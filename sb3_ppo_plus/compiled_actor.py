@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sb3_ppo_plus.acting import RolloutActor, leaves_of, predict_values, rows_of_chunk
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
-from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, GraphCache, tensor_places
+from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, GraphCache
 from sb3_ppo_plus.policies import ActorCriticPlusPolicy
+from sb3_ppo_plus.tracing import tensor_places
 
 # Observations of one forward pass after a rollout, whose activations should stay in a cache
 EVALUATION_ROWS = 2048

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch as th
 import torch._functorch.config
 import torch._inductor
-from stable_baselines3.common.distributions import Distribution as SB3Distribution
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.nn import functional as F
 
-from sb3_ppo_plus.distributions import without_argument_validation
 from sb3_ppo_plus.fused_operations import FUSED_OPERATIONS
+from sb3_ppo_plus.tracing import constant_tensors, python_state, trace
 
 # Random operations of the graph are PyTorch's own: the numbers of eager mode, from the same generator
 DEFAULT_OPTIONS: dict[str, Any] = {"fallback_random": True}
@@ -147,8 +143,7 @@ def compile_graph(
     :raises Exception: whatever else tracing or the compiler raises, of many kinds
     """
     examples: list[Any] = [tensor.detach() for tensor in inputs]
-    with _without_checks_of_values():
-        graph, again = (_trace(function, examples, module) for _ in range(2))
+    graph, again = (trace(function, examples, module, FUSED_OPERATIONS) for _ in range(2))
     if graph.code != again.code:
         raise RuntimeError("it computes something else at each call")
     return _generate_code(graph, examples, {**DEFAULT_OPTIONS, **(options or {})})
@@ -173,70 +168,3 @@ def _generate_code(graph: th.fx.GraphModule, examples: list[Any], options: dict[
     # Tensors that the traced code holds, which come first
     constants = [*graph.parameters(), *graph.buffers()]
     return lambda *inputs: code([*constants, *inputs])
-
-
-def _trace(function: Callable[..., Any], inputs: Sequence[th.Tensor], module: th.nn.Module) -> th.fx.GraphModule:
-    before = [(owner, dict(vars(owner))) for owner in _owners_of_state(module)]
-    try:
-        graph: th.fx.GraphModule = make_fx(
-            function, FUSED_OPERATIONS, tracing_mode="fake", _allow_non_fake_inputs=True
-        )(*inputs)
-        for owner, attributes in before:
-            changed = [name for name, value in vars(owner).items() if attributes.get(name) is not value]
-            if isinstance(owner, th.nn.Module) and set(changed) - {"action_dist"}:
-                raise RuntimeError(f"{type(owner).__name__} changes its {', '.join(changed)} in each call")
-        return graph
-    finally:
-        # Tensors of the trace are of no use outside it
-        for owner, attributes in before:
-            vars(owner).clear()
-            vars(owner).update(attributes)
-
-
-def _owners_of_state(module: th.nn.Module) -> list[Any]:
-    modules = list(module.modules())
-    distributions = [part for owner in modules for part in vars(owner).values() if isinstance(part, SB3Distribution)]
-    return [*modules, *distributions]
-
-
-def python_state(module: th.nn.Module) -> list[Hashable]:
-    """What a graph of the module has compiled in: its parts, and their numbers, flags and names."""
-    return [
-        (id(part), tuple((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str)))
-        for part in module.modules()
-    ]
-
-
-def constant_tensors(module: th.nn.Module) -> list[th.Tensor]:
-    """Tensors that a graph of the module holds on to: attributes that are neither parameters nor buffers."""
-    return [value for part in module.modules() for value in vars(part).values() if isinstance(value, th.Tensor)]
-
-
-def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:
-    """Name every place that holds a parameter or buffer, once, for ``functional_call(..., tie_weights=False)``.
-
-    A module under several names has one place; tied parameters have several. With tie_weights=True, functional_call
-    leaves traced tensors behind in modules that are registered under several names, as SB3's extractors are.
-    """
-    return {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, part in module.named_modules()
-        for name, tensor in [*part._parameters.items(), *part._buffers.items()]
-        if tensor is not None
-    }
-
-
-@contextmanager
-def _without_checks_of_values() -> Iterator[None]:
-    # They have no place in a graph: arguments of distributions, and the range of what is one-hot encoded
-    one_hot = F.one_hot
-    F.one_hot = _one_hot  # type: ignore[assignment]  # only ever called with num_classes by SB3
-    try:
-        with without_argument_validation():
-            yield
-    finally:
-        F.one_hot = one_hot
-
-
-def _one_hot(tensor: th.Tensor, num_classes: int) -> th.Tensor:
-    return (tensor.unsqueeze(-1) == th.arange(num_classes, device=tensor.device)).long()

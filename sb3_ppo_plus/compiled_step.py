@@ -12,11 +12,12 @@ from torch.func import functional_call, grad_and_value
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
-from sb3_ppo_plus.compiled_graph import CompilationReporter, GraphCache, tensor_places
+from sb3_ppo_plus.compiled_graph import CompilationReporter, GraphCache
 from sb3_ppo_plus.flat_parameters import FlatGroup
 from sb3_ppo_plus.flat_updates import UPDATES
-from sb3_ppo_plus.gradient_step import GradientStep, Objective
+from sb3_ppo_plus.gradient_step import GradientStep, Objective, PolicyEvaluation
 from sb3_ppo_plus.losses import LossCoefficients
+from sb3_ppo_plus.tracing import tensor_places
 from sb3_ppo_plus.update_history import METRICS
 
 Tensors = dict[str, Any]
@@ -145,28 +146,11 @@ class CompiledGradientStep(GradientStep):
         return function
 
 
-class _Evaluation(th.nn.Module):
-    """The policy's evaluation of a batch as a module's forward, which ``functional_call`` asks for."""
-
-    def __init__(self, policy: ActorCriticPolicy, objective: Objective) -> None:
-        super().__init__()
-        self.policy = policy
-        self.objective = objective
-
-    def forward(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        before = tensor_places(self.policy)
-        evaluation = self.objective.evaluate(self.policy, batch)
-        replaced = [name for name, tensor in tensor_places(self.policy).items() if tensor is not before.get(name)]
-        if replaced:
-            raise RuntimeError(f"the policy puts a new tensor in place of its {', '.join(replaced)} in each call")
-        return evaluation
-
-
 class _StepFunction:
     """What is traced: the eager step, as a function of the tensors of :meth:`CompiledGradientStep._inputs`."""
 
     def __init__(self, policy: ActorCriticPolicy, objective: Objective, groups: list[FlatGroup]) -> None:
-        self._evaluation = _Evaluation(policy, objective)
+        self._evaluation = PolicyEvaluation(policy, objective)
         self._objective = objective
         self._groups = groups
         self._places = {name: id(tensor) for name, tensor in tensor_places(policy).items()}

@@ -11,6 +11,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.flat_parameters import FlatParameters, MixedStateError, can_flatten
 from sb3_ppo_plus.losses import LossCoefficients, LossTerms, ppo_loss
+from sb3_ppo_plus.tracing import tensor_places
 from sb3_ppo_plus.update_history import METRICS
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
@@ -108,6 +109,31 @@ def recompute_log_prob(
         rollout.old_log_prob[indices.flatten()[is_real]] = log_prob[is_real]
 
 
+class PolicyEvaluation(th.nn.Module):
+    """The policy's evaluation of a batch as a module's forward, which ``functional_call`` asks for.
+
+    :param policy: the policy
+    :param objective: of the update
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, objective: Objective) -> None:
+        super().__init__()
+        self.policy = policy
+        self.objective = objective
+
+    def forward(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Evaluate the batch, see :meth:`Objective.evaluate`.
+
+        :raises RuntimeError: where the policy replaces its parameters, which a graph would not follow
+        """
+        before = tensor_places(self.policy)
+        evaluation = self.objective.evaluate(self.policy, batch)
+        replaced = [name for name, tensor in tensor_places(self.policy).items() if tensor is not before.get(name)]
+        if replaced:
+            raise RuntimeError(f"the policy puts a new tensor in place of its {', '.join(replaced)} in each call")
+        return evaluation
+
+
 class GradientStep:
     """Takes the steps of a policy's updates, on flat parameters where that is the same as SB3's way.
 
@@ -163,7 +189,7 @@ class GradientStep:
     def _plain_step(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         batch = minibatch.batch()
         terms = objective.loss(batch, objective.evaluate(self.policy, batch))
-        metrics = _stacked(terms)
+        metrics = stacked(terms)
         if objective.forbids_step(terms.approx_kl):
             return _with_grad_norm(metrics, None), False
         self.policy.optimizer.zero_grad()
@@ -201,15 +227,16 @@ class GradientStep:
     def _differentiate(
         self, objective: Objective, minibatch: Minibatch
     ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
-        """Metrics of a minibatch but for the gradient's norm, and the gradient of each parameter, None if it has none."""
+        """Metrics but for the norm, and the gradient of each parameter; None where the loss does not depend on it."""
         batch = minibatch.batch()
         terms = objective.loss(batch, objective.evaluate(self.policy, batch))
         trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
         computed = iter(th.autograd.grad(terms.loss, trainable, allow_unused=True))
-        return _stacked(terms), [next(computed) if p.requires_grad else None for p in self._parameters]
+        return stacked(terms), [next(computed) if p.requires_grad else None for p in self._parameters]
 
 
-def _stacked(terms: LossTerms) -> th.Tensor:
+def stacked(terms: LossTerms) -> th.Tensor:
+    """Put the metrics into one tensor, without the gradient."""
     return th.stack(terms).detach()
 
 

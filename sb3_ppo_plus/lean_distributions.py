@@ -53,9 +53,13 @@ class LeanDiagGaussianDistribution(DiagGaussianDistribution):
         """
         self._mean, self._std = mean_actions, th.ones_like(mean_actions) * log_std.exp()
         self._object = None
-        if _is_validated() and not math.isfinite((self._mean + self._std).sum().item()):
+        if _is_validated() and not math.isfinite(self.total().item()):
             self._object = Normal(self._mean, self._std)
         return self
+
+    def total(self) -> th.Tensor:
+        """Sum of the parameters, finite where all are, 0-dim."""
+        return (self._mean + self._std).sum()
 
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """Log density of actions of shape (batch, action_dim), shape (batch,)."""
@@ -108,9 +112,13 @@ class LeanCategoricalDistribution(CategoricalDistribution):
         self._object, self._is_own, self._probs = None, False, None
         self._action_logits = action_logits
         self._logits = action_logits - action_logits.logsumexp(dim=-1, keepdim=True)
-        if _is_validated() and not math.isfinite(self._logits.sum().item()):
+        if _is_validated() and not math.isfinite(self.total().item()):
             self._object = Categorical(logits=action_logits)
         return self
+
+    def total(self) -> th.Tensor:
+        """Sum of the log-probabilities, finite where all are, 0-dim."""
+        return self._logits.sum()
 
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """Log-probability of actions of shape (batch,), shape (batch,)."""

@@ -60,6 +60,8 @@ from sb3_ppo_plus.policies import (
     MultiInputPolicy,
 )
 from sb3_ppo_plus.policy_kwargs import resolve_policy_kwargs
+from sb3_ppo_plus.recorded_actor import RecordedActor
+from sb3_ppo_plus.recorded_step import RecordedGradientStep
 from sb3_ppo_plus.restarting_env import RestartCounter
 from sb3_ppo_plus.rollout_memory import RolloutMemory
 from sb3_ppo_plus.saved_ppo import SavedPPO
@@ -262,6 +264,7 @@ class PPOPlus(SavedPPO):
         self._reporter = CompilationReporter(self.verbose)
         self._gradient_step = self._make_gradient_step()
         self._compiled_actor: CompiledActor | None = None
+        self._recorded_actor: RecordedActor | None = None
         self._setup_memory()
         if isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
             self.rollout_buffer.advantages_by_scan = self.compile is not False
@@ -306,7 +309,7 @@ class PPOPlus(SavedPPO):
 
     def _make_gradient_step(self) -> GradientStep:
         if not self._compiles_gradient_step:
-            return GradientStep(self.policy, self._grad_scaler)
+            return RecordedGradientStep(self.policy, self._grad_scaler)
         return CompiledGradientStep(self.policy, self._grad_scaler, inductor_options(self.compile), self._reporter)
 
     def _check_arguments(self) -> None:
@@ -418,7 +421,10 @@ class PPOPlus(SavedPPO):
             assert isinstance(self.policy, ActorCriticPlusPolicy) and isinstance(rollout_buffer, PPOPlusRolloutBuffer)
             return RolloutMemory(self.policy, rollout_buffer, self._last_states, env.num_envs)
         if self.compile is False:
-            return RolloutActor(self.policy)
+            if self._recorded_actor is None or self._recorded_actor.policy is not self.policy:
+                self._recorded_actor = RecordedActor(self.policy)
+            self._recorded_actor.begin_rollout()
+            return self._recorded_actor
         if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not can_act_alone(self.policy):
             own = type(self.policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
             self._reporter.failed("acting", f"{own.__name__} has methods of its own, which need all at each step")

@@ -31,6 +31,7 @@ REBUILT_ATTRIBUTES = (
     "_learning_rate_groups",
     "_log_interval",
     "_n_iterations",
+    "_recorded_actor",
     "_reporter",
     "_restart_counter",
     "_scheduled_learning_rates",

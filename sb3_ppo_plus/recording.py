@@ -1,0 +1,185 @@
+"""What a policy computes, recorded once and then replayed: the same operations without Python and autograd around them.
+
+Two thirds of the time of small networks is spent on what surrounds the operations. A replay does the very operations of
+eager mode, in their order, so that every bit is the same; this is checked on its first results, too. Only what consists
+of well-known parts is recorded, since a replay would pass by hooks and code that does something else at each call.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+from sb3_ppo_plus.policies import ActorCriticPlusCnnPolicy, ActorCriticPlusPolicy, MultiInputActorCriticPlusPolicy
+from sb3_ppo_plus.tracing import constant_tensors, python_state, trace
+
+# A recording takes as long as some hundred minibatches or steps; before so many of them it may not pay
+RECORD_AFTER = 300
+# PyTorch optimises a graph after its first runs
+CHECKED_REPLAYS = 4
+
+KNOWN_POLICIES = (ActorCriticPlusPolicy, ActorCriticPlusCnnPolicy, MultiInputActorCriticPlusPolicy)
+KNOWN_MODULES = (
+    *(nn.Linear, nn.Conv2d, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleDict),
+    *(nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.LeakyReLU, nn.SiLU, nn.Sigmoid, nn.Softplus),
+    *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor),
+)
+
+KNOWN_DISTRIBUTIONS = ("sb3_ppo_plus.", "stable_baselines3.common.")
+
+Replay = Callable[..., tuple[th.Tensor, ...]]
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def can_record(policy: ActorCriticPolicy) -> bool:
+    """Whether a replay does all that the policy does: known parts on the CPU, as they are, without hooks."""
+    return (
+        type(policy) in KNOWN_POLICIES
+        and policy.memory_options is None
+        and policy.device.type == "cpu"
+        and type(policy.action_dist).__module__.startswith(KNOWN_DISTRIBUTIONS)
+        and all(_is_plain(part) for part in policy.modules())
+        and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters())
+        and not any(vars(nn_module)[f"_global{name}"] for name in _HOOKS)
+        and not th.is_autocast_enabled("cpu")
+        and not th.is_anomaly_enabled()
+    )
+
+
+def _is_plain(part: nn.Module) -> bool:
+    if type(part) not in KNOWN_MODULES + KNOWN_POLICIES or any(vars(part)[name] for name in _HOOKS):
+        return False
+    # Methods that were replaced on the instance
+    return not any(callable(getattr(type(part), name, None)) for name in vars(part))
+
+
+def record(function: Callable[..., Any], inputs: Sequence[th.Tensor], policy: ActorCriticPolicy) -> Replay:
+    """Record what a function does with inputs of these shapes and dtypes.
+
+    :param function: takes tensors that need no gradient, returns a tuple of such
+    :param inputs: examples; their values do not matter
+    :param policy: what the function calls; left as it was
+    :return: the replay, for inputs that need no gradient
+    :raises Exception: whatever tracing raises, of many kinds
+    """
+    graph = trace(function, inputs, policy)
+    for node in graph.graph.find_nodes(op="call_function", target=th.ops.aten.detach.default):
+        # Without autograd there is nothing to detach from
+        node.replace_all_uses_with(node.args[0])
+        graph.graph.erase_node(node)
+    graph.recompile()
+    random_state = th.get_rng_state()
+    with warnings.catch_warnings():
+        # TorchScript gives way to compilers, which take longer and round differently
+        warnings.simplefilter("ignore")
+        trace_again: Callable[..., Replay] = th.jit.trace
+        replay = trace_again(lambda *tensors: graph(*tensors), tuple(inputs), check_trace=False)
+    th.set_rng_state(random_state)
+    return replay
+
+
+@dataclass
+class _Recording:
+    replay: Replay
+    n_checks: int = 0
+
+
+class Recordings:
+    """The recordings of one thing that a policy does, one for each key; none any more once one failed.
+
+    :param policy: what they are made from
+    """
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        self._policy = policy
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._n_calls: Counter[Hashable] = Counter()
+        self._state: Hashable = None
+        self._is_possible = False
+        self._has_failed = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
+        # TorchScript's functions cannot be copied, but made again
+        return Recordings(deepcopy(self._policy, memo))
+
+    @property
+    def n_recordings(self) -> int:
+        """Recordings that are in use."""
+        return len(self._recordings)
+
+    def refresh(self, *, is_outdated: bool = False) -> None:
+        """Drop the recordings if ``is_outdated``, or if the policy is no longer what they were made from."""
+        self._is_possible = not self._has_failed and can_record(self._policy)
+        constants = tuple(id(tensor) for tensor in constant_tensors(self._policy))
+        state = (self._is_possible, tuple(python_state(self._policy)), constants, id(self._policy.action_dist))
+        if is_outdated or state != self._state:
+            self._recordings.clear()
+        self._state = state
+
+    def compute(
+        self,
+        key: Hashable,
+        inputs: Sequence[th.Tensor],
+        make_function: Callable[[], Callable[..., Any]],
+        eager: Callable[[], Sequence[th.Tensor]],
+    ) -> Sequence[th.Tensor]:
+        """Compute what ``eager`` does, by a replay if this is worth it.
+
+        :param key: everything that a recording holds as constants, besides the policy
+        :param inputs: everything else that the computation depends on
+        :param make_function: makes the function of ``inputs`` that is recorded, see :func:`record`
+        :param eager: does the same
+        """
+        recording = self._recordings.get(key)
+        if recording is None:
+            recording = self._make(key, inputs, make_function)
+            if recording is None:
+                return eager()
+        if recording.n_checks < CHECKED_REPLAYS:
+            return self._checked(recording, inputs, eager)
+        return recording.replay(*inputs)
+
+    def _make(
+        self, key: Hashable, inputs: Sequence[th.Tensor], make_function: Callable[[], Callable[..., Any]]
+    ) -> _Recording | None:
+        if not self._is_possible or self._has_failed:
+            return None
+        self._n_calls[key] += 1
+        if self._n_calls[key] <= RECORD_AFTER:
+            return None
+        try:
+            self._recordings[key] = _Recording(record(make_function(), inputs, self._policy))
+        except Exception:  # tracing raises all kinds, and eager mode gives the same results
+            self._has_failed = True
+            return None
+        return self._recordings[key]
+
+    def _checked(
+        self, recording: _Recording, inputs: Sequence[th.Tensor], eager: Callable[[], Sequence[th.Tensor]]
+    ) -> Sequence[th.Tensor]:
+        recording.n_checks += 1
+        before = th.get_rng_state()
+        expected = eager()
+        after = th.get_rng_state()
+        th.set_rng_state(before)
+        replayed = recording.replay(*inputs)
+        if _bits(replayed) != _bits(expected) or not th.equal(th.get_rng_state(), after):
+            self._has_failed = True
+            self._recordings.clear()
+            th.set_rng_state(after)
+        return expected
+
+
+def _bits(tensors: Sequence[th.Tensor]) -> list[tuple[Any, ...]]:
+    return [(tensor.dtype, tensor.shape, tensor.detach().numpy().tobytes()) for tensor in tensors]

@@ -1,0 +1,95 @@
+"""Functions of tensors as graphs of the operations that they do, whatever Python surrounds these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.distributions import Distribution as SB3Distribution
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from sb3_ppo_plus.distributions import without_argument_validation
+
+
+def trace(
+    function: Callable[..., Any],
+    inputs: Sequence[th.Tensor],
+    module: th.nn.Module,
+    decompositions: dict[Any, Any] | None = None,
+) -> th.fx.GraphModule:
+    """Write down the operations that a function does, for inputs of the shapes, dtypes and devices of ``inputs``.
+
+    :param function: takes tensors, returns a tensor or tuple of tensors, and may change inputs in place
+    :param inputs: examples; their values do not matter
+    :param module: what the function calls; left as it was
+    :param decompositions: operations to be replaced by others, see ``make_fx``
+    :raises RuntimeError: where the module keeps a state in Python, which a graph would not follow
+    :raises Exception: whatever else tracing raises, of many kinds
+    """
+    before = [(owner, dict(vars(owner))) for owner in _owners_of_state(module)]
+    try:
+        tracer = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
+        with _without_checks_of_values():
+            graph: th.fx.GraphModule = tracer(*inputs)
+        for owner, attributes in before:
+            changed = [name for name, value in vars(owner).items() if attributes.get(name) is not value]
+            if isinstance(owner, th.nn.Module) and set(changed) - {"action_dist"}:
+                raise RuntimeError(f"{type(owner).__name__} changes its {', '.join(changed)} in each call")
+        return graph
+    finally:
+        # Tensors of the trace are of no use outside it
+        for owner, attributes in before:
+            vars(owner).clear()
+            vars(owner).update(attributes)
+
+
+def _owners_of_state(module: th.nn.Module) -> list[Any]:
+    modules = list(module.modules())
+    distributions = [part for owner in modules for part in vars(owner).values() if isinstance(part, SB3Distribution)]
+    return [*modules, *distributions]
+
+
+def python_state(module: th.nn.Module) -> list[Hashable]:
+    """What a graph of the module has compiled in: its parts, and their numbers, flags and names."""
+    return [
+        (id(part), tuple((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str)))
+        for part in module.modules()
+    ]
+
+
+def constant_tensors(module: th.nn.Module) -> list[th.Tensor]:
+    """Tensors that a graph of the module holds on to: attributes that are neither parameters nor buffers."""
+    return [value for part in module.modules() for value in vars(part).values() if isinstance(value, th.Tensor)]
+
+
+def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:
+    """Name every place that holds a parameter or buffer, once, for ``functional_call(..., tie_weights=False)``.
+
+    A module under several names has one place; tied parameters have several. With tie_weights=True, functional_call
+    leaves traced tensors behind in modules that are registered under several names, as SB3's extractors are.
+    """
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, part in module.named_modules()
+        for name, tensor in [*part._parameters.items(), *part._buffers.items()]
+        if tensor is not None
+    }
+
+
+@contextmanager
+def _without_checks_of_values() -> Iterator[None]:
+    # They have no place in a graph: arguments of distributions, and the range of what is one-hot encoded
+    one_hot = F.one_hot
+    F.one_hot = _one_hot  # type: ignore[assignment]  # only ever called with num_classes by SB3
+    try:
+        with without_argument_validation():
+            yield
+    finally:
+        F.one_hot = one_hot
+
+
+def _one_hot(tensor: th.Tensor, num_classes: int) -> th.Tensor:
+    return (tensor.unsqueeze(-1) == th.arange(num_classes, device=tensor.device)).long()
