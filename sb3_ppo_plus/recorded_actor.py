@@ -46,7 +46,7 @@ class RecordedActor(RolloutActor):
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions, see :meth:`RolloutActor.act`."""
-        if context or not self._is_lean:
+        if context or not (self._is_lean and self.recordings.is_possible):
             return super().act(observations, episode_starts, context)
         leaves = leaves_of(observations)
         actions, values, log_probs, total, *shown = self.recordings.compute(

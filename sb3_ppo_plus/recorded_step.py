@@ -51,7 +51,8 @@ class RecordedGradientStep(GradientStep):
     ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
         indices = minibatch.indices
         # Padded sequences have other shapes; autocast keeps casts of parameters from call to call
-        if self._flat is None or indices is None or indices.dim() != 1 or objective.amp_dtype is not None:
+        is_recorded = self.recordings.is_possible and objective.amp_dtype is None
+        if not is_recorded or self._flat is None or indices is None or indices.dim() != 1:
             return super()._differentiate(objective, minibatch)
         prepared = self._prepared
         if prepared is None or prepared.rollout is not minibatch.rollout:
@@ -63,7 +64,7 @@ class RecordedGradientStep(GradientStep):
 
         computed = iter(
             self.recordings.compute(
-                (len(indices), prepared.key),
+                (prepared.key, indices.shape),
                 [indices, *prepared.inputs],
                 lambda: self._function(objective, prepared.spec),
                 eager,
@@ -73,14 +74,17 @@ class RecordedGradientStep(GradientStep):
 
     def _prepare(self, objective: Objective, rollout: RolloutBatch) -> _Prepared:
         coefficients = objective.coefficients
-        # Two decimals more than float32, as Python's numbers: 1 - clip_range is rounded once
+        # Double, as Python's numbers, so that 1 - clip_range is rounded once
         ranges = {
             name: th.tensor(value, dtype=th.float64)
             for name, value in (("clip_range", coefficients.clip_range), ("clip_range_vf", coefficients.clip_range_vf))
             if value is not None
         }
         # Of the loss's own type, which they are not to change
-        factors = {"ent_coef": th.tensor(coefficients.ent_coef), "vf_coef": th.tensor(coefficients.vf_coef)}
+        factors = {
+            name: th.tensor(value, dtype=th.float32)
+            for name, value in (("ent_coef", coefficients.ent_coef), ("vf_coef", coefficients.vf_coef))
+        }
         tensors = {name: tensor.detach() for name, tensor in tensor_places(self.policy).items()}
         of_rollout = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
         given = {name: value for name, value in of_rollout.items() if isinstance(value, th.Tensor) or value}

@@ -106,8 +106,9 @@ class Recordings:
         self._recordings: dict[Hashable, _Recording] = {}
         self._n_calls: Counter[Hashable] = Counter()
         self._state: Hashable = None
-        self._is_possible = False
         self._has_failed = False
+        self.is_possible = False
+        """Whether there are recordings, or may be soon."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
         # TorchScript's functions cannot be copied, but made again
@@ -120,9 +121,9 @@ class Recordings:
 
     def refresh(self, *, is_outdated: bool = False) -> None:
         """Drop the recordings if ``is_outdated``, or if the policy is no longer what they were made from."""
-        self._is_possible = not self._has_failed and can_record(self._policy)
+        self.is_possible = not self._has_failed and can_record(self._policy)
         constants = tuple(id(tensor) for tensor in constant_tensors(self._policy))
-        state = (self._is_possible, tuple(python_state(self._policy)), constants, id(self._policy.action_dist))
+        state = (self.is_possible, tuple(python_state(self._policy)), constants, id(self._policy.action_dist))
         if is_outdated or state != self._state:
             self._recordings.clear()
         self._state = state
@@ -153,15 +154,15 @@ class Recordings:
     def _make(
         self, key: Hashable, inputs: Sequence[th.Tensor], make_function: Callable[[], Callable[..., Any]]
     ) -> _Recording | None:
-        if not self._is_possible or self._has_failed:
+        if not self.is_possible:
             return None
         self._n_calls[key] += 1
         if self._n_calls[key] <= RECORD_AFTER:
             return None
         try:
             self._recordings[key] = _Recording(record(make_function(), inputs, self._policy))
-        except Exception:  # tracing raises all kinds, and eager mode gives the same results
-            self._has_failed = True
+        except Exception:  # tracing raises all kinds: TorchScript has no backward of convolutions, for one
+            self._give_up()
             return None
         return self._recordings[key]
 
@@ -175,10 +176,13 @@ class Recordings:
         th.set_rng_state(before)
         replayed = recording.replay(*inputs)
         if _bits(replayed) != _bits(expected) or not th.equal(th.get_rng_state(), after):
-            self._has_failed = True
-            self._recordings.clear()
+            self._give_up()
             th.set_rng_state(after)
         return expected
+
+    def _give_up(self) -> None:
+        self._has_failed, self.is_possible = True, False
+        self._recordings.clear()
 
 
 def _bits(tensors: Sequence[th.Tensor]) -> list[tuple[Any, ...]]:
