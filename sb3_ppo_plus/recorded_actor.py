@@ -57,7 +57,8 @@ class RecordedActor(RolloutActor):
         )
         if not math.isfinite(total.item()):
             # Raises what eager mode raises
-            self.policy.get_distribution(observations)
+            with th.no_grad():
+                self.policy.get_distribution(observations)
         # Users read policy.action_dist in callbacks
         vars(self.policy.action_dist).update(zip(self._shown, shown, strict=True), _object=None)
         return actions, values, log_probs

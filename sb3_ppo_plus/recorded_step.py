@@ -44,6 +44,10 @@ class RecordedGradientStep(GradientStep):
         before = self._flat
         super().begin_update()
         self.recordings.refresh(is_outdated=self._flat is not before)
+
+    def end_update(self) -> None:
+        """Leave the policy's optimiser with the state that its own steps would have."""
+        super().end_update()
         self._prepared = None
 
     def _differentiate(

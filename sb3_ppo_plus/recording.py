@@ -149,7 +149,12 @@ class Recordings:
                 return eager()
         if recording.n_checks < CHECKED_REPLAYS:
             return self._checked(recording, inputs, eager)
-        return recording.replay(*inputs)
+        try:
+            return recording.replay(*inputs)
+        except RuntimeError:
+            # For eager mode's own error, such as that probabilities are NaN
+            self._give_up()
+        return eager()
 
     def _make(
         self, key: Hashable, inputs: Sequence[th.Tensor], make_function: Callable[[], Callable[..., Any]]
