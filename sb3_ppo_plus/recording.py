@@ -10,7 +10,6 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,9 +109,9 @@ class Recordings:
         self.is_possible = False
         """Whether there are recordings, or may be soon."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Recordings:
-        # TorchScript's functions cannot be copied, but made again
-        return Recordings(deepcopy(self._policy, memo))
+    def __reduce__(self) -> tuple[type[Recordings], tuple[ActorCriticPolicy]]:
+        # TorchScript's functions cannot be copied or pickled, but made again
+        return Recordings, (self._policy,)
 
     @property
     def n_recordings(self) -> int:

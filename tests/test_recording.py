@@ -5,11 +5,12 @@ import copy
 import numpy as np
 import pytest
 import torch as th
-from envs import ACTION_SPACES, SMALL_NET, make_env, state_of
+from envs import ACTION_SPACES, SMALL_NET, make_env
 from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from states import assert_same_training
 from torch import nn
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus, recording
@@ -31,12 +32,6 @@ def n_recordings(model):
     return model._recorded_actor.recordings.n_recordings, model._gradient_step.recordings.n_recordings
 
 
-def assert_same_parameters(expected, actual):
-    for name, value in state_of(expected).items():
-        if isinstance(value, th.Tensor):
-            assert th.isfinite(value).all() and th.equal(state_of(actual)[name], value), name
-
-
 # What is recorded
 
 
@@ -44,7 +39,7 @@ def assert_same_parameters(expected, actual):
 def test_the_updates_of_every_action_space_are_replayed(action_space):
     model = build(action_space=action_space).learn(64 * 2)
     assert n_recordings(model)[1] == 1
-    assert_same_parameters(build(PPO, action_space).learn(64 * 2), model)
+    assert_same_training(build(PPO, action_space).learn(64 * 2), model)
 
 
 @pytest.mark.parametrize("action_space", ["discrete", "box"])
@@ -69,7 +64,7 @@ def test_schedules_move_what_is_replayed(short):
     }
     model = build(**settings, pessimistic_value_clip=False).learn(64 * 5)
     assert n_recordings(model)[1] == (2 if short else 1)
-    assert_same_parameters(build(PPO, **settings).learn(64 * 5), model)
+    assert_same_training(build(PPO, **settings).learn(64 * 5), model)
 
 
 def test_coefficients_that_are_assigned_count_at_once():
@@ -80,7 +75,7 @@ def test_coefficients_that_are_assigned_count_at_once():
         models.append(model.learn(64 * 2, reset_num_timesteps=False))
     # Without the entropy's gradient at first, and with it then
     assert n_recordings(models[1])[1] == 2
-    assert_same_parameters(*models)
+    assert_same_training(*models)
 
 
 def test_parameters_that_are_loaded_count_at_once():
@@ -90,14 +85,14 @@ def test_parameters_that_are_loaded_count_at_once():
         model.set_parameters(build(PPO, seed=9).get_parameters())
         model.set_random_seed(0)
         model.learn(64 * 2)
-    assert_same_parameters(*models)
+    assert_same_training(*models)
 
 
 def test_target_kl_stops_replayed_updates():
     settings = {"target_kl": 0.01, "learning_rate": 1e-2, "n_epochs": 20}
     model = build(**settings).learn(64 * 3)
     assert model._n_updates < 20 * 3 and n_recordings(model)[1] == 1
-    assert_same_parameters(build(PPO, **settings).learn(64 * 3), model)
+    assert_same_training(build(PPO, **settings).learn(64 * 3), model)
 
 
 def test_nothing_is_recorded_before_it_pays(monkeypatch):
@@ -112,7 +107,7 @@ def test_a_model_is_copied_without_its_recordings():
     for one in (model, twin):
         one.set_random_seed(1)
         one.learn(64)
-    assert_same_parameters(model, twin)
+    assert_same_training(model, twin)
 
 
 # What others see of it
@@ -238,7 +233,7 @@ def test_a_replay_of_other_bits_is_given_up(monkeypatch, n_good):
     model = build(action_space="box").learn(64 * 3)
     assert len(n_replays) >= n_good + 1
     assert n_recordings(model)[0] == 0
-    assert_same_parameters(build(PPO, "box").learn(64 * 3), model)
+    assert_same_training(build(PPO, "box").learn(64 * 3), model)
 
 
 def test_what_cannot_be_recorded_stays_eager(monkeypatch):
@@ -248,7 +243,7 @@ def test_what_cannot_be_recorded_stays_eager(monkeypatch):
     monkeypatch.setattr(recording, "record", fail)
     model = build().learn(64 * 2)
     assert n_recordings(model) == (0, 0)
-    assert_same_parameters(build(PPO).learn(64 * 2), model)
+    assert_same_training(build(PPO).learn(64 * 2), model)
 
 
 def test_recording_draws_no_random_numbers():
@@ -267,4 +262,4 @@ def test_images_are_acted_on_from_a_recording():
         for algorithm in (PPO, PPOPlus)
     ]
     assert n_recordings(models[1])[0] == 1
-    assert_same_parameters(*models)
+    assert_same_training(*models)

@@ -28,12 +28,18 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNo
 from states import assert_same_training
 from torch import nn
 
-from sb3_ppo_plus import Constant, Cosine, Exponential, Linear, PPOPlus, WarmupCosine
+from sb3_ppo_plus import Constant, Cosine, Exponential, Linear, PPOPlus, WarmupCosine, recording
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
 UPDATES = 3
+
+
+@pytest.fixture(autouse=True)
+def replayed_after_a_while(monkeypatch):
+    """The first minibatches and steps of every case are eager, the others replayed where they can be recorded."""
+    monkeypatch.setattr(recording, "RECORD_AFTER", 8)
 
 
 def train(algorithm, policy, env, updates=UPDATES, **settings):
