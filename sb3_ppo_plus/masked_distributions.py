@@ -58,6 +58,10 @@ class MaskableCategoricalDistribution(LeanCategoricalDistribution):
         self._logits = self._action_logits - self._action_logits.logsumexp(dim=-1, keepdim=True)
         self._object, self._probs = None, None
 
+    def total(self) -> th.Tensor:
+        """Sum of the valid actions' log-probabilities, finite where all are, 0-dim."""
+        return super().total() if self._masks is None else th.where(self._masks, self._logits, 0.0).sum()
+
     def entropy(self) -> th.Tensor:
         """Entropy of the choice among the valid actions, shape (batch,)."""
         if self._masks is None:

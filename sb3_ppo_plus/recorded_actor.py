@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ class RecordedActor(RolloutActor):
         self.recordings = Recordings(policy)
         self._names: list[str] = []
         self._tensors: list[th.Tensor] = []
-        self._shown: list[str] = []
+        self._attributes: dict[Hashable, tuple[list[str], dict[str, Any]]] = {}
         self._is_lean = False
 
     def begin_rollout(self) -> None:
@@ -46,41 +46,50 @@ class RecordedActor(RolloutActor):
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions, see :meth:`RolloutActor.act`."""
-        if context or not (self._is_lean and self.recordings.is_possible):
+        if not (self._is_lean and self.recordings.is_possible):
             return super().act(observations, episode_starts, context)
-        leaves = leaves_of(observations)
-        actions, values, log_probs, total, *shown = self.recordings.compute(
-            tuple((leaf.shape, leaf.dtype) for leaf in leaves),
+        leaves = [*leaves_of(observations), *context.values()]
+        key = (*context, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        actions, values, log_probs, total, *tensors = self.recordings.compute(
+            key,
             [*leaves, *self._tensors],
-            lambda: self._function(observations),
-            lambda: self._eager(observations),
+            lambda: self._function(observations, context),
+            lambda: self._eager(key, observations, context),
         )
         if not math.isfinite(total.item()):
             # Raises what eager mode raises
             with th.no_grad():
-                self.policy.get_distribution(observations)
+                self.policy.get_distribution(observations, **context)
         # Users read policy.action_dist in callbacks
-        vars(self.policy.action_dist).update(zip(self._shown, shown, strict=True), _object=None)
+        names, others = self._attributes[key]
+        vars(self.policy.action_dist).update(zip(names, tensors, strict=True), **others)
         return actions, values, log_probs
 
     @th.no_grad()
-    def _eager(self, observations: PyTorchObs) -> Sequence[th.Tensor]:
-        return self._with_distribution(self.policy(observations))
+    def _eager(
+        self, key: Hashable, observations: PyTorchObs, context: dict[str, th.Tensor]
+    ) -> Sequence[th.Tensor]:
+        computed = self._with_distribution(self.policy(observations, **context))
+        attributes = vars(self.policy.action_dist)
+        names = [name for name, value in attributes.items() if isinstance(value, th.Tensor)]
+        self._attributes[key] = names, {name: attributes[name] for name in attributes.keys() - set(names)}
+        return computed
 
     def _with_distribution(self, computed: tuple[th.Tensor, ...]) -> tuple[th.Tensor, ...]:
         distribution: Any = self.policy.action_dist
-        tensors = {name: value for name, value in vars(distribution).items() if isinstance(value, th.Tensor)}
-        self._shown = [*tensors]
-        return (*computed, distribution.total(), *tensors.values())
+        return (*computed, distribution.total(), *(v for v in vars(distribution).values() if isinstance(v, th.Tensor)))
 
-    def _function(self, observations: PyTorchObs) -> Callable[..., tuple[th.Tensor, ...]]:
+    def _function(
+        self, observations: PyTorchObs, context: dict[str, th.Tensor]
+    ) -> Callable[..., tuple[th.Tensor, ...]]:
         """Return what is recorded: :meth:`_eager` as a function of tensors."""
-        spec, names = tree_flatten(observations)[1], self._names
+        spec, names = tree_flatten((observations, context))[1], self._names
 
         @th.no_grad()
         def function(*inputs: th.Tensor) -> tuple[th.Tensor, ...]:
-            given = tree_unflatten(inputs[: spec.num_leaves], spec)
+            given, given_context = tree_unflatten(inputs[: spec.num_leaves], spec)
             tensors = dict(zip(names, inputs[spec.num_leaves :], strict=True))
-            return self._with_distribution(functional_call(self.policy, tensors, (given,), tie_weights=False))
+            computed = functional_call(self.policy, tensors, (given,), given_context, tie_weights=False)
+            return self._with_distribution(computed)
 
         return function

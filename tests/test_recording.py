@@ -5,8 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch as th
-from envs import ACTION_SPACES, SMALL_NET, logs_of_updates, make_env
+from envs import ACTION_SPACES, SMALL_NET, logs_of_updates, make_env, make_masked_env
 from gymnasium import spaces
+from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -51,6 +52,13 @@ def test_rollouts_are_replayed(action_space):
         # SB3's has flattened its arrays for the update
         recorded = RolloutBuffer.swap_and_flatten(getattr(model.rollout_buffer, name))
         assert np.array_equal(recorded, getattr(expected.rollout_buffer, name)), name
+
+
+def test_masked_training_is_replayed():
+    model = PPOPlus("MlpPolicy", make_masked_env(2), **SETTINGS).learn(64 * 3)
+    assert n_recordings(model) == (1, 1)
+    expected = MaskablePPO("MlpPolicy", make_masked_env(2), **SETTINGS).learn(64 * 3)
+    assert_same_training(expected, model)
 
 
 @pytest.mark.parametrize("short", [0, 4], ids=["whole minibatches", "a short last minibatch"])
