@@ -108,7 +108,7 @@ def build_case(case: str, compile: bool | dict[str, Any]) -> PPOPlus:
 
 
 @cache
-def trained(case: str, compile: bool) -> PPOPlus:
+def trained(case: str, *, compile: bool) -> PPOPlus:
     """A model after three updates, for several tests to look at."""
     return build_case(case, compile).learn(3 * 32)
 
@@ -141,7 +141,7 @@ def test_compiled_training_equals_eager_training_to_rounding(case: str) -> None:
 
 
 def test_target_kl_stops_the_compiled_update_where_it_stops_the_eager_one() -> None:
-    eager, compiled = (trained("MultiBinary, target_kl", compile) for compile in (False, True))
+    eager, compiled = (trained("MultiBinary, target_kl", compile=compile) for compile in (False, True))
     assert eager.logger.name_to_value["train/early_stopped"] == 1, "the case proves nothing"
     assert compiled.logger.name_to_value["train/early_stopped"] == 1
     steps = [next(iter(model.policy.optimizer.state.values()))["step"].item() for model in (eager, compiled)]
@@ -283,7 +283,7 @@ def test_a_hook_on_a_parameter_keeps_the_step_eager_and_its_effect() -> None:
 
 @pytest.mark.filterwarnings("error:compile=True")
 def test_gradients_are_those_of_the_last_minibatch() -> None:
-    eager, compiled = (trained("discrete, short last minibatch", compile) for compile in (False, True))
+    eager, compiled = (trained("discrete, short last minibatch", compile=compile) for compile in (False, True))
     for expected, actual in zip(eager.policy.parameters(), compiled.policy.parameters(), strict=True):
         th.testing.assert_close(actual.grad, expected.grad, atol=1e-4, rtol=1e-3)
 
