@@ -179,16 +179,26 @@ class _Evaluating(th.nn.Module):
         return values.flatten(), distribution.log_prob(actions)
 
 
+# What acting and evaluating together passes through, and what it does apart. Private ones are overridden too
+_METHODS_OF_ACTING = (
+    "forward",
+    "forward_step",
+    "evaluate_actions",
+    "extract_features",
+    "get_distribution",
+    "predict_values",
+    "value_and_distribution",
+    "_distribution_and_state",
+    "_evaluate",
+    "_get_action_dist_from_latent",
+    "_masked_distribution",
+)
+
+
 def can_act_alone(policy: ActorCriticPolicy) -> TypeGuard[ActorCriticPlusPolicy]:
     """Whether actions, values and log-probs may be computed apart: nothing in a subclass changes how they are made."""
-    cls = type(policy)
-    return (
-        isinstance(policy, ActorCriticPlusPolicy)
-        and cls.forward is ActorCriticPlusPolicy.forward
-        and cls.get_distribution is ActorCriticPlusPolicy.get_distribution
-        and cls.predict_values is ActorCriticPlusPolicy.predict_values
-        and cls.evaluate_actions is ActorCriticPlusPolicy.evaluate_actions
-        and cls._get_action_dist_from_latent is ActorCriticPlusPolicy._get_action_dist_from_latent
+    return isinstance(policy, ActorCriticPlusPolicy) and all(
+        getattr(type(policy), name) is getattr(ActorCriticPlusPolicy, name) for name in _METHODS_OF_ACTING
     )
 
 

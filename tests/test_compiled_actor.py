@@ -116,6 +116,45 @@ def test_a_policy_with_a_forward_of_its_own_is_asked_at_every_step_after_one_war
     assert all(isinstance(values, th.Tensor) for values in callback.seen)
 
 
+def raises_values(method: str) -> Any:
+    """Make a subclass whose method, in which values come first, adds 100 to them."""
+
+    def own(self: Any, *args: Any, **kwargs: Any) -> Any:
+        values, *others = getattr(ActorCriticPlusPolicy, method)(self, *args, **kwargs)
+        return values + 100.0, *others
+
+    return type("Own", (ActorCriticPlusPolicy,), {method: own})
+
+
+@pytest.mark.parametrize("method", ["_evaluate", "value_and_distribution"])
+@pytest.mark.filterwarnings("ignore:compile=True. acting runs eagerly")
+def test_a_policy_that_evaluates_in_its_own_way_acts_the_same_compiled_and_eager(method: str) -> None:
+    kept = []
+    for compile in (False, True):
+        callback = KeepRollout()
+        model = PPOPlus(
+            raises_values(method), make_env(), n_steps=16, batch_size=16, n_epochs=1, seed=0, compile=compile
+        )
+        model.learn(16, callback=callback)
+        kept.append(callback.rollouts[0])
+    eager, compiled = kept
+    for name, expected in eager.items():
+        # Advantages are estimated by another algorithm
+        np.testing.assert_allclose(compiled[name], expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "method", ["extract_features", "forward_step", "get_distribution", "predict_values", "_masked_distribution"]
+)
+def test_a_policy_with_methods_of_its_own_is_asked_for_all_at_once(method: str) -> None:
+    def own(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(ActorCriticPlusPolicy, method)(self, *args, **kwargs)
+
+    policy = PPOPlus(type("Own", (ActorCriticPlusPolicy,), {method: own}), make_env()).policy
+    assert not can_act_alone(policy)
+    assert can_act_alone(PPOPlus(type("Same", (ActorCriticPlusPolicy,), {}), make_env()).policy)
+
+
 @pytest.mark.filterwarnings("error:compile=True")
 def test_observations_of_any_layout_and_precision_give_the_same_actions() -> None:
     model = PPOPlus("MlpPolicy", make_env(4, action_space=spaces.Discrete(50)), n_steps=16, batch_size=64, compile=True)
