@@ -17,6 +17,7 @@ import torch._inductor
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from sb3_ppo_plus.fused_operations import FUSED_OPERATIONS
+from sb3_ppo_plus.lean_distributions import may_round
 from sb3_ppo_plus.tracing import constant_tensors, python_state, trace
 
 # Random operations of the graph are PyTorch's own: the numbers of eager mode, from the same generator
@@ -143,7 +144,8 @@ def compile_graph(
     :raises Exception: whatever else tracing or the compiler raises, of many kinds
     """
     examples: list[Any] = [tensor.detach() for tensor in inputs]
-    graph, again = (trace(function, examples, module, FUSED_OPERATIONS) for _ in range(2))
+    with may_round():
+        graph, again = (trace(function, examples, module, FUSED_OPERATIONS) for _ in range(2))
     if graph.code != again.code:
         raise RuntimeError("it computes something else at each call")
     return _generate_code(graph, examples, {**DEFAULT_OPTIONS, **(options or {})})

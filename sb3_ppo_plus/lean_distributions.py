@@ -7,18 +7,33 @@ gradients. The object itself is made when somebody asks for ``distribution``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 import torch as th
 from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
+    MultiCategoricalDistribution,
     sum_independent_dims,
 )
 from torch.distributions import Categorical, Distribution, Normal
 
+# Whether results may differ from SB3's by rounding, see may_round
+_MAY_ROUND = [False]
 _LOG_SQRT_2_PI = math.log(math.sqrt(2 * math.pi))
 _ENTROPY_OF_STANDARD_NORMAL = 0.5 + 0.5 * math.log(2 * math.pi)
+
+
+@contextmanager
+def may_round() -> Iterator[None]:
+    """Let the distributions leave out operations that change nothing but the last bits: for compiled graphs."""
+    _MAY_ROUND.append(True)
+    try:
+        yield
+    finally:
+        _MAY_ROUND.pop()
 
 
 class LeanDiagGaussianDistribution(DiagGaussianDistribution):
@@ -102,6 +117,13 @@ class LeanCategoricalDistribution(CategoricalDistribution):
         self._object = distribution
         self._is_own = distribution is not None
 
+    @property
+    def logits(self) -> th.Tensor:
+        """Log-probabilities, shape (batch, action_dim); under :func:`may_round` but for a constant in each row."""
+        if self._is_own:
+            return self.distribution.logits
+        return self._action_logits if _MAY_ROUND[-1] else self._logits
+
     def proba_distribution(self, action_logits: th.Tensor) -> Self:
         """Set the parameters.
 
@@ -109,12 +131,16 @@ class LeanCategoricalDistribution(CategoricalDistribution):
         :return: self
         :raises ValueError: where one is NaN or infinite, as ``Categorical`` does
         """
-        self._object, self._is_own, self._probs = None, False, None
-        self._action_logits = action_logits
-        self._logits = action_logits - action_logits.logsumexp(dim=-1, keepdim=True)
+        self.set_logits(action_logits)
         if _is_validated() and not math.isfinite(self.total().item()):
             self._object = Categorical(logits=action_logits)
         return self
+
+    def set_logits(self, action_logits: th.Tensor) -> None:
+        """Set the parameters as :meth:`proba_distribution`, without a check."""
+        self._object, self._is_own, self._probs = None, False, None
+        self._action_logits = action_logits
+        self._logits = action_logits - action_logits.logsumexp(dim=-1, keepdim=True)
 
     def total(self) -> th.Tensor:
         """Sum of the log-probabilities, finite where all are, 0-dim."""
@@ -147,8 +173,63 @@ class LeanCategoricalDistribution(CategoricalDistribution):
         if self._probs is None:
             # Once, as torch does: another softmax would change the order in which gradients are added
             with th.set_grad_enabled(self._logits.requires_grad):
-                self._probs = self._logits.softmax(dim=-1)
+                self._probs = self.logits.softmax(dim=-1)
         return self._probs
+
+
+class LeanMultiCategoricalDistribution(MultiCategoricalDistribution):
+    """SB3's ``MultiCategoricalDistribution``, to the bit.
+
+    :param action_dims: number of choices of each action
+    """
+
+    part_class: type[LeanCategoricalDistribution] = LeanCategoricalDistribution
+    parts: Sequence[LeanCategoricalDistribution] = ()
+
+    @property  # type: ignore[override]  # SB3 narrows its base in the same way
+    def distribution(self) -> list[Categorical]:
+        """The objects of ``torch.distributions``; where they are assigned, they are used from then on."""
+        return [part.distribution for part in self.parts]
+
+    @distribution.setter  # type: ignore[override]  # as above
+    def distribution(self, distributions: list[Categorical] | None) -> None:
+        self.parts = [self.part_class(n) for n in self.action_dims] if distributions else ()
+        for part, distribution in zip(self.parts, distributions or (), strict=True):
+            part.distribution = distribution
+
+    def proba_distribution(self, action_logits: th.Tensor) -> Self:
+        """Set the parameters.
+
+        :param action_logits: unnormalised log-probabilities, shape (batch, sum of action_dims)
+        :return: self
+        :raises ValueError: where one is NaN or infinite, as ``Categorical`` does
+        """
+        # Others each time: a copy of this object keeps those that it has
+        self.parts = [self.part_class(n) for n in self.action_dims]
+        splits = th.split(action_logits, list(self.action_dims), dim=1)
+        for part, split in zip(self.parts, splits, strict=True):
+            part.set_logits(split)
+        if _is_validated() and not math.isfinite(action_logits.sum().item()):
+            # The check that says what is wrong
+            _ = [Categorical(logits=split) for split in splits]
+        return self
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        """Log-probability of actions of shape (batch, number of actions), shape (batch,)."""
+        each = [part.log_prob(action) for part, action in zip(self.parts, actions.unbind(dim=1), strict=True)]
+        return th.stack(each, dim=1).sum(dim=1)
+
+    def entropy(self) -> th.Tensor:
+        """Entropy, shape (batch,)."""
+        return th.stack([part.entropy() for part in self.parts], dim=1).sum(dim=1)
+
+    def sample(self) -> th.Tensor:
+        """Draw actions, shape (batch, number of actions)."""
+        return th.stack([part.sample() for part in self.parts], dim=1)
+
+    def mode(self) -> th.Tensor:
+        """Most probable actions, shape (batch, number of actions)."""
+        return th.stack([part.mode() for part in self.parts], dim=1)
 
 
 def _is_validated() -> bool:

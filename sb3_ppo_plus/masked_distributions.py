@@ -1,40 +1,23 @@
 """Categorical distributions whose invalid actions have probability 0, on SB3's classes.
 
 They are SB3's own until masks are applied. The arithmetic is that of sb3-contrib's maskable distributions: normalise
-the logits, mask them, normalise again. The lowest number of the dtype stands in place of -1e8, which overflows in half
-precision; in float32 it gives the same bits.
+the logits, mask them, normalise again (in compiled graphs only once). The lowest number of the dtype stands in place of
+-1e8, which overflows in half precision; in float32 it gives the same bits.
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.distributions import Distribution, MultiCategoricalDistribution
-from torch.distributions import Categorical
+from stable_baselines3.common.distributions import Distribution
 
-from sb3_ppo_plus.lean_distributions import LeanCategoricalDistribution
+from sb3_ppo_plus.lean_distributions import LeanCategoricalDistribution, LeanMultiCategoricalDistribution
 
 MASKABLE_SPACES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
-
-
-class MaskedCategorical(Categorical):
-    """Categorical distribution over the valid actions.
-
-    :param logits: normalised log-probabilities of all actions, shape (batch, n)
-    :param masks: True where an action is valid, bool, shape (batch, n); at least one in each row
-    """
-
-    def __init__(self, logits: th.Tensor, masks: th.Tensor) -> None:
-        self.masks = masks
-        # The logits were checked when they were normalised
-        super().__init__(logits=_masked(logits, masks), validate_args=False)
-
-    def entropy(self) -> th.Tensor:
-        """Entropy of the choice among the valid actions, shape (batch,)."""
-        return _entropy(self.logits, self.probs, self.masks)
 
 
 class MaskableCategoricalDistribution(LeanCategoricalDistribution):
@@ -42,21 +25,21 @@ class MaskableCategoricalDistribution(LeanCategoricalDistribution):
 
     _masks: th.Tensor | None = None
 
-    def proba_distribution(self, action_logits: th.Tensor) -> Self:
+    def set_logits(self, action_logits: th.Tensor) -> None:
         """Set the parameters; see ``LeanCategoricalDistribution``."""
         self._masks = None
-        return super().proba_distribution(action_logits)
+        super().set_logits(action_logits)
 
     def apply_masking(self, masks: th.Tensor | np.ndarray) -> None:
         """Give the invalid actions probability 0, besides those to which earlier masks gave it.
 
         :param masks: True where an action is valid, shape (batch, n) or (batch * n,)
         """
-        self._masks = _as_masks(masks, self._logits.shape, self._logits.device)
+        logits = self.logits
+        given = _as_masks(masks, logits.shape, logits.device)
         # Not by proba_distribution, whose check that all are finite adds them up
-        self._action_logits = _masked(self._logits, self._masks)
-        self._logits = self._action_logits - self._action_logits.logsumexp(dim=-1, keepdim=True)
-        self._object, self._probs = None, None
+        self.set_logits(th.where(given, logits, th.finfo(logits.dtype).min))
+        self._masks = given
 
     def total(self) -> th.Tensor:
         """Sum of the valid actions' log-probabilities, finite where all are, 0-dim."""
@@ -66,11 +49,15 @@ class MaskableCategoricalDistribution(LeanCategoricalDistribution):
         """Entropy of the choice among the valid actions, shape (batch,)."""
         if self._masks is None:
             return super().entropy()
-        return _entropy(self._logits, self._probabilities(), self._masks)
+        # Else a float16 loss's scale times the lowest number, an invalid action's gradient, overflows
+        return -(self._logits * self._probabilities()).masked_fill(~self._masks, 0.0).sum(-1)
 
 
-class MaskableMultiCategoricalDistribution(MultiCategoricalDistribution):
+class MaskableMultiCategoricalDistribution(LeanMultiCategoricalDistribution):
     """SB3's distribution of MultiDiscrete actions, to which masks can be applied."""
+
+    part_class = MaskableCategoricalDistribution
+    parts: Sequence[MaskableCategoricalDistribution] = ()
 
     def apply_masking(self, masks: th.Tensor | np.ndarray) -> None:
         """Give the invalid choices probability 0, besides those to which earlier masks gave it.
@@ -78,10 +65,10 @@ class MaskableMultiCategoricalDistribution(MultiCategoricalDistribution):
         :param masks: True where a choice is valid, shape (batch, sum of nvec) or flat: those of the first action, then
             those of the second, ...
         """
-        logits = [distribution.logits for distribution in self.distribution]
-        given = _as_masks(masks, (len(logits[0]), sum(self.action_dims)), logits[0].device)
-        parts = th.split(given, self.action_dims, dim=1)
-        self.distribution = [MaskedCategorical(*pair) for pair in zip(logits, parts, strict=True)]
+        logits = self.parts[0].logits
+        given = _as_masks(masks, th.Size((len(logits), sum(self.action_dims))), logits.device)
+        for part, part_masks in zip(self.parts, th.split(given, self.action_dims, dim=1), strict=True):
+            part.apply_masking(part_masks)
 
 
 class MaskableBernoulliDistribution(MaskableMultiCategoricalDistribution):
@@ -142,17 +129,8 @@ def apply_masks(distribution: Distribution, masks: th.Tensor | np.ndarray) -> No
     distribution.apply_masking(masks)
 
 
-def _masked(logits: th.Tensor, masks: th.Tensor) -> th.Tensor:
-    return logits.masked_fill(~masks, th.finfo(logits.dtype).min)
-
-
-def _entropy(logits: th.Tensor, probs: th.Tensor, masks: th.Tensor) -> th.Tensor:
-    # Else a float16 loss's scale times the lowest number, the gradient of an invalid action's probability, overflows
-    return -(logits * probs).masked_fill(~masks, 0.0).sum(-1)
-
-
-def _as_masks(masks: th.Tensor | np.ndarray, shape: tuple[int, ...], device: th.device) -> th.Tensor:
+def _as_masks(masks: th.Tensor | np.ndarray, shape: th.Size, device: th.device) -> th.Tensor:
     given = th.as_tensor(masks, dtype=th.bool, device=device)
     if given.numel() != shape[0] * shape[1]:
         raise ValueError(f"action_masks must have the shape {tuple(shape)}, got {tuple(given.shape)}")
-    return given.reshape(shape)
+    return given if given.shape == shape else given.reshape(shape)

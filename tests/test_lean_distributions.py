@@ -1,12 +1,22 @@
 """The lean distributions are SB3's to the bit, in values, samples and gradients."""
 
+from copy import copy
+
 import pytest
 import torch as th
-from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
+from stable_baselines3.common.distributions import (
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    MultiCategoricalDistribution,
+)
 from torch.distributions import Categorical, Normal
 
 from sb3_ppo_plus.distributions import without_argument_validation
-from sb3_ppo_plus.lean_distributions import LeanCategoricalDistribution, LeanDiagGaussianDistribution
+from sb3_ppo_plus.lean_distributions import (
+    LeanCategoricalDistribution,
+    LeanDiagGaussianDistribution,
+    LeanMultiCategoricalDistribution,
+)
 
 
 def gaussian_parameters(scale=1.0):
@@ -23,6 +33,12 @@ def categorical_parameters(scale=1.0):
 PAIRS = {
     "gaussian": (DiagGaussianDistribution, LeanDiagGaussianDistribution, 3, gaussian_parameters),
     "categorical": (CategoricalDistribution, LeanCategoricalDistribution, 5, categorical_parameters),
+    "multi categorical": (
+        MultiCategoricalDistribution,
+        LeanMultiCategoricalDistribution,
+        [2, 1, 2],
+        categorical_parameters,
+    ),
 }
 
 
@@ -48,14 +64,21 @@ def test_values_samples_and_gradients_are_those_of_sb3(name, scale):
         assert th.equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", PAIRS)
-def test_the_object_of_torch_is_there_when_asked_for(name):
+@pytest.mark.parametrize(
+    ("name", "types"),
+    [("gaussian", [Normal]), ("categorical", [Categorical]), ("multi categorical", [Categorical] * 3)],
+    ids=PAIRS,
+)
+def test_the_object_of_torch_is_there_when_asked_for(name, types):
     _, ours, action_dim, make_parameters = PAIRS[name]
     distribution = ours(action_dim)
     for scale in (1.0, 2.0):
         distribution.proba_distribution(*make_parameters(scale))
-        assert isinstance(distribution.distribution, Normal if name == "gaussian" else Categorical)
-        assert th.equal(distribution.distribution.entropy().reshape(16, -1).sum(1), distribution.entropy())
+        inner = distribution.distribution
+        parts = inner if isinstance(inner, list) else [inner]
+        assert [type(part) for part in parts] == types
+        entropies = [part.entropy().reshape(16, -1).sum(1) for part in parts]
+        assert th.equal(th.stack(entropies, dim=1).sum(1), distribution.entropy())
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -87,6 +110,24 @@ def test_an_object_that_is_assigned_counts():
     assert th.allclose(distribution.entropy(), th.zeros(4))
     # Until the next parameters
     assert distribution.proba_distribution(th.tensor([[9.0, 0.0]])).mode().item() == 0
+
+
+def test_objects_that_are_assigned_count():
+    distribution = LeanMultiCategoricalDistribution([2, 3]).proba_distribution(th.zeros(4, 5))
+    ones = [Categorical(logits=th.tensor([[0.0, 50.0, 0.0][:n]]).expand(4, n)) for n in (2, 3)]
+    distribution.distribution = ones
+    assert distribution.distribution == ones
+    assert (distribution.sample() == 1).all()
+    assert (distribution.mode() == 1).all()
+    assert th.allclose(distribution.log_prob(th.ones(4, 2)), th.zeros(4))
+    assert th.allclose(distribution.entropy(), th.zeros(4))
+
+
+def test_a_copy_keeps_the_parameters_that_it_has():
+    distribution = LeanMultiCategoricalDistribution([2, 3]).proba_distribution(th.eye(5)[1:2])
+    copied = copy(distribution)
+    distribution.proba_distribution(th.zeros(1, 5))
+    assert copied.mode().tolist() == [[1, 0]]
 
 
 def test_log_std_that_is_nan_raises_too():

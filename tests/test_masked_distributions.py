@@ -1,5 +1,7 @@
 """Masked distributions against closed forms, sb3-contrib's, and SB3's own where nothing is masked."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch as th
@@ -8,6 +10,7 @@ from gymnasium import spaces
 from sb3_contrib.common.maskable.distributions import make_masked_proba_distribution
 from stable_baselines3.common.distributions import make_proba_distribution
 
+from sb3_ppo_plus.lean_distributions import may_round
 from sb3_ppo_plus.masked_distributions import (
     MaskableCategoricalDistribution,
     apply_masks,
@@ -164,6 +167,22 @@ def test_a_distribution_that_takes_no_masks_says_so():
     distribution = make_proba_distribution(spaces.MultiBinary(2)).proba_distribution(th.zeros(1, 2))
     with pytest.raises(ValueError, match="BernoulliDistribution, which takes none"):
         apply_masks(distribution, np.ones((1, 4)))
+
+
+@SPACES
+def test_the_short_form_of_compiled_graphs_differs_by_rounding_alone(action_space):
+    results = []
+    for context in (nullcontext(), may_round()):
+        logits = random_logits(action_space).requires_grad_()
+        with context:
+            distribution = masked(action_space, logits, random_masks(action_space))
+            th.manual_seed(0)
+            actions = distribution.sample()
+            log_prob, entropy = distribution.log_prob(actions), distribution.entropy()
+        (log_prob.sum() + 0.1 * entropy.sum()).backward()
+        results.append((actions, log_prob, entropy, logits.grad))
+    for exact, rounded in zip(*results, strict=True):
+        th.testing.assert_close(rounded, exact, atol=1e-6, rtol=1e-5)
 
 
 @SPACES
