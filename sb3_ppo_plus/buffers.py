@@ -106,12 +106,14 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
 
     _rollout: RolloutBatch | None = None
     context: dict[str, np.ndarray]
+    """What else the policy was given, shape (buffer_size, n_envs, ...), once the buffer is full."""
     states: list[RNNStates]
 
     def reset(self) -> None:
         """Empty the buffer."""
         self._rollout = None
         self.context = {}
+        self._contexts: list[dict[str, th.Tensor]] = []
         self.states = []
         super().reset()
 
@@ -133,7 +135,8 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         :param episode_start: whether ``obs`` begins an episode, shape (n_envs,)
         :param value: value predictions; None: :meth:`set_evaluation` follows
         :param log_prob: log probability of the actions; None: the same
-        :param context: what else the policy was given, tensors of shape (n_envs, ...), the same names at each step
+        :param context: what else the policy was given, tensors of shape (n_envs, ...), the same names at each step;
+            they are kept until the buffer is full
         """
         self._store_observations(obs)
         self.actions[self.pos] = action.reshape(self.n_envs, self.action_dim)
@@ -143,9 +146,11 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             self.values[self.pos] = value.cpu().numpy().reshape(-1)
             self.log_probs[self.pos] = log_prob.cpu().numpy().reshape(-1)
         if context is not None:
-            self._store_context(context)
+            self._contexts.append(context)
         self.pos += 1
         self.full = self.pos == self.buffer_size
+        if self.full and self._contexts:
+            self._stack_contexts()
 
     def add_states(self, states: RNNStates) -> None:
         """Keep a memory's states before the next step, if a sequence begins with it.
@@ -258,12 +263,11 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         """Join steps and envs; after SB3's ``get`` they are joined already."""
         return array if self.generator_ready else array.reshape(-1, *array.shape[2:])
 
-    def _store_context(self, context: dict[str, th.Tensor]) -> None:
-        for name, tensor in context.items():
-            array = tensor.cpu().numpy()
-            if name not in self.context:
-                self.context[name] = np.zeros((self.buffer_size, *array.shape), array.dtype)
-            self.context[name][self.pos] = array
+    def _stack_contexts(self) -> None:
+        # All at once, which is cheaper than a copy at each step
+        for name in self._contexts[0]:
+            self.context[name] = th.stack([context[name] for context in self._contexts]).cpu().numpy()
+        self._contexts = []
 
     def _flat_context(self, array: np.ndarray) -> np.ndarray:
         # SB3's get orders its own arrays env by env, and does not know these

@@ -21,7 +21,7 @@ from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, get_action_m
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_ppo_plus.callbacks import iterate_callbacks
 from sb3_ppo_plus.masked_distributions import MASKABLE_SPACES, mask_sizes
@@ -51,8 +51,12 @@ def offers_masks(env: VecEnv, action_space: spaces.Space[Any]) -> bool:
     """Whether every environment offers masks, of a space that can be masked."""
     if not isinstance(action_space, MASKABLE_SPACES):
         return False
+    if has_mask_key(env.observation_space):
+        return True
     try:
-        return has_mask_key(env.observation_space) or is_masking_supported(env)
+        # Attributes of that name have been something else than methods; those in subprocesses are not looked at
+        is_offered = is_masking_supported(env)
+        return is_offered and all(callable(each.get_wrapper_attr(EXPECTED_METHOD_NAME)) for each in _envs_of(env) or ())
     except NotImplementedError:
         # A VecEnv need not know its environments' attributes
         return False
@@ -100,9 +104,14 @@ def takes_masks(policy_class: type[Any]) -> bool:
 def check_mask_key(env: VecEnv, action_space: spaces.Space[Any]) -> None:
     """Check the masks among the observations of an environment.
 
-    :raises ValueError: if they have not the size of the action space's masks, or are normalised
+    :raises ValueError: if they have not the size of the action space's masks, or are normalised, or all there is
     """
     assert isinstance(env.observation_space, spaces.Dict)
+    if len(env.observation_space.spaces) == 1:
+        raise ValueError(
+            f"observations must hold more than the mask, which is no feature, got {env.observation_space}; "
+            "action_masking=False takes it for one"
+        )
     shape, size = env.observation_space[MASK_KEY].shape, sum(mask_sizes(action_space))
     if shape is None or int(np.prod(shape)) != size:
         raise ValueError(
@@ -159,34 +168,74 @@ class ActionMaskSource:
 
     def __init__(self, env: VecEnv, action_space: spaces.Space[Any], policy: BasePolicy) -> None:
         self._env = env
+        self._envs = _envs_of(env)
         self._sizes = mask_sizes(action_space)
-        self._device = policy.device
+        self._shape = (env.num_envs, sum(self._sizes))
+        self._starts = np.cumsum([0, *self._sizes[:-1]])
+        self._device = None if policy.device.type == "cpu" else policy.device
         self._in_observations = has_mask_key(env.observation_space)
-        self._policy_finds_them = bool(getattr(policy, "has_mask_key", False))
+        self._policy_finds_them = self._in_observations and bool(getattr(policy, "has_mask_key", False))
 
-    def context(self, observations: Any, step: int) -> dict[str, th.Tensor]:  # noqa: ANN401  # array or dict
+    def ask(self, observations: Any, step: int) -> np.ndarray:  # noqa: ANN401  # array or dict
         """Ask for the masks of a step.
 
         :param observations: before the step
         :param step: steps done in this rollout, for the message of an error
-        :return: keyword arguments for the policy; none where it finds the masks among the observations
+        :return: bool, shape (n_envs, mask size)
         :raises ValueError: for masks of a wrong shape, or where an environment has no valid action
         """
         if self._in_observations:
-            masks = check_masks(observations[MASK_KEY], self._sizes, step)
-            return {} if self._policy_finds_them else {"action_masks": th.from_numpy(masks).to(self._device)}
-        masks = _stacked(self._env.env_method(EXPECTED_METHOD_NAME), sum(self._sizes), step)
-        return {"action_masks": th.from_numpy(check_masks(masks, self._sizes, step)).to(self._device)}
+            # A copy: they are kept for longer than a VecEnv may keep its observations
+            masks = np.array(observations[MASK_KEY])
+        else:
+            masks = _stacked(self._ask_envs(), self._shape[1], step)
+        # At each step, so that few operations must do for what is as it should be
+        if masks.dtype == np.bool_ and masks.shape == self._shape:
+            has_choice = np.logical_or.reduceat(masks, self._starts, axis=1)
+            if b"\0" not in has_choice.tobytes():
+                return masks
+        return check_masks(masks, self._sizes, step)
+
+    def _ask_envs(self) -> list[Any]:
+        if self._envs is None:
+            return self._env.env_method(EXPECTED_METHOD_NAME)
+        return [env.get_wrapper_attr(EXPECTED_METHOD_NAME)() for env in self._envs]
+
+    def context(self, masks: np.ndarray) -> dict[str, th.Tensor]:
+        """Make keyword arguments for the policy.
+
+        :param masks: as :meth:`ask` returned them
+        :return: none where the policy finds the masks among the observations
+        """
+        if self._policy_finds_them:
+            return {}
+        tensor = th.from_numpy(masks)
+        return {"action_masks": tensor if self._device is None else tensor.to(self._device)}
+
+
+def _envs_of(env: VecEnv) -> list[gym.Env[Any, Any]] | None:
+    """Find the environments to which ``env_method`` does no more than call their method; None: it may do more."""
+    while isinstance(env, VecEnvWrapper) and type(env).env_method is VecEnvWrapper.env_method:
+        env = env.venv
+    is_plain = isinstance(env, DummyVecEnv) and type(env).env_method is DummyVecEnv.env_method
+    return env.envs if is_plain else None
 
 
 def _stacked(given: list[Any], size: int, step: int) -> np.ndarray:
+    try:
+        masks = np.array(given)
+    except ValueError:
+        # They have several shapes
+        masks = np.empty(0)
+    if masks.size == len(given) * size:
+        return masks
     for index, mask in enumerate(given):
         if np.size(mask) != size:
             raise ValueError(
                 f"action_masks() of env {index} must return the shape ({size},), got {np.shape(mask)} at step {step} "
                 "of the rollout"
             )
-    return np.array(given)
+    return np.array([np.reshape(mask, size) for mask in given])
 
 
 class MaskFromInfo(gym.Wrapper[Any, Any, Any, Any]):
@@ -219,15 +268,18 @@ class MaskFromInfo(gym.Wrapper[Any, Any, Any, Any]):
 class MaskedPredictor:
     """A model whose ``predict`` asks an environment for masks; everything else is the model's.
 
+    Masks among the observations are taken from there.
+
     :param model: a PPOPlus model
     :param env: the environment that it acts in: a VecEnv, or a single environment
-    :raises ValueError: if the environment has no method ``action_masks()``
+    :raises ValueError: if the environment has neither a method ``action_masks()`` nor masks among its observations
     """
 
     def __init__(self, model: Any, env: GymEnv) -> None:  # noqa: ANN401  # PPOPlus, whose module imports this one
-        if not is_masking_supported(env):
+        if not has_mask_key(env.observation_space) and not is_masking_supported(env):
             raise ValueError(
-                f"masked(env) needs a method action_masks() of env (sb3_contrib's ActionMasker adds one), got {env}"
+                "masked(env) needs a method action_masks() of env (sb3_contrib's ActionMasker adds one) or an "
+                f"observation key {MASK_KEY!r}, got {env}"
             )
         vars(self).update(_model=model, _env_with_masks=env)
 
@@ -241,9 +293,13 @@ class MaskedPredictor:
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """Choose actions, see ``PPOPlus.predict``; the environment is asked where no ``action_masks`` are given."""
         model, env = vars(self)["_model"], vars(self)["_env_with_masks"]
-        masks = get_action_masks(env) if action_masks is None else action_masks
+        if action_masks is None and not has_mask_key(env.observation_space):
+            action_masks = get_action_masks(env)
+        elif action_masks is None and not getattr(model.policy, "has_mask_key", False):
+            assert isinstance(observation, dict)
+            action_masks = observation[MASK_KEY]
         prediction: tuple[np.ndarray, tuple[np.ndarray, ...] | None] = model.predict(
-            observation, state, episode_start, deterministic, masks
+            observation, state, episode_start, deterministic, action_masks
         )
         return prediction
 
@@ -268,7 +324,7 @@ def evaluate_with_masks(callback: BaseCallback, model: Any) -> None:  # noqa: AN
     for child in iterate_callbacks(callback):
         if not isinstance(child, EvalCallback) or isinstance(child, MaskableEvalCallback):
             continue
-        if offers_masks(child.eval_env, model.action_space) and not has_mask_key(child.eval_env.observation_space):
+        if offers_masks(child.eval_env, model.action_space):
             child.model = MaskedPredictor(model, child.eval_env)  # type: ignore[assignment]  # all that EvalCallback uses
 
 

@@ -353,6 +353,7 @@ class PPOPlus(SavedPPO):
         callback.on_rollout_start()
         actor = self._actor_for(env, rollout_buffer)
         mask_source = self._mask_source(env)
+        action_masks: np.ndarray | None = None
         context: dict[str, th.Tensor] = {}
         check_output = EnvOutputCheck(env)
         check_output(self._last_obs, None, n_steps)
@@ -361,14 +362,15 @@ class PPOPlus(SavedPPO):
                 self.policy.reset_noise(env.num_envs)
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # not None in a rollout
             if mask_source is not None:
-                context = mask_source.context(self._last_obs, n_steps)
+                action_masks = mask_source.ask(self._last_obs, n_steps)
+                context = mask_source.context(action_masks)
             chosen, values, log_probs = actor.act(obs_tensor, self._last_episode_starts, context)
             actions = chosen.cpu().numpy()
             clipped_actions = self._to_env_units(actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             check_output(new_obs, rewards, n_steps)
             self.num_timesteps += env.num_envs
-            # Callbacks read SB3's names of these variables
+            # Callbacks read SB3's and sb3-contrib's names of these variables
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
@@ -661,6 +663,6 @@ class PPOPlus(SavedPPO):
         """Return this model with a ``predict`` that asks ``env`` for masks, for SB3's ``evaluate_policy`` and the like.
 
         :param env: the environment that is acted in: a VecEnv, or a single environment
-        :raises ValueError: if it has no method ``action_masks()``
+        :raises ValueError: if it has neither a method ``action_masks()`` nor masks among its observations
         """
         return MaskedPredictor(self, env)

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch as th
 from envs import (
@@ -11,9 +12,11 @@ from envs import (
     SMALL_NET,
     MaskedEnv,
     logs_of_updates,
+    make_env,
     make_masked_env,
 )
 from sb3_contrib import MaskablePPO
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
@@ -102,6 +105,40 @@ def test_subprocesses():
         env=lambda: make_vec_env(MaskedEnv, 2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "fork"}),
         updates=2,
     )
+
+
+class SeeLocals(BaseCallback):
+    """Copies what callbacks are shown at each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def _on_step(self):
+        self.seen.append(copy.deepcopy({name: self.locals[name] for name in SHOWN}))
+        return True
+
+
+SHOWN = ["n_steps", "action_masks", "obs_tensor", "actions", "values", "log_probs", "new_obs", "rewards", "dones"]
+
+
+def test_what_callbacks_see():
+    seen = []
+    for algorithm in (MaskablePPO, PPOPlus):
+        callback = SeeLocals()
+        algorithm("MlpPolicy", make_masked_env(3), **SETTINGS).learn(96, callback)
+        seen.append(callback.seen)
+    for expected, ours in zip(*seen, strict=True):
+        for name, value in expected.items():
+            assert type(ours[name]) is type(value), name
+            np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def test_callbacks_see_that_there_are_no_masks():
+    callback = SeeLocals()
+    env = make_env(3, action_space=MASKED_ACTION_SPACES["discrete"])
+    PPOPlus("MlpPolicy", env, **SETTINGS).learn(96, callback)
+    assert all(seen["action_masks"] is None for seen in callback.seen)
 
 
 def test_what_is_logged():

@@ -32,10 +32,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnvWrapper, VecNormalize
 from states import assert_same_training
 
-from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
+from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus, RestartingEnv
 from sb3_ppo_plus.masked_distributions import mask_sizes
 from sb3_ppo_plus.masking import MaskFromInfo
 
@@ -85,13 +85,43 @@ def test_only_valid_actions_reach_the_env(action_space):
         lambda: make_vec_env(lambda: ActionMasker(MaskedEnv(), lambda env: env.action_masks().tolist()), 2),
         lambda: make_vec_env(lambda: ActionMasker(MaskedEnv(), lambda env: env.action_masks().astype(np.int8)), 2),
         lambda: DummyVecEnv([MaskedEnv]),
+        lambda: DummyVecEnv([MaskedEnv, lambda: ActionMasker(MaskedEnv(), lambda env: env.action_masks()[:, None])]),
     ],
-    ids=["SubprocVecEnv", "VecNormalize", "lists", "numbers", "no Monitor"],
+    ids=["SubprocVecEnv", "VecNormalize", "lists", "numbers", "no Monitor", "two shapes"],
 )
 def test_masks_come_through_every_wrapper(env):
     model = build(env()).learn(64)
     assert model.needs_masks
     model.env.close()
+
+
+def test_a_vec_env_wrapper_may_answer_for_the_envs():
+    class OnlyTheFirst(VecEnvWrapper):
+        def reset(self):
+            return self.venv.reset()
+
+        def step_wait(self):
+            return self.venv.step_wait()
+
+        def env_method(self, method_name, *args, **kwargs):
+            masks = super().env_method(method_name, *args, **kwargs)
+            return [np.eye(5)[0] for _ in masks] if method_name == "action_masks" else masks
+
+    model = build(OnlyTheFirst(make_vec_env(ToyEnvWithSizes, 2))).learn(64)
+    assert (model.rollout_buffer.actions == 0).all()
+
+
+def test_an_env_that_was_built_anew_is_asked_from_then_on():
+    class Fails(MaskedEnv):
+        def step(self, action):
+            if self.n_steps == 3:
+                raise RuntimeError("broken")
+            return super().step(action)
+
+    # MaskedEnv refuses all but its own valid actions
+    model = build(make_vec_env(lambda: RestartingEnv(Fails, max_restarts=1000), 2))
+    with pytest.warns(UserWarning, match="broken"):
+        model.learn(64)
 
 
 @pytest.mark.parametrize("mask_space", [None, spaces.Box(0, 1, (5, 1), np.float32), spaces.MultiDiscrete([2] * 5)])
@@ -162,6 +192,18 @@ def test_masks_of_some_envs_are_not_masks_of_all():
     assert not build(DummyVecEnv(envs[1:] * 2)).learn(64).needs_masks
     with pytest.raises(ValueError, match="every environment"):
         build(DummyVecEnv(envs), action_masking=True)
+
+
+def test_an_attribute_that_is_no_method_offers_no_masks():
+    class Env(ToyEnv):
+        action_masks = np.zeros(5, bool)
+
+        def __init__(self):
+            super().__init__(action_space=MASKED_ACTION_SPACES["discrete"])
+
+    assert not build(make_vec_env(Env, 2)).learn(64).needs_masks
+    with pytest.raises(ValueError, match=r"needs .* a method action_masks\(\)"):
+        build(make_vec_env(Env, 2), action_masking=True)
 
 
 def test_continuous_actions_have_no_masks():
@@ -253,11 +295,12 @@ def test_a_policy_class_of_the_users_may_take_masks():
     ("mask", "message"),
     [
         ([True] * 4, r"env 1 must return the shape \(5,\), got \(4,\) at step 3"),
+        ([[True] * 5] * 2, r"env 1 must return the shape \(5,\), got \(2, 5\) at step 3"),
         ([False] * 5, "mask of env 1 leaves no valid action at step 3"),
         ([0.5] * 5, "must be bool, or 0 and 1, got .* of env 1 at step 3"),
         ([np.nan] * 5, "must be bool, or 0 and 1, got .* of env 1 at step 3"),
     ],
-    ids=["shape", "all invalid", "no mask", "nan"],
+    ids=["shape", "two", "all invalid", "no mask", "nan"],
 )
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_a_bad_mask_names_env_and_step(mask, message, compile):
@@ -285,6 +328,13 @@ def test_bad_masks_among_the_observations():
     toy_envs(env)[0].action_masks = lambda: np.zeros(5)
     with pytest.raises(ValueError, match="mask of env 0 leaves no valid action at step 0"):
         build(env, "MultiInputPolicy").learn(64)
+
+
+def test_a_mask_alone_is_no_observation():
+    env = make_key_env()
+    env.observation_space = spaces.Dict({"action_mask": spaces.MultiBinary(5)})
+    with pytest.raises(ValueError, match="must hold more than the mask"):
+        build(env, "MultiInputPolicy")
 
 
 def make_key_env_of_shape(n):
@@ -434,6 +484,8 @@ def test_sb3s_evaluate_policy_takes_a_predictor_that_asks_for_masks():
     model = build().learn(64)
     for env in (make_masked_env(), VecNormalize(make_masked_env(1)), MaskedEnv()):
         assert np.isfinite(evaluate_policy(model.masked(env), env, n_eval_episodes=5, deterministic=False)).all()
+    by_key, env = build(make_key_env(), "MultiInputPolicy").learn(64), make_key_env()
+    assert np.isfinite(evaluate_policy(by_key.masked(env), env, n_eval_episodes=5, deterministic=False)).all()
     with pytest.raises(ValueError, match=r"masked\(env\) needs a method action_masks\(\) of env"):
         model.masked(make_env())
 
@@ -542,8 +594,12 @@ def test_a_model_of_sb3s_keeps_the_mask_among_the_observations_as_a_feature_too(
     env = make_vec_env(lambda: MaskInObservation(ToyEnvWithSizes()), n_envs=2)
     PPO("MultiInputPolicy", env, **SETTINGS).save(tmp_path / "model")
     # MaskedEnv refuses invalid actions
-    model = PPOPlus.load(tmp_path / "model", env=make_key_env()).learn(64)
+    callback = EvalCallback(make_key_env(1), n_eval_episodes=5, eval_freq=8, deterministic=False, verbose=0)
+    model = PPOPlus.load(tmp_path / "model", env=make_key_env()).learn(64, callback)
     assert model.needs_masks
+    assert callback.last_mean_reward > -np.inf
+    env = make_key_env()
+    assert np.isfinite(evaluate_policy(model.masked(env), env, n_eval_episodes=5, deterministic=False)).all()
 
 
 def test_a_model_with_masks_may_go_on_without():

@@ -118,6 +118,7 @@ def contenders(case: Case) -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any
         return {
             "MaskablePPO": (MaskablePPO, {}),
             "PPOPlus": (PPOPlus, {}),
+            "PPOPlus, no masks": (PPOPlus, {"action_masking": False}),
             "PPOPlus compiled": (PPOPlus, {"compile": True}),
             "PPOPlus compiled, no masks": (PPOPlus, {"compile": True, "action_masking": False}),
         }
