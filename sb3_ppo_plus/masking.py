@@ -217,8 +217,9 @@ def _envs_of(env: VecEnv) -> list[gym.Env[Any, Any]] | None:
     """Find the environments to which ``env_method`` does no more than call their method; None: it may do more."""
     while isinstance(env, VecEnvWrapper) and type(env).env_method is VecEnvWrapper.env_method:
         env = env.venv
-    is_plain = isinstance(env, DummyVecEnv) and type(env).env_method is DummyVecEnv.env_method
-    return env.envs if is_plain else None
+    if isinstance(env, DummyVecEnv) and type(env).env_method is DummyVecEnv.env_method:
+        return env.envs
+    return None
 
 
 def _stacked(given: list[Any], size: int, step: int) -> np.ndarray:
