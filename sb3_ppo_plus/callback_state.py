@@ -55,12 +55,23 @@ def set_callback_states(callback: BaseCallback, states: dict[str, State]) -> Non
         warnings.warn(f"callbacks of the checkpoint are not given, their state is dropped: {missing}", stacklevel=2)
     for key in states.keys() & children.keys():
         child, state = children[key], states[key]
-        for name, value in {"n_calls": state["n_calls"], **state.get("attributes", {})}.items():
-            setattr(child, name, value)
+        child.n_calls = state["n_calls"]
+        for name in _attributes_of(child):
+            if name in state.get("attributes", {}):
+                setattr(child, name, state["attributes"][name])
         if "own" in state and hasattr(child, "set_state"):
             child.set_state(state["own"])
-        if state.get("eval_env") is not None and isinstance(child, EvalCallback):
-            set_vec_env_state(child.eval_env, state["eval_env"])
+        if isinstance(child, EvalCallback):
+            _set_eval_env_state(child, state.get("eval_env"))
+
+
+def _set_eval_env_state(callback: EvalCallback, state: State | None) -> None:
+    if state is None or not set_vec_env_state(callback.eval_env, state):
+        warnings.warn(
+            f"the environments of {type(callback).__name__} have no get_resume_state() and set_resume_state(state), or "
+            "had none: they begin anew, and its results may differ. ResumableEnv gives both to many",
+            stacklevel=2,
+        )
 
 
 def _named(callback: BaseCallback) -> Iterator[tuple[str, BaseCallback]]:
@@ -73,9 +84,13 @@ def _named(callback: BaseCallback) -> Iterator[tuple[str, BaseCallback]]:
             yield f"{name} {seen[name]}", child
 
 
+def _attributes_of(callback: BaseCallback) -> list[str]:
+    return [name for cls, names in SB3_ATTRIBUTES.items() if isinstance(callback, cls) for name in names]
+
+
 def _state_of(callback: BaseCallback) -> State:
     state: State = {"n_calls": callback.n_calls}
-    names = [name for cls, names in SB3_ATTRIBUTES.items() if isinstance(callback, cls) for name in names]
+    names = _attributes_of(callback)
     if names:
         state["attributes"] = {name: getattr(callback, name) for name in names}
     if hasattr(callback, "get_state") and hasattr(callback, "set_state"):

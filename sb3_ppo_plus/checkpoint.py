@@ -29,7 +29,9 @@ from sb3_ppo_plus.checkpoint_directory import (
 )
 from sb3_ppo_plus.generator_state import set_global_generator_states
 from sb3_ppo_plus.training_state import (
+    ARRAYS_FILE,
     MODEL_FILE,
+    STATE_FILE,
     checkpoint_files,
     pending_logs,
     read_state,
@@ -37,7 +39,7 @@ from sb3_ppo_plus.training_state import (
     seconds_of_learning,
     set_training_state,
 )
-from sb3_ppo_plus.vec_env_state import keep_interrupts_from_workers
+from sb3_ppo_plus.vec_env_state import WrapperStackError, keep_signals_from_workers
 
 if TYPE_CHECKING:
     from sb3_ppo_plus.ppo_plus import PPOPlus
@@ -54,7 +56,8 @@ class TrainingCheckpoint(BaseCallback):
 
     With ``on_signal``, SIGTERM and SIGINT (Ctrl-C) have a checkpoint written at the end of the update, where ``learn``
     then returns; a second SIGINT interrupts at once. SIGUSR1 has one written, and learning goes on. The handlers are
-    in place during ``learn``, if it runs in the main thread.
+    in place during ``learn``, if it runs in the main thread. Workers of a SubprocVecEnv ignore SIGINT and SIGTERM from
+    then on, which often reach all processes; forked ones ignore SIGINT only.
 
     :param save_freq: least number of timesteps, of all environments together, from one checkpoint to the next; with 1
         there is one after every update
@@ -87,7 +90,7 @@ class TrainingCheckpoint(BaseCallback):
         self.keep_last = keep_last
         self.on_signal = on_signal
         self.received_signal: signal.Signals | None = None
-        """The signal after which ``learn`` returned, or will; None: none."""
+        """SIGTERM or SIGINT, if one has come since ``learn`` began, whatever has ended it."""
         self._n_saved_at = 0
         self._signals = _SignalFlags()
 
@@ -111,7 +114,7 @@ class TrainingCheckpoint(BaseCallback):
                 stacklevel=2,
             )
         if self.on_signal and self._signals.install():
-            keep_interrupts_from_workers(self.training_env)
+            keep_signals_from_workers(self.training_env)
 
     @property
     def _ppo_plus(self) -> PPOPlus:
@@ -161,6 +164,8 @@ class TrainingCheckpoint(BaseCallback):
     def on_learn_end(self) -> None:
         """Put back the signal handlers; called however ``learn`` ends."""
         self._signals.remove()
+        # Also where something else has ended it first: whoever sent the signal waits for the program to end
+        self.received_signal = self._signals.stop
 
 
 class _SignalFlags:
@@ -231,15 +236,32 @@ def load_checkpoint(
     checkpoint = newest_checkpoint(save_path)
     if checkpoint is None:
         raise CheckpointError(f"there is no valid checkpoint in {save_path}")
+    if checkpoint.files.keys() != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
+        raise CheckpointError(f"{checkpoint.directory} holds {sorted(checkpoint.files)}, which is no training state")
     model = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
-    state = read_state(checkpoint.files)
-    goes_on = set_training_state(model, state)
+    try:
+        state = read_state(checkpoint.files)
+        if not kwargs.get("trusted", True):
+            _check_log_name(state["attributes"]["_tb_log_name"])
+        goes_on = set_training_state(model, state)
+        model._continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
+    except (WrapperStackError, OSError, EOFError):
+        raise
+    except Exception as error:
+        # Its hashes are right, so that somebody wrote it so, or the environments refuse their state
+        raise CheckpointError(
+            f"{checkpoint.directory} cannot be resumed from: {type(error).__name__}: {error}"
+        ) from error
     model.last_checkpoint = str(checkpoint.directory)
-    model._continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
     _warn_of_inexactness(checkpoint, goes_on)
     if model.verbose >= 1:
         print(f"Resumed from {checkpoint.directory}")
     return model
+
+
+def _check_log_name(name: str) -> None:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"_tb_log_name must be a name in the folder of the logs, got {name!r}")
 
 
 def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:

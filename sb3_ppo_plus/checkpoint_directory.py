@@ -109,7 +109,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
                 raise InvalidCheckpointError(f"{directory}: {name} was altered")
     except OSError as error:
         raise InvalidCheckpointError(f"{directory}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidCheckpointError(f"{directory}: {MANIFEST} is no manifest") from error
     return Checkpoint(directory, files, manifest)
 

@@ -96,8 +96,13 @@ def object_state(owner: object, constant: Collection[str] = (), refused: list[st
 
 
 def set_object_state(owner: object, state: State) -> None:
-    """Put back what :func:`object_state` has returned."""
+    """Put back what :func:`object_state` has returned.
+
+    :raises ValueError: for what it never returns: a method, or an attribute of Python's own
+    """
     for name, (kind, saved) in state.items():
+        if name.startswith("__") or callable(inspect.getattr_static(type(owner), name, None)):
+            raise ValueError(f"{type(owner).__name__}.{name} is no state")
         # Not getattr: a wrapper of SB3 answers for what it wraps
         existing = vars(owner).get(name, inspect.getattr_static(type(owner), name, None))
         value = KINDS[kind].put(existing, saved)

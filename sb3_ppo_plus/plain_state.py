@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,10 @@ Json = Any
 # Longer lists of floats, such as a Monitor's rewards, are arrays: exact, and ten times faster than JSON
 LONGEST_FLOAT_LIST = 8
 MAPPINGS = {dict: "$items", OrderedDict: "$ordered", Counter: "$counter"}
+
+
+# Memory of an array with strides, in sizes of its numbers
+LARGEST_GAPS = 8
 
 
 class PlainStateError(TypeError):
@@ -99,8 +103,12 @@ class PlainStateWriter:
         description = {"type": array.dtype.str, "shape": list(array.shape), "offset": self._n_bytes}
         self._n_bytes += array.nbytes
         # Transposed observations stay transposed: a convolution may round differently on another memory layout
-        if array.strides != np.empty(0, array.dtype).reshape(0, *array.shape).strides[1:] and min(array.strides) > 0:
-            description["strides"] = list(array.strides)
+        strides = list(array.strides)
+        is_in_order = array.strides == np.empty(0, array.dtype).reshape(0, *array.shape).strides[1:]
+        if is_in_order or array.size == 0 or min(strides) <= 0:
+            return description
+        if _n_bytes(array.dtype, array.shape, strides) <= LARGEST_GAPS * array.nbytes:
+            description["strides"] = strides
         return description
 
 
@@ -152,14 +160,18 @@ class PlainStateReader:
         dtype = np.dtype(content["type"])
         if dtype.hasobject:
             raise ValueError(f"the training state has an array of {dtype}; allowed: dtypes without objects")
+        if dtype.itemsize == 0:
+            raise ValueError(f"the training state has an array of {dtype}, whose elements have no bytes")
         shape = content["shape"]
         n_items = int(np.prod(shape, dtype=np.int64))
-        if n_items * dtype.itemsize == 0:
+        if n_items == 0:
             return np.empty(shape, dtype)
         stored: np.ndarray = np.frombuffer(self._arrays, dtype, n_items, content["offset"]).reshape(shape)
         if "strides" not in content:
             return stored.copy()
-        n_bytes = dtype.itemsize + sum((n - 1) * stride for n, stride in zip(shape, content["strides"], strict=True))
+        n_bytes = _n_bytes(dtype, shape, content["strides"])
+        if n_bytes > LARGEST_GAPS * stored.nbytes:
+            raise ValueError(f"the training state has an array of shape {shape} with strides {content['strides']}")
         array = np.ndarray(shape, dtype, bytearray(n_bytes), strides=content["strides"])
         array[...] = stored
         return array
@@ -167,3 +179,8 @@ class PlainStateReader:
     def _tensor(self, content: Json) -> th.Tensor:
         tensor = th.from_numpy(self._array(content))
         return tensor.view(th.bfloat16) if content["dtype"] == "bfloat16" else tensor
+
+
+def _n_bytes(dtype: np.dtype[Any], shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Memory from the first to the last byte of an array that is not empty, with positive strides."""
+    return dtype.itemsize + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

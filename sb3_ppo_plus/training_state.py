@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import time
+from collections import deque
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,7 @@ State = dict[str, Any]
 
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
 GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
+PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
 
 def checkpoint_files(model: PPOPlus, callback: BaseCallback, unsaved: list[str] | None = None) -> dict[str, bytes]:
@@ -82,6 +84,7 @@ def set_training_state(model: PPOPlus, state: State) -> bool:
     :raises WrapperStackError: for environments that are wrapped in another way, naming both
     """
     assert model.env is not None
+    _check_attributes(model, state["attributes"])
     for name, value in state["attributes"].items():
         setattr(model, name, tree_map(lambda leaf: _on_device(leaf, model.device), value))
     for space, generators in zip((model.observation_space, model.action_space), state["spaces"], strict=True):
@@ -91,8 +94,8 @@ def set_training_state(model: PPOPlus, state: State) -> bool:
     if state["has_gradient"] is not None:
         model._gradient_step.flatten(state["has_gradient"])
     if state["gsde"] is not None:
-        for name, noise in state["gsde"].items():
-            setattr(model.policy.action_dist, name, noise.to(model.device))
+        for name in GSDE_TENSORS:
+            setattr(model.policy.action_dist, name, state["gsde"][name].to(model.device))
     goes_on = set_vec_env_state(model.env, state["env"])
     if not goes_on:
         _reset_envs(model)
@@ -108,8 +111,8 @@ def seconds_of_learning(model: PPOPlus) -> float:
 
 def restore_logs(model: PPOPlus, logs: State) -> None:
     """Give the model's logger what waits for its next dump."""
-    for name, values in logs.items():
-        getattr(model.logger, name).update(values)
+    for name in PENDING_LOGS:
+        getattr(model.logger, name).update(logs.get(name, {}))
 
 
 def pending_logs(model: PPOPlus) -> State:
@@ -123,6 +126,17 @@ def pending_logs(model: PPOPlus) -> State:
         "name_to_count": {key: count for key, count in logger.name_to_count.items() if key in values},
         "name_to_excluded": {key: excluded for key, excluded in logger.name_to_excluded.items() if key in values},
     }
+
+
+def _check_attributes(model: PPOPlus, attributes: State) -> None:
+    """Refuse all but a model's training state: some attributes, such as the compiler's options, can run a program."""
+    names = set(model.TRAINING_STATE)
+    if attributes.keys() != names:
+        raise ValueError(f"the training state must be of {sorted(names)}, got {sorted(attributes)}")
+    for name, value in attributes.items():
+        existing = getattr(model, name)
+        if isinstance(existing, int | float | str | deque) and not isinstance(value, type(existing) | None):
+            raise TypeError(f"{name} must be of type {type(existing).__name__}, got {value!r}")
 
 
 def _is_plain(value: object) -> bool:

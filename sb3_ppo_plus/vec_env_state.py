@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
@@ -81,7 +83,10 @@ def set_vec_env_state(env: VecEnv, state: State) -> bool:
         for index, env_state in enumerate(state["envs"]):
             base.env_method("set_resume_state", env_state, indices=[index])
         goes_on = True
+    known = {name for names in WRAPPER_ATTRIBUTES.values() for name in names}
     for name, values in state["attributes"].items():
+        if name not in known:
+            raise ValueError(f"{name} is no state of an environment's wrapper")
         if goes_on or name in MONITOR_STATISTICS:
             for index, value in enumerate(values):
                 base.env_method("set_wrapper_attr", name, value, indices=[index])
@@ -108,17 +113,35 @@ def reset_without_learning(env: VecEnv) -> Any:  # noqa: ANN401  # SB3's VecEnvO
             normalizer.training = True
 
 
-def keep_interrupts_from_workers(env: VecEnv) -> None:
-    """Have the worker processes ignore SIGINT, which a terminal sends to them too and of which SB3's workers die."""
+def keep_signals_from_workers(env: VecEnv) -> None:
+    """Have the worker processes ignore SIGINT and SIGTERM, of which SB3's die.
+
+    A terminal sends the one to all processes, job schedulers the other. Workers that were forked keep SIGTERM: without
+    their main process they would not notice their end.
+    """
     base = env.unwrapped
-    if isinstance(base, SubprocVecEnv):
+    if not isinstance(base, SubprocVecEnv):
+        return
+    is_forked = getattr(base.processes[0], "_start_method", None) == "fork"
+    for number in (signal.SIGINT,) if is_forked else (signal.SIGINT, signal.SIGTERM):
         # A worker answers commands only; the argument of this harmless one is made by signal.signal on arrival
-        base.env_method("__eq__", _IgnoreInterrupts())
+        base.env_method("__eq__", _Ignore(number))
+    if not is_forked:
+        # When the program ends, multiprocessing would send them SIGTERM, and wait
+        Finalize(base, _kill, [base.processes], exitpriority=0)
 
 
-class _IgnoreInterrupts:
+class _Ignore:
+    def __init__(self, number: signal.Signals) -> None:
+        self.number = number
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return signal.signal, (signal.SIGINT, signal.SIG_IGN)
+        return signal.signal, (self.number, signal.SIG_IGN)
+
+
+def _kill(processes: list[BaseProcess]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:

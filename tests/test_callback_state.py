@@ -96,6 +96,21 @@ def test_the_environments_of_an_evaluation_go_on(tmp_path):
     assert np.array_equal(*observations)
 
 
+def test_says_that_an_evaluation_begins_anew():
+    old, new = (EvalCallback(make_vec_env(ToyEnv), log_path=str(name)) for name in ("old", "new"))
+    states = callback_states(old)
+    with pytest.warns(UserWarning, match="the environments of EvalCallback have no get_resume_state"):
+        set_callback_states(new, states)
+
+
+def test_only_what_an_evaluation_counts_is_restored(tmp_path):
+    new = make_callbacks(tmp_path)
+    states = callback_states(make_callbacks(tmp_path))
+    states["EvalCallback 1"]["attributes"]["log_path"] = "elsewhere"
+    set_callback_states(new, states)
+    assert new.callbacks[0].log_path.startswith(str(tmp_path))
+
+
 def test_a_list_around_them_changes_nothing(tmp_path):
     old, new = Counts(), Counts()
     learn(old)

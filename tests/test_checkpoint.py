@@ -1,3 +1,4 @@
+import json
 import os
 import resource
 import signal
@@ -25,7 +26,7 @@ from sb3_ppo_plus import (
     checkpoint_directory,
     latest_checkpoint,
 )
-from sb3_ppo_plus.checkpoint_directory import checkpoint_directories
+from sb3_ppo_plus.checkpoint_directory import checkpoint_directories, read_checkpoint, write_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +259,63 @@ def test_another_wrapper_stack_is_an_error_that_names_both(tmp_path, make_env, m
     interrupted(tmp_path, env=VecMonitor(make_envs()))
     with pytest.raises(WrapperStackError, match=message):
         PPOPlus.resume(tmp_path, make_env(), device="cpu")
+
+
+def rewritten(save_path, change):
+    """A checkpoint that somebody wrote: its hashes are right."""
+    files = dict(read_checkpoint(latest_checkpoint(save_path)).files)
+    state = json.loads(files["training_state.json"])
+    change(files, state)
+    if "training_state.json" in files:
+        files["training_state.json"] = json.dumps(state).encode()
+    return write_checkpoint(save_path / "rewritten", files, 48)
+
+
+def array(dtype, shape, **more):
+    return {"$array": {"type": dtype, "shape": shape, "offset": 0, **more}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda files, state: files.pop("model.zip"), "no training state"),
+        (lambda files, state: files.pop("training_state.json"), "no training state"),
+        (lambda files, state: files.update(more=b""), "no training state"),
+        (lambda files, state: files.update({"training_state.bin": b""}), "buffer is smaller"),
+        (lambda files, state: state.clear(), "KeyError: 'attributes'"),
+        # Would run a program as the compiler
+        (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must be of .* 'compile'"),
+        (lambda files, state: state["attributes"].update(num_timesteps="x"), "num_timesteps must be of type int"),
+        (lambda files, state: state["attributes"].update(_last_obs=array("|O", [1])), "dtypes without objects"),
+        (lambda files, state: state["attributes"].update(_last_obs=array("<f4", [2**40])), "buffer is smaller"),
+        (lambda files, state: state["attributes"].update(_last_obs=array("|S0", [2**36])), "no bytes"),
+        (
+            lambda files, state: state["attributes"].update(_last_obs=array("|u1", [2, 2], strides=[2**36, 1])),
+            "with strides",
+        ),
+        (lambda files, state: state["generators"].update(torch=3), "TypeError"),
+        (lambda files, state: state["env"]["attributes"].update(step=[1, 2]), "step is no state"),
+        (lambda files, state: state["env"]["wrappers"][0]["$tuple"][1].update(step_wait=["plain", 1]), "is no state"),
+        (
+            lambda files, state: state["env"]["envs"][0]["layers"][0]["$tuple"][1].update(reset=["plain", 1]),
+            "reset is no state",
+        ),
+    ],
+)
+def test_a_checkpoint_that_somebody_made_up_is_one_clear_error(tmp_path, change, message):
+    interrupted(tmp_path, env=VecMonitor(make_envs()))
+    directory = rewritten(tmp_path, change)
+    with pytest.raises(CheckpointError, match=f"{directory.name} .*{message}"):
+        PPOPlus.resume(directory, VecMonitor(make_envs()), device="cpu", trusted=False)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere"])
+def test_without_trust_the_log_stays_where_it_belongs(tmp_path, name):
+    interrupted(tmp_path)
+    directory = rewritten(tmp_path, lambda files, state: state["attributes"].update(_tb_log_name=name))
+    with pytest.raises(CheckpointError, match=f"_tb_log_name.*{name}"):
+        PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
+    assert PPOPlus.resume(directory, make_envs(), device="cpu").num_timesteps == 48
 
 
 def test_other_versions_are_said(tmp_path, monkeypatch):

@@ -108,7 +108,9 @@ def test_every_bit_of_the_manifest_counts(tmp_path):
     read_checkpoint(directory)
 
 
-@pytest.mark.parametrize("text", [b"null", b"[]", b'{"manifest": null}', b'{"manifest": {"files": 3}}', b"\xff"])
+@pytest.mark.parametrize(
+    "text", [b"null", b"[]", b'{"manifest": null}', b'{"manifest": {"files": 3}}', b"\xff", b"[" * 10**5]
+)
 def test_a_manifest_of_another_form(tmp_path, text):
     (directory,) = write(tmp_path, 100)
     (directory / MANIFEST).write_bytes(text)

@@ -2,7 +2,11 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch as th
@@ -100,6 +104,19 @@ def test_without_on_signal_they_do_what_they_do(tmp_path, number):
     assert in_a_child(tmp_path, number, on_signal=False) == -number
 
 
+class StopsInTheRollout(BaseCallback):
+    def _on_step(self):
+        return self.model.num_timesteps < 28
+
+
+def test_a_signal_is_told_although_another_callback_stops_training_first(tmp_path):
+    checkpoint = TrainingCheckpoint(10_000, tmp_path)
+    make_model().learn(96, [checkpoint, Signals(signal.SIGTERM), StopsInTheRollout()])
+    assert checkpoint.received_signal is signal.SIGTERM and steps_of(tmp_path) == []
+    make_model().learn(32, checkpoint)
+    assert checkpoint.received_signal is None
+
+
 def test_without_on_signal_sigint_is_a_keyboard_interrupt(tmp_path):
     assert in_a_child(tmp_path, signal.SIGINT, on_signal=False)["interrupted"]
 
@@ -165,14 +182,42 @@ def test_only_in_the_main_thread(tmp_path):
     assert steps_of(tmp_path) == [16, 32]
 
 
-def test_an_interrupt_from_the_terminal_does_not_kill_the_workers(tmp_path):
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_to_all_processes_does_not_end_the_workers(tmp_path, number):
     env = SubprocVecEnv([lambda: ResumableEnv(ToyEnv())] * 2)
     try:
         pids = [os.getpid(), *(process.pid for process in env.processes)]
         model = make_model(env)
-        model.learn(96, [TrainingCheckpoint(10_000, tmp_path), Signals(signal.SIGINT, pids=pids)])
+        model.learn(96, [TrainingCheckpoint(10_000, tmp_path), Signals(number, pids=pids)])
         assert model.num_timesteps == 32 and steps_of(tmp_path) == [32]
         model.continue_learning()
         assert model.num_timesteps == 96
     finally:
         env.close()
+
+
+SCRIPT = """
+import sys
+from envs import ToyEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from sb3_ppo_plus import PPOPlus, TrainingCheckpoint
+if __name__ == "__main__":
+    env = SubprocVecEnv([ToyEnv] * 2, {start_method!r})
+    PPOPlus("MlpPolicy", env, n_steps=8, batch_size=8, device="cpu").learn(16, TrainingCheckpoint(1, sys.argv[1]))
+    print(*(process.pid for process in env.processes))
+"""
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_workers_end_with_the_program_that_does_not_close_them(tmp_path, start_method):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(start_method=start_method))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
+    command = [sys.executable, str(script), str(tmp_path)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    for pid in map(int, ran.stdout.split()):
+        until = time.monotonic() + 5
+        while os.path.exists(f"/proc/{pid}"):
+            assert time.monotonic() < until, f"worker {pid} is still there"
+            time.sleep(0.01)

@@ -24,7 +24,7 @@ from states import described, written_and_read
 
 from sb3_ppo_plus import ResumableEnv, WrapperStackError
 from sb3_ppo_plus.vec_env_state import (
-    keep_interrupts_from_workers,
+    keep_signals_from_workers,
     reset_without_learning,
     set_vec_env_state,
     vec_env_state,
@@ -151,12 +151,13 @@ def test_a_reset_without_learning_leaves_running_means_alone():
     assert np.array_equal(observations, env.normalize_obs(env.get_original_obs()))
 
 
-def test_workers_ignore_interrupts_and_still_end():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_ignore_signals_and_still_end(number):
     env = SubprocVecEnv([ToyEnv] * 2)
     env.reset()
-    keep_interrupts_from_workers(VecMonitor(env))
+    keep_signals_from_workers(VecMonitor(env))
     for process in env.processes:
-        os.kill(process.pid, signal.SIGINT)
+        os.kill(process.pid, number)
     env.step(np.stack([env.action_space.sample()] * 2))
     env.close()
     assert [process.exitcode for process in env.processes] == [0, 0]
