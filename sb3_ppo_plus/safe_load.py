@@ -52,6 +52,8 @@ MEMBERS = {
     "system_info.txt",
 }
 MAX_MEMBERS = 20
+# No state dicts; the second before SB3 0.9
+PYTORCH_VARIABLES = ("pytorch_variables.pth", "tensors.pth")
 MAX_ENVS = 2**20
 # Extractors that a policy builds and replaces need some memory beyond what the file holds
 SPARE_BYTES, SPARE_TENSORS = 2**26, 100
@@ -122,6 +124,24 @@ def load_without_trust(
         raise UntrustedFileError(
             f"the model that {path} describes cannot be built: {type(error).__name__}: {error}"
         ) from error
+
+
+def read_parameters(path: File, device: th.device | str) -> dict[str, Any]:
+    """Read the state dicts of a model that PPOPlus or SB3 saved, and nothing else.
+
+    :param path: the file
+    :param device: device of the tensors
+    :return: by name, as "policy" and "policy.optimizer"
+    :raises UntrustedFileError: for another kind of file, or tensors that need unpickling
+    """
+    with opened_model(path) as file:
+        # A subclass may have saved others
+        members = read_members(file, str(path), lambda name: True, MAX_MEMBERS)
+    names = [name for name in members if name.endswith(".pth") and name not in PYTORCH_VARIABLES]
+    return {
+        name.removesuffix(".pth"): load_tensors(members[name], name, get_device(device), allows_legacy=True)
+        for name in names
+    }
 
 
 def _arguments(cls: type[SavedPPO], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:

@@ -90,14 +90,25 @@ def _check_members(infos: list[zipfile.ZipInfo], name: str, allows: Callable[[st
             raise UntrustedFileError(f"{member} is compressed, which neither SB3 nor PyTorch does")
 
 
-def load_tensors(data: bytes, name: str, device: th.device) -> Any:  # noqa: ANN401  # as the file has it; callers check
+def load_tensors(data: bytes, name: str, device: th.device, *, allows_legacy: bool = False) -> Any:  # noqa: ANN401  # as the file has it; callers check
     """Load what ``torch.save`` wrote, by ``torch.load(weights_only=True)`` on an archive whose members were checked.
 
     :param data: the file
     :param name: what to call it in messages
     :param device: where the tensors go
+    :param allows_legacy: take PyTorch's format before 1.6 too, which is no archive
     :raises UntrustedFileError: for a damaged file, or one that holds more than tensors and plain containers
     """
+    is_legacy = allows_legacy and not data.startswith(b"PK")
+    file = io.BytesIO(data) if is_legacy else _checked_archive(data, name)
+    try:
+        return th.load(file, map_location=device, weights_only=True)
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise UntrustedFileError(f"{name} holds no plain tensors: {type(error).__name__}: {first_line}") from error
+
+
+def _checked_archive(data: bytes, name: str) -> io.BytesIO:
     members = read_members(io.BytesIO(data), name, _is_tensor_file, MAX_TENSORS)
     roots = {member.partition("/")[0] for member in members}
     if len(roots) != 1:
@@ -108,11 +119,7 @@ def load_tensors(data: bytes, name: str, device: th.device) -> Any:  # noqa: ANN
         for member, content in members.items():
             archive.writestr(f"archive/{member.partition('/')[2]}", content)
     clean.seek(0)
-    try:
-        return th.load(clean, map_location=device, weights_only=True)
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise UntrustedFileError(f"{name} holds no plain tensors: {type(error).__name__}: {first_line}") from error
+    return clean
 
 
 def _is_tensor_file(member: str) -> bool:

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_ppo_plus.learning_rate_groups import LearningRateGroups, critic_only_parameters
 from sb3_ppo_plus.losses import LossCoefficients
+from sb3_ppo_plus.safe_load import read_parameters
 from sb3_ppo_plus.schedules import make_schedule, schedule_value
 
 Coefficient = float | str | Schedule
@@ -97,14 +97,17 @@ class ScheduledPPO(PPO):
     ) -> None:
         """Load state dicts as :meth:`get_parameters` returns them, or from a file of PPOPlus or SB3's PPO.
 
+        A file need not be trusted: nothing in it is unpickled, and nothing unpacked.
+
         :param load_path_or_dict: path of a saved model, or the state dicts
         :param exact_match: require every parameter of every module
         :param device: device on which to load
+        :raises UntrustedFileError: a ValueError, for a file that is damaged or hostile
         """
         if isinstance(load_path_or_dict, dict):
             parameters = load_path_or_dict
         else:
-            _, parameters, _ = load_from_zip_file(load_path_or_dict, device=device, load_data=False)
+            parameters = read_parameters(load_path_or_dict, device)
         if "policy.optimizer" in parameters:
             self._separate_critic()
             split = self._learning_rate_groups.split_state_dict(self.policy.optimizer, parameters["policy.optimizer"])

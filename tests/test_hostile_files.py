@@ -486,3 +486,43 @@ def test_settings_of_an_older_torch_are_completed(model_file):
 
     model = load(zipped(tensors(model_file, "policy.optimizer.pth", change)))
     assert model.policy.optimizer.param_groups[0]["decoupled_weight_decay"] is False
+
+
+# Parameters only
+
+
+def set_parameters(content, tmp_path):
+    (tmp_path / "model.zip").write_bytes(content)
+    model = PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, policy_kwargs=SMALL_NET, device="cpu")
+    model.set_parameters(tmp_path / "model.zip", device="cpu")
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("member", ["policy.pth", "policy.optimizer.pth"])
+def test_set_parameters_runs_no_pickle(member, form, model_file, tmp_path):
+    mark = tmp_path / "mark"
+    content = zipped(model_file | {member: form(pickle.dumps(Payload(mark))), "data": pickle.dumps(Payload(mark))})
+    with pytest.raises(UntrustedFileError, match=member):
+        set_parameters(content, tmp_path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_set_parameters_unpacks_no_bomb(inside, model_file, tmp_path):
+    zeros = b"\0" * 2**24
+    files = {"archive/data.pkl": pickle.dumps({}, 2), "archive/data/0": zeros}
+    compression = zipfile.ZIP_STORED if inside else zipfile.ZIP_DEFLATED
+    member = zipped(files, zipfile.ZIP_DEFLATED) if inside else zeros
+    bomb = zipped(model_file | {"policy.pth": member}, compression)
+    assert len(bomb) < 2**18
+    with pytest.raises(UntrustedFileError, match="is compressed"):
+        set_parameters(bomb, tmp_path)
+
+
+def test_set_parameters_takes_what_torch_saved_before_1_6(model_file, tmp_path):
+    old = io.BytesIO()
+    state = th.load(io.BytesIO(model_file["policy.pth"]), weights_only=True)
+    th.save(state, old, _use_new_zipfile_serialization=False)
+    set_parameters(zipped(model_file | {"policy.pth": old.getvalue(), "tensors.pth": b"no state dict"}), tmp_path)
+    with pytest.raises(UntrustedFileError, match="no readable zip archive"):
+        load(zipped(model_file | {"policy.pth": old.getvalue()}))
