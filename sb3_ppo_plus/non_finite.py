@@ -36,16 +36,15 @@ class EnvOutputCheck:
         :param step: step of the rollout, for the message
         :raises NonFiniteError: names environment and step, and the raw value where a VecNormalize keeps it
         """
-        # One product is the cheapest check; it may overflow, so that _raise_at looks closer
-        if rewards is not None and not math.isfinite(np.vdot(rewards, rewards)):
-            self._raise_at("reward", rewards, "old_reward", None, step)
+        normalize = self._normalize
+        if rewards is not None:
+            self._check("reward", rewards, None if normalize is None else normalize.old_reward, step)
+        raw: Any = None if normalize is None else normalize.old_obs
         if not isinstance(observations, dict):
-            if observations.dtype.kind == "f" and not math.isfinite(np.vdot(observations, observations)):
-                self._raise_at("observation", observations, "old_obs", None, step)
+            self._check("observation", observations, raw, step)
             return
         for key, array in observations.items():
-            if array.dtype.kind == "f" and not math.isfinite(np.vdot(array, array)):
-                self._raise_at(f"observation {key!r}", array, "old_obs", key, step)
+            self._check(f"observation {key!r}", array, raw.get(key) if isinstance(raw, dict) else raw, step)
 
     def terminal(self, observation: Any, index: int, step: int) -> None:  # noqa: ANN401  # array or dict
         """Check the last observation of an episode whose value is bootstrapped.
@@ -59,22 +58,26 @@ class EnvOutputCheck:
             if not np.isfinite(array).all():
                 raise NonFiniteError(f"the terminal observation of env {index} at step {step} is {array}")
 
-    def _raise_at(self, name: str, array: np.ndarray, raw_name: str, key: str | None, step: int) -> None:
-        is_finite = np.isfinite(array)
-        if is_finite.all():
-            return
-        where = tuple(np.argwhere(~is_finite)[0])
-        raw = getattr(self._normalize, raw_name, None)
-        raw = raw[key] if isinstance(raw, dict) and key is not None else raw
+    def _check(self, name: str, array: np.ndarray, raw: Any, step: int) -> None:  # noqa: ANN401  # array, dict or None
+        # One product is the cheapest check; it may overflow, so that _raise_at looks closer
+        if array.dtype.kind == "f" and not math.isfinite(np.vdot(array, array)):
+            self._raise_at(name, array, raw, step)
+        # A VecNormalize that does not learn turns infinity into the bound at which it clips
+        if isinstance(raw, np.ndarray) and raw.dtype.kind == "f" and not math.isfinite(np.vdot(raw, raw)):
+            self._raise_at(name, array, raw, step)
+
+    def _raise_at(self, name: str, array: np.ndarray, raw: Any, step: int) -> None:  # noqa: ANN401  # as above
+        where = tuple(next(iter(np.argwhere(~np.isfinite(array))), ()))
         text = ""
         if isinstance(raw, np.ndarray):
             # Running statistics spread one environment's value over all
-            is_raw_finite = np.isfinite(raw)
-            if raw.shape == array.shape and not is_raw_finite.all():
-                where = tuple(np.argwhere(~is_raw_finite)[0])
-            elif raw.shape != array.shape and not is_raw_finite.all():
-                where = (np.argwhere(~is_raw_finite)[0][0], *where[1:])
-            text = f"; before VecNormalize it is {raw[where] if raw.shape == array.shape else raw[where[0]]}"
+            raw_where = tuple(next(iter(np.argwhere(~np.isfinite(raw))), ()))
+            if raw_where:
+                where = raw_where if raw.shape == array.shape else (raw_where[0], *where[1:])
+            if where:
+                text = f"; before VecNormalize it is {raw[where] if raw.shape == array.shape else raw[where[0]]}"
+        if not where:
+            return
         position = f" at position {tuple(map(int, where[1:]))}" if len(where) > 1 else ""
         raise NonFiniteError(
             f"the {name} of env {where[0]} at step {step} of the rollout is {array[where]}{position}{text}"

@@ -87,8 +87,9 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         with suppress(Exception):
             self.env.close()
         while True:
-            now = time.monotonic()
-            while self._times and now - self._times[0] > self.window:
+            # Not monotonic(), whose zero is another on another machine, where training may be resumed
+            now = time.time()
+            while self._times and not 0 <= now - self._times[0] <= self.window:
                 self._times.popleft()
             if len(self._times) >= self.max_restarts:
                 error.add_note(

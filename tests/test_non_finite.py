@@ -250,6 +250,15 @@ def test_with_vec_normalize_the_raw_value_and_its_env_are_named(where, stacked):
         model.learn(96)
 
 
+@pytest.mark.parametrize("where", ["reward", "observation"])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_infinity_is_not_hidden_by_a_vec_normalize_that_does_not_learn(where, stacked):
+    env = VecNormalize(envs(where=where, value=np.inf), training=False)
+    model = build(VecFrameStack(env, 2) if stacked else env)
+    with pytest.raises(NonFiniteError, match=f"the {where} of env 1 at step 4 .*; before VecNormalize it is .*inf"):
+        model.learn(96)
+
+
 def test_large_numbers_are_finite():
     space = spaces.Box(-3e38, 3e38, (3,), np.float32)
     env = make_vec_env(lambda: BadEnv("observation", 2e38, observation_space=space))

@@ -145,7 +145,7 @@ def test_past_its_limit_the_environments_own_error_is_raised(failure):
 
 def test_only_restarts_within_the_window_count(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("sb3_ppo_plus.restarting_env.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sb3_ppo_plus.restarting_env.time.time", lambda: now[0])
     env = restarting({"fail_at": 1, "then_fail_at": 1}, max_restarts=1, window=10.0)
     for _ in range(5):
         env.reset()
@@ -157,6 +157,10 @@ def test_only_restarts_within_the_window_count(monkeypatch):
     env.reset()
     with pytest.raises(SimulatorError):
         env.step(0)
+    # A clock that was set back
+    now[0] -= 1000.0
+    env.reset()
+    env.step(0)
 
 
 def test_a_step_without_an_episode_is_the_callers_fault():
