@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.callback_state import set_callback_states
 from sb3_ppo_plus.checkpoint_directory import (
@@ -27,6 +28,7 @@ from sb3_ppo_plus.checkpoint_directory import (
     versions,
     write_checkpoint,
 )
+from sb3_ppo_plus.dead_workers import BROKEN_PIPES, dead_worker_error
 from sb3_ppo_plus.generator_state import set_global_generator_states
 from sb3_ppo_plus.training_state import (
     ARRAYS_FILE,
@@ -236,6 +238,16 @@ def load_checkpoint(
     checkpoint = newest_checkpoint(save_path)
     if checkpoint is None:
         raise CheckpointError(f"there is no valid checkpoint in {save_path}")
+    try:
+        return _resumed(cls, checkpoint, env, device, **kwargs)
+    except BROKEN_PIPES as error:
+        dead = dead_worker_error(env if isinstance(env, VecEnv) else None, None)
+        if dead is None:
+            raise
+        raise dead from error
+
+
+def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.device | str, **kwargs: Any) -> Model:
     if checkpoint.files.keys() != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
         raise CheckpointError(f"{checkpoint.directory} holds {sorted(checkpoint.files)}, which is no training state")
     model = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
@@ -245,7 +257,7 @@ def load_checkpoint(
             _check_log_name(state["attributes"]["_tb_log_name"])
         goes_on = set_training_state(model, state)
         model._continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
-    except (WrapperStackError, OSError, EOFError):
+    except (WrapperStackError, *BROKEN_PIPES):
         raise
     except Exception as error:
         # Its hashes are right, so that somebody wrote it so, or the environments refuse their state

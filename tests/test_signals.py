@@ -214,7 +214,7 @@ def test_workers_end_with_the_program_that_does_not_close_them(tmp_path, start_m
     script.write_text(SCRIPT.format(start_method=start_method))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parent)])}
     command = [sys.executable, str(script), str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=30, env=environment)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert ran.returncode == 0, ran.stderr
     for pid in map(int, ran.stdout.split()):
         until = time.monotonic() + 5
