@@ -281,14 +281,14 @@ def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
         warnings.warn(
             "the environments have no get_resume_state() and set_resume_state(state), or had none: they were reset, "
             "their episodes begin anew. ResumableEnv gives both to many",
-            stacklevel=4,
+            stacklevel=5,
         )
     now, then = versions(), checkpoint.manifest["versions"]
     different = [f"{name} {then.get(name)} (now {now.get(name)})" for name in now if now[name] != then.get(name)]
     if different:
         warnings.warn(
             f"what follows may differ in the last bits, since the checkpoint was written with {', '.join(different)}",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

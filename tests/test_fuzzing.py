@@ -26,11 +26,12 @@ from sb3_ppo_plus import (
     PPOPlus,
     TrainingCheckpoint,
     UntrustedFileError,
+    WrapperStackError,
     load_vec_normalize,
     make_schedule,
     save_vec_normalize,
 )
-from sb3_ppo_plus.checkpoint_directory import newest_checkpoint, read_checkpoint
+from sb3_ppo_plus.checkpoint_directory import newest_checkpoint, read_checkpoint, write_checkpoint
 from sb3_ppo_plus.described_spaces import decode_space, encode_space
 from sb3_ppo_plus.schedules import schedule_value
 from sb3_ppo_plus.strict_json import parse
@@ -262,6 +263,27 @@ def test_members_of_the_tensors_of_a_model(data):
     loads_or_says_why(zipped(members | {name: zipped(inner)}))
 
 
+@pytest.fixture(scope="module")
+def some_model():
+    return PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, policy_kwargs=SMALL_NET, device="cpu")
+
+
+@fuzz(100)
+@given(st.data())
+def test_parameters_of_a_file(some_model, data):
+    members = model_members()
+    name = data.draw(st.sampled_from(["policy.pth", "policy.optimizer.pth", None]))
+    if name is None:
+        content = data.draw(altered(zipped(members)))
+    else:
+        content = zipped(members | {name: data.draw(altered(members[name]))})
+    try:
+        some_model.set_parameters(io.BytesIO(content), device="cpu")
+    except (ValueError, RuntimeError) as error:
+        # PyTorch's own error for parameters of other shapes is a RuntimeError
+        assert isinstance(error, UntrustedFileError) or "state_dict" in str(error) or "expected" in str(error)
+
+
 PLAIN = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-(2**62), 2**62), st.floats(-1e9, 1e9), st.text(max_size=5)),
     lambda inner: (
@@ -355,3 +377,18 @@ def test_bytes_of_a_checkpoint(checkpoint, tmp_path, data):
     assert newest_checkpoint(tmp_path) is None
     with pytest.raises(CheckpointError, match="there is no valid checkpoint"):
         PPOPlus.resume(tmp_path, make_env())
+
+
+@fuzz(60)
+@given(st.data())
+def test_values_of_a_training_state(checkpoint, tmp_path, data):
+    files = dict(read_checkpoint(checkpoint).files)
+    state = json.loads(files["training_state.json"])
+    path = data.draw(st.sampled_from(list(places(state))))
+    files["training_state.json"] = json.dumps(with_value(state, path, data.draw(PLAIN))).encode()
+    shutil.rmtree(tmp_path)
+    directory = write_checkpoint(tmp_path, files, 8)
+    try:
+        PPOPlus.resume(directory, make_env(), device="cpu", trusted=False)
+    except (CheckpointError, WrapperStackError) as error:
+        assert str(error)
