@@ -22,7 +22,8 @@ DTYPES += ("float64",)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
-_BRACKET_OR_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]')
+# Possessive, and with a string that does not end: otherwise it would be searched anew from each of its quotes
+_BRACKET_OR_STRING = re.compile(rb'"(?:[^"\\]+|\\.?)*+"?|[\[\]{}]', re.DOTALL)
 
 
 class UntrustedFileError(ValueError):

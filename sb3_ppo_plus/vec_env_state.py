@@ -141,7 +141,9 @@ class _Ignore:
 
 def _kill(processes: list[BaseProcess]) -> None:
     for process in processes:
-        process.kill()
+        # One that has ended long ago may have left its number to another
+        if process.is_alive():
+            process.kill()
 
 
 def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:

@@ -76,6 +76,11 @@ class _NotPlain:
 class _PlainLoader(yaml.SafeLoader):
     """Plain values, and the OrderedDict and tuples that the RL Zoo writes."""
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        # Merges of merges grow exponentially, and the RL Zoo writes none
+        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
+            raise yaml.constructor.ConstructorError(problem="a mapping merges others", problem_mark=node.start_mark)
+
 
 def _ordered_dict(loader: yaml.SafeLoader, node: Any) -> Any:  # noqa: ANN401  # a node, and what it holds
     (pairs,) = loader.construct_sequence(node, deep=True)

@@ -277,6 +277,7 @@ def test_a_flipped_bit_is_found(model_file):
         b"\xff",
         b"[" * 10**6,
         b'{"a":' * 10**6,
+        b'"' + b'\\"' * 10**6,
         b'{"format": ' + b"9" * 10**6 + b"}",
         b'{"format": 1e999}',
         b'{"format": NaN}',

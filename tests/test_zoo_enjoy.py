@@ -233,6 +233,13 @@ def test_references_that_multiply_are_not_followed(folder):
         zoo_enjoy.read_hyperparams(str(folder / ENV))
 
 
+def test_mappings_that_merge_others_are_refused(folder):
+    lines = ["a0: &a0 {k: 1}"] + [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 7)]
+    (folder / ENV / "config.yml").write_text("\n".join(lines))
+    with pytest.raises(UntrustedFileError, match="a mapping merges others"):
+        zoo_enjoy.read_hyperparams(str(folder / ENV))
+
+
 @pytest.mark.parametrize("algo", ["ppo", "sac"])
 def test_other_algorithms_need_trust(algo):
     with pytest.raises(SystemExit, match="Only models of ppo_plus can be loaded without trust"):
