@@ -235,6 +235,8 @@ def load_checkpoint(
 
     :param kwargs: further arguments of ``PPOPlus.load``
     """
+    if env is None:
+        raise TypeError("env must be the environments to go on with, got None")
     checkpoint = newest_checkpoint(save_path)
     if checkpoint is None:
         raise CheckpointError(f"there is no valid checkpoint in {save_path}")

@@ -98,13 +98,16 @@ def object_state(owner: object, constant: Collection[str] = (), refused: list[st
 def set_object_state(owner: object, state: State) -> None:
     """Put back what :func:`object_state` has returned.
 
-    :raises ValueError: for what it never returns: a method, or an attribute of Python's own
+    :raises ValueError: for what it never returns: a method, or an attribute of Python's own; and for an object inside
+        ``owner`` that is not there
     """
     for name, (kind, saved) in state.items():
         if name.startswith("__") or callable(inspect.getattr_static(type(owner), name, None)):
             raise ValueError(f"{type(owner).__name__}.{name} is no state")
         # Not getattr: a wrapper of SB3 answers for what it wraps
         existing = vars(owner).get(name, inspect.getattr_static(type(owner), name, None))
+        if existing is None and kind not in ("plain", "generator"):
+            raise ValueError(f"{type(owner).__name__} has no {name}, as the saved one had: it was made in another way")
         value = KINDS[kind].put(existing, saved)
         if value is not existing:
             setattr(owner, name, value)

@@ -318,6 +318,14 @@ def test_without_trust_the_log_stays_where_it_belongs(tmp_path, name):
     assert PPOPlus.resume(directory, make_envs(), device="cpu").num_timesteps == 48
 
 
+def test_environments_that_were_made_in_another_way_are_an_error_that_says_what_they_lack(tmp_path):
+    interrupted(tmp_path, env=VecNormalize(make_envs()))
+    with pytest.raises(CheckpointError, match="VecNormalize has no obs_rms"):
+        PPOPlus.resume(tmp_path, VecNormalize(make_envs(), norm_obs=False), device="cpu")
+    with pytest.raises(TypeError, match="env must be the environments to go on with, got None"):
+        PPOPlus.resume(tmp_path, None)
+
+
 def test_other_versions_are_said(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint_directory, "versions", lambda: {"torch": "1.0", "python": "3.11"})
