@@ -111,7 +111,10 @@ class TransformerExtractor(BaseFeaturesExtractor):
 
         self.embedding = nn.Linear(frame_dim, d_model)
         # Of norm 1, like the embedding of a normalised frame: smaller, and the norms would erase its magnitude.
-        self.positions = nn.Parameter(th.randn(n_frames, d_model) * d_model**-0.5)
+        # Registered before it is drawn: loading without trust stops at what is too large
+        self.positions = nn.Parameter(th.empty(n_frames, d_model))
+        with th.no_grad():
+            self.positions.copy_(th.randn(n_frames, d_model) * d_model**-0.5)
         self.cls_token = nn.Parameter(th.randn(d_model) * d_model**-0.5) if pooling == "cls" else None
         self.blocks = nn.ModuleList(_EncoderBlock(d_model, n_heads, d_feedforward, dropout) for _ in range(n_layers))
         self.norm = nn.LayerNorm(d_model)

@@ -46,8 +46,10 @@ class GTrXLMemory(nn.Module):
         self.layers = nn.ModuleList(
             _Layer(hidden_size, n_heads, gate_bias, d_feedforward or 4 * hidden_size) for _ in range(n_layers)
         )
-        distances = th.arange(memory_length + 1)
-        self.register_buffer("distance_encoding", sinusoidal_encoding(distances, hidden_size), persistent=False)
+        # Registered before it is computed: loading without trust stops at what is too large
+        encoding = th.empty(memory_length + 1, hidden_size)
+        self.register_buffer("distance_encoding", encoding, persistent=False)
+        encoding.copy_(sinusoidal_encoding(th.arange(memory_length + 1), hidden_size))
 
     def initial_state(self, n_envs: int) -> State:
         """See :meth:`Memory.initial_state`.

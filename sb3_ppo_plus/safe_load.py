@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch as th
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces, get_device, get_system_info
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from sb3_ppo_plus.described_spaces import decode_space
 from sb3_ppo_plus.model_description import (
@@ -191,7 +194,7 @@ def _build(
             raise UntrustedFileError(f"n_envs must be in [1, {MAX_ENVS}], got {model.n_envs}")
     _set_state(model, description)
     max_bytes = 2 * n_bytes(policy_state, POLICY_FILE) + SPARE_BYTES
-    with _limited_parameters(2 * len(policy_state) + SPARE_TENSORS, max_bytes):
+    with _limited_tensors(2 * len(policy_state) + SPARE_TENSORS, max_bytes):
         model._setup_model()
     check_policy_state(policy_state, model.policy)
     optimizer_state = check_optimizer_groups(optimizer_state, model.get_parameters()["policy.optimizer"])
@@ -221,20 +224,21 @@ def _set_state(model: SavedPPO, description: object) -> None:
 
 
 @contextmanager
-def _limited_parameters(max_tensors: int, max_bytes: int) -> Iterator[None]:
+def _limited_tensors(max_tensors: int, max_bytes: int) -> Iterator[None]:
     """Stop the construction of a network that is larger than the file's: numbers in a description cost nothing."""
     n_tensors = total = 0
 
-    def count(module: th.nn.Module, name: str, parameter: th.nn.Parameter | None) -> None:
+    def count(module: th.nn.Module, name: str, tensor: th.Tensor | None) -> None:
         nonlocal n_tensors, total
-        if parameter is not None:
+        if tensor is not None:
             n_tensors += 1
-            total += parameter.numel() * parameter.element_size()
+            total += tensor.numel() * tensor.element_size()
         if n_tensors > max_tensors or total > max_bytes:
             raise UntrustedFileError(f"the policy described is larger than the one in {POLICY_FILE}")
 
-    handle = register_module_parameter_registration_hook(count)
+    hooks = (register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count))
     try:
         yield
     finally:
-        handle.remove()
+        for hook in hooks:
+            hook.remove()

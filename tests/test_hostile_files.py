@@ -339,6 +339,26 @@ def test_a_network_that_is_not_the_files_is_not_built(policy_kwargs, model_file)
     refused(zipped(described(model_file, change)))
 
 
+@pytest.mark.parametrize(
+    ("policy_kwargs", "shape"),
+    [
+        ({"memory": "gtrxl", "memory_kwargs": {"memory_length": 10**6, "hidden_size": 64}}, [3]),
+        ({"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_model": 2**16}}, [2**10, 1]),
+    ],
+)
+def test_tables_that_are_larger_than_the_files_are_not_filled(policy_kwargs, shape, model_file, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a large table is filled")
+
+    def change(description):
+        description["arguments"]["policy_kwargs"] = policy_kwargs
+        description["observation_space"]["shape"] = shape
+
+    monkeypatch.setattr("sb3_ppo_plus.gtrxl.sinusoidal_encoding", refuse)
+    monkeypatch.setattr(th, "randn", refuse)
+    refused(zipped(described(model_file, change)), "is larger than the one in policy.pth")
+
+
 def encoded(shape, dtype="float32", data=b""):
     return {"dtype": dtype, "shape": shape, "base64": base64.b64encode(data).decode()}
 
