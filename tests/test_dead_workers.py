@@ -83,8 +83,9 @@ def test_resuming_with_a_dead_worker_names_it(tmp_path):
     model = PPOPlus("MlpPolicy", make_env(2), **SETTINGS)
     model.learn(32, TrainingCheckpoint(1, tmp_path))
     env = SubprocVecEnv([ToyEnv] * 2, "fork")
-    env.processes[1].kill()
-    with pytest.raises(DeadWorkerError, match="worker 1 of 2 of the SubprocVecEnv was killed by SIGKILL"):
+    env.processes[0].kill()
+    env.processes[0].join()
+    with pytest.raises(DeadWorkerError, match="worker 0 of 2 of the SubprocVecEnv was killed by SIGKILL"):
         PPOPlus.resume(tmp_path, env, device="cpu")
 
 
