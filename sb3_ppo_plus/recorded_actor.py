@@ -36,12 +36,14 @@ class RecordedActor(RolloutActor):
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
         places = tensor_places(self.policy)
-        self._names, self._tensors = [*places], [tensor.detach() for tensor in places.values()]
+        # Not detached: whoever assigns a parameter's data in a callback changes the next step
+        self._names, self._tensors = [*places], [*places.values()]
         self._is_lean = isinstance(
             self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution)
         )
         self.recordings.refresh()
 
+    @th.no_grad()
     def act(
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
@@ -58,14 +60,12 @@ class RecordedActor(RolloutActor):
         )
         if not math.isfinite(total.item()):
             # Raises what eager mode raises
-            with th.no_grad():
-                self.policy.get_distribution(observations, **context)
+            self.policy.get_distribution(observations, **context)
         # Users read policy.action_dist in callbacks
         names, others = self._attributes[key]
         vars(self.policy.action_dist).update(zip(names, tensors, strict=True), **others)
         return actions, values, log_probs
 
-    @th.no_grad()
     def _eager(
         self, key: Hashable, observations: PyTorchObs, context: dict[str, th.Tensor]
     ) -> Sequence[th.Tensor]:

@@ -7,7 +7,6 @@ of well-known parts is recorded, since a replay would pass by hooks and code tha
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -79,12 +78,12 @@ def record(function: Callable[..., Any], inputs: Sequence[th.Tensor], policy: Ac
         graph.graph.erase_node(node)
     graph.recompile()
     random_state = th.get_rng_state()
-    with warnings.catch_warnings():
-        # TorchScript gives way to compilers, which take longer and round differently
-        warnings.simplefilter("ignore")
-        trace_again: Callable[..., Replay] = th.jit.trace
-        replay = trace_again(lambda *tensors: graph(*tensors), tuple(inputs), check_trace=False)
+    # Not torch.jit.trace: the functions that it makes stay in memory for good
+    traced, _ = th._C._create_graph_by_tracing(
+        lambda *tensors: graph(*tensors), tuple(inputs), lambda _: "", True, False
+    )
     th.set_rng_state(random_state)
+    replay: Replay = th._C._create_function_from_graph("replay", traced)
     return replay
 
 

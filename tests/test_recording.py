@@ -1,6 +1,8 @@
 """Replays do what eager mode does, bit for bit, and where they would not there are none."""
 
 import copy
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from states import assert_same_training
 from torch import nn
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus, recording
-from sb3_ppo_plus.recording import RECORD_AFTER, can_record, record
+from sb3_ppo_plus.recording import CHECKED_REPLAYS, RECORD_AFTER, can_record, record
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
 
@@ -124,6 +126,35 @@ def test_a_model_is_copied_without_its_recordings():
         one.set_random_seed(1)
         one.learn(64)
     assert_same_training(model, twin)
+
+
+def test_recordings_that_are_dropped_leave_no_memory_behind():
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    def record_constant():
+        constant = th.ones(2**20, 4)
+        return record(lambda x: (x + constant.sum(),), [th.ones(1)], policy)
+
+    policy = build().policy
+    before = resident()
+    for _ in range(20):
+        replay = record_constant()
+        assert [replay(th.ones(1))[0].item() for _ in range(CHECKED_REPLAYS)] == [2.0**22 + 1.0] * CHECKED_REPLAYS
+    assert resident() - before < 5 * 2**24
+
+
+def test_parameters_that_a_callback_assigns_count_at_the_next_step():
+    class Assign(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 40:
+                for parameter in self.model.policy.parameters():
+                    parameter.data = parameter.data * 2.0
+            return True
+
+    model = build().learn(64 * 2, Assign())
+    assert n_recordings(model)[0] == 1
+    assert_same_training(build(PPO).learn(64 * 2, Assign()), model)
 
 
 # What others see of it
