@@ -73,6 +73,10 @@ class CompiledGradientStep(GradientStep):
         if self._has_hooks:
             self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
         self._graphs.refresh(is_outdated=self._flat is not before)
+
+    def end_update(self) -> None:
+        """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
+        super().end_update()
         self._prepared = None
 
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:

@@ -46,7 +46,7 @@ class RecordedGradientStep(GradientStep):
         self.recordings.refresh(is_outdated=self._flat is not before)
 
     def end_update(self) -> None:
-        """Leave the policy's optimiser with the state that its own steps would have."""
+        """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
         super().end_update()
         self._prepared = None
 
