@@ -129,12 +129,11 @@ def test_a_model_is_copied_without_its_recordings():
 
 
 def test_recordings_that_are_dropped_leave_nothing_behind():
-    constant = th.ones(3)
-    replay = record(lambda x: (x + constant,), [th.ones(3)], build().policy)
+    constants = [th.ones(3)]
+    replay = record(lambda x: (x + constants[0],), [th.ones(3)], build().policy)
     for _ in range(CHECKED_REPLAYS):
         assert replay(th.ones(3))[0].tolist() == [2.0] * 3
-    of_constant = StorageWeakRef(constant.untyped_storage())
-    del constant
+    of_constant = StorageWeakRef(constants.pop().untyped_storage())
     gc.collect()
     assert not of_constant.expired()
     del replay
