@@ -9,6 +9,8 @@ import pytest
 import torch as th
 from torch.distributions import Distribution
 
+from sb3_ppo_plus import compiled_graph
+
 # Their asserts say what they compared, as those of tests do
 pytest.register_assert_rewrite("envs", "models", "states")
 
@@ -19,3 +21,12 @@ th.set_num_threads(1)
 def checks_of_distributions(monkeypatch):
     """The first torch.compile of a process turns off, for good, the checks that find NaN."""
     monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)
+
+
+@pytest.fixture
+def graphs_without_code(monkeypatch):
+    """Compiled graphs run operation by operation: for tests of when and of what they are made, not of their code.
+
+    TorchInductor takes seconds for each.
+    """
+    monkeypatch.setattr(compiled_graph, "_generate_code", lambda graph, examples, options: graph)

@@ -78,6 +78,7 @@ def test_compiled_and_eager_rollouts_are_the_same(
             np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.usefixtures("graphs_without_code")
 def test_timeouts_are_bootstrapped_after_a_compiled_rollout_and_terminations_are_not() -> None:
     for truncates in (True, False):
         eager, compiled = rollouts(

@@ -256,6 +256,7 @@ def test_an_extractor_with_a_state_learns_the_same_state(part: Any) -> None:
     th.testing.assert_close(states[1], states[0], atol=2e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("graphs_without_code")
 def test_a_change_of_the_policy_between_updates_reaches_the_graphs() -> None:
     class ChangeActivation(BaseCallback):
         def on_update_end(self) -> bool:
@@ -270,6 +271,8 @@ def test_a_change_of_the_policy_between_updates_reaches_the_graphs() -> None:
         build(learning_rate=1e-2, compile=compile).learn(96, callback=ChangeActivation()) for compile in (False, True)
     )
     assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
+    # One for the policy of each of the three updates
+    assert compiled._gradient_step.n_compilations == 3
 
 
 def test_a_hook_on_a_parameter_keeps_the_step_eager_and_its_effect() -> None:

@@ -23,12 +23,14 @@ class OwnAdam(th.optim.Adam):
     """Not flattened."""
 
 
+# With the two environments that build makes, the graphs are those that other tests have compiled
+COMPILED = {"compile": True, "n_steps": 16, "policy_kwargs": {"net_arch": [8]}}
 WAYS = {
     "flat": {},
     "plain": {"policy_kwargs": SMALL_NET | {"optimizer_class": OwnAdam}},
     "flat, two groups": {"critic_learning_rate": 1e-3},
-    "compiled": {"compile": True},
-    "compiled, target_kl": {"compile": True, "target_kl": 100.0},
+    "compiled": COMPILED,
+    "compiled, target_kl": COMPILED | {"target_kl": 100.0},
 }
 
 
@@ -48,7 +50,9 @@ def spoil(model, **values):
 
 
 def build(env=None, **settings):
-    return PPOPlus("MlpPolicy", env or make_env(), **SETTINGS | settings)
+    """A model that updates after each 32 timesteps."""
+    settings = SETTINGS | settings
+    return PPOPlus("MlpPolicy", env or make_env(32 // settings["n_steps"]), **settings)
 
 
 def tensors_of(model):
