@@ -8,7 +8,7 @@ from envs import ToyEnv, make_env
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
-from sb3_ppo_plus import DeadWorkerError, PPOPlus
+from sb3_ppo_plus import DeadWorkerError, PPOPlus, TrainingCheckpoint
 
 SETTINGS = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "device": "cpu"}
 
@@ -77,6 +77,16 @@ def test_an_environment_for_evaluation_counts_too():
     callback = EvalCallback(envs("exit"), eval_freq=8, verbose=0)
     with pytest.raises(DeadWorkerError, match=r"worker 0 of 2 .* exit code 7"):
         PPOPlus("MlpPolicy", make_env(2), **SETTINGS).learn(96, callback)
+
+
+def test_resuming_with_a_dead_worker_names_it(tmp_path):
+    model = PPOPlus("MlpPolicy", make_env(2), **SETTINGS)
+    model.learn(32, TrainingCheckpoint(1, tmp_path))
+    env = SubprocVecEnv([ToyEnv] * 2, "fork")
+    env.processes[0].kill()
+    env.processes[0].join()
+    with pytest.raises(DeadWorkerError, match="worker 0 of 2 of the SubprocVecEnv was killed by SIGKILL"):
+        PPOPlus.resume(tmp_path, env, device="cpu")
 
 
 class Raises(BaseCallback):
