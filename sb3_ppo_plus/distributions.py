@@ -9,6 +9,7 @@ the action before the affine map to the bounds, whose constant Jacobian cancels 
 
 import inspect
 import math
+import threading
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -232,6 +233,16 @@ class BetaDistribution(BoundedDistribution):
         return np.clip(actions.astype(np.float64), 0.0, 1.0)
 
 
+class _Unvalidated:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.n_users = 0
+        self.before = True
+
+
+_UNVALIDATED = _Unvalidated()
+
+
 @contextmanager
 def without_argument_validation() -> Iterator[None]:
     """Have torch.distributions take arguments unchecked, for the while.
@@ -240,12 +251,19 @@ def without_argument_validation() -> Iterator[None]:
     the first step of the next rollout.
     """
     base = torch_distributions.Distribution
-    before = base._validate_args
-    base.set_default_validate_args(False)
+    # Models may learn in several threads: the first to come takes the checks away, the last to leave brings them back
+    with _UNVALIDATED.lock:
+        if _UNVALIDATED.n_users == 0:
+            _UNVALIDATED.before = base._validate_args
+        _UNVALIDATED.n_users += 1
+        base.set_default_validate_args(False)
     try:
         yield
     finally:
-        base.set_default_validate_args(before)
+        with _UNVALIDATED.lock:
+            _UNVALIDATED.n_users -= 1
+            if _UNVALIDATED.n_users == 0:
+                base.set_default_validate_args(_UNVALIDATED.before)
 
 
 def _at_least_float32(tensor: th.Tensor) -> th.Tensor:

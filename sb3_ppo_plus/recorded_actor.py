@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,9 @@ class RecordedActor(RolloutActor):
         self._tensors: list[th.Tensor] = []
         self._attributes: dict[Hashable, tuple[list[str], dict[str, Any]]] = {}
         self._is_lean = False
+        self._sized: list[dict[str, Any]] = []
+        self._contents: list[dict[str, Any]] = []
+        self._fingerprint: list[int] = []
 
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
@@ -42,16 +46,31 @@ class RecordedActor(RolloutActor):
             self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution)
         )
         self.recordings.refresh()
+        attributes = [vars(part) for part in self.policy.modules()]
+        contents = [value for of_part in attributes for value in of_part.values() if isinstance(value, dict)]
+        self._sized = [*attributes, *contents]
+        self._contents = [content for content in contents if content]
+        self._fingerprint = self._fingerprint_now()
+
+    def _fingerprint_now(self) -> list[int]:
+        # What a callback may put in, take out or replace: methods, hooks, modules, parameters. Cheap, for each step
+        action_dist = self.policy.action_dist
+        values = chain.from_iterable(map(dict.values, self._contents))
+        return [*map(len, self._sized), *map(id, values), id(action_dist), len(vars(action_dist))]
 
     @th.no_grad()
     def act(
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions, see :meth:`RolloutActor.act`."""
+        if self._fingerprint_now() != self._fingerprint:
+            # By a callback
+            self.begin_rollout()
         if not (self._is_lean and self.recordings.is_possible):
             return super().act(observations, episode_starts, context)
         leaves = [*leaves_of(observations), *context.values()]
-        key = (*context, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        names = tuple(observations) if isinstance(observations, dict) else ()
+        key = (names, *context, *((leaf.shape, leaf.dtype) for leaf in leaves))
         actions, values, log_probs, total, *tensors = self.recordings.compute(
             key,
             [*leaves, *self._tensors],
@@ -62,8 +81,8 @@ class RecordedActor(RolloutActor):
             # Raises what eager mode raises
             self.policy.get_distribution(observations, **context)
         # Users read policy.action_dist in callbacks
-        names, others = self._attributes[key]
-        vars(self.policy.action_dist).update(zip(names, tensors, strict=True), **others)
+        attributes, others = self._attributes[key]
+        vars(self.policy.action_dist).update(zip(attributes, tensors, strict=True), **others)
         return actions, values, log_probs
 
     def _eager(

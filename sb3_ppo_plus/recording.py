@@ -47,6 +47,7 @@ def can_record(policy: ActorCriticPolicy) -> bool:
         and policy.memory_options is None
         and policy.device.type == "cpu"
         and type(policy.action_dist).__module__.startswith(KNOWN_DISTRIBUTIONS)
+        and not _has_own_methods(policy.action_dist)
         and all(_is_plain(part) for part in policy.modules())
         and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters())
         and not any(vars(nn_module)[f"_global{name}"] for name in _HOOKS)
@@ -58,8 +59,12 @@ def can_record(policy: ActorCriticPolicy) -> bool:
 def _is_plain(part: nn.Module) -> bool:
     if type(part) not in KNOWN_MODULES + KNOWN_POLICIES or any(vars(part)[name] for name in _HOOKS):
         return False
+    return not _has_own_methods(part)
+
+
+def _has_own_methods(part: object) -> bool:
     # Methods that were replaced on the instance
-    return not any(callable(getattr(type(part), name, None)) for name in vars(part))
+    return any(callable(getattr(type(part), name, None)) for name in vars(part))
 
 
 def record(function: Callable[..., Any], inputs: Sequence[th.Tensor], policy: ActorCriticPolicy) -> Replay:
@@ -121,9 +126,15 @@ class Recordings:
         """Drop the recordings if ``is_outdated``, or if the policy is no longer what they were made from."""
         self.is_possible = not self._has_failed and can_record(self._policy)
         constants = tuple(id(tensor) for tensor in constant_tensors(self._policy))
-        state = (self.is_possible, tuple(python_state(self._policy)), constants, id(self._policy.action_dist))
+        action_dist = self._policy.action_dist
+        # The parts themselves: an id may be that of another one after theirs
+        parts = (*self._policy.modules(), action_dist)
+        settings = tuple((name, value) for name, value in vars(action_dist).items() if isinstance(value, int | float))
+        state = (self.is_possible, tuple(python_state(self._policy)), constants, parts, settings)
         if is_outdated or state != self._state:
             self._recordings.clear()
+            # Whoever changes the policy again and again is not to pay for a recording each time
+            self._n_calls.clear()
         self._state = state
 
     def compute(

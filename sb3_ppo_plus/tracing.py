@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from sb3_ppo_plus.distributions import without_argument_validation
+
+# Tracing replaces a function of torch for a while
+_TRACING = threading.RLock()
 
 
 def trace(
@@ -32,7 +36,7 @@ def trace(
     before = [(owner, dict(vars(owner))) for owner in _owners_of_state(module)]
     try:
         tracer = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
-        with _without_checks_of_values():
+        with _without_checks_of_values(is_checked=decompositions is None):
             graph: th.fx.GraphModule = tracer(*inputs)
         for owner, attributes in before:
             changed = [name for name, value in vars(owner).items() if attributes.get(name) is not value]
@@ -80,16 +84,23 @@ def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:
 
 
 @contextmanager
-def _without_checks_of_values() -> Iterator[None]:
+def _without_checks_of_values(*, is_checked: bool) -> Iterator[None]:
     # They have no place in a graph: arguments of distributions, and the range of what is one-hot encoded
-    one_hot = F.one_hot
-    F.one_hot = _one_hot  # type: ignore[assignment]  # only ever called with num_classes by SB3
-    try:
-        with without_argument_validation():
-            yield
-    finally:
-        F.one_hot = one_hot
+    with _TRACING:
+        one_hot = F.one_hot
+        F.one_hot = _checked_one_hot if is_checked else _one_hot  # type: ignore[assignment]  # only ever called with num_classes by SB3
+        try:
+            with without_argument_validation():
+                yield
+        finally:
+            F.one_hot = one_hot
 
 
 def _one_hot(tensor: th.Tensor, num_classes: int) -> th.Tensor:
     return (tensor.unsqueeze(-1) == th.arange(num_classes, device=tensor.device)).long()
+
+
+def _checked_one_hot(tensor: th.Tensor, num_classes: int) -> th.Tensor:
+    # What is out of range raises in the operation itself, when it is replayed
+    zeros = th.zeros((*tensor.shape, num_classes), dtype=th.long, device=tensor.device)
+    return zeros.scatter(-1, tensor.unsqueeze(-1), 1)

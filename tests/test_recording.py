@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from states import assert_same_training
 from torch import nn
+from torch.distributions import Distribution
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn import functional as F
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus, recording
+from sb3_ppo_plus.distributions import without_argument_validation
 from sb3_ppo_plus.recording import CHECKED_REPLAYS, RECORD_AFTER, can_record, record
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
@@ -307,3 +311,120 @@ def test_images_are_acted_on_from_a_recording():
     ]
     assert n_recordings(models[1])[0] == 1
     assert_same_training(*models)
+
+
+# What users change
+
+
+class AtStep(BaseCallback):
+    """Changes the model once, amid a rollout."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def _on_step(self):
+        if self.n_calls == 40:
+            self.change(self.model)
+        return True
+
+
+def replace_activation(model):
+    model.policy.mlp_extractor.policy_net[1] = nn.ReLU()
+
+
+def replace_log_std(model):
+    model.policy.log_std = nn.Parameter(th.full_like(model.policy.log_std, -1.0))
+
+
+def add_hook(model):
+    model.policy.value_net.register_forward_hook(lambda module, inputs, output: output * 2.0)
+
+
+@pytest.mark.parametrize("change", [replace_activation, replace_log_std, add_hook])
+def test_parts_that_a_callback_changes_count_at_the_next_step(change):
+    model = build(action_space="box").learn(64)
+    assert n_recordings(model)[0] == 1
+    model.learn(64 * 2, AtStep(change))
+    assert_same_training(build(PPO, "box").learn(64).learn(64 * 2, AtStep(change)), model)
+
+
+def test_settings_of_the_distribution_count_at_the_next_update():
+    models = [build(algorithm, "box", use_sde=True).learn(64 * 2) for algorithm in (PPO, PPOPlus)]
+    assert n_recordings(models[1])[1] == 1
+    for model in models:
+        model.policy.action_dist.use_expln = True
+        model.set_random_seed(0)
+        model.learn(64)
+    assert_same_training(*models)
+
+
+def test_methods_of_the_distribution_instance_are_not_recorded():
+    policy = build().policy
+    whole = policy.action_dist.entropy
+    policy.action_dist.entropy = lambda: whole()
+    assert not can_record(policy)
+
+
+def test_the_order_of_dict_observations_does_not_matter():
+    box = spaces.Box(-1.0, 1.0, (3,))
+    env = make_env(2, observation_space=spaces.Dict({"a": box, "b": box}))
+    model = PPOPlus("MultiInputPolicy", env, **SETTINGS).learn(64)
+    assert n_recordings(model)[0] == 1
+    observations = {"a": th.ones(2, 3), "b": -th.ones(2, 3)}
+    model.policy.set_training_mode(False)
+    actor = model._recorded_actor
+    actor.begin_rollout()
+    values = [actor.act(dict(order), None, {})[1] for order in (observations.items(), [*observations.items()][::-1])]
+    assert th.equal(*values)
+    assert not th.equal(values[0], actor.act({"a": -th.ones(2, 3), "b": th.ones(2, 3)}, None, {})[1])
+
+
+def test_an_observation_out_of_range_raises_what_sb3_raises():
+    model = PPOPlus("MlpPolicy", make_env(2, observation_space=spaces.Discrete(5)), **SETTINGS).learn(64)
+    actor = model._recorded_actor
+    assert n_recordings(model)[0] == 1
+    model.policy.set_training_mode(False)
+    actor.begin_rollout()
+    with pytest.raises(RuntimeError, match="Class values must be smaller than num_classes"):
+        actor.act(th.tensor([0, 5]), None, {})
+
+
+def test_changes_at_each_update_do_not_cost_a_recording_each(monkeypatch):
+    monkeypatch.setattr(recording, "RECORD_AFTER", 20)
+    model = build()
+    for _ in range(3):
+        # Twelve minibatches are too few, however many came before the change
+        model.policy.mlp_extractor.policy_net[1] = nn.Tanh()
+        model.learn(64)
+        assert n_recordings(model)[1] == 0
+    assert n_recordings(model.learn(64))[1] == 1
+
+
+def test_tracing_in_several_threads_leaves_torch_as_it_was():
+    one_hot, is_validated = F.one_hot, Distribution._validate_args
+    inside = threading.Barrier(2)
+    left = threading.Event()
+
+    def first():
+        with without_argument_validation():
+            inside.wait()
+            inside.wait()
+        left.set()
+
+    def second():
+        inside.wait()
+        with without_argument_validation():
+            inside.wait()
+            left.wait()
+
+    def learn():
+        PPOPlus("MlpPolicy", make_env(2, observation_space=spaces.Discrete(5)), **SETTINGS).learn(64)
+
+    for targets in ((first, second), (learn, learn, learn)):
+        threads = [threading.Thread(target=target) for target in targets]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert F.one_hot is one_hot and Distribution._validate_args is is_validated
