@@ -44,6 +44,8 @@ class CompiledGradientStep(GradientStep):
     :param reporter: told of what was compiled, or could not be
     """
 
+    max_flat = float("inf")
+
     def __init__(
         self,
         policy: ActorCriticPolicy,

@@ -141,6 +141,9 @@ class GradientStep:
     :param grad_scaler: scales the loss and unscales the gradients under float16
     """
 
+    max_flat: float = 2**20
+    """Most numbers in a policy that is stepped flat: more no longer fit the caches, and copying them costs the gain."""
+
     def __init__(self, policy: ActorCriticPolicy, grad_scaler: th.amp.GradScaler) -> None:
         self.policy = policy
         self.grad_scaler = grad_scaler
@@ -163,7 +166,11 @@ class GradientStep:
     def begin_update(self) -> None:
         """Take note of whatever the user or a load has changed since the last update."""
         self._parameters = list(self.policy.parameters())
-        self._try_flat = not self.grad_scaler.is_enabled() and can_flatten(self.policy.optimizer, self._parameters)
+        self._try_flat = (
+            not self.grad_scaler.is_enabled()
+            and can_flatten(self.policy.optimizer, self._parameters)
+            and sum(parameter.numel() for parameter in self._parameters) <= self.max_flat
+        )
         if self._flat is not None and not (
             self._try_flat and self._flat.is_current(self.policy.optimizer, self._parameters)
         ):
