@@ -127,10 +127,8 @@ class Recordings:
         self.is_possible = not self._has_failed and can_record(self._policy)
         constants = tuple(id(tensor) for tensor in constant_tensors(self._policy))
         action_dist = self._policy.action_dist
-        # The parts themselves: an id may be that of another one after theirs
-        parts = (*self._policy.modules(), action_dist)
         settings = tuple((name, value) for name, value in vars(action_dist).items() if isinstance(value, int | float))
-        state = (self.is_possible, tuple(python_state(self._policy)), constants, parts, settings)
+        state = (self.is_possible, tuple(python_state(self._policy)), constants, action_dist, settings)
         if is_outdated or state != self._state:
             self._recordings.clear()
             # Whoever changes the policy again and again is not to pay for a recording each time

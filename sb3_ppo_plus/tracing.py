@@ -59,7 +59,8 @@ def _owners_of_state(module: th.nn.Module) -> list[Any]:
 def python_state(module: th.nn.Module) -> list[Hashable]:
     """What a graph of the module has compiled in: its parts, and their numbers, flags and names."""
     return [
-        (id(part), tuple((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str)))
+        # The part itself: an id may be that of another one after it is gone
+        (part, tuple((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str)))
         for part in module.modules()
     ]
 
