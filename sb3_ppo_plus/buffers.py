@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +41,10 @@ class RolloutBatch:
     context: dict[str, Any] = field(default_factory=dict)
     states: RNNStates | None = None
     sequence_of: th.Tensor | None = None
+
+    def by_field(self) -> dict[str, Any]:
+        """Return what the fields hold, by their names."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def select(self, indices: th.Tensor | slice) -> RolloutBatch:
         """Return some transitions, or whole sequences one after the other.

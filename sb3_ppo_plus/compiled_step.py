@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch as th
@@ -17,7 +16,7 @@ from sb3_ppo_plus.flat_parameters import FlatGroup
 from sb3_ppo_plus.flat_updates import UPDATES
 from sb3_ppo_plus.gradient_step import GradientStep, Objective, PolicyEvaluation
 from sb3_ppo_plus.losses import LossCoefficients
-from sb3_ppo_plus.tracing import tensor_places
+from sb3_ppo_plus.tracing import tensor_places, tensors_of
 from sb3_ppo_plus.update_history import METRICS
 
 Tensors = dict[str, Any]
@@ -118,14 +117,14 @@ class CompiledGradientStep(GradientStep):
             "scalars": dict(zip([*scalars, *map(str, range(len(rates)))], values.unbind(), strict=True)),
             "flat": [group.flat.detach() for group in self._flat.groups],
             "gradients": [group.flat.grad for group in self._flat.groups],
-            "state": [_tensors_of(group.state) for group in self._flat.groups],
+            "state": [tensors_of(group.state) for group in self._flat.groups],
             # Buffers, and parameters that are frozen or have no gradient
             "fixed": {
                 name: tensor.detach()
                 for name, tensor in tensor_places(self.policy).items()
                 if id(tensor) not in flat_ids
             },
-            "rollout": _tensors_of({field.name: getattr(rollout, field.name) for field in fields(rollout)}),
+            "rollout": tensors_of(rollout.by_field()),
         }
 
     def _static_key(self, objective: Objective, leaves: list[th.Tensor]) -> Hashable:
@@ -208,8 +207,3 @@ class _StepFunction:
             for target, value in [(parameters, new_parameters), *((old[name], new[name]) for name in new)]:
                 target.copy_(th.where(is_allowed, value, target))
         return th.cat([metrics, grad_norm.reshape(1)])
-
-
-def _tensors_of(values: dict[str, Any]) -> Tensors:
-    """Keep what holds tensors: an optimiser's state may hold None, and a batch may lack a mask or context."""
-    return {name: value for name, value in values.items() if isinstance(value, th.Tensor) or value}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import fields
 from typing import NamedTuple
 
 import torch as th
@@ -15,7 +14,7 @@ from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.gradient_step import GradientStep, Objective, PolicyEvaluation, stacked
 from sb3_ppo_plus.losses import LossCoefficients
 from sb3_ppo_plus.recording import Recordings
-from sb3_ppo_plus.tracing import tensor_places
+from sb3_ppo_plus.tracing import tensor_places, tensors_of
 
 
 class _Prepared(NamedTuple):
@@ -90,9 +89,7 @@ class RecordedGradientStep(GradientStep):
             for name, value in (("ent_coef", coefficients.ent_coef), ("vf_coef", coefficients.vf_coef))
         }
         tensors = {name: tensor.detach() for name, tensor in tensor_places(self.policy).items()}
-        of_rollout = {field.name: getattr(rollout, field.name) for field in fields(rollout)}
-        given = {name: value for name, value in of_rollout.items() if isinstance(value, th.Tensor) or value}
-        inputs, spec = tree_flatten((ranges | factors, tensors, given))
+        inputs, spec = tree_flatten((ranges | factors, tensors, tensors_of(rollout.by_field())))
         key = (
             objective.normalize_advantage,
             objective.pessimistic_value_clip,

@@ -84,6 +84,11 @@ def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:
     }
 
 
+def tensors_of(values: dict[str, Any]) -> dict[str, Any]:
+    """Keep what holds tensors: an optimiser's state may hold None, and a batch may lack a mask or context."""
+    return {name: value for name, value in values.items() if isinstance(value, th.Tensor) or value}
+
+
 @contextmanager
 def _without_checks_of_values(*, is_checked: bool) -> Iterator[None]:
     # They have no place in a graph: arguments of distributions, and the range of what is one-hot encoded
