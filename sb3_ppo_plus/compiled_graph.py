@@ -12,9 +12,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch as th
-import torch._functorch.config
-import torch._inductor
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
 from sb3_ppo_plus.fused_operations import FUSED_OPERATIONS
 from sb3_ppo_plus.lean_distributions import may_round
@@ -116,6 +113,7 @@ def inductor_options(compile: bool | dict[str, Any]) -> dict[str, Any]:
         return {}
     if not isinstance(compile, dict):
         raise TypeError(f"compile must be True, False or a dict of torch.compile's options, got {compile!r}")
+
     options = dict(compile)
     if options.keys() <= {"mode", "options"}:
         mode = options.get("mode")
@@ -143,29 +141,34 @@ def compile_graph(
     :raises RuntimeError: where the module keeps a state in Python, which a graph would not follow
     :raises Exception: whatever else tracing or the compiler raises, of many kinds
     """
-    examples: list[Any] = [tensor.detach() for tensor in inputs]
+    examples = [tensor.detach() for tensor in inputs]
     with may_round():
         graph, again = (trace(function, examples, module, FUSED_OPERATIONS) for _ in range(2))
     if graph.code != again.code:
         raise RuntimeError("it computes something else at each call")
-    return _generate_code(graph, examples, {**DEFAULT_OPTIONS, **(options or {})})
+    return _generate_code(graph, {**DEFAULT_OPTIONS, **(options or {})})
 
 
-def _generate_code(graph: th.fx.GraphModule, examples: list[Any], options: dict[str, Any]) -> Graph:
+def _generate_code(graph: th.fx.GraphModule, options: dict[str, Any]) -> Graph:
     """Compile as ``torch._inductor.compile`` does, less the wrappers that AOTAutograd puts around the code.
 
     They would cost an actor as much as its arithmetic at each call, and serve gradients, aliases and subclasses of
     tensors, none of which there are.
     """
+    # Here, for it takes two seconds and 100 MiB, which only those who compile should pay
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
     codes: list[Graph] = []
 
     def keep(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # an Inductor hook, passed through
         codes.append(compile_fx_inner(*args, **kwargs))
         return codes[-1]
 
-    # Its cache would hand out the wrapped code and leave nothing to keep; that of the code itself stays
+    # Those of the trace: with real ones, there are no sizes that the cache on the disk asks for
+    placeholders = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    # AOTAutograd's cache would hand out the wrapped code and leave nothing to keep
     with th._functorch.config.patch(enable_autograd_cache=False):
-        compile_fx(graph, examples, inner_compile=keep, config_patches=options)
+        compile_fx(graph, placeholders, inner_compile=keep, config_patches=options)
     (code,) = codes
     # Tensors that the traced code holds, which come first
     constants = [*graph.parameters(), *graph.buffers()]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.distributions import Distribution as SB3Distribution
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from sb3_ppo_plus.distributions import without_argument_validation
@@ -33,6 +32,9 @@ def trace(
     :raises RuntimeError: where the module keeps a state in Python, which a graph would not follow
     :raises Exception: whatever else tracing raises, of many kinds
     """
+    # Here, for it is slow to import and not always needed
+    from torch.fx.experimental.proxy_tensor import make_fx
+
     before = [(owner, dict(vars(owner))) for owner in _owners_of_state(module)]
     try:
         tracer = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)

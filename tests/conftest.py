@@ -29,4 +29,4 @@ def graphs_without_code(monkeypatch):
 
     TorchInductor takes seconds for each.
     """
-    monkeypatch.setattr(compiled_graph, "_generate_code", lambda graph, examples, options: graph)
+    monkeypatch.setattr(compiled_graph, "_generate_code", lambda graph, options: graph)
