@@ -1,7 +1,9 @@
 """Every example runs, with few steps, and does what it says."""
 
 import importlib.util
+import json
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -166,3 +168,21 @@ def test_the_memory_tasks_can_be_solved_by_who_remembers_and_not_by_guessing():
         assert total == pytest.approx(1.0)
         cue.reset(seed=seed)
         assert cue.step(0)[2], "an invalid action ends the episode"
+
+
+@pytest.mark.usefixtures("graphs_without_code")
+def test_speed_benchmark(monkeypatch, capsys):
+    speed = load_example("benchmarks/speed")
+    case = speed.Case("CartPole-v1", 2, kwargs={"n_steps": 8, "batch_size": 8, "n_epochs": 1}, warm_up=1)
+    monkeypatch.setitem(speed.CASES, "tiny", case)
+    monkeypatch.setattr(speed, "use_cores", lambda n_cores: None)
+    monkeypatch.setattr("sys.argv", ["speed.py", "--cases", "tiny", "--rounds", "2", "--output", "here"])
+    monkeypatch.setitem(sys.modules, "sbx", None)
+    speed.main()
+    (result,) = json.loads(Path("here/speed.json").read_text())
+    figures = result["contenders"]
+    assert list(figures) == ["SB3", "PPOPlus", "PPOPlus compiled"]
+    assert all(of_one["steps_per_second"] > 0 for of_one in figures.values())
+    assert figures["SB3"]["compile_seconds"] == 0 < figures["PPOPlus compiled"]["compile_seconds"]
+    assert "| tiny | PPOPlus compiled |" in capsys.readouterr().out
+    assert Path("here/speed.png").read_bytes().startswith(b"\x89PNG")

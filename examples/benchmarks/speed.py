@@ -4,12 +4,13 @@
 
 Every contender of a case is built, warmed up (compile time is reported apart) and then measured in turns, so that
 whatever else the machine does hits all alike. Of each figure the median over the rounds is printed, and its ratio to
-that of SB3 (or sb3-contrib). --cases picks some; --quick shortens the rounds. Writes speed.json and speed.png to
---output.
+that of SB3 (or sb3-contrib). All share --cores, one by default: networks this small gain nothing by more, and JAX would
+take them anyhow. --cases picks some; --quick shortens the rounds. Writes speed.json and speed.png to --output.
 """
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -192,9 +193,15 @@ def env_only(case: Case, n_steps: int = 512) -> float:
     return (time.perf_counter() - started) / n_steps
 
 
+def use_cores(n_cores: int) -> None:
+    """Keep this process, its threads and those that it starts to so many cores."""
+    if hasattr(os, "sched_setaffinity"):  # Linux
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-n_cores:])
+    th.set_num_threads(n_cores)
+
+
 def run_case(name: str, rounds: int) -> dict[str, Any]:
     """Measure all contenders of a case in turns."""
-    th.set_num_threads(1)
     case = CASES[name]
     running = {label: Contender(case, *given) for label, given in contenders(case).items()}
     bounds = []
@@ -212,11 +219,11 @@ def run_case(name: str, rounds: int) -> dict[str, Any]:
 def peak_memory(name: str, label: str) -> float:
     """Peak resident memory in MiB of a process that trains one contender alone."""
     with get_context("spawn").Pool(1) as pool:
-        return pool.apply(_train_alone, (name, label))
+        return pool.apply(_train_alone, (name, label, th.get_num_threads()))
 
 
-def _train_alone(name: str, label: str) -> float:
-    th.set_num_threads(1)
+def _train_alone(name: str, label: str, n_threads: int) -> float:
+    th.set_num_threads(n_threads)
     algorithm, kwargs = contenders(CASES[name])[label]
     Contender(CASES[name], algorithm, kwargs).measure()
     # Not getrusage's maximum, which a child process inherits
@@ -274,9 +281,11 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="3 rounds")
+    parser.add_argument("--cores", type=int, default=1, help="cores to run on, for PyTorch and JAX alike")
     parser.add_argument("--memory", action="store_true", help="peak memory too, each contender in a process of its own")
     parser.add_argument("--output", type=Path, default=Path("logs/speed"))
     args = parser.parse_args()
+    use_cores(args.cores)
     results = []
     for name in args.cases:
         result = run_case(name, 3 if args.quick else args.rounds)
