@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -79,16 +80,20 @@ class RolloutActor:
 
 
 @th.no_grad()
-def predict_values(policy: ActorCriticPolicy, observations: list[Any]) -> np.ndarray:
+def predict_values(
+    policy: ActorCriticPolicy, observations: list[Any], predict: Callable[[PyTorchObs], th.Tensor] | None = None
+) -> np.ndarray:
     """Value predictions of single observations, in few large batches.
 
     :param observations: as ``infos[i]["terminal_observation"]`` holds them
+    :param predict: instead of the policy's ``predict_values``
     :return: shape (len(observations),)
     """
+    predict = predict or policy.predict_values
     tensors = [policy.obs_to_tensor(observation)[0] for observation in observations]
     together: PyTorchObs = tree_map(lambda *parts: th.cat(parts), tensors[0], *tensors[1:])
     chunks = _chunks(together, len(tensors))
-    values = [policy.predict_values(tree_map(lambda part, i=i: part[i], together)).flatten() for i in chunks]
+    values = [predict(tree_map(lambda part, i=i: part[i], together)).flatten() for i in chunks]
     predictions: np.ndarray = th.cat(values).cpu().numpy()
     return predictions
 

@@ -165,13 +165,14 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             self.states.append(states)
 
     def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor) -> None:
-        """Fill in what :meth:`add` was not given.
+        """Fill in what :meth:`add` was not given in the first steps.
 
-        :param values: value predictions, shape (buffer_size * n_envs,), in the order of :meth:`rollout`
+        :param values: value predictions, shape (number of steps * n_envs,), in the order of :meth:`rollout`
         :param log_probs: log probability of the actions, likewise
         """
-        self.values = values.cpu().numpy().reshape(self.values.shape)
-        self.log_probs = log_probs.cpu().numpy().reshape(self.log_probs.shape)
+        steps = slice(0, len(values) // self.n_envs)
+        self.values[steps] = values.cpu().numpy().reshape(-1, self.n_envs)
+        self.log_probs[steps] = log_probs.cpu().numpy().reshape(-1, self.n_envs)
         self._rollout = None
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -17,18 +18,23 @@ from sb3_ppo_plus.acting import RolloutActor, leaves_of, predict_values, rows_of
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, GraphCache
 from sb3_ppo_plus.policies import ActorCriticPlusPolicy
+from sb3_ppo_plus.policy_parts import KNOWN_MODULES, PartsWatch, layout_of
 from sb3_ppo_plus.tracing import tensor_places
 
 # Observations of one forward pass after a rollout, whose activations should stay in a cache
 EVALUATION_ROWS = 2048
 
+_VERSION = attrgetter("_version")
+
 
 class CompiledActor(RolloutActor):
     """Computes the actions at each step, and values and log-probabilities after the rollout, in compiled graphs.
 
-    All three come at each step where the features extractor learns: it would do most of the work twice. The graphs draw
-    the random numbers of eager mode. Where they cannot be compiled, one warning says why, and the same is computed
-    eagerly.
+    All three come at each step where the features extractor learns, which would do most of the work twice, and where
+    the policy has parts that may do something else when they are called later. When a callback changes the policy amid
+    a rollout, the steps before are evaluated with the parameters that they had, and those that follow one by one. The
+    graphs draw the random numbers of eager mode. Where they cannot be compiled, one warning says why, and the same is
+    computed eagerly.
 
     :param policy: the policy, see :func:`can_act_alone`
     :param options: TorchInductor's
@@ -38,35 +44,67 @@ class CompiledActor(RolloutActor):
     def __init__(self, policy: ActorCriticPlusPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
         super().__init__(policy)
         self.policy: ActorCriticPlusPolicy = policy
+        self._options, self._reporter = options, reporter
         self._graphs = GraphCache(policy, options, reporter)
-        self.evaluates_afterwards = not _features_are_learned(policy)
-        self._acting = (_Acting if self.evaluates_afterwards else _ActingAndEvaluating)(policy)
-        self._evaluating = _Evaluating(policy)
-        self._names: list[str] = []
-        self._tensors: list[th.Tensor] = []
-        self._graph: Graph | None = None
-        self._layout: list[tuple[th.Size, th.dtype]] | None = None
-        self._timeouts: list[tuple[int, int, Any]] = []
+        self._evaluating, self._predicting = _Evaluating(policy), _Predicting(policy)
+        self._has_changed_amid = False
+        self.begin_rollout()
+
+    def __reduce__(self) -> tuple[type[CompiledActor], tuple[Any, ...]]:
+        # What it holds belongs to one rollout, or is compiled code
+        return CompiledActor, (self.policy, self._options, self._reporter)
 
     @property
     def n_compilations(self) -> int:
         """Graphs that were compiled."""
         return self._graphs.n_compilations
 
+    @property
+    def has_given_up(self) -> bool:
+        """Whether all is eager from now on."""
+        return self._graphs.has_given_up
+
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
+        # A policy that has changed amid the last rollout may do so again
+        self._defers = not self._has_changed_amid and _is_pure(self.policy)
+        self.evaluates_later = self._defers and not _features_are_learned(self.policy)
+        self._has_changed_amid = False
+        self._n_later = 0
+        self._timeouts: list[tuple[int, int, Any]] = []
+        self._take_note()
+        self._kept = {name: tensor.clone() for name, tensor in zip(self._names, self._tensors, strict=True)}
+
+    def _take_note(self) -> None:
+        self._acting = (_Acting if self.evaluates_later else _ActingAndEvaluating)(self.policy)
         places = tensor_places(self.policy)
         self._names = [f"policy.{name}" for name in places]
+        self._places = list(places.values())
         # Detached, so that no call needs to enter a no_grad
-        self._tensors = [tensor.detach() for tensor in places.values()]
+        self._tensors = [tensor.detach() for tensor in self._places]
+        self._parameters = list(self.policy.parameters())
         self._graphs.refresh()
-        self._layout = None
-        self._timeouts = []
+        self._graph: Graph | None = None
+        self._layout: list[tuple[th.Size, th.dtype]] | None = None
+        self._watch = PartsWatch(self.policy)
+        self._memory = self._memory_now()
+
+    def _memory_now(self) -> list[int]:
+        # Not the versions of buffers, which a policy may change itself
+        return [*map(th.Tensor.data_ptr, self._places), *map(_VERSION, self._parameters)]
+
+    def _follow_changes(self) -> None:
+        """Notice what a callback has changed since the last step; what is left to do for those before uses the old."""
+        if self._memory_now() != self._memory or self._watch.has_changed():
+            self._has_changed_amid, self._defers, self.evaluates_later = True, False, False
+            self._take_note()
 
     def act(
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions; values and log-probabilities are None where :meth:`finish` computes them."""
+        self._follow_changes()
+        self._n_later += self.evaluates_later
         noise = _exploration_matrices(self.policy)
         # A graph reads its inputs' memory by the layout and type that it was compiled for
         leaves = [leaf.contiguous() for leaf in (*leaves_of(observations), *context.values(), *noise)]
@@ -82,37 +120,56 @@ class CompiledActor(RolloutActor):
         actions, values, log_probs = (*computed, None, None)[:3]
         return actions, values, log_probs
 
-    def terminal_value(self, observation: Any, index: int, step: int) -> None:  # noqa: ANN401  # array or dict
-        """Leave the value to :meth:`finish`, which predicts all in a batch."""
+    def terminal_value(self, observation: Any, index: int, step: int) -> th.Tensor | float | None:  # noqa: ANN401  # array or dict
+        """Leave the value to :meth:`finish`, which predicts all in a batch, unless it might be another one then."""
+        self._follow_changes()
+        if not self._defers:
+            return super().terminal_value(observation, index, step)
         self._timeouts.append((step, index, observation))
+        return None
 
     def finish(self, rollout_buffer: RolloutBuffer, gamma: float) -> None:
         """Fill in the values and log-probabilities of the steps, and bootstrap from the values of timeouts."""
         assert isinstance(rollout_buffer, PPOPlusRolloutBuffer)
-        if self.evaluates_afterwards:
-            rollout_buffer.set_evaluation(*self._evaluate(rollout_buffer.rollout()))
+        self._follow_changes()
+        if self._n_later:
+            rows = slice(0, self._n_later * rollout_buffer.n_envs)
+            rollout_buffer.set_evaluation(*self._evaluate(rollout_buffer.rollout().select(rows)))
         if self._timeouts:
             steps, indices, observations = zip(*self._timeouts, strict=True)
-            rollout_buffer.rewards[steps, indices] += gamma * predict_values(self.policy, list(observations))
+            values = predict_values(self.policy, list(observations), self._predict_as_kept)
+            rollout_buffer.rewards[steps, indices] += gamma * values
 
+    def _as_kept(self) -> list[th.Tensor]:
+        """The tensors at the beginning of the rollout, in the order of a graph's inputs."""
+        return [self._kept.get(name, tensor) for name, tensor in zip(self._names, self._tensors, strict=True)]
+
+    def _predict_as_kept(self, observations: PyTorchObs) -> th.Tensor:
+        tensors = dict(zip(self._names, self._as_kept(), strict=True))
+        values: th.Tensor = functional_call(self._predicting, tensors, (observations,), tie_weights=False)
+        return values
+
+    @th.no_grad()
     def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
         """Values and log-probabilities, shape (n_transitions,), in as many passes as caches and memory ask for."""
         n_transitions = len(rollout.actions)
         size = min(EVALUATION_ROWS, n_transitions, rows_of_chunk(rollout.observations))
         values, log_probs = th.empty_like(rollout.old_values), th.empty_like(rollout.old_log_prob)
+        tensors = self._as_kept()
         graph: Graph | None = None
         for start in range(0, n_transitions, size):
             # The last rows overlap those before, so that all passes need the same graph
             rows = slice(min(start, n_transitions - size), min(start, n_transitions - size) + size)
             batch = rollout.select(rows)
             arguments = (batch.observations, batch.context, batch.actions)
-            if start == 0:
+            # Part of a rollout is of a size that will hardly come again
+            if start == 0 and not self._has_changed_amid:
                 graph = self._find_graph("evaluating a rollout", self._evaluating, arguments)
             if graph is None:
-                with th.no_grad():
-                    evaluation = self._evaluating(*arguments)
+                named = dict(zip(self._names, tensors, strict=True))
+                evaluation = functional_call(self._evaluating, named, arguments, tie_weights=False)
             else:
-                evaluation = graph(*tree_flatten(arguments)[0], *self._tensors)
+                evaluation = graph(*tree_flatten(arguments)[0], *tensors)
             values[rows], log_probs[rows] = evaluation
         return values, log_probs
 
@@ -128,8 +185,9 @@ class CompiledActor(RolloutActor):
             )
             return called
 
-        key = (what, str(spec), *((leaf.shape, leaf.dtype) for leaf in leaves))
-        return self._graphs.get(key, what, lambda: function, [*leaves, *self._tensors])
+        inputs = [*leaves, *self._tensors]
+        key = (type(module), str(spec), tuple(names), layout_of(inputs))
+        return self._graphs.get(key, what, lambda: function, inputs)
 
 
 class _Acting(th.nn.Module):
@@ -179,6 +237,17 @@ class _Evaluating(th.nn.Module):
         return values.flatten(), distribution.log_prob(actions)
 
 
+class _Predicting(th.nn.Module):
+    """The policy's values, in the same form."""
+
+    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(self, observations: PyTorchObs) -> th.Tensor:
+        return self.policy.predict_values(observations)
+
+
 # What acting and evaluating together passes through, and what it does apart. Private ones are overridden too
 _METHODS_OF_ACTING = (
     "forward",
@@ -200,6 +269,11 @@ def can_act_alone(policy: ActorCriticPolicy) -> TypeGuard[ActorCriticPlusPolicy]
     return isinstance(policy, ActorCriticPlusPolicy) and all(
         getattr(type(policy), name) is getattr(ActorCriticPlusPolicy, name) for name in _METHODS_OF_ACTING
     )
+
+
+def _is_pure(policy: ActorCriticPolicy) -> bool:
+    """Whether its parts are known neither to draw random numbers nor to update a state at a call."""
+    return all(type(part) in KNOWN_MODULES for part in policy.modules() if part is not policy)
 
 
 def _features_are_learned(policy: ActorCriticPolicy) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -15,10 +16,14 @@ import torch as th
 
 from sb3_ppo_plus.fused_operations import FUSED_OPERATIONS
 from sb3_ppo_plus.lean_distributions import may_round
-from sb3_ppo_plus.tracing import constant_tensors, python_state, trace
+from sb3_ppo_plus.policy_parts import constant_tensors, has_hooks, python_state
+from sb3_ppo_plus.tracing import trace
 
 # Random operations of the graph are PyTorch's own: the numbers of eager mode, from the same generator
 DEFAULT_OPTIONS: dict[str, Any] = {"fallback_random": True}
+
+# Each takes seconds: whoever changes the policy again and again is better off without
+MAX_COMPILATIONS = 3
 
 Graph = Callable[..., Any]
 
@@ -64,19 +69,31 @@ class GraphCache:
         self._options = options
         self._reporter = reporter
         self._graphs: dict[Hashable, Graph] = {}
-        self._python_state: list[Hashable] = []
+        self._n_compilations_of: Counter[Hashable] = Counter()
+        self._python_state: Hashable = None
         self._constants: list[th.Tensor] = []
-        self._gave_up = False
+        self._has_hooks = False
+        self.has_given_up = False
+        """Whether there will be no graphs any more."""
 
-    def refresh(self, *, is_outdated: bool = False) -> None:
-        """Drop the graphs if ``is_outdated``, or if the policy is no longer what they have compiled in."""
+    def __reduce__(self) -> tuple[type[GraphCache], tuple[Any, ...]]:
+        # Compiled code cannot be copied or pickled, but compiled again
+        return GraphCache, (self._policy, self._options, self._reporter)
+
+    def refresh(self) -> None:
+        """Drop the graphs if the policy is no longer what they have compiled in."""
         state, constants = python_state(self._policy), constant_tensors(self._policy)
-        if self._graphs and [id(tensor) for tensor in constants] != [id(tensor) for tensor in self._constants]:
-            self._gave_up = True
-            self._reporter.failed("what was compiled", "a tensor that is neither parameter nor buffer was replaced")
-        if is_outdated or state != self._python_state:
+        if self._graphs and [*map(id, constants)] != [*map(id, self._constants)]:
+            self._give_up("what was compiled", "a tensor that is neither parameter nor buffer was replaced")
+        if state != self._python_state:
             self._graphs.clear()
         self._python_state, self._constants = state, constants
+        self._has_hooks = has_hooks(self._policy)
+
+    def _give_up(self, what: str, reason: Exception | str) -> None:
+        self.has_given_up = True
+        self._graphs.clear()
+        self._reporter.failed(what, reason)
 
     def get(
         self, key: Hashable, what: str, make_function: Callable[[], Callable[..., Any]], inputs: Sequence[th.Tensor]
@@ -88,18 +105,29 @@ class GraphCache:
         :param make_function: makes the function to compile, see :func:`compile_graph`
         :param inputs: its inputs
         """
-        if self._gave_up or key in self._graphs:
-            return None if self._gave_up else self._graphs[key]
+        if self._has_hooks:
+            self._reporter.failed(what, "a module has a hook, which a graph would pass by")
+        if self.has_given_up or self._has_hooks:
+            return None
+        if key not in self._graphs:
+            self._compile(key, what, make_function, inputs)
+        return self._graphs.get(key)
+
+    def _compile(
+        self, key: Hashable, what: str, make_function: Callable[[], Callable[..., Any]], inputs: Sequence[th.Tensor]
+    ) -> None:
+        self._n_compilations_of[key] += 1
+        if self._n_compilations_of[key] > MAX_COMPILATIONS:
+            self._give_up(what, "attributes or parts of the policy change again and again")
+            return
         started = time.perf_counter()
         try:
             self._graphs[key] = compile_graph(make_function(), inputs, self._policy, self._options)
         except Exception as error:  # tracing and compilers raise all kinds
-            self._gave_up = True
-            self._reporter.failed(what, error)
-            return None
+            self._give_up(what, error)
+            return
         self.n_compilations += 1
         self._reporter.compiled(f"{what} ({len(inputs[0])} at once)", time.perf_counter() - started)
-        return self._graphs[key]
 
 
 def inductor_options(compile: bool | dict[str, Any]) -> dict[str, Any]:

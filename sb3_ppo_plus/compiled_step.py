@@ -14,15 +14,17 @@ from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.compiled_graph import CompilationReporter, GraphCache
 from sb3_ppo_plus.flat_parameters import FlatGroup
 from sb3_ppo_plus.flat_updates import UPDATES
-from sb3_ppo_plus.gradient_step import GradientStep, Objective, PolicyEvaluation
+from sb3_ppo_plus.gradient_step import Objective, PolicyEvaluation
 from sb3_ppo_plus.losses import LossCoefficients
+from sb3_ppo_plus.policy_parts import layout_of
+from sb3_ppo_plus.recorded_step import RecordedGradientStep
 from sb3_ppo_plus.tracing import tensor_places, tensors_of
 from sb3_ppo_plus.update_history import METRICS
 
 Tensors = dict[str, Any]
 
 
-class _Prepared(NamedTuple):
+class _GraphInputs(NamedTuple):
     """What stays the same for the minibatches of one update."""
 
     rollout: RolloutBatch
@@ -31,19 +33,17 @@ class _Prepared(NamedTuple):
     static_key: Hashable
 
 
-class CompiledGradientStep(GradientStep):
+class CompiledGradientStep(RecordedGradientStep):
     """Takes the steps in compiled graphs, one for each size of minibatch; to float32 rounding the same as eager.
 
     The first minibatch of all is stepped eagerly: it shows which parameters have a gradient. Where a graph cannot be
-    compiled, one warning says why and every step is eager.
+    compiled, one warning says why and every step is that of :class:`RecordedGradientStep`.
 
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16, which is not compiled
     :param options: TorchInductor's
     :param reporter: told of what was compiled, or could not be
     """
-
-    max_flat = float("inf")
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class CompiledGradientStep(GradientStep):
         # A step calls dozens of kernels: from C++ they cost a fifth less of it (measured), an actor's few do not
         self._graphs = GraphCache(policy, {"cpp_wrapper": policy.device.type == "cpu", **options}, reporter)
         self._has_hooks = False
-        self._prepared: _Prepared | None = None
+        self._of_graph: _GraphInputs | None = None
 
     @property
     def n_compilations(self) -> int:
@@ -66,39 +66,47 @@ class CompiledGradientStep(GradientStep):
 
     def begin_update(self) -> None:
         """Take note of whatever has changed since the last update."""
-        before = self._flat
         super().begin_update()
         if not self._try_flat:
             self._reporter.failed("the gradient step", f"{type(self.policy.optimizer).__name__} has no flat form here")
         self._has_hooks = any(parameter._backward_hooks for parameter in self._parameters)
         if self._has_hooks:
             self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
-        self._graphs.refresh(is_outdated=self._flat is not before)
+        self._graphs.refresh()
+
+    def _is_better_flat(self) -> bool:
+        # There is no compiled step but on flat parameters
+        return True
 
     def end_update(self) -> None:
         """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
         super().end_update()
-        self._prepared = None
+        self._of_graph = None
 
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         """Take a step, see :meth:`GradientStep.__call__`."""
         if minibatch.indices is None:
             self._reporter.failed("the gradient step", "the rollout buffer is none of PPOPlus's")
-        if self._flat is None or minibatch.indices is None or self._has_hooks:
+        has_state = self._flat is not None and self._flat.has_state
+        if not has_state or minibatch.indices is None or self._has_hooks:
             return super().__call__(objective, minibatch)
-        if self._prepared is None or self._prepared.rollout is not minibatch.rollout:
-            self._prepared = self._prepare(objective, minibatch.rollout)
-        key = (len(minibatch.indices), self._prepared.static_key)
-        inputs = [minibatch.indices, *self._prepared.leaves]
-        graph = self._graphs.get(key, "the gradient step", lambda: self._function(objective), inputs)
+        of_graph = self._of_graph
+        if of_graph is None or of_graph.rollout is not minibatch.rollout:
+            of_graph = self._of_graph = self._graph_inputs(objective, minibatch.rollout)
+        key = (len(minibatch.indices), of_graph.static_key)
+        inputs = [minibatch.indices, *of_graph.leaves]
+        spec = of_graph.spec
+        graph = self._graphs.get(key, "the gradient step", lambda: self._graph_function(objective, spec), inputs)
         if graph is None:
             return super().__call__(objective, minibatch)
         metrics: th.Tensor = graph(*inputs)[0]
         return metrics, not objective.forbids_step(metrics[METRICS.index("approx_kl")])
 
-    def _prepare(self, objective: Objective, rollout: RolloutBatch) -> _Prepared:
+    def _graph_inputs(self, objective: Objective, rollout: RolloutBatch) -> _GraphInputs:
+        assert self._flat is not None
+        self._flat.keep_steps_with_parameters()
         leaves, spec = tree_flatten(self._inputs(objective, rollout))
-        return _Prepared(rollout, leaves, spec, self._static_key(objective, leaves))
+        return _GraphInputs(rollout, leaves, spec, (*self._static_key(objective), str(spec), layout_of(leaves)))
 
     def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
         """Collect everything that the graph reads or changes, but for the indices."""
@@ -127,23 +135,25 @@ class CompiledGradientStep(GradientStep):
             "rollout": tensors_of(rollout.by_field()),
         }
 
-    def _static_key(self, objective: Objective, leaves: list[th.Tensor]) -> Hashable:
-        """Everything that a graph has compiled in."""
+    def _static_key(self, objective: Objective) -> tuple[Any, ...]:
+        """Everything that a graph has compiled in, but for the layout of its inputs."""
         assert self._flat is not None
         settings = [{k: v for k, v in group.hyperparameters.items() if k != "lr"} for group in self._flat.groups]
+        names = {id(tensor): name for name, tensor in tensor_places(self.policy).items()}
         return (
             objective.normalize_advantage,
             objective.pessimistic_value_clip,
             objective.coefficients.clip_range_vf is None,
             objective.kl_limit is None,
             objective.amp_dtype,
+            type(self.policy.optimizer),
             str(settings),
-            tuple(leaf.shape for leaf in leaves),
+            tuple(tuple(names[id(parameter)] for parameter in group.parameters) for group in self._flat.groups),
         )
 
-    def _function(self, objective: Objective) -> Callable[..., tuple[th.Tensor]]:
-        assert self._flat is not None and self._prepared is not None
-        step, spec = _StepFunction(self.policy, objective, self._flat.groups), self._prepared.spec
+    def _graph_function(self, objective: Objective, spec: TreeSpec) -> Callable[..., tuple[th.Tensor]]:
+        assert self._flat is not None
+        step = _StepFunction(self.policy, objective, self._flat.groups)
 
         def function(indices: th.Tensor, *leaves: th.Tensor) -> tuple[th.Tensor]:
             return (step(indices, **tree_unflatten(leaves, spec)),)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any
 
 import torch as th
@@ -37,23 +37,18 @@ def can_flatten(optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> 
     )
 
 
-class MixedStateError(Exception):
-    """Parameters of one group have taken different numbers of steps, as after a while of being frozen."""
-
-
 class FlatGroup:
-    """The parameters of one group that have a gradient, and their optimiser state, as flat tensors.
+    """Parameters of one group that have a gradient, and their optimiser state, as flat tensors.
 
     :param optimizer: the policy's optimiser
     :param group: one of its parameter groups
-    :param has_gradient: ids of the parameters that the loss depends on
-    :raises MixedStateError: where the parameters' states have no common flat form
+    :param parameters: those of the group that are flattened: they have taken the same number of steps
     """
 
-    def __init__(self, optimizer: Optimizer, group: dict[str, Any], has_gradient: set[int]) -> None:
+    def __init__(self, optimizer: Optimizer, group: dict[str, Any], parameters: list[th.nn.Parameter]) -> None:
         self._visible = optimizer
         self._group = group
-        self.parameters: list[th.nn.Parameter] = [p for p in group["params"] if id(p) in has_gradient]
+        self.parameters = parameters
         # Padding between the parameters is zero, has a zero gradient, and stays zero
         self._sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in self.parameters]
         self.flat = self._flattened(self.parameters)
@@ -61,6 +56,7 @@ class FlatGroup:
         self.gradients = self.views(self.flat.grad)
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
         self.optimizer = make_optimizer([{**group, "params": [self.flat]}])
+        self._step_device: th.device | None = None
         # Less what torch wraps around it for profilers and hooks, which nobody has put on this one
         self._step = inspect.unwrap(type(optimizer).step)
         self._adopt_state()
@@ -73,6 +69,12 @@ class FlatGroup:
         """Optimiser state of the flat tensor; empty before the first step."""
         state: dict[str, Any] = self.optimizer.state[self.flat]
         return state
+
+    @property
+    def has_state(self) -> bool:
+        """Whether there is all the state that a step reads: the optimiser makes it in its first step."""
+        keeps_none = isinstance(self.optimizer, SGD) and self._group["momentum"] == 0
+        return keeps_none or bool(self.state)
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
@@ -93,18 +95,13 @@ class FlatGroup:
 
     def _adopt_state(self) -> None:
         states = [self._visible.state.get(parameter, {}) for parameter in self.parameters]
-        if len({frozenset(state) for state in states}) != 1:
-            raise MixedStateError
         for name, first in states[0].items():
-            values = [state[name] for state in states]
             if not isinstance(first, th.Tensor):
                 self.state[name] = first
-            elif first.shape == self.parameters[0].shape and name != "step":
-                self.state[name] = self._flattened(values)
-            elif all(bool(value == first) for value in values):
+            elif name == "step":
                 self.state[name] = first.clone()
             else:
-                raise MixedStateError
+                self.state[name] = self._flattened([state[name] for state in states])
 
     @th.no_grad()
     def step(self) -> None:
@@ -125,6 +122,13 @@ class FlatGroup:
             if isinstance(value, th.Tensor) and value.device == is_allowed.device:
                 value.copy_(th.where(is_allowed, value, state.get(name, th.zeros_like(value))))
 
+    def keep_step_with_parameters(self) -> None:
+        """Count steps on the parameters' device, for graphs that are not to wait for the host, which Adam counts on."""
+        step = self.state.get("step")
+        if isinstance(step, th.Tensor) and step.device != self.flat.device:
+            self._step_device = step.device
+            self.state["step"] = step.to(self.flat.device)
+
     def refresh(self) -> None:
         """Take over settings that changed on the policy's optimiser, such as the learning rate."""
         self.optimizer.param_groups[0].update(self.hyperparameters)
@@ -138,7 +142,7 @@ class FlatGroup:
                 values = self.views(value)
             else:
                 # One counter each: the optimiser's own step, if the user calls it, counts every one
-                values = list(value.repeat(len(self.parameters)).unbind())
+                values = list(value.to(self._step_device).repeat(len(self.parameters)).unbind())
             for parameter, shown in zip(self.parameters, values, strict=True):
                 self._visible.state[parameter][name] = shown
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
@@ -169,7 +173,6 @@ class FlatParameters:
     :param optimizer: the policy's optimiser
     :param parameters: the policy's parameters, in order
     :param gradients: their gradients in the first minibatch; None where the loss does not depend on the parameter
-    :raises MixedStateError: where the parameters' states have no common flat form
     """
 
     def __init__(
@@ -184,9 +187,9 @@ class FlatParameters:
         ids_with_gradient = {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
         self.has_gradient = [gradient is not None for gradient in gradients]
         self.groups = [
-            FlatGroup(optimizer, group, ids_with_gradient)
+            FlatGroup(optimizer, group, alike)
             for group in optimizer.param_groups
-            if any(id(parameter) in ids_with_gradient for parameter in group["params"])
+            for alike in _of_equal_state(optimizer, [p for p in group["params"] if id(p) in ids_with_gradient])
         ]
         of_parameter = {
             id(parameter): view
@@ -206,6 +209,11 @@ class FlatParameters:
             and all(group.is_current() for group in self.groups)
         )
 
+    @property
+    def has_state(self) -> bool:
+        """Whether there is all the state that a step reads."""
+        return all(group.has_state for group in self.groups)
+
     def fits(self, gradients: Sequence[th.Tensor | None]) -> bool:
         """Whether the same parameters as before have a gradient."""
         return [gradient is not None for gradient in gradients] == self.has_gradient
@@ -214,6 +222,11 @@ class FlatParameters:
         """Take over settings that changed on the policy's optimiser."""
         for group in self.groups:
             group.refresh()
+
+    def keep_steps_with_parameters(self) -> None:
+        """See :meth:`FlatGroup.keep_step_with_parameters`."""
+        for group in self.groups:
+            group.keep_step_with_parameters()
 
     def step(self, gradients: list[th.Tensor], max_grad_norm: float, loss: th.Tensor) -> th.Tensor:
         """Clip the gradients and let the optimiser take a step, with the operations of ``clip_grad_norm_`` in order.
@@ -246,6 +259,16 @@ class FlatParameters:
         """Show the flat state as that of the policy's optimiser."""
         for group in self.groups:
             group.publish()
+
+
+def _of_equal_state(optimizer: Optimizer, parameters: list[th.nn.Parameter]) -> Iterable[list[th.nn.Parameter]]:
+    """Split parameters by what their states cannot share: they differ after some were frozen for a while."""
+    parts: dict[Hashable, list[th.nn.Parameter]] = {}
+    for parameter in parameters:
+        state = optimizer.state.get(parameter, {})
+        kinds = frozenset((name, type(value)) for name, value in state.items())
+        parts.setdefault((kinds, float(state.get("step", 0))), []).append(parameter)
+    return parts.values()
 
 
 def _grouping(optimizer: Optimizer) -> list[list[int]]:

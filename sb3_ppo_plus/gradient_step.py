@@ -9,10 +9,13 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
-from sb3_ppo_plus.flat_parameters import FlatParameters, MixedStateError, can_flatten
+from sb3_ppo_plus.flat_parameters import FlatParameters, can_flatten
 from sb3_ppo_plus.losses import LossCoefficients, LossTerms, ppo_loss
 from sb3_ppo_plus.tracing import tensor_places
 from sb3_ppo_plus.update_history import METRICS
+
+# Numbers in a policy beyond which they no longer fit the caches, and copying gradients costs more than flat steps gain
+MAX_FLAT_ON_CPU = 2**20
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
 
@@ -141,9 +144,6 @@ class GradientStep:
     :param grad_scaler: scales the loss and unscales the gradients under float16
     """
 
-    max_flat: float = 2**20
-    """Most numbers in a policy that is stepped flat: more no longer fit the caches, and copying them costs the gain."""
-
     def __init__(self, policy: ActorCriticPolicy, grad_scaler: th.amp.GradScaler) -> None:
         self.policy = policy
         self.grad_scaler = grad_scaler
@@ -169,7 +169,7 @@ class GradientStep:
         self._try_flat = (
             not self.grad_scaler.is_enabled()
             and can_flatten(self.policy.optimizer, self._parameters)
-            and sum(parameter.numel() for parameter in self._parameters) <= self.max_flat
+            and self._is_better_flat()
         )
         if self._flat is not None and not (
             self._try_flat and self._flat.is_current(self.policy.optimizer, self._parameters)
@@ -177,6 +177,16 @@ class GradientStep:
             self._flat = None
         if self._flat is not None:
             self._flat.refresh()
+
+    def _is_better_flat(self) -> bool:
+        """Whether flat steps have the bits of SB3's, and take less time."""
+        numbers = sum(parameter.numel() for parameter in self._parameters)
+        return (
+            # A fused kernel rounds the tail of a tensor otherwise than its bulk, BLAS by the layout
+            not any(group.get("fused") for group in self.policy.optimizer.param_groups)
+            and all(parameter.is_contiguous() for parameter in self._parameters)
+            and (self.policy.device.type != "cpu" or numbers <= MAX_FLAT_ON_CPU)
+        )
 
     def end_update(self) -> None:
         """Leave the policy's optimiser with the state that its own steps would have."""
@@ -221,13 +231,7 @@ class GradientStep:
         loss = metrics[METRICS.index("loss")]
         if self._flat is None or not self._flat.fits(gradients):
             self.end_update()
-            try:
-                self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
-            except MixedStateError:
-                self._flat, self._try_flat = None, False
-                for parameter, gradient in zip(self._parameters, gradients, strict=True):
-                    parameter.grad = None if gradient is None else gradient.contiguous()
-                return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, loss)), True
+            self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
         of_flat = [gradient for gradient in gradients if gradient is not None]
         return _with_grad_norm(metrics, self._flat.step(of_flat, objective.max_grad_norm, loss)), True
 

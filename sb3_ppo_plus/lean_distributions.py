@@ -7,6 +7,7 @@ gradients. The object itself is made when somebody asks for ``distribution``.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
@@ -20,20 +21,27 @@ from stable_baselines3.common.distributions import (
 )
 from torch.distributions import Categorical, Distribution, Normal
 
-# Whether results may differ from SB3's by rounding, see may_round
-_MAY_ROUND = [False]
 _LOG_SQRT_2_PI = math.log(math.sqrt(2 * math.pi))
 _ENTROPY_OF_STANDARD_NORMAL = 0.5 + 0.5 * math.log(2 * math.pi)
+
+
+class _Rounding(threading.local):
+    """Whether results may differ from SB3's by rounding, see :func:`may_round`; for each thread."""
+
+    is_allowed = False
+
+
+_ROUNDING = _Rounding()
 
 
 @contextmanager
 def may_round() -> Iterator[None]:
     """Let the distributions leave out operations that change nothing but the last bits: for compiled graphs."""
-    _MAY_ROUND.append(True)
+    before, _ROUNDING.is_allowed = _ROUNDING.is_allowed, True
     try:
         yield
     finally:
-        _MAY_ROUND.pop()
+        _ROUNDING.is_allowed = before
 
 
 class LeanDiagGaussianDistribution(DiagGaussianDistribution):
@@ -122,7 +130,7 @@ class LeanCategoricalDistribution(CategoricalDistribution):
         """Log-probabilities, shape (batch, action_dim); under :func:`may_round` but for a constant in each row."""
         if self._is_own:
             return self.distribution.logits
-        return self._action_logits if _MAY_ROUND[-1] else self._logits
+        return self._action_logits if _ROUNDING.is_allowed else self._logits
 
     def proba_distribution(self, action_logits: th.Tensor) -> Self:
         """Set the parameters.

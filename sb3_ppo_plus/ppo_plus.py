@@ -60,6 +60,7 @@ from sb3_ppo_plus.policies import (
     MultiInputPolicy,
 )
 from sb3_ppo_plus.policy_kwargs import resolve_policy_kwargs
+from sb3_ppo_plus.policy_parts import has_hooks
 from sb3_ppo_plus.recorded_actor import RecordedActor
 from sb3_ppo_plus.recorded_step import RecordedGradientStep
 from sb3_ppo_plus.restarting_env import RestartCounter
@@ -422,19 +423,26 @@ class PPOPlus(SavedPPO):
         if getattr(self.policy, "memory_options", None) is not None:
             assert isinstance(self.policy, ActorCriticPlusPolicy) and isinstance(rollout_buffer, PPOPlusRolloutBuffer)
             return RolloutMemory(self.policy, rollout_buffer, self._last_states, env.num_envs)
-        if self.compile is False:
-            if self._recorded_actor is None or self._recorded_actor.policy is not self.policy:
-                self._recorded_actor = RecordedActor(self.policy)
-            self._recorded_actor.begin_rollout()
-            return self._recorded_actor
+        actor = None if self.compile is False else self._find_compiled_actor(rollout_buffer)
+        if actor is not None:
+            actor.begin_rollout()
+            return actor
+        if self._recorded_actor is None or self._recorded_actor.policy is not self.policy:
+            self._recorded_actor = RecordedActor(self.policy)
+        self._recorded_actor.begin_rollout()
+        return self._recorded_actor
+
+    def _find_compiled_actor(self, rollout_buffer: RolloutBuffer) -> CompiledActor | None:
         if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not can_act_alone(self.policy):
             own = type(self.policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
             self._reporter.failed("acting", f"{own.__name__} has methods of its own, which need all at each step")
-            return RolloutActor(self.policy)
+            return None
+        if has_hooks(self.policy):
+            self._reporter.failed("acting", "a module has a hook, which a graph would pass by")
+            return None
         if self._compiled_actor is None or self._compiled_actor.policy is not self.policy:
             self._compiled_actor = CompiledActor(self.policy, inductor_options(self.compile), self._reporter)
-        self._compiled_actor.begin_rollout()
-        return self._compiled_actor
+        return None if self._compiled_actor.has_given_up else self._compiled_actor
 
     def _mask_source(self, env: VecEnv) -> ActionMaskSource | None:
         if not self._uses_masks_of(env):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from sb3_ppo_plus.acting import RolloutActor, leaves_of
 from sb3_ppo_plus.lean_distributions import LeanCategoricalDistribution, LeanDiagGaussianDistribution
+from sb3_ppo_plus.policy_parts import PartsWatch, layout_of
 from sb3_ppo_plus.recording import Recordings
 from sb3_ppo_plus.tracing import tensor_places
 
@@ -32,45 +32,39 @@ class RecordedActor(RolloutActor):
         self._names: list[str] = []
         self._tensors: list[th.Tensor] = []
         self._attributes: dict[Hashable, tuple[list[str], dict[str, Any]]] = {}
+        self._layout: Hashable = None
         self._is_lean = False
-        self._sized: list[dict[str, Any]] = []
-        self._contents: list[dict[str, Any]] = []
-        self._fingerprint: list[int] = []
+        self._watch = PartsWatch(policy)
+        self._distribution: tuple[object, int] = (None, 0)
 
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
         places = tensor_places(self.policy)
         # Not detached: whoever assigns a parameter's data in a callback changes the next step
         self._names, self._tensors = [*places], [*places.values()]
-        self._is_lean = isinstance(
-            self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution)
-        )
+        self._is_lean = isinstance(self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution))
+        self._layout = layout_of(self._tensors)
         self.recordings.refresh()
-        attributes = [vars(part) for part in self.policy.modules()]
-        contents = [value for of_part in attributes for value in of_part.values() if isinstance(value, dict)]
-        self._sized = [*attributes, *contents]
-        self._contents = [content for content in contents if content]
-        self._fingerprint = self._fingerprint_now()
+        self._watch = PartsWatch(self.policy)
+        self._distribution = self.policy.action_dist, len(vars(self.policy.action_dist))
 
-    def _fingerprint_now(self) -> list[int]:
-        # What a callback may put in, take out or replace: methods, hooks, modules, parameters. Cheap, for each step
+    def _has_policy_changed(self) -> bool:
         action_dist = self.policy.action_dist
-        values = chain.from_iterable(map(dict.values, self._contents))
-        return [*map(len, self._sized), *map(id, values), id(action_dist), len(vars(action_dist))]
+        return (action_dist, len(vars(action_dist))) != self._distribution or self._watch.has_changed()
 
     @th.no_grad()
     def act(
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions, see :meth:`RolloutActor.act`."""
-        if self._fingerprint_now() != self._fingerprint:
+        if self._has_policy_changed():
             # By a callback
             self.begin_rollout()
         if not (self._is_lean and self.recordings.is_possible):
             return super().act(observations, episode_starts, context)
         leaves = [*leaves_of(observations), *context.values()]
         names = tuple(observations) if isinstance(observations, dict) else ()
-        key = (names, *context, *((leaf.shape, leaf.dtype) for leaf in leaves))
+        key = (names, *context, layout_of(leaves), self._layout)
         actions, values, log_probs, total, *tensors = self.recordings.compute(
             key,
             [*leaves, *self._tensors],
@@ -85,9 +79,7 @@ class RecordedActor(RolloutActor):
         vars(self.policy.action_dist).update(zip(attributes, tensors, strict=True), **others)
         return actions, values, log_probs
 
-    def _eager(
-        self, key: Hashable, observations: PyTorchObs, context: dict[str, th.Tensor]
-    ) -> Sequence[th.Tensor]:
+    def _eager(self, key: Hashable, observations: PyTorchObs, context: dict[str, th.Tensor]) -> Sequence[th.Tensor]:
         computed = self._with_distribution(self.policy(observations, **context))
         attributes = vars(self.policy.action_dist)
         names = [name for name, value in attributes.items() if isinstance(value, th.Tensor)]

@@ -13,6 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.gradient_step import GradientStep, Objective, PolicyEvaluation, stacked
 from sb3_ppo_plus.losses import LossCoefficients
+from sb3_ppo_plus.policy_parts import layout_of
 from sb3_ppo_plus.recording import Recordings
 from sb3_ppo_plus.tracing import tensor_places, tensors_of
 
@@ -40,9 +41,8 @@ class RecordedGradientStep(GradientStep):
 
     def begin_update(self) -> None:
         """Take note of whatever has changed since the last update."""
-        before = self._flat
         super().begin_update()
-        self.recordings.refresh(is_outdated=self._flat is not before)
+        self.recordings.refresh()
 
     def end_update(self) -> None:
         """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
@@ -67,7 +67,7 @@ class RecordedGradientStep(GradientStep):
 
         computed = iter(
             self.recordings.compute(
-                (prepared.key, indices.shape),
+                (prepared.key, indices.shape, tuple(self._flat.has_gradient)),
                 [indices, *prepared.inputs],
                 lambda: self._function(objective, prepared.spec),
                 eager,
@@ -95,7 +95,7 @@ class RecordedGradientStep(GradientStep):
             objective.pessimistic_value_clip,
             coefficients.ent_coef == 0.0,
             str(spec),
-            *((tensor.shape, tensor.dtype) for tensor in inputs),
+            layout_of(inputs),
         )
         return _Prepared(rollout, inputs, spec, key)
 

@@ -14,57 +14,28 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
-from torch import nn
-from torch.nn.modules import module as nn_module
 
-from sb3_ppo_plus.policies import ActorCriticPlusCnnPolicy, ActorCriticPlusPolicy, MultiInputActorCriticPlusPolicy
-from sb3_ppo_plus.tracing import constant_tensors, python_state, trace
+from sb3_ppo_plus.policy_parts import constant_tensors, has_hooks, has_known_parts, python_state
+from sb3_ppo_plus.tracing import trace
 
 # A recording takes as long as some hundred minibatches or steps; before so many of them it may not pay
 RECORD_AFTER = 300
 # PyTorch optimises a graph after its first runs
 CHECKED_REPLAYS = 4
 
-KNOWN_POLICIES = (ActorCriticPlusPolicy, ActorCriticPlusCnnPolicy, MultiInputActorCriticPlusPolicy)
-KNOWN_MODULES = (
-    *(nn.Linear, nn.Conv2d, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleDict),
-    *(nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.LeakyReLU, nn.SiLU, nn.Sigmoid, nn.Softplus),
-    *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor),
-)
-
-KNOWN_DISTRIBUTIONS = ("sb3_ppo_plus.", "stable_baselines3.common.")
-
 Replay = Callable[..., tuple[th.Tensor, ...]]
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def can_record(policy: ActorCriticPolicy) -> bool:
     """Whether a replay does all that the policy does: known parts on the CPU, as they are, without hooks."""
     return (
-        type(policy) in KNOWN_POLICIES
-        and policy.memory_options is None
+        has_known_parts(policy)
         and policy.device.type == "cpu"
-        and type(policy.action_dist).__module__.startswith(KNOWN_DISTRIBUTIONS)
-        and not _has_own_methods(policy.action_dist)
-        and all(_is_plain(part) for part in policy.modules())
+        and not has_hooks(policy)
         and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters())
-        and not any(vars(nn_module)[f"_global{name}"] for name in _HOOKS)
         and not th.is_autocast_enabled("cpu")
         and not th.is_anomaly_enabled()
     )
-
-
-def _is_plain(part: nn.Module) -> bool:
-    if type(part) not in KNOWN_MODULES + KNOWN_POLICIES or any(vars(part)[name] for name in _HOOKS):
-        return False
-    return not _has_own_methods(part)
-
-
-def _has_own_methods(part: object) -> bool:
-    # Methods that were replaced on the instance
-    return any(callable(getattr(type(part), name, None)) for name in vars(part))
 
 
 def record(function: Callable[..., Any], inputs: Sequence[th.Tensor], policy: ActorCriticPolicy) -> Replay:
@@ -122,14 +93,12 @@ class Recordings:
         """Recordings that are in use."""
         return len(self._recordings)
 
-    def refresh(self, *, is_outdated: bool = False) -> None:
-        """Drop the recordings if ``is_outdated``, or if the policy is no longer what they were made from."""
+    def refresh(self) -> None:
+        """Drop the recordings if the policy is no longer what they were made from."""
         self.is_possible = not self._has_failed and can_record(self._policy)
         constants = tuple(id(tensor) for tensor in constant_tensors(self._policy))
-        action_dist = self._policy.action_dist
-        settings = tuple((name, value) for name, value in vars(action_dist).items() if isinstance(value, int | float))
-        state = (self.is_possible, tuple(python_state(self._policy)), constants, action_dist, settings)
-        if is_outdated or state != self._state:
+        state = (self.is_possible, python_state(self._policy), constants)
+        if state != self._state:
             self._recordings.clear()
             # Whoever changes the policy again and again is not to pay for a recording each time
             self._n_calls.clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence, MutableSet, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,7 @@ def trace(
     from torch.fx.experimental.proxy_tensor import make_fx
 
     before = [(owner, dict(vars(owner))) for owner in _owners_of_state(module)]
+    contents = [_Contents(value) for _, attributes in before for value in attributes.values()]
     try:
         tracer = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
         with _without_checks_of_values(is_checked=decompositions is None):
@@ -44,32 +45,53 @@ def trace(
             changed = [name for name, value in vars(owner).items() if attributes.get(name) is not value]
             if isinstance(owner, th.nn.Module) and set(changed) - {"action_dist"}:
                 raise RuntimeError(f"{type(owner).__name__} changes its {', '.join(changed)} in each call")
+        if any(content.has_changed() for content in contents):
+            raise RuntimeError("the policy changes a list, dict or set in each call")
         return graph
     finally:
         # Tensors of the trace are of no use outside it
         for owner, attributes in before:
             vars(owner).clear()
             vars(owner).update(attributes)
+        for content in contents:
+            content.restore()
+
+
+class _Contents:
+    """What a list, dict, set or the like holds, to compare with and to return to; nothing of anything else."""
+
+    def __init__(self, owned: object) -> None:
+        self._owned = owned
+        self._before = self._now()
+
+    def _now(self) -> list[Any]:
+        if isinstance(self._owned, MutableMapping):
+            return [*self._owned, *self._owned.values()]
+        return list(self._owned) if isinstance(self._owned, MutableSequence | MutableSet) else []
+
+    def has_changed(self) -> bool:
+        # By identity: tensors do not compare
+        return [*map(id, self._now())] != [*map(id, self._before)]
+
+    def restore(self) -> None:
+        if not self.has_changed():
+            return
+        owned, before = self._owned, self._before
+        assert isinstance(owned, MutableMapping | MutableSequence | MutableSet)
+        owned.clear()
+        if isinstance(owned, MutableMapping):
+            owned.update(zip(before[: len(before) // 2], before[len(before) // 2 :], strict=True))
+        elif isinstance(owned, MutableSequence):
+            owned.extend(before)
+        else:
+            for item in before:
+                owned.add(item)
 
 
 def _owners_of_state(module: th.nn.Module) -> list[Any]:
     modules = list(module.modules())
     distributions = [part for owner in modules for part in vars(owner).values() if isinstance(part, SB3Distribution)]
     return [*modules, *distributions]
-
-
-def python_state(module: th.nn.Module) -> list[Hashable]:
-    """What a graph of the module has compiled in: its parts, and their numbers, flags and names."""
-    return [
-        # The part itself: an id may be that of another one after it is gone
-        (part, tuple((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str)))
-        for part in module.modules()
-    ]
-
-
-def constant_tensors(module: th.nn.Module) -> list[th.Tensor]:
-    """Tensors that a graph of the module holds on to: attributes that are neither parameters nor buffers."""
-    return [value for part in module.modules() for value in vars(part).values() if isinstance(value, th.Tensor)]
 
 
 def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:

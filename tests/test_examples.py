@@ -173,8 +173,9 @@ def test_the_memory_tasks_can_be_solved_by_who_remembers_and_not_by_guessing():
 @pytest.mark.usefixtures("graphs_without_code")
 def test_speed_benchmark(monkeypatch, capsys):
     speed = load_example("benchmarks/speed")
-    case = speed.Case("CartPole-v1", 2, kwargs={"n_steps": 8, "batch_size": 8, "n_epochs": 1}, warm_up=1)
+    case = speed.Case("CartPole-v1", 2, kwargs={"n_steps": 8, "batch_size": 8, "n_epochs": 1})
     monkeypatch.setitem(speed.CASES, "tiny", case)
+    monkeypatch.setattr(speed, "RECORD_AFTER", 3)
     monkeypatch.setattr(speed, "use_cores", lambda n_cores: None)
     monkeypatch.setattr("sys.argv", ["speed.py", "--cases", "tiny", "--rounds", "2", "--output", "here"])
     monkeypatch.setitem(sys.modules, "sbx", None)

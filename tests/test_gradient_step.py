@@ -9,8 +9,8 @@ from envs import ACTION_SPACES, SMALL_DICT, SMALL_NET, logs_of_updates, make_env
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_plus import PPOPlus, PPOPlusRolloutBuffer
-from sb3_ppo_plus.gradient_step import GradientStep, resolve_amp
+from sb3_ppo_plus import PPOPlus, PPOPlusRolloutBuffer, gradient_step
+from sb3_ppo_plus.gradient_step import resolve_amp
 
 # Where there is a GPU, AMP is tested there too
 DEVICES = ["cpu", "cuda"] if th.cuda.is_available() else ["cpu"]
@@ -241,7 +241,7 @@ def test_amp_needs_a_rollout_buffer_of_ours():
 
 def test_large_policies_are_not_stepped_flat_and_learn_the_same(monkeypatch):
     flat = build(seed=0).learn(STEPS * 3)
-    monkeypatch.setattr(GradientStep, "max_flat", 10)
+    monkeypatch.setattr(gradient_step, "MAX_FLAT_ON_CPU", 10)
     separate = build(seed=0).learn(STEPS * 3)
     assert flat._gradient_step.has_gradient is not None and separate._gradient_step.has_gradient is None
     assert (vector_of(flat) == vector_of(separate)).all()

@@ -30,6 +30,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.recording import CHECKED_REPLAYS, RECORD_AFTER
 
 
 class RandomEnv(gym.Env):
@@ -76,8 +77,6 @@ class Case:
     normalize: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
     masked: bool = False
-    warm_up: int = 2
-    """Rollouts before the measurement: more where they are short, since PPOPlus replays after 300 minibatches."""
 
     def make_env(self) -> VecEnv:
         """Build the vectorised environment."""
@@ -91,7 +90,7 @@ CASES: dict[str, Case] = {
     "Pendulum, 4 envs": Case("Pendulum-v1", 4),
     "HalfCheetah, 1 env": Case("HalfCheetah-v5", 1),
     "HalfCheetah, 8 envs": Case("HalfCheetah-v5", 8, kwargs={"n_steps": 512}),
-    "CartPole, zoo": Case("CartPole-v1", 8, kwargs=ZOO_CARTPOLE, warm_up=20),
+    "CartPole, zoo": Case("CartPole-v1", 8, kwargs=ZOO_CARTPOLE),
     "pixels 84x84x4": Case(
         lambda: RandomEnv(PIXELS, spaces.Discrete(4)), 8, "CnnPolicy", kwargs={"n_steps": 32, "n_epochs": 4}
     ),
@@ -105,8 +104,8 @@ CASES: dict[str, Case] = {
         kwargs={"n_steps": 512, "batch_size": 4096, "policy_kwargs": {"net_arch": [256, 256]}},
     ),
     "CartPole, 1 env": Case("CartPole-v1", 1),
-    "CartPole, 64 envs": Case("CartPole-v1", 64, kwargs={"n_steps": 128}, warm_up=3),
-    "CartPole, 256 envs": Case("CartPole-v1", 256, kwargs={"n_steps": 32}, warm_up=10),
+    "CartPole, 64 envs": Case("CartPole-v1", 64, kwargs={"n_steps": 128}),
+    "CartPole, 256 envs": Case("CartPole-v1", 256, kwargs={"n_steps": 32}),
     "CartPole with masks, 8 envs": Case(lambda: EdgeMask(gym.make("CartPole-v1")), 8, masked=True),
     "CartPole with LSTM, 8 envs": Case("CartPole-v1", 8, "MlpLstmPolicy", kwargs={"n_steps": 128, "batch_size": 128}),
     "HalfCheetah, 1 env, VecNormalize": Case("HalfCheetah-v5", 1, normalize=True),
@@ -152,7 +151,10 @@ class Contender:
         self.model: Any = algorithm(case.policy, case.make_env(), seed=0, device="cpu", **case.kwargs, **kwargs)
         rollout = self.model.n_steps * case.n_envs
         self.minibatches = self.model.n_epochs * -(-rollout // self.model.batch_size)
-        self.model.learn(case.warm_up * rollout)
+        # PPOPlus compares its first replays of so many minibatches and steps with eager results
+        n_calls = RECORD_AFTER + CHECKED_REPLAYS + 1 if isinstance(self.model, PPOPlus) else 0
+        warm_up = max(2, *(-(-n_calls // per_rollout) for per_rollout in (self.minibatches, self.model.n_steps)))
+        self.model.learn(warm_up * rollout)
         self.warm_up_seconds = time.perf_counter() - started
         _, self.callback = self.model._setup_learn(10**9, None, reset_num_timesteps=False)
         self.callback.on_training_start({}, {})
