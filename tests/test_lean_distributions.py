@@ -1,5 +1,6 @@
 """The lean distributions are SB3's to the bit, in values, samples and gradients."""
 
+import threading
 from copy import copy
 
 import pytest
@@ -16,6 +17,7 @@ from sb3_ppo_plus.lean_distributions import (
     LeanCategoricalDistribution,
     LeanDiagGaussianDistribution,
     LeanMultiCategoricalDistribution,
+    may_round,
 )
 
 
@@ -133,3 +135,23 @@ def test_a_copy_keeps_the_parameters_that_it_has():
 def test_log_std_that_is_nan_raises_too():
     with pytest.raises(ValueError, match="scale"):
         LeanDiagGaussianDistribution(2).proba_distribution(th.zeros(1, 2), th.tensor([0.0, th.nan]))
+
+
+def test_another_thread_that_compiles_changes_no_bits_of_this_one():
+    distribution = LeanCategoricalDistribution(3).proba_distribution(th.tensor([[1.0, 2.0, 4.0]]))
+    exact = distribution.logits
+    inside, done = threading.Event(), threading.Event()
+
+    def compile_for_a_while():
+        with may_round():
+            inside.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=compile_for_a_while)
+    thread.start()
+    inside.wait(60)
+    assert th.equal(distribution.logits, exact)
+    done.set()
+    thread.join(60)
+    with may_round():
+        assert not th.equal(distribution.logits, exact)
