@@ -73,7 +73,8 @@ class CompiledActor(RolloutActor):
         self._n_later = 0
         self._timeouts: list[tuple[int, int, Any]] = []
         self._take_note()
-        self._kept = {name: tensor.clone() for name, tensor in zip(self._names, self._tensors, strict=True)}
+        kept = zip(self._names, self._tensors, strict=True) if self._defers else ()
+        self._kept = {name: tensor.clone() for name, tensor in kept}
 
     def _take_note(self) -> None:
         self._acting = (_Acting if self.evaluates_later else _ActingAndEvaluating)(self.policy)

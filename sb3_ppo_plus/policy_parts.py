@@ -7,10 +7,12 @@ from itertools import chain
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, MlpExtractor, NatureCNN
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.optim import Optimizer
 
 from sb3_ppo_plus.policies import ActorCriticPlusCnnPolicy, ActorCriticPlusPolicy, MultiInputActorCriticPlusPolicy
 
@@ -56,17 +58,45 @@ def constant_tensors(policy: nn.Module) -> list[th.Tensor]:
 
 
 def python_state(policy: nn.Module) -> Hashable:
-    """What a graph of the policy has compiled in: its parts, and their numbers, flags and names."""
+    """What a graph of the policy has compiled in: its parts and their attributes, but for tensors."""
     action_dist = getattr(policy, "action_dist", None)
-    # Not what it remembers of its last use
-    settings = [] if action_dist is None else [of for of in _plain_attributes(action_dist) if not of[0].startswith("_")]
     # The parts themselves: an id may be that of another one after it is gone
-    of_parts = tuple((part, _plain_attributes(part)) for part in policy.modules())
-    return of_parts, type(action_dist), tuple(settings)
+    of_parts = tuple((part, *_settings(part)) for part in policy.modules())
+    # Not the objects that a distribution makes anew for each sample
+    of_dist = [of for of in _settings(action_dist) if isinstance(of[1], int | float | str)] if action_dist else []
+    return of_parts, type(action_dist), tuple(of_dist)
 
 
-def _plain_attributes(part: object) -> tuple[tuple[str, Hashable], ...]:
-    return tuple((name, value) for name, value in vars(part).items() if isinstance(value, int | float | str))
+def _settings(owner: object) -> list[tuple[str, Hashable]]:
+    return [
+        (name, _frozen(value))
+        for name, value in vars(owner).items()
+        # Private ones are PyTorch's own, or what is remembered of the last use
+        if not (name.startswith("_") or isinstance(value, th.Tensor | Distribution | Optimizer))
+    ]
+
+
+def _frozen(value: object) -> Hashable:
+    if value is None or isinstance(value, int | float | str | type):
+        return value
+    if isinstance(value, dict):
+        return tuple((_frozen(key), _frozen(item)) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_frozen, value))
+    return _Itself(value)
+
+
+class _Itself:
+    """Equal to the same object alone, whatever its own comparison says."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self._value is other._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
 
 
 def layout_of(tensors: Sequence[th.Tensor]) -> Hashable:

@@ -380,6 +380,49 @@ def test_settings_of_the_distribution_reach_the_graphs():
     assert_close(models[0], models[1])
 
 
+class Scaled(FlattenExtractor):
+    """Reads settings of every kind at each call."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.number, self.in_dict, self.in_list, self.function = 1.0, {"scale": 1.0}, [1.0], th.tanh
+
+    def forward(self, observations):
+        scale = self.number * self.in_dict["scale"] * self.in_list[0]
+        return self.function(super().forward(observations) * scale)
+
+
+def change_number(extractor):
+    extractor.number = 3.0
+
+
+def change_dict(extractor):
+    extractor.in_dict["scale"] = 3.0
+
+
+def change_list(extractor):
+    extractor.in_list[0] = 3.0
+
+
+def change_function(extractor):
+    extractor.function = th.sin
+
+
+@pytest.mark.parametrize("change", [change_number, change_dict, change_list, change_function])
+def test_settings_of_parts_reach_the_graphs(change):
+    models = [
+        build(algorithm, policy_kwargs={"features_extractor_class": Scaled}, **kwargs)
+        for algorithm, kwargs in ((PPO, {}), (PPOPlus, {"compile": True}))
+    ]
+    for model in models:
+        model.set_random_seed(0)
+        model.learn(ROLLOUT)
+        change(model.policy.features_extractor)
+        model.learn(ROLLOUT * 2)
+    assert models[1]._gradient_step.n_compilations == 2
+    assert_close(*models)
+
+
 def test_a_compiled_model_is_pickled_without_its_graphs_and_trains_on():
     model = build(compile=True).learn(ROLLOUT * 2)
     twin = cloudpickle.loads(cloudpickle.dumps(model))
