@@ -260,20 +260,19 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     labels = list(dict.fromkeys(label for result in results for label in result["contenders"]))
-    figure, axes = plt.subplots(figsize=(10, 1 + 0.6 * len(results)))
-    height = 0.8 / len(labels)
-    for index, label in enumerate(labels):
-        speeds = [[figures["steps_per_second"] for figures in result["contenders"].values()] for result in results]
-        ratios = [
-            dict(zip(result["contenders"], speed, strict=True)).get(label, np.nan) / speed[0]
-            for result, speed in zip(results, speeds, strict=True)
-        ]
-        axes.barh(np.arange(len(results)) + index * height, ratios, height, label=label)
-    axes.set_yticks(np.arange(len(results)) + 0.3, [result["case"] for result in results])
+    colors = dict(zip(labels, plt.get_cmap("tab10").colors, strict=False))
+    figure, axes = plt.subplots(figsize=(10, 2 + 0.6 * len(results)), layout="constrained")
+    for row, result in enumerate(results):
+        speeds = {label: figures["steps_per_second"] for label, figures in result["contenders"].items()}
+        height = 0.8 / len(speeds)
+        for index, (label, speed) in enumerate(speeds.items()):
+            ratio = speed / next(iter(speeds.values()))
+            axes.barh(row - 0.4 + (index + 0.5) * height, ratio, height, color=colors[label], label=label)
+    axes.set_yticks(range(len(results)), [result["case"] for result in results])
     axes.invert_yaxis()
     axes.set_xlabel("steps per second, relative to PPO of SB3 or sb3-contrib")
-    axes.legend()
-    figure.tight_layout()
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
 
 
