@@ -126,6 +126,27 @@ def test_values_are_left_to_the_end_again_after_a_rollout_without_changes():
     assert by_rollout[3].all()
 
 
+def test_a_change_at_the_step_of_a_timeout_is_in_its_value_and_not_in_those_before():
+    class Change(BaseCallback):
+        def _on_step(self):
+            timeouts = sum(info.get("TimeLimit.truncated", False) for info in self.locals["infos"])
+            self.n_timeouts = getattr(self, "n_timeouts", 0) + timeouts
+            if self.n_timeouts >= 3 and timeouts:
+                with th.no_grad():
+                    self.model.policy.value_net.bias.add_(1.0)
+            return True
+
+        def _on_rollout_end(self):
+            self.rewards = self.model.rollout_buffer.rewards.copy()
+
+    callbacks = []
+    for algorithm, settings in ((PPO, {}), (PPOPlus, {"compile": True})):
+        callbacks.append(Change())
+        build(algorithm, **settings).learn(ROLLOUT, callbacks[-1])
+    assert callbacks[0].n_timeouts >= 5
+    np.testing.assert_allclose(callbacks[1].rewards, callbacks[0].rewards, atol=1e-5)
+
+
 # Parts that do something else at each call
 
 
