@@ -2,7 +2,6 @@
 
 import warnings
 
-import cloudpickle
 import numpy as np
 import pytest
 import torch as th
@@ -442,14 +441,3 @@ def test_settings_of_parts_reach_the_graphs(change):
         model.learn(ROLLOUT * 2)
     assert models[1]._gradient_step.n_compilations == 2
     assert_close(*models)
-
-
-def test_a_compiled_model_is_pickled_without_its_graphs_and_trains_on():
-    model = build(compile=True).learn(ROLLOUT * 2)
-    twin = cloudpickle.loads(cloudpickle.dumps(model))
-    for one in (model, twin):
-        one.set_random_seed(1)
-        one.learn(ROLLOUT * 2)
-    assert twin._gradient_step.n_compilations == 1
-    # Its first step is eager once more
-    assert_close(model, twin)
