@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from functools import partial
 from operator import attrgetter
 from typing import Any, TypeGuard
 
@@ -18,7 +20,7 @@ from sb3_ppo_plus.acting import RolloutActor, leaves_of, predict_values, rows_of
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, GraphCache
 from sb3_ppo_plus.policies import ActorCriticPlusPolicy
-from sb3_ppo_plus.policy_parts import KNOWN_MODULES, PartsWatch, layout_of
+from sb3_ppo_plus.policy_parts import KNOWN_MODULES, PartsWatch, layout_of, structural_copy
 from sb3_ppo_plus.tracing import tensor_places
 
 # Observations of one forward pass after a rollout, whose activations should stay in a cache
@@ -46,8 +48,9 @@ class CompiledActor(RolloutActor):
         self.policy: ActorCriticPlusPolicy = policy
         self._options, self._reporter = options, reporter
         self._graphs = GraphCache(policy, options, reporter)
-        self._evaluating, self._predicting = _Evaluating(policy), _Predicting(policy)
-        self._has_changed_amid = False
+        self._evaluating = _Evaluating(policy)
+        self._kept_policy = policy
+        self._state_of_kept: Hashable = None
         self.begin_rollout()
 
     def __reduce__(self) -> tuple[type[CompiledActor], tuple[Any, ...]]:
@@ -66,15 +69,18 @@ class CompiledActor(RolloutActor):
 
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
-        # A policy that has changed amid the last rollout may do so again
-        self._defers = not self._has_changed_amid and _is_pure(self.policy)
+        self._defers = _is_pure(self.policy)
         self.evaluates_later = self._defers and not _features_are_learned(self.policy)
         self._has_changed_amid = False
         self._n_later = 0
         self._timeouts: list[tuple[int, int, Any]] = []
         self._take_note()
-        kept = zip(self._names, self._tensors, strict=True) if self._defers else ()
-        self._kept = {name: tensor.clone() for name, tensor in kept}
+        # For what is left to do after a callback has changed the policy
+        self._kept = {}
+        if self._defers:
+            self._kept = {name: tensor.clone() for name, tensor in zip(self._names, self._tensors, strict=True)}
+            if self._graphs.python_state != self._state_of_kept:
+                self._kept_policy, self._state_of_kept = structural_copy(self.policy), self._graphs.python_state
 
     def _take_note(self) -> None:
         self._acting = (_Acting if self.evaluates_later else _ActingAndEvaluating)(self.policy)
@@ -95,7 +101,7 @@ class CompiledActor(RolloutActor):
         return [*map(th.Tensor.data_ptr, self._places), *map(_VERSION, self._parameters)]
 
     def _follow_changes(self) -> None:
-        """Notice what a callback has changed since the last step; what is left to do for those before uses the old."""
+        """Notice what a callback has changed since the last step."""
         if self._memory_now() != self._memory or self._watch.has_changed():
             self._has_changed_amid, self._defers, self.evaluates_later = True, False, False
             self._take_note()
@@ -105,6 +111,8 @@ class CompiledActor(RolloutActor):
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions; values and log-probabilities are None where :meth:`finish` computes them."""
         self._follow_changes()
+        if self._graphs.has_hooks:
+            return super().act(observations, episode_starts, context)
         self._n_later += self.evaluates_later
         noise = _exploration_matrices(self.policy)
         # A graph reads its inputs' memory by the layout and type that it was compiled for
@@ -138,17 +146,13 @@ class CompiledActor(RolloutActor):
             rollout_buffer.set_evaluation(*self._evaluate(rollout_buffer.rollout().select(rows)))
         if self._timeouts:
             steps, indices, observations = zip(*self._timeouts, strict=True)
-            values = predict_values(self.policy, list(observations), self._predict_as_kept)
-            rollout_buffer.rewards[steps, indices] += gamma * values
+            predict = partial(self._call_as_begun, _Predicting) if self._has_changed_amid else None
+            rollout_buffer.rewards[steps, indices] += gamma * predict_values(self.policy, list(observations), predict)
+        self._kept, self._timeouts = {}, []
 
-    def _as_kept(self) -> list[th.Tensor]:
-        """The tensors at the beginning of the rollout, in the order of a graph's inputs."""
-        return [self._kept.get(name, tensor) for name, tensor in zip(self._names, self._tensors, strict=True)]
-
-    def _predict_as_kept(self, observations: PyTorchObs) -> th.Tensor:
-        tensors = dict(zip(self._names, self._as_kept(), strict=True))
-        values: th.Tensor = functional_call(self._predicting, tensors, (observations,), tie_weights=False)
-        return values
+    def _call_as_begun(self, module_class: Callable[[ActorCriticPlusPolicy], th.nn.Module], *arguments: Any) -> Any:  # noqa: ANN401  # as the module returns
+        """Call what computes with the policy on the policy as it was when the rollout began."""
+        return functional_call(module_class(self._kept_policy), self._kept, arguments, tie_weights=False)
 
     @th.no_grad()
     def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
@@ -156,21 +160,20 @@ class CompiledActor(RolloutActor):
         n_transitions = len(rollout.actions)
         size = min(EVALUATION_ROWS, n_transitions, rows_of_chunk(rollout.observations))
         values, log_probs = th.empty_like(rollout.old_values), th.empty_like(rollout.old_log_prob)
-        tensors = self._as_kept()
         graph: Graph | None = None
         for start in range(0, n_transitions, size):
             # The last rows overlap those before, so that all passes need the same graph
             rows = slice(min(start, n_transitions - size), min(start, n_transitions - size) + size)
             batch = rollout.select(rows)
             arguments = (batch.observations, batch.context, batch.actions)
-            # Part of a rollout is of a size that will hardly come again
             if start == 0 and not self._has_changed_amid:
                 graph = self._find_graph("evaluating a rollout", self._evaluating, arguments)
-            if graph is None:
-                named = dict(zip(self._names, tensors, strict=True))
-                evaluation = functional_call(self._evaluating, named, arguments, tie_weights=False)
+            if graph is not None:
+                evaluation = graph(*tree_flatten(arguments)[0], *self._tensors)
+            elif self._has_changed_amid:
+                evaluation = self._call_as_begun(_Evaluating, *arguments)
             else:
-                evaluation = graph(*tree_flatten(arguments)[0], *tensors)
+                evaluation = self._evaluating(*arguments)
             values[rows], log_probs[rows] = evaluation
         return values, log_probs
 
@@ -266,9 +269,10 @@ _METHODS_OF_ACTING = (
 
 
 def can_act_alone(policy: ActorCriticPolicy) -> TypeGuard[ActorCriticPlusPolicy]:
-    """Whether actions, values and log-probs may be computed apart: nothing in a subclass changes how they are made."""
+    """Whether actions, values and log-probs may be computed apart: no method of its own changes how they are made."""
     return isinstance(policy, ActorCriticPlusPolicy) and all(
-        getattr(type(policy), name) is getattr(ActorCriticPlusPolicy, name) for name in _METHODS_OF_ACTING
+        getattr(type(policy), name) is getattr(ActorCriticPlusPolicy, name) and name not in vars(policy)
+        for name in _METHODS_OF_ACTING
     )
 
 

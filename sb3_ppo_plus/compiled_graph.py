@@ -70,9 +70,11 @@ class GraphCache:
         self._reporter = reporter
         self._graphs: dict[Hashable, Graph] = {}
         self._n_compilations_of: Counter[Hashable] = Counter()
-        self._python_state: Hashable = None
+        self.python_state: Hashable = None
+        """Of the policy at the last refresh, see :func:`policy_parts.python_state`."""
         self._constants: list[th.Tensor] = []
-        self._has_hooks = False
+        self.has_hooks = False
+        """Whether somebody hooks into the policy's modules, so that there are no graphs until the next refresh."""
         self.has_given_up = False
         """Whether there will be no graphs any more."""
 
@@ -85,10 +87,10 @@ class GraphCache:
         state, constants = python_state(self._policy), constant_tensors(self._policy)
         if self._graphs and [*map(id, constants)] != [*map(id, self._constants)]:
             self._give_up("what was compiled", "a tensor that is neither parameter nor buffer was replaced")
-        if state != self._python_state:
+        if state != self.python_state:
             self._graphs.clear()
-        self._python_state, self._constants = state, constants
-        self._has_hooks = has_hooks(self._policy)
+        self.python_state, self._constants = state, constants
+        self.has_hooks = has_hooks(self._policy)
 
     def _give_up(self, what: str, reason: Exception | str) -> None:
         self.has_given_up = True
@@ -105,9 +107,9 @@ class GraphCache:
         :param make_function: makes the function to compile, see :func:`compile_graph`
         :param inputs: its inputs
         """
-        if self._has_hooks:
+        if self.has_hooks:
             self._reporter.failed(what, "a module has a hook, which a graph would pass by")
-        if self.has_given_up or self._has_hooks:
+        if self.has_given_up or self.has_hooks:
             return None
         if key not in self._graphs:
             self._compile(key, what, make_function, inputs)

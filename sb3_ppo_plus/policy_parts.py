@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from copy import copy
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -20,12 +22,17 @@ KNOWN_POLICIES = (ActorCriticPlusPolicy, ActorCriticPlusCnnPolicy, MultiInputAct
 KNOWN_MODULES = (
     *(nn.Linear, nn.Conv2d, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleDict),
     *(nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.LeakyReLU, nn.SiLU, nn.Sigmoid, nn.Softplus),
+    *(nn.Mish, nn.SELU, nn.CELU, nn.ReLU6, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.LayerNorm),
     *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor),
 )
 KNOWN_DISTRIBUTIONS = ("sb3_ppo_plus.", "stable_baselines3.common.")
 
+Policy = TypeVar("Policy", bound=nn.Module)
+
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _HOOKS = (*_FORWARD_HOOKS, "_backward_hooks", "_backward_pre_hooks")
+_CONTENTS = ("_modules", "_parameters", "_buffers")
+_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
 
 
 def has_known_parts(policy: ActorCriticPolicy) -> bool:
@@ -62,17 +69,16 @@ def python_state(policy: nn.Module) -> Hashable:
     action_dist = getattr(policy, "action_dist", None)
     # The parts themselves: an id may be that of another one after it is gone
     of_parts = tuple((part, *_settings(part)) for part in policy.modules())
-    # Not the objects that a distribution makes anew for each sample
-    of_dist = [of for of in _settings(action_dist) if isinstance(of[1], int | float | str)] if action_dist else []
+    # Not what a distribution remembers of its last use, nor the objects that it makes for each sample
+    of_dist = [of for of in _settings(action_dist) if of[0][0] != "_" and isinstance(of[1], int | float | str)]
     return of_parts, type(action_dist), tuple(of_dist)
 
 
 def _settings(owner: object) -> list[tuple[str, Hashable]]:
     return [
         (name, _frozen(value))
-        for name, value in vars(owner).items()
-        # Private ones are PyTorch's own, or what is remembered of the last use
-        if not (name.startswith("_") or isinstance(value, th.Tensor | Distribution | Optimizer))
+        for name, value in getattr(owner, "__dict__", {}).items()
+        if name not in _OF_EVERY_MODULE and not isinstance(value, th.Tensor | Distribution | Optimizer)
     ]
 
 
@@ -83,7 +89,9 @@ def _frozen(value: object) -> Hashable:
         return tuple((_frozen(key), _frozen(item)) for key, item in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(_frozen, value))
-    return _Itself(value)
+    if isinstance(value, set | frozenset):
+        return frozenset(map(_frozen, value))
+    return (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else _Itself(value)
 
 
 class _Itself:
@@ -112,13 +120,13 @@ class PartsWatch:
 
     def __init__(self, policy: nn.Module) -> None:
         attributes = [vars(part) for part in policy.modules()]
-        contents = ("_modules", "_parameters", "_buffers")
-        self._sized = [*attributes, *(of_part[name] for of_part in attributes for name in _FORWARD_HOOKS)]
-        self._contents = [of_part[name] for of_part in attributes for name in contents if of_part[name]]
+        self._sized = [*attributes, *(of[name] for of in attributes for name in (*_CONTENTS, *_FORWARD_HOOKS))]
+        self._contents = [of_part[name] for of_part in attributes for name in _CONTENTS if of_part[name]]
         self._before = self._now()
 
     def _now(self) -> list[int]:
-        return [*map(len, self._sized), *map(id, chain.from_iterable(map(_VALUES, self._contents)))]
+        # What is put in changes the sum, what is replaced an id
+        return [sum(map(len, self._sized)), *map(id, chain.from_iterable(map(_VALUES, self._contents)))]
 
     def has_changed(self) -> bool:
         """Whether the policy has other parts than when this was made."""
@@ -126,3 +134,15 @@ class PartsWatch:
 
 
 _VALUES: Callable[[dict[str, Any]], Iterator[Any]] = dict.values  # type: ignore[assignment]  # a view, which is iterated
+
+
+def structural_copy(policy: Policy) -> Policy:
+    """Return modules of the same classes with the same attributes, which what is put in or replaced does not reach."""
+    copies: dict[nn.Module, Any] = {part: copy(part) for part in policy.modules()}
+    for part in copies.values():
+        for name, value in vars(part).items():
+            if isinstance(value, dict):
+                vars(part)[name] = value.copy()
+        part._modules.update((name, copies[child]) for name, child in part._modules.items() if child is not None)
+    copied: Policy = copies[policy]
+    return copied

@@ -58,7 +58,7 @@ def trace(
 
 
 class _Contents:
-    """What a list, dict, set or the like holds, to compare with and to return to; nothing of anything else."""
+    """What a list, dict, set or the like itself holds, to compare with and to return to; nothing of anything else."""
 
     def __init__(self, owned: object) -> None:
         self._owned = owned

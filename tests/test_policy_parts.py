@@ -103,7 +103,7 @@ def test_each_step_has_the_log_prob_and_value_of_the_policy_that_took_it(change,
     )
 
 
-def test_values_are_left_to_the_end_again_after_a_rollout_without_changes():
+def test_values_are_left_to_the_end_until_a_change():
     seen = []
 
     class Look(BaseCallback):
@@ -121,8 +121,52 @@ def test_values_are_left_to_the_end_again_after_a_rollout_without_changes():
     by_rollout = np.array(seen).reshape(4, 32)
     assert by_rollout[0].all()
     assert by_rollout[1, :8].all() and not by_rollout[1, 8:].any()
-    assert not by_rollout[2].any()
-    assert by_rollout[3].all()
+    assert by_rollout[2:].all()
+
+
+def hook_value_net(policy):
+    policy.value_net.register_forward_hook(lambda module, inputs, output: output * 2.0)
+
+
+def replace_method(policy):
+    policy.value_net.forward = lambda features: features.sum(-1, keepdim=True)
+
+
+def replace_layer(policy):
+    policy.mlp_extractor.value_net[2] = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
+
+
+def replace_activation(policy):
+    policy.mlp_extractor.policy_net[1] = nn.ReLU()
+
+
+def hook_policy(policy):
+    policy.calls = []
+    policy.register_forward_hook(lambda module, inputs, output: policy.calls.append(len(output[0])))
+
+
+@pytest.mark.parametrize("change", [hook_value_net, replace_method, replace_layer, replace_activation, hook_policy])
+@pytest.mark.filterwarnings("ignore:compile=True. acting runs eagerly")
+def test_steps_before_another_structure_keep_what_the_old_one_said(change):
+    class Change(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 20:
+                th.manual_seed(1)
+                change(self.model.policy)
+            return True
+
+        def _on_rollout_end(self):
+            buffer = self.model.rollout_buffer
+            self.arrays = {name: getattr(buffer, name).copy() for name in ("values", "log_probs", "rewards")}
+
+    models, callbacks = [], []
+    for algorithm, settings in ((PPO, {}), (PPOPlus, {"compile": True})):
+        callbacks.append(Change())
+        models.append(build(algorithm, **settings).learn(ROLLOUT, callbacks[-1]))
+    for name, expected in callbacks[0].arrays.items():
+        np.testing.assert_allclose(callbacks[1].arrays[name], expected, atol=1e-5, err_msg=name)
+    if change is hook_policy:
+        assert models[0].policy.calls == models[1].policy.calls == [2] * 12
 
 
 def test_a_change_at_the_step_of_a_timeout_is_in_its_value_and_not_in_those_before():
@@ -268,7 +312,10 @@ def test_a_watch_notices_what_is_put_in_or_replaced():
     def parameter():
         policy.log_std = nn.Parameter(policy.log_std.detach().clone())
 
-    for change in (hook, module, parameter, own_method):
+    def first_module():
+        policy.mlp_extractor.policy_net[0].add_module("new", nn.Tanh())
+
+    for change in (hook, module, parameter, own_method, first_module):
         watch = PartsWatch(policy)
         assert not watch.has_changed()
         change()
@@ -406,9 +453,10 @@ class Scaled(FlattenExtractor):
     def __init__(self, observation_space):
         super().__init__(observation_space)
         self.number, self.in_dict, self.in_list, self.function = 1.0, {"scale": 1.0}, [1.0], th.tanh
+        self._private, self.in_array = 1.0, np.ones(1)
 
     def forward(self, observations):
-        scale = self.number * self.in_dict["scale"] * self.in_list[0]
+        scale = self.number * self.in_dict["scale"] * self.in_list[0] * self._private * float(self.in_array[0])
         return self.function(super().forward(observations) * scale)
 
 
@@ -428,7 +476,17 @@ def change_function(extractor):
     extractor.function = th.sin
 
 
-@pytest.mark.parametrize("change", [change_number, change_dict, change_list, change_function])
+def change_private(extractor):
+    extractor._private = 3.0
+
+
+def change_array(extractor):
+    extractor.in_array[0] = 3.0
+
+
+@pytest.mark.parametrize(
+    "change", [change_number, change_dict, change_list, change_function, change_private, change_array]
+)
 def test_settings_of_parts_reach_the_graphs(change):
     models = [
         build(algorithm, policy_kwargs={"features_extractor_class": Scaled}, **kwargs)

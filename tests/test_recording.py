@@ -349,6 +349,17 @@ def test_parts_that_a_callback_changes_count_at_the_next_step(change):
     assert_same_training(build(PPO, "box").learn(64).learn(64 * 2, AtStep(change)), model)
 
 
+def test_a_first_part_counts_at_the_next_step():
+    def append(model):
+        model.policy.mlp_extractor.policy_net.append(nn.Tanh())
+
+    settings = {"policy_kwargs": {"net_arch": []}, "action_space": "box"}
+    model = build(**settings).learn(64)
+    assert n_recordings(model)[0] == 1
+    model.learn(64 * 2, AtStep(append))
+    assert_same_training(build(PPO, **settings).learn(64).learn(64 * 2, AtStep(append)), model)
+
+
 def test_settings_of_the_distribution_count_at_the_next_update():
     models = [build(algorithm, "box", use_sde=True).learn(64 * 2) for algorithm in (PPO, PPOPlus)]
     assert n_recordings(models[1])[1] == 1
