@@ -20,7 +20,7 @@ from sb3_ppo_plus.acting import RolloutActor, leaves_of, predict_values, rows_of
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.compiled_graph import CompilationReporter, Graph, GraphCache
 from sb3_ppo_plus.policies import ActorCriticPlusPolicy
-from sb3_ppo_plus.policy_parts import KNOWN_MODULES, PartsWatch, layout_of, structural_copy
+from sb3_ppo_plus.policy_parts import PartsWatch, has_known_modules, layout_of, structural_copy
 from sb3_ppo_plus.tracing import tensor_places
 
 # Observations of one forward pass after a rollout, whose activations should stay in a cache
@@ -34,7 +34,7 @@ class CompiledActor(RolloutActor):
 
     All three come at each step where the features extractor learns, which would do most of the work twice, and where
     the policy has parts that may do something else when they are called later. When a callback changes the policy amid
-    a rollout, the steps before are evaluated with the parameters that they had, and those that follow one by one. The
+    a rollout, the steps before are evaluated with the policy that took them, and those that follow one by one. The
     graphs draw the random numbers of eager mode. Where they cannot be compiled, one warning says why, and the same is
     computed eagerly.
 
@@ -69,7 +69,7 @@ class CompiledActor(RolloutActor):
 
     def begin_rollout(self) -> None:
         """Take note of whatever has changed since the last rollout."""
-        self._defers = _is_pure(self.policy)
+        self._defers = has_known_modules(self.policy)
         self.evaluates_later = self._defers and not _features_are_learned(self.policy)
         self._has_changed_amid = False
         self._n_later = 0
@@ -274,11 +274,6 @@ def can_act_alone(policy: ActorCriticPolicy) -> TypeGuard[ActorCriticPlusPolicy]
         getattr(type(policy), name) is getattr(ActorCriticPlusPolicy, name) and name not in vars(policy)
         for name in _METHODS_OF_ACTING
     )
-
-
-def _is_pure(policy: ActorCriticPolicy) -> bool:
-    """Whether its parts are known neither to draw random numbers nor to update a state at a call."""
-    return all(type(part) in KNOWN_MODULES for part in policy.modules() if part is not policy)
 
 
 def _features_are_learned(policy: ActorCriticPolicy) -> bool:

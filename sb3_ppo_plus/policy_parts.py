@@ -42,9 +42,14 @@ def has_known_parts(policy: ActorCriticPolicy) -> bool:
         and policy.memory_options is None
         and type(policy.action_dist).__module__.startswith(KNOWN_DISTRIBUTIONS)
         and not _has_own_methods(policy.action_dist)
-        and all(type(part) in KNOWN_MODULES for part in policy.modules() if part is not policy)
+        and has_known_modules(policy)
         and not any(_has_own_methods(part) for part in policy.modules())
     )
+
+
+def has_known_modules(policy: nn.Module) -> bool:
+    """Whether the policy's parts are known neither to draw random numbers nor to update a state at a call."""
+    return all(type(part) in KNOWN_MODULES for part in policy.modules() if part is not policy)
 
 
 def _has_own_methods(part: object) -> bool:
