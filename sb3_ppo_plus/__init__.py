@@ -1,11 +1,9 @@
 """PPO for Stable-Baselines3 users: SB3's PPO bit for bit by default, with every extra one argument away."""
 
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, RolloutBatch
-from sb3_ppo_plus.checkpoint import TrainingCheckpoint, latest_checkpoint
-from sb3_ppo_plus.checkpoint_directory import CheckpointError
-from sb3_ppo_plus.dead_workers import DeadWorkerError
+from sb3_ppo_plus.envs.restarting_env import RestartingEnv
+from sb3_ppo_plus.errors import CheckpointError, DeadWorkerError, NonFiniteError, UntrustedFileError, WrapperStackError
 from sb3_ppo_plus.extractors import ImpalaCNN, MultiInputExtractor, TransformerExtractor
-from sb3_ppo_plus.non_finite import NonFiniteError
 from sb3_ppo_plus.policies import (
     ActorCriticPlusCnnPolicy,
     ActorCriticPlusPolicy,
@@ -18,12 +16,11 @@ from sb3_ppo_plus.policies import (
     MultiInputPolicy,
 )
 from sb3_ppo_plus.ppo_plus import PPOPlus
-from sb3_ppo_plus.restarting_env import RestartingEnv
-from sb3_ppo_plus.resumable_env import ResumableEnv
-from sb3_ppo_plus.safe_vec_normalize import load_vec_normalize, save_vec_normalize
+from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
+from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
+from sb3_ppo_plus.resuming.resume import latest_checkpoint
+from sb3_ppo_plus.saving.vec_normalize import load_vec_normalize, save_vec_normalize
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
-from sb3_ppo_plus.strict_json import UntrustedFileError
-from sb3_ppo_plus.vec_env_state import WrapperStackError
 
 __version__ = "0.1.0"
 

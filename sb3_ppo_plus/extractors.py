@@ -1,6 +1,5 @@
 """Feature extractors: a Transformer over frames, the IMPALA residual CNN, one extractor per key of a Dict."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
 from torch import nn
 from torch.nn import functional as F
 
@@ -337,23 +335,3 @@ def resolve_features_extractor(value: str | type[BaseFeaturesExtractor]) -> type
     if not (isinstance(value, type) and issubclass(value, BaseFeaturesExtractor)):
         raise TypeError(f"features_extractor_class must be a name or a BaseFeaturesExtractor class, got {value!r}")
     return value
-
-
-def warn_if_stacked_inside_normalize(env: VecEnv) -> None:
-    """Warn when a VecNormalize normalises a VecFrameStack's output: padding is then no longer zero, and not masked.
-
-    :param env: the outermost vectorised environment
-    """
-    normalizes = False
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize):
-            normalizes = normalizes or env.norm_obs
-        elif isinstance(env, VecFrameStack) and normalizes:
-            warnings.warn(
-                "VecNormalize wraps VecFrameStack: the zero frames that pad an episode's start become non-zero, and "
-                "a Transformer's mask can't see them. Use VecFrameStack(VecNormalize(env)).",
-                UserWarning,
-                stacklevel=2,
-            )
-            return
-        env = env.venv

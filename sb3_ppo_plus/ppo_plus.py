@@ -21,35 +21,24 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_plus.acting import RolloutActor
 from sb3_ppo_plus.argument_checks import check_ranges, check_types
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
-from sb3_ppo_plus.callbacks import notify_learn_end, notify_update_end
-from sb3_ppo_plus.checkpoint import Continuation, load_checkpoint
-from sb3_ppo_plus.compiled_actor import CompiledActor, can_act_alone
-from sb3_ppo_plus.compiled_graph import CompilationReporter, inductor_options
-from sb3_ppo_plus.compiled_step import CompiledGradientStep
-from sb3_ppo_plus.dead_workers import BROKEN_PIPES, dead_worker_error
-from sb3_ppo_plus.distributions import (
-    SquashedGaussianDistribution,
-    make_action_distribution,
-    without_argument_validation,
-)
-from sb3_ppo_plus.extractors import TransformerExtractor, warn_if_stacked_inside_normalize
-from sb3_ppo_plus.gradient_step import GradientStep, Objective, recompute_log_prob, resolve_amp
-from sb3_ppo_plus.learning_rate_groups import LearningRateGroups
-from sb3_ppo_plus.losses import LossCoefficients
-from sb3_ppo_plus.masking import (
-    ActionMaskSource,
-    MaskedPredictor,
-    decide_masking,
-    evaluate_with_masks,
-    evaluate_without_masks,
-    takes_masks,
-)
-from sb3_ppo_plus.memory_policy import resolve_sequence_length
-from sb3_ppo_plus.non_finite import ON_NON_FINITE, EnvOutputCheck, Skipped, check_steps
-from sb3_ppo_plus.policies import (
+from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
+from sb3_ppo_plus.envs.output_check import EnvOutputCheck
+from sb3_ppo_plus.envs.restarting_env import RestartCounter
+from sb3_ppo_plus.envs.stack_order import warn_if_stacked_inside_normalize
+from sb3_ppo_plus.envs.workers import BROKEN_PIPES, dead_worker_error
+from sb3_ppo_plus.extractors import TransformerExtractor
+from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
+from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
+from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
+from sb3_ppo_plus.fast.policy_changes import has_hooks
+from sb3_ppo_plus.fast.replayed_actor import RecordedActor
+from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
+from sb3_ppo_plus.masking.evaluation import MaskedPredictor, evaluate_with_masks, evaluate_without_masks
+from sb3_ppo_plus.masking.sources import ActionMaskSource
+from sb3_ppo_plus.masking.usage import decide_masking, takes_masks
+from sb3_ppo_plus.policies.actor_critic import (
     PLUS_POLICY_OF,
     ActorCriticPlusPolicy,
     CnnLstmPolicy,
@@ -59,15 +48,20 @@ from sb3_ppo_plus.policies import (
     MultiInputLstmPolicy,
     MultiInputPolicy,
 )
-from sb3_ppo_plus.policy_kwargs import resolve_policy_kwargs
-from sb3_ppo_plus.policy_parts import has_hooks
-from sb3_ppo_plus.recorded_actor import RecordedActor
-from sb3_ppo_plus.recorded_step import RecordedGradientStep
-from sb3_ppo_plus.restarting_env import RestartCounter
-from sb3_ppo_plus.rollout_memory import RolloutMemory
-from sb3_ppo_plus.saved_ppo import SavedPPO
-from sb3_ppo_plus.scheduled_ppo import Coefficient
-from sb3_ppo_plus.update_history import METRICS, UpdateHistory
+from sb3_ppo_plus.policies.bounded_distributions import SquashedGaussianDistribution, make_action_distribution
+from sb3_ppo_plus.policies.names import resolve_policy_kwargs
+from sb3_ppo_plus.policies.remembering import resolve_sequence_length
+from sb3_ppo_plus.policies.torch_switches import without_argument_validation
+from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint
+from sb3_ppo_plus.rollout.actor import RolloutActor
+from sb3_ppo_plus.rollout.memory_actor import RolloutMemory
+from sb3_ppo_plus.saving.saved_ppo import SavedPPO
+from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, recompute_log_prob, resolve_amp
+from sb3_ppo_plus.update.history import UpdateHistory
+from sb3_ppo_plus.update.learning_rates import LearningRateGroups
+from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
+from sb3_ppo_plus.update.non_finite import ON_NON_FINITE, Skipped, check_steps
+from sb3_ppo_plus.update.scheduled_ppo import Coefficient
 
 REPLACED_BUFFERS = (None, RolloutBuffer, DictRolloutBuffer, MaskableRolloutBuffer, MaskableDictRolloutBuffer)
 

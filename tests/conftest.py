@@ -9,10 +9,10 @@ import pytest
 import torch as th
 from torch.distributions import Distribution
 
-from sb3_ppo_plus import compiled_graph
+from sb3_ppo_plus.fast import graphs
 
 # Their asserts say what they compared, as those of tests do
-pytest.register_assert_rewrite("envs", "models", "states")
+pytest.register_assert_rewrite("environments", "models", "states")
 
 th.set_num_threads(1)
 
@@ -29,4 +29,4 @@ def graphs_without_code(monkeypatch):
 
     TorchInductor takes seconds for each.
     """
-    monkeypatch.setattr(compiled_graph, "_generate_code", lambda graph, options: graph)
+    monkeypatch.setattr(graphs, "_generate_code", lambda graph, options: graph)

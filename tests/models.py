@@ -1,7 +1,7 @@
 """Small models in small environments, and the check that one is refused."""
 
 import pytest
-from envs import SMALL_NET, make_env, toy_envs
+from environments import SMALL_NET, make_env, toy_envs
 
 from sb3_ppo_plus import PPOPlus
 

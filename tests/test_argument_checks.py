@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from envs import SMALL_NET, make_env
+from environments import SMALL_NET, make_env
 
 from sb3_ppo_plus import PPOPlus
 

@@ -4,7 +4,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch as th
-from envs import ACTION_SPACES, BOX, IMAGE, SMALL_DICT
+from environments import ACTION_SPACES, BOX, IMAGE, SMALL_DICT
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch as th
-from envs import (
+from environments import (
     IMAGE,
     MASKED_ACTION_SPACES,
     SMALL_DICT,
@@ -22,7 +22,8 @@ from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from states import assert_same_training
 
-from sb3_ppo_plus import PPOPlus, recording
+from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.fast import replays
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
@@ -41,7 +42,7 @@ UPDATES = 3
 @pytest.fixture(autouse=True)
 def replayed_after_a_while(monkeypatch):
     """The first minibatches and steps of every case are eager, the others replayed where they can be recorded."""
-    monkeypatch.setattr(recording, "RECORD_AFTER", 8)
+    monkeypatch.setattr(replays, "RECORD_AFTER", 8)
 
 
 def assert_trains_alike(policy="MlpPolicy", env=make_masked_env, updates=UPDATES, plus=None, **settings):

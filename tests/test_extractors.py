@@ -13,6 +13,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize
 from torch import nn
 
+from sb3_ppo_plus.envs.stack_order import warn_if_stacked_inside_normalize
 from sb3_ppo_plus.extractors import (
     FEATURES_EXTRACTORS,
     ImpalaCNN,
@@ -20,7 +21,6 @@ from sb3_ppo_plus.extractors import (
     TransformerExtractor,
     real_frames,
     resolve_features_extractor,
-    warn_if_stacked_inside_normalize,
 )
 
 POOLINGS = ["mean", "last", "cls"]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch as th
-from envs import (
+from environments import (
     ACTION_SPACES,
     ASYMMETRIC,
     BOX,
@@ -22,7 +22,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ppo_plus import PPOPlus, RolloutBatch
-from sb3_ppo_plus.losses import LossCoefficients, ppo_loss
+from sb3_ppo_plus.update.losses import LossCoefficients, ppo_loss
 
 N_ENVS, N_STEPS = 3, 32
 ROLLOUT = N_ENVS * N_STEPS

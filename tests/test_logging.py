@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from envs import ToyEnv, logs_of_updates, make_env, record_logs
+from environments import ToyEnv, logs_of_updates, make_env, record_logs
 from models import STEPS, build
 from stable_baselines3.common.logger import configure
 

@@ -6,7 +6,7 @@ import warnings
 import gymnasium as gym
 import numpy as np
 import pytest
-from envs import ACTION_SPACES, SMALL_DICT, SMALL_NET, make_env
+from environments import ACTION_SPACES, SMALL_DICT, SMALL_NET, make_env
 from gymnasium import spaces
 from models import SETTINGS, STEPS, assert_refused, build
 from stable_baselines3 import PPO

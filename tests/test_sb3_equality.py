@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch as th
-from envs import (
+from environments import (
     ACTION_SPACES,
     ASYMMETRIC,
     BOX,
@@ -28,7 +28,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNo
 from states import assert_same_training
 from torch import nn
 
-from sb3_ppo_plus import Constant, Cosine, Exponential, Linear, PPOPlus, WarmupCosine, recording
+from sb3_ppo_plus import Constant, Cosine, Exponential, Linear, PPOPlus, WarmupCosine
+from sb3_ppo_plus.fast import replays
 
 pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
 
@@ -39,7 +40,7 @@ UPDATES = 3
 @pytest.fixture(autouse=True)
 def replayed_after_a_while(monkeypatch):
     """The first minibatches and steps of every case are eager, the others replayed where they can be recorded."""
-    monkeypatch.setattr(recording, "RECORD_AFTER", 8)
+    monkeypatch.setattr(replays, "RECORD_AFTER", 8)
 
 
 def train(algorithm, policy, env, updates=UPDATES, **settings):

@@ -5,7 +5,7 @@ from itertools import combinations, product
 import numpy as np
 import pytest
 import torch as th
-from envs import ACTION_SPACES, ASYMMETRIC, BOX, DICT, IMAGE, ToyEnv, logs_of_updates, toy_envs
+from environments import ACTION_SPACES, ASYMMETRIC, BOX, DICT, IMAGE, ToyEnv, logs_of_updates, toy_envs
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy

@@ -41,9 +41,7 @@ def make_env(env_id: str, n_envs: int, seed: int, normalize: dict[str, Any], fra
     return VecFrameStack(env, frame_stack) if frame_stack > 1 else env
 
 
-def run(
-    seed: int, *, env_id: str, algo: str, steps: int | None, variant: str | None, compile: bool
-) -> dict[str, Any]:
+def run(seed: int, *, env_id: str, algo: str, steps: int | None, variant: str | None, compile: bool) -> dict[str, Any]:
     """Train one seed and score its final policy."""
     th.set_num_threads(1)
     entries = yaml.safe_load(hyperparams_file().read_text(encoding="utf-8"))

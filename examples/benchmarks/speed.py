@@ -30,7 +30,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus import PPOPlus
-from sb3_ppo_plus.recording import CHECKED_REPLAYS, RECORD_AFTER
+from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, RECORD_AFTER
 
 
 class RandomEnv(gym.Env):

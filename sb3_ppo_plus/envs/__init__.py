@@ -1,0 +1,1 @@
+"""What environments need: restarts, dead workers, checks of their output."""

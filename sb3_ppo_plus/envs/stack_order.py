@@ -1,0 +1,27 @@
+"""A check of the order of frame stacks and normalisers."""
+
+from __future__ import annotations
+
+import warnings
+
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
+
+
+def warn_if_stacked_inside_normalize(env: VecEnv) -> None:
+    """Warn when a VecNormalize normalises a VecFrameStack's output: padding is then no longer zero, and not masked.
+
+    :param env: the outermost vectorised environment
+    """
+    normalizes = False
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize):
+            normalizes = normalizes or env.norm_obs
+        elif isinstance(env, VecFrameStack) and normalizes:
+            warnings.warn(
+                "VecNormalize wraps VecFrameStack: the zero frames that pad an episode's start become non-zero, and "
+                "a Transformer's mask can't see them. Use VecFrameStack(VecNormalize(env)).",
+                UserWarning,
+                stacklevel=2,
+            )
+            return
+        env = env.venv

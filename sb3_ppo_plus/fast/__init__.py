@@ -1,0 +1,1 @@
+"""The fast paths: replays of recorded operations, and compiled graphs."""

@@ -1,0 +1,218 @@
+"""The gradient step as one compiled graph: gather, forward, loss, backward, clipping and update of the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from torch.func import functional_call, grad_and_value
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
+from sb3_ppo_plus.fast.flat_updates import UPDATES
+from sb3_ppo_plus.fast.graphs import CompilationReporter, GraphCache
+from sb3_ppo_plus.fast.policy_changes import layout_of
+from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
+from sb3_ppo_plus.tensor_places import tensor_places, tensors_of
+from sb3_ppo_plus.update.flat_parameters import FlatGroup
+from sb3_ppo_plus.update.gradient_step import Objective, PolicyEvaluation
+from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
+
+Tensors = dict[str, Any]
+
+
+class _GraphInputs(NamedTuple):
+    """What stays the same for the minibatches of one update."""
+
+    rollout: RolloutBatch
+    leaves: list[th.Tensor]
+    spec: TreeSpec
+    static_key: Hashable
+
+
+class CompiledGradientStep(RecordedGradientStep):
+    """Takes the steps in compiled graphs, one for each size of minibatch; to float32 rounding the same as eager.
+
+    The first minibatch of all is stepped eagerly: it shows which parameters have a gradient. Where a graph cannot be
+    compiled, one warning says why and every step is that of :class:`RecordedGradientStep`.
+
+    :param policy: the policy; its ``optimizer`` takes the steps
+    :param grad_scaler: scales the loss and unscales the gradients under float16, which is not compiled
+    :param options: TorchInductor's
+    :param reporter: told of what was compiled, or could not be
+    """
+
+    def __init__(
+        self,
+        policy: ActorCriticPolicy,
+        grad_scaler: th.amp.GradScaler,
+        options: dict[str, Any],
+        reporter: CompilationReporter,
+    ) -> None:
+        super().__init__(policy, grad_scaler)
+        self._reporter = reporter
+        # A step calls dozens of kernels: from C++ they cost a fifth less of it (measured), an actor's few do not
+        self._graphs = GraphCache(policy, {"cpp_wrapper": policy.device.type == "cpu", **options}, reporter)
+        self._has_hooks = False
+        self._of_graph: _GraphInputs | None = None
+
+    @property
+    def n_compilations(self) -> int:
+        """Graphs that were compiled."""
+        return self._graphs.n_compilations
+
+    def begin_update(self) -> None:
+        """Take note of whatever has changed since the last update."""
+        super().begin_update()
+        if not self._try_flat:
+            self._reporter.failed("the gradient step", f"{type(self.policy.optimizer).__name__} has no flat form here")
+        self._has_hooks = any(parameter._backward_hooks for parameter in self._parameters)
+        if self._has_hooks:
+            self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
+        self._graphs.refresh()
+
+    def _is_better_flat(self) -> bool:
+        # There is no compiled step but on flat parameters
+        return True
+
+    def end_update(self) -> None:
+        """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
+        super().end_update()
+        self._of_graph = None
+
+    def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+        """Take a step, see :meth:`GradientStep.__call__`."""
+        if minibatch.indices is None:
+            self._reporter.failed("the gradient step", "the rollout buffer is none of PPOPlus's")
+        has_state = self._flat is not None and self._flat.has_state
+        if not has_state or minibatch.indices is None or self._has_hooks:
+            return super().__call__(objective, minibatch)
+        of_graph = self._of_graph
+        if of_graph is None or of_graph.rollout is not minibatch.rollout:
+            of_graph = self._of_graph = self._graph_inputs(objective, minibatch.rollout)
+        key = (len(minibatch.indices), of_graph.static_key)
+        inputs = [minibatch.indices, *of_graph.leaves]
+        spec = of_graph.spec
+        graph = self._graphs.get(key, "the gradient step", lambda: self._graph_function(objective, spec), inputs)
+        if graph is None:
+            return super().__call__(objective, minibatch)
+        metrics: th.Tensor = graph(*inputs)[0]
+        return metrics, not objective.forbids_step(metrics[METRICS.index("approx_kl")])
+
+    def _graph_inputs(self, objective: Objective, rollout: RolloutBatch) -> _GraphInputs:
+        assert self._flat is not None
+        self._flat.keep_steps_with_parameters()
+        leaves, spec = tree_flatten(self._inputs(objective, rollout))
+        return _GraphInputs(rollout, leaves, spec, (*self._static_key(objective), str(spec), layout_of(leaves)))
+
+    def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
+        """Collect everything that the graph reads or changes, but for the indices."""
+        assert self._flat is not None
+        coefficients = objective.coefficients
+        scalars = {
+            **{name: value for name, value in coefficients._asdict().items() if value is not None},
+            "max_grad_norm": objective.max_grad_norm,
+            "kl_limit": objective.kl_limit if objective.kl_limit is not None else 0.0,
+        }
+        rates = [group.hyperparameters["lr"] for group in self._flat.groups]
+        # Values that schedules move are inputs: as constants they would be compiled in
+        values = th.tensor([*scalars.values(), *rates], dtype=th.float32, device=rollout.old_values.device)
+        flat_ids = {id(parameter) for group in self._flat.groups for parameter in group.parameters}
+        return {
+            "scalars": dict(zip([*scalars, *map(str, range(len(rates)))], values.unbind(), strict=True)),
+            "flat": [group.flat.detach() for group in self._flat.groups],
+            "gradients": [group.flat.grad for group in self._flat.groups],
+            "state": [tensors_of(group.state) for group in self._flat.groups],
+            # Buffers, and parameters that are frozen or have no gradient
+            "fixed": {
+                name: tensor.detach()
+                for name, tensor in tensor_places(self.policy).items()
+                if id(tensor) not in flat_ids
+            },
+            "rollout": tensors_of(rollout.by_field()),
+        }
+
+    def _static_key(self, objective: Objective) -> tuple[Any, ...]:
+        """Everything that a graph has compiled in, but for the layout of its inputs."""
+        assert self._flat is not None
+        settings = [{k: v for k, v in group.hyperparameters.items() if k != "lr"} for group in self._flat.groups]
+        names = {id(tensor): name for name, tensor in tensor_places(self.policy).items()}
+        return (
+            objective.normalize_advantage,
+            objective.pessimistic_value_clip,
+            objective.coefficients.clip_range_vf is None,
+            objective.kl_limit is None,
+            objective.amp_dtype,
+            type(self.policy.optimizer),
+            str(settings),
+            tuple(tuple(names[id(parameter)] for parameter in group.parameters) for group in self._flat.groups),
+        )
+
+    def _graph_function(self, objective: Objective, spec: TreeSpec) -> Callable[..., tuple[th.Tensor]]:
+        assert self._flat is not None
+        step = _StepFunction(self.policy, objective, self._flat.groups)
+
+        def function(indices: th.Tensor, *leaves: th.Tensor) -> tuple[th.Tensor]:
+            return (step(indices, **tree_unflatten(leaves, spec)),)
+
+        return function
+
+
+class _StepFunction:
+    """What is traced: the eager step, as a function of the tensors of :meth:`CompiledGradientStep._inputs`."""
+
+    def __init__(self, policy: ActorCriticPolicy, objective: Objective, groups: list[FlatGroup]) -> None:
+        self._evaluation = PolicyEvaluation(policy, objective)
+        self._objective = objective
+        self._groups = groups
+        self._places = {name: id(tensor) for name, tensor in tensor_places(policy).items()}
+
+    def __call__(
+        self,
+        indices: th.Tensor,
+        *,
+        scalars: dict[str, th.Tensor],
+        flat: list[th.Tensor],
+        gradients: list[th.Tensor],
+        state: list[dict[str, th.Tensor]],
+        fixed: dict[str, th.Tensor],
+        rollout: Tensors,
+    ) -> th.Tensor:
+        objective = self._objective
+        batch = RolloutBatch(**rollout).select(indices)
+        coefficients = LossCoefficients(
+            scalars["clip_range"], scalars.get("clip_range_vf"), scalars["ent_coef"], scalars["vf_coef"]
+        )
+
+        def loss(flat: list[th.Tensor]) -> tuple[th.Tensor, th.Tensor]:
+            views = {
+                id(parameter): view
+                for group, flat_tensor in zip(self._groups, flat, strict=True)
+                for parameter, view in zip(group.parameters, group.views(flat_tensor), strict=True)
+            }
+            tensors = {
+                f"policy.{name}": views[place] if place in views else fixed[name]
+                for name, place in self._places.items()
+            }
+            evaluation = functional_call(self._evaluation, tensors, (batch,), tie_weights=False)
+            terms = objective.loss(batch, evaluation, coefficients)
+            return terms.loss, th.stack([term.detach() for term in terms])
+
+        computed, (_, metrics) = grad_and_value(loss, has_aux=True)(flat)
+        grad_norm = th.stack([gradient.square().sum() for gradient in computed]).sum().sqrt()
+        scale = (scalars["max_grad_norm"] / (grad_norm + 1e-6)).clamp(max=1.0)
+        is_allowed = metrics[METRICS.index("loss")].isfinite() & grad_norm.isfinite()
+        if objective.kl_limit is not None:
+            is_allowed = is_allowed & (metrics[METRICS.index("approx_kl")] <= scalars["kl_limit"])
+        for index, (group, parameters, old, gradient) in enumerate(
+            zip(self._groups, flat, state, computed, strict=True)
+        ):
+            # For those who read the parameters' grad after an update
+            gradients[index].copy_(gradient * scale)
+            update = UPDATES[type(group.optimizer)]
+            new_parameters, new = update(group.hyperparameters, parameters, gradient * scale, old, scalars[str(index)])
+            for target, value in [(parameters, new_parameters), *((old[name], new[name]) for name in new)]:
+                target.copy_(th.where(is_allowed, value, target))
+        return th.cat([metrics, grad_norm.reshape(1)])

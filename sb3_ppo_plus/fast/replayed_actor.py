@@ -1,0 +1,106 @@
+"""Acting as SB3 does, the policy's forward pass replayed from a recording: bit for bit the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import PyTorchObs
+from torch.func import functional_call
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from sb3_ppo_plus.fast.policy_changes import PartsWatch, layout_of
+from sb3_ppo_plus.fast.replays import Recordings
+from sb3_ppo_plus.policies.lean_distributions import LeanCategoricalDistribution, LeanDiagGaussianDistribution
+from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of
+from sb3_ppo_plus.tensor_places import tensor_places
+
+
+class RecordedActor(RolloutActor):
+    """Chooses the actions of :class:`RolloutActor`, from a recording where the policy consists of well-known parts.
+
+    :param policy: the policy
+    """
+
+    def __init__(self, policy: ActorCriticPolicy) -> None:
+        super().__init__(policy)
+        self.recordings = Recordings(policy)
+        self._names: list[str] = []
+        self._tensors: list[th.Tensor] = []
+        self._attributes: dict[Hashable, tuple[list[str], dict[str, Any]]] = {}
+        self._layout: Hashable = None
+        self._is_lean = False
+        self._watch = PartsWatch(policy)
+        self._distribution: tuple[object, int] = (None, 0)
+
+    def begin_rollout(self) -> None:
+        """Take note of whatever has changed since the last rollout."""
+        places = tensor_places(self.policy)
+        # Not detached: whoever assigns a parameter's data in a callback changes the next step
+        self._names, self._tensors = [*places], [*places.values()]
+        self._is_lean = isinstance(self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution))
+        self._layout = layout_of(self._tensors)
+        self.recordings.refresh()
+        self._watch = PartsWatch(self.policy)
+        self._distribution = self.policy.action_dist, len(vars(self.policy.action_dist))
+
+    def _has_policy_changed(self) -> bool:
+        action_dist = self.policy.action_dist
+        return (action_dist, len(vars(action_dist))) != self._distribution or self._watch.has_changed()
+
+    @th.no_grad()
+    def act(
+        self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
+    ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
+        """Choose actions, see :meth:`RolloutActor.act`."""
+        if self._has_policy_changed():
+            # By a callback
+            self.begin_rollout()
+        if not (self._is_lean and self.recordings.is_possible):
+            return super().act(observations, episode_starts, context)
+        leaves = [*leaves_of(observations), *context.values()]
+        names = tuple(observations) if isinstance(observations, dict) else ()
+        key = (names, *context, layout_of(leaves), self._layout)
+        actions, values, log_probs, total, *tensors = self.recordings.compute(
+            key,
+            [*leaves, *self._tensors],
+            lambda: self._function(observations, context),
+            lambda: self._eager(key, observations, context),
+        )
+        if not math.isfinite(total.item()):
+            # Raises what eager mode raises
+            self.policy.get_distribution(observations, **context)
+        # Users read policy.action_dist in callbacks
+        attributes, others = self._attributes[key]
+        vars(self.policy.action_dist).update(zip(attributes, tensors, strict=True), **others)
+        return actions, values, log_probs
+
+    def _eager(self, key: Hashable, observations: PyTorchObs, context: dict[str, th.Tensor]) -> Sequence[th.Tensor]:
+        computed = self._with_distribution(self.policy(observations, **context))
+        attributes = vars(self.policy.action_dist)
+        names = [name for name, value in attributes.items() if isinstance(value, th.Tensor)]
+        self._attributes[key] = names, {name: attributes[name] for name in attributes.keys() - set(names)}
+        return computed
+
+    def _with_distribution(self, computed: tuple[th.Tensor, ...]) -> tuple[th.Tensor, ...]:
+        distribution: Any = self.policy.action_dist
+        return (*computed, distribution.total(), *(v for v in vars(distribution).values() if isinstance(v, th.Tensor)))
+
+    def _function(
+        self, observations: PyTorchObs, context: dict[str, th.Tensor]
+    ) -> Callable[..., tuple[th.Tensor, ...]]:
+        """Return what is recorded: :meth:`_eager` as a function of tensors."""
+        spec, names = tree_flatten((observations, context))[1], self._names
+
+        @th.no_grad()
+        def function(*inputs: th.Tensor) -> tuple[th.Tensor, ...]:
+            given, given_context = tree_unflatten(inputs[: spec.num_leaves], spec)
+            tensors = dict(zip(names, inputs[spec.num_leaves :], strict=True))
+            computed = functional_call(self.policy, tensors, (given,), given_context, tie_weights=False)
+            return self._with_distribution(computed)
+
+        return function

@@ -1,0 +1,85 @@
+"""Predicting and evaluating with the masks of an environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
+from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.type_aliases import GymEnv
+
+from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.masking.usage import offers_masks
+from sb3_ppo_plus.policies.masks import MASK_KEY, has_mask_key
+
+
+class MaskedPredictor:
+    """A model whose ``predict`` asks an environment for masks; everything else is the model's.
+
+    Masks among the observations are taken from there.
+
+    :param model: a PPOPlus model
+    :param env: the environment that it acts in: a VecEnv, or a single environment
+    :raises ValueError: if the environment has neither a method ``action_masks()`` nor masks among its observations
+    """
+
+    def __init__(self, model: Any, env: GymEnv) -> None:  # noqa: ANN401  # PPOPlus, whose module imports this one
+        if not has_mask_key(env.observation_space) and not is_masking_supported(env):
+            raise ValueError(
+                "masked(env) needs a method action_masks() of env (sb3_contrib's ActionMasker adds one) or an "
+                f"observation key {MASK_KEY!r}, got {env}"
+            )
+        vars(self).update(_model=model, _env_with_masks=env)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose actions, see ``PPOPlus.predict``; the environment is asked where no ``action_masks`` are given."""
+        model, env = vars(self)["_model"], vars(self)["_env_with_masks"]
+        if action_masks is None and not has_mask_key(env.observation_space):
+            action_masks = get_action_masks(env)
+        elif action_masks is None and not getattr(model.policy, "has_mask_key", False):
+            assert isinstance(observation, dict)
+            action_masks = observation[MASK_KEY]
+        prediction: tuple[np.ndarray, tuple[np.ndarray, ...] | None] = model.predict(
+            observation, state, episode_start, deterministic, action_masks
+        )
+        return prediction
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever the model has
+        # An object that is being copied has nothing yet
+        if "_model" not in vars(self):
+            raise AttributeError(name)
+        return getattr(vars(self)["_model"], name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        setattr(vars(self)["_model"], name, value)
+
+
+def evaluate_with_masks(callback: BaseCallback, model: Any) -> None:  # noqa: ANN401  # PPOPlus
+    """Have every ``EvalCallback`` in ``callback`` predict with the masks of its environment, if that offers any.
+
+    sb3-contrib's ``MaskableEvalCallback`` asks for masks by itself.
+
+    :param callback: with everything inside it, see ``callbacks.iterate_callbacks``
+    :param model: the model that trains
+    """
+    for child in iterate_callbacks(callback):
+        if not isinstance(child, EvalCallback) or isinstance(child, MaskableEvalCallback):
+            continue
+        if offers_masks(child.eval_env, model.action_space):
+            child.model = MaskedPredictor(model, child.eval_env)  # type: ignore[assignment]  # all that EvalCallback uses
+
+
+def evaluate_without_masks(callback: BaseCallback, model: Any) -> None:  # noqa: ANN401  # PPOPlus
+    """Undo :func:`evaluate_with_masks`."""
+    for child in iterate_callbacks(callback):
+        if isinstance(child, EvalCallback):
+            child.model = model

@@ -1,0 +1,96 @@
+"""Whether a model uses action masks."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+
+from sb3_ppo_plus.masking.sources import envs_of
+from sb3_ppo_plus.policies.masked_distributions import MASKABLE_SPACES, mask_sizes
+from sb3_ppo_plus.policies.masks import MASK_KEY, has_mask_key
+
+
+def offers_masks(env: VecEnv, action_space: spaces.Space[Any]) -> bool:
+    """Whether every environment offers masks, of a space that can be masked."""
+    if not isinstance(action_space, MASKABLE_SPACES):
+        return False
+    if has_mask_key(env.observation_space):
+        return True
+    try:
+        # Attributes of that name have been something else than methods; those in subprocesses are not looked at
+        is_offered = is_masking_supported(env)
+        return is_offered and all(callable(each.get_wrapper_attr(EXPECTED_METHOD_NAME)) for each in envs_of(env) or ())
+    except NotImplementedError:
+        # A VecEnv need not know its environments' attributes
+        return False
+
+
+def decide_masking(
+    action_masking: bool | None, env: VecEnv, action_space: spaces.Space[Any], obstacle: Exception | None
+) -> bool:
+    """Whether the masks of an environment are to be used.
+
+    :param action_masking: PPOPlus's argument
+    :param env: the training environment
+    :param action_space: its action space
+    :param obstacle: why the model cannot take masks; raised if they are required, otherwise a warning if there are any
+    :raises ValueError: if masks are required and not offered, or masks among the observations are none
+    """
+    if action_masking is False:
+        return False
+    is_offered = offers_masks(env, action_space)
+    if action_masking and not is_offered:
+        raise ValueError(
+            "action_masking=True needs Discrete, MultiDiscrete or MultiBinary actions, and a method action_masks() of "
+            f"every environment (sb3_contrib's ActionMasker adds one) or an observation key {MASK_KEY!r}; got "
+            f"{action_space} and observations {env.observation_space}"
+        )
+    if is_offered and obstacle is not None:
+        if action_masking:
+            raise obstacle
+        warnings.warn(
+            f"The environments offer action masks, which are not used: {obstacle}. action_masking=False is silent.",
+            stacklevel=2,
+        )
+        return False
+    if is_offered and has_mask_key(env.observation_space):
+        check_mask_key(env, action_space)
+    return is_offered
+
+
+def takes_masks(policy_class: type[Any]) -> bool:
+    """Whether a policy class has the argument ``action_masks`` where rollout and update give it."""
+    methods = (policy_class.forward, policy_class.evaluate_actions)
+    return all("action_masks" in inspect.signature(method).parameters for method in methods)
+
+
+def check_mask_key(env: VecEnv, action_space: spaces.Space[Any]) -> None:
+    """Check the masks among the observations of an environment.
+
+    :raises ValueError: if they have not the size of the action space's masks, or are normalised, or all there is
+    """
+    assert isinstance(env.observation_space, spaces.Dict)
+    if len(env.observation_space.spaces) == 1:
+        raise ValueError(
+            f"observations must hold more than the mask, which is no feature, got {env.observation_space}; "
+            "action_masking=False takes it for one"
+        )
+    shape, size = env.observation_space[MASK_KEY].shape, sum(mask_sizes(action_space))
+    if shape is None or int(np.prod(shape)) != size:
+        raise ValueError(
+            f"the observation key {MASK_KEY!r} must hold a mask of shape ({size},) for {action_space}, got "
+            f"{env.observation_space[MASK_KEY]}; action_masking=False takes it for a feature"
+        )
+    while isinstance(env, VecEnvWrapper):
+        if isinstance(env, VecNormalize) and env.norm_obs and MASK_KEY in (env.norm_obs_keys or ()):
+            raise ValueError(
+                f"VecNormalize normalises the observation key {MASK_KEY!r}, which is a mask: give it norm_obs_keys "
+                f"without that key, got {env.norm_obs_keys}"
+            )
+        env = env.venv

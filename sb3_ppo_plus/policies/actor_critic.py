@@ -1,0 +1,405 @@
+"""The actor-critic policies."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from sb3_contrib.common.maskable.policies import (
+    MaskableActorCriticCnnPolicy,
+    MaskableActorCriticPolicy,
+    MaskableMultiInputActorCriticPolicy,
+)
+from sb3_contrib.common.recurrent.policies import (
+    RecurrentActorCriticCnnPolicy,
+    RecurrentActorCriticPolicy,
+    RecurrentMultiInputActorCriticPolicy,
+)
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.distributions import (
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+    StateDependentNoiseDistribution,
+)
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BaseModel,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+
+from sb3_ppo_plus.extractors import ImpalaCNN
+from sb3_ppo_plus.policies.bounded_distributions import BoundedDistribution, make_action_distribution
+from sb3_ppo_plus.policies.lean_distributions import LeanDiagGaussianDistribution
+from sb3_ppo_plus.policies.masked_distributions import apply_masks, make_maskable_distribution, mask_sizes
+from sb3_ppo_plus.policies.masks import check_masks, has_mask_key, split_off_mask, without_mask_key
+from sb3_ppo_plus.policies.memory import State
+from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS, MemoryOptions, RememberingPolicy
+
+MaybeMasks = th.Tensor | np.ndarray | None
+
+
+class ActorCriticPlusPolicy(RememberingPolicy):
+    """SB3's ``ActorCriticPolicy`` with more action distributions, and with heads that stay in float32 under autocast.
+
+    :param observation_space: observation space
+    :param action_space: action space
+    :param lr_schedule: learning rate as a function of progress_remaining
+    :param action_dist: distribution of Box actions: "gaussian" (SB3's; gSDE with ``use_sde``), "squashed_gaussian" or
+        "beta"
+    :param action_dist_kwargs: keyword arguments of that distribution, e.g. ``{"deterministic": "mode"}`` for "beta"
+    :param action_masking: built to be trained with masks: sb3-contrib's distribution of MultiBinary actions, and the
+        observation key ``action_mask`` holds masks and is no feature. PPOPlus sets it
+    :param memory: None, "lstm", "gru" or "gtrxl": a memory over time between the features and the heads
+    :param memory_kwargs: see :class:`MemoryOptions`; the arguments of sb3-contrib's recurrent policies are understood
+    :param features_extractor_class: SB3's parameter; the default is the subclass's
+    :param kwargs: SB3's further parameters
+    :raises ValueError: for an unknown ``action_dist``, or one that does not fit the action space
+    """
+
+    default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
+    default_memory: str | None = None
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        lr_schedule: Schedule,
+        *,
+        action_dist: str = "gaussian",
+        action_dist_kwargs: dict[str, Any] | None = None,
+        action_masking: bool = False,
+        memory: str | None = None,
+        memory_kwargs: dict[str, Any] | None = None,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        of_contrib = {name: kwargs.pop(name) for name in CONTRIB_KWARGS if name in kwargs}
+        self.memory_options = MemoryOptions.resolve(memory or self.default_memory, memory_kwargs, of_contrib)
+        self.action_masking = action_masking
+        self.has_mask_key = action_masking and has_mask_key(observation_space)
+        self._predict_context: dict[str, Any] = {}
+        extractor_class = features_extractor_class or self.default_features_extractor_class
+        if issubclass(extractor_class, ImpalaCNN):
+            # What SB3 does for NatureCNN by its name: no hidden layers behind it, no check of [0, 255] where not scaled
+            kwargs.setdefault("net_arch", [])
+            if not kwargs.get("normalize_images", True):
+                extractor_kwargs = kwargs.get("features_extractor_kwargs") or {}
+                kwargs["features_extractor_kwargs"] = {**extractor_kwargs, "normalized_image": True}
+        if action_dist != "gaussian" and kwargs.get("use_sde", False):
+            raise ValueError(f"use_sde=True goes with action_dist='gaussian' only, got action_dist={action_dist!r}")
+        self.action_dist_name = action_dist
+        self.action_dist_kwargs = action_dist_kwargs
+        super().__init__(
+            observation_space,
+            action_space,
+            lr_schedule,
+            features_extractor_class=extractor_class,
+            **kwargs,
+        )
+        self._build_memory(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        if self.action_dist_name != "gaussian" or self.action_dist_kwargs:
+            self.action_dist = make_action_distribution(
+                self.action_space, self.action_dist_name, self.action_dist_kwargs
+            )
+        if type(self.action_dist) is DiagGaussianDistribution:
+            self.action_dist = LeanDiagGaussianDistribution(self.action_dist.action_dim)
+        if self.action_masking or isinstance(self.action_dist, CategoricalDistribution | MultiCategoricalDistribution):
+            # Without masks it is SB3's own
+            self.action_dist = make_maskable_distribution(self.action_space)
+        super()._build(lr_schedule)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            **super()._get_constructor_parameters(),
+            "action_dist": self.action_dist_name,
+            "action_dist_kwargs": self.action_dist_kwargs,
+            "action_masking": self.action_masking,
+        }
+
+    def make_features_extractor(self) -> BaseFeaturesExtractor:
+        """Create a features extractor, of all observations but the mask."""
+        if not self.has_mask_key:
+            return super().make_features_extractor()
+        return self.features_extractor_class(without_mask_key(self.observation_space), **self.features_extractor_kwargs)
+
+    @property
+    def squash_output(self) -> bool:
+        """Whether stored actions are in other units than the env's: SB3 then calls :meth:`unscale_action` on them."""
+        return super().squash_output or isinstance(self.action_dist, BoundedDistribution)
+
+    def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
+        """Convert stored actions to the env's units, never outside its bounds (where rounding may lead SB3's).
+
+        :param scaled_action: stored actions, shape (n_envs, *action shape): in [-1, 1] of gSDE with ``squash_output``,
+            in (0, 1) of Beta, any real number (before the tanh) of the squashed Gaussian
+        """
+        assert isinstance(self.action_space, spaces.Box)
+        low, high = self.action_space.low, self.action_space.high
+        if isinstance(self.action_dist, BoundedDistribution):
+            return self.action_dist.to_bounds(scaled_action, low, high)
+        actions: np.ndarray = np.clip(super().unscale_action(scaled_action), low, high)
+        return actions
+
+    def forward(
+        self,
+        obs: PyTorchObs,
+        deterministic: bool = False,
+        action_masks: th.Tensor | None = None,
+        states: RNNStates | None = None,
+        episode_starts: th.Tensor | None = None,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """Choose actions and predict values; matches SB3's ``ActorCriticPolicy.forward``.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param deterministic: the most probable actions instead of samples
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        :param states: of a memory, before the step; None: each observation begins an episode
+        :param episode_starts: where the states are reset first, shape (batch,); None: nowhere
+        :return: stored actions (batch, *action shape), values (batch, 1), log probability (batch,)
+        """
+        return self.forward_step(obs, deterministic, action_masks, states, episode_starts)[:3]
+
+    def forward_step(
+        self,
+        obs: PyTorchObs,
+        deterministic: bool = False,
+        action_masks: th.Tensor | None = None,
+        states: RNNStates | None = None,
+        episode_starts: th.Tensor | None = None,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor, RNNStates | None]:
+        """As :meth:`forward`, and return the states after the step too."""
+        values, distribution, states = self._evaluate(obs, action_masks, states, episode_starts)
+        actions = distribution.get_actions(deterministic=deterministic)
+        log_prob = distribution.log_prob(actions)
+        return actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob, states
+
+    def evaluate_actions(
+        self,
+        obs: PyTorchObs,
+        actions: th.Tensor,
+        action_masks: th.Tensor | None = None,
+        states: RNNStates | None = None,
+        episode_starts: th.Tensor | None = None,
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Evaluate stored actions under the current policy; matches SB3's ``ActorCriticPolicy.evaluate_actions``.
+
+        With a memory the batch may consist of sequences, one after the other: as many as ``states`` are for.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param actions: stored actions, shape (batch, action dim), or (batch,) for Discrete
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        :param states: of a memory, at the start of each sequence; None: each observation begins an episode
+        :param episode_starts: where the states are reset first, shape (batch,); None: nowhere
+        :return: values (batch, 1), log probability (batch,), entropy (batch,) or None where there is no closed form;
+            all in float32, under autocast too
+        """
+        values, distribution, _ = self._evaluate(obs, action_masks, states, episode_starts)
+        with _without_autocast(values.device):
+            return values, distribution.log_prob(actions), distribution.entropy()
+
+    def value_and_distribution(
+        self, obs: PyTorchObs, action_masks: MaybeMasks = None
+    ) -> tuple[th.Tensor, Distribution]:
+        """Values, shape (batch, 1), and action distributions of observations, from one pass of shared layers.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        """
+        return self._evaluate(obs, action_masks, None, None)[:2]
+
+    def _evaluate(
+        self,
+        obs: PyTorchObs,
+        action_masks: MaybeMasks,
+        states: RNNStates | None,
+        episode_starts: th.Tensor | None,
+    ) -> tuple[th.Tensor, Distribution, RNNStates | None]:
+        obs, action_masks = self._split_off_mask(obs, action_masks)
+        features: Any = self.extract_features(obs)
+        if self.share_features_extractor and self.memory_options is None:
+            latent_pi, latent_vf = self.mlp_extractor(features)
+        else:
+            pi_features, vf_features = (features, features) if self.share_features_extractor else features
+            if self.memory_options is not None:
+                pi_features, vf_features, states = self._remember(pi_features, vf_features, states, episode_starts)
+            latent_pi = self.mlp_extractor.forward_actor(pi_features)
+            latent_vf = self.mlp_extractor.forward_critic(vf_features)
+        with _without_autocast(latent_vf.device):
+            values: th.Tensor = self.value_net(latent_vf.float())
+        return values, self._masked_distribution(latent_pi, action_masks), states
+
+    def get_distribution(
+        self,
+        obs: PyTorchObs,
+        action_masks: MaybeMasks = None,
+        states: RNNStates | None = None,
+        episode_starts: th.Tensor | None = None,
+    ) -> Distribution:
+        """Action distributions of observations; matches SB3's ``ActorCriticPolicy.get_distribution``.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        :param states: see :meth:`evaluate_actions`
+        :param episode_starts: likewise
+        """
+        return self._distribution_and_state(obs, action_masks, states.pi if states else None, episode_starts)[0]
+
+    def _distribution_and_state(
+        self, obs: PyTorchObs, action_masks: MaybeMasks, state: State | None, episode_starts: th.Tensor | None
+    ) -> tuple[Distribution, State]:
+        obs, action_masks = self._split_off_mask(obs, action_masks)
+        features = BaseModel.extract_features(self, obs, self.pi_features_extractor)
+        latent, state = self._remember_actor(features, state, episode_starts)
+        return self._masked_distribution(self.mlp_extractor.forward_actor(latent), action_masks), state
+
+    def predict_values(
+        self, obs: PyTorchObs, states: RNNStates | None = None, episode_starts: th.Tensor | None = None
+    ) -> th.Tensor:
+        """Values of observations, shape (batch, 1); matches SB3's ``ActorCriticPolicy.predict_values``.
+
+        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param states: see :meth:`evaluate_actions`
+        :param episode_starts: likewise
+        """
+        obs, _ = self._split_off_mask(obs, None)
+        if self.memory_options is None:
+            return super().predict_values(obs)
+        features = BaseModel.extract_features(self, obs, self.vf_features_extractor)
+        latent, _ = self._remember_critic(features, states, episode_starts)
+        values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
+        return values
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+        action_masks: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """Choose actions in the env's units; matches SB3's ``BasePolicy.predict``.
+
+        :param observation: observations of one or of n_envs environments
+        :param state: of the actor's memory, as the last call returned it; None: each observation begins an episode
+        :param episode_start: where the state is reset first, shape (n_envs,); None: nowhere
+        :param deterministic: the most probable actions instead of samples
+        :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
+        :return: the actions and the state after them; without a memory, the state is returned as it is
+        :raises ValueError: for masks of a wrong size, or where no action is valid, or a state of a wrong shape
+        """
+        self._predict_context = {"state": state, "episode_start": episode_start}
+        if action_masks is not None:
+            masks = check_masks(np.asarray(action_masks), mask_sizes(self.action_space))
+            self._predict_context["action_masks"] = masks
+        try:
+            actions, _ = super().predict(observation, state, episode_start, deterministic)
+            return actions, self._predict_context["state"]
+        finally:
+            self._predict_context = {}
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        context = self._predict_context
+        state, episode_starts = None, context.get("episode_start")
+        if self.memory_options is not None:
+            n_envs = len(next(iter(observation.values())) if isinstance(observation, dict) else observation)
+            state = self._check_state(context.get("state"), n_envs)
+            if episode_starts is not None:
+                episode_starts = th.as_tensor(np.asarray(episode_starts), dtype=th.bool, device=self.device)
+        distribution, state = self._distribution_and_state(
+            observation, context.get("action_masks"), state, episode_starts
+        )
+        if self.memory_options is not None:
+            context["state"] = tuple(part.cpu().numpy() for part in state)
+        return distribution.get_actions(deterministic=deterministic)
+
+    def _split_off_mask(self, obs: PyTorchObs, action_masks: MaybeMasks) -> tuple[PyTorchObs, MaybeMasks]:
+        if not self.has_mask_key:
+            return obs, action_masks
+        obs, from_observation = split_off_mask(obs)
+        return obs, from_observation if action_masks is None else action_masks
+
+    def _masked_distribution(self, latent_pi: th.Tensor, action_masks: MaybeMasks) -> Distribution:
+        distribution = self._get_action_dist_from_latent(latent_pi)
+        if action_masks is not None:
+            with _without_autocast(latent_pi.device):
+                apply_masks(distribution, action_masks)
+        return distribution
+
+    def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
+        # A copy: tensors with a gradient would stay on SB3's shared object, where deepcopy trips on them. Without one
+        # it is shared as in SB3, whose users read policy.action_dist after predict and forward
+        distribution = copy(self.action_dist) if th.is_grad_enabled() else self.action_dist
+        # bf16 logits would put errors of 1e-2 into the log-ratio
+        with _without_autocast(latent_pi.device):
+            outputs = self.action_net(latent_pi.float())
+            if isinstance(distribution, StateDependentNoiseDistribution):
+                return distribution.proba_distribution(outputs, self.log_std, latent_pi.float())
+            if isinstance(distribution, DiagGaussianDistribution):
+                return distribution.proba_distribution(outputs, self.log_std)
+            return distribution.proba_distribution(action_logits=outputs)
+
+
+class ActorCriticPlusCnnPolicy(ActorCriticPlusPolicy):
+    """The policy for images: SB3's ``ActorCriticCnnPolicy``, NatureCNN by default."""
+
+    default_features_extractor_class = NatureCNN
+
+
+class MultiInputActorCriticPlusPolicy(ActorCriticPlusPolicy):
+    """The policy for Dict observations: SB3's ``MultiInputActorCriticPolicy``, CombinedExtractor by default."""
+
+    default_features_extractor_class = CombinedExtractor
+
+
+class MlpLstmPolicy(ActorCriticPlusPolicy):
+    """The policy with an LSTM by default: sb3-contrib's ``RecurrentActorCriticPolicy``."""
+
+    default_memory = "lstm"
+
+
+class CnnLstmPolicy(ActorCriticPlusCnnPolicy):
+    """The policy for images with an LSTM by default: sb3-contrib's ``RecurrentActorCriticCnnPolicy``."""
+
+    default_memory = "lstm"
+
+
+class MultiInputLstmPolicy(MultiInputActorCriticPlusPolicy):
+    """The policy for Dict observations with an LSTM by default: sb3-contrib's, ``RecurrentMultiInput...``."""
+
+    default_memory = "lstm"
+
+
+MlpPolicy = ActorCriticPlusPolicy
+CnnPolicy = ActorCriticPlusCnnPolicy
+MultiInputPolicy = MultiInputActorCriticPlusPolicy
+
+# A model saved by SB3 or sb3-contrib names their classes
+PLUS_POLICY_OF: dict[type[Any], type[ActorCriticPlusPolicy]] = {
+    ActorCriticPolicy: ActorCriticPlusPolicy,
+    ActorCriticCnnPolicy: ActorCriticPlusCnnPolicy,
+    MultiInputActorCriticPolicy: MultiInputActorCriticPlusPolicy,
+    MaskableActorCriticPolicy: ActorCriticPlusPolicy,
+    MaskableActorCriticCnnPolicy: ActorCriticPlusCnnPolicy,
+    MaskableMultiInputActorCriticPolicy: MultiInputActorCriticPlusPolicy,
+    RecurrentActorCriticPolicy: MlpLstmPolicy,
+    RecurrentActorCriticCnnPolicy: CnnLstmPolicy,
+    RecurrentMultiInputActorCriticPolicy: MultiInputLstmPolicy,
+}
+
+
+def _without_autocast(device: th.device) -> AbstractContextManager[Any]:
+    # Entering a context costs microseconds at each step: only where autocast is on
+    if th.is_autocast_enabled(device.type):
+        return th.autocast(device.type, enabled=False)
+    return nullcontext()

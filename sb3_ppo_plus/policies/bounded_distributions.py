@@ -1,0 +1,298 @@
+"""Action distributions for bounded Box spaces.
+
+They subclass SB3's ``DiagGaussianDistribution``, as SB3's ``ActorCriticPolicy`` builds and feeds only classes it knows.
+
+Each keeps a *stored action* whose density is exact (a squashed Gaussian's u before the tanh, Beta's x in (0, 1)): the
+policy and the rollout buffer hold it, and ``to_bounds`` turns it into the environment's units. Densities are those of
+the action before the affine map to the bounds, whose constant Jacobian cancels in every probability ratio.
+"""
+
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import (
+    DiagGaussianDistribution,
+    Distribution,
+    make_proba_distribution,
+    sum_independent_dims,
+)
+from stable_baselines3.common.preprocessing import get_action_dim
+from torch import nn
+from torch.distributions import Beta, Normal
+from torch.nn import functional as F
+
+LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
+"""Range of the squashed Gaussian's log standard deviation; below it, float32 log-probabilities lose their digits."""
+
+BETA_EPSILON = 1e-6
+"""Beta's stored actions stay this far inside (0, 1): its log density is infinite at 0 and 1."""
+
+BETA_MAX_CONCENTRATION = 1e4
+"""Upper bound of alpha and beta: a standard deviation of 1/283 of the range, as narrow as ``LOG_STD_MIN`` makes it."""
+
+
+class BoundedDistribution(DiagGaussianDistribution):
+    """A distribution whose actions fill a bounded box.
+
+    :param action_dim: number of action dimensions
+    """
+
+    @abstractmethod
+    def to_unit_interval(self, actions: np.ndarray) -> np.ndarray:
+        """Map stored actions, elementwise, to [0, 1] in float64."""
+
+    def to_bounds(self, actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+        """Map stored actions to the environment's units.
+
+        :param actions: stored actions, shape (n_envs, *action_space.shape)
+        :param low: the space's finite lower bounds, shape action_space.shape
+        :param high: the space's finite upper bounds, shape action_space.shape
+        :return: actions within [low, high], in the shape of ``actions`` and the dtype of ``low``
+        """
+        fraction = self.to_unit_interval(actions)
+        # Two products, not low + (high - low) * fraction: the difference of the widest bounds overflows.
+        scaled = low.astype(np.float64) * (1.0 - fraction) + high.astype(np.float64) * fraction
+        # Rounding to the space's dtype may step over a bound.
+        bounded: np.ndarray = np.clip(scaled.astype(low.dtype), low, high)
+        return bounded
+
+
+class SquashedGaussianDistribution(BoundedDistribution):
+    """Gaussian u with a state-independent standard deviation, squashed by tanh; the stored action is u.
+
+    ``log_std`` is clamped to [``LOG_STD_MIN``, ``LOG_STD_MAX``] where it is used. Densities are those of tanh(u) in
+    (-1, 1)^n (Haarnoja et al. 2018, Soft Actor-Critic, equation 21).
+
+    :param action_dim: number of action dimensions
+    :param entropy_samples: samples per entropy estimate, at least 1
+    :raises ValueError: if ``entropy_samples`` is not an integer of at least 1
+    """
+
+    def __init__(self, action_dim: int, entropy_samples: int = 1) -> None:
+        super().__init__(action_dim)
+        if isinstance(entropy_samples, bool) or not isinstance(entropy_samples, int) or entropy_samples < 1:
+            raise ValueError(f"entropy_samples must be an integer of at least 1, got {entropy_samples!r}")
+        self.entropy_samples = entropy_samples
+
+    def proba_distribution_net(self, latent_dim: int, log_std_init: float = 0.0) -> tuple[nn.Module, nn.Parameter]:
+        """Create the layer for the mean of u and the parameter for its log standard deviation.
+
+        :param latent_dim: size of the policy net's last layer
+        :param log_std_init: initial log standard deviation, in [``LOG_STD_MIN``, ``LOG_STD_MAX``]
+        :return: a linear layer with action_dim outputs, and log_std of shape (action_dim,)
+        :raises ValueError: if ``log_std_init`` is outside that range, where the clamp leaves it no gradient
+        """
+        if not LOG_STD_MIN <= log_std_init <= LOG_STD_MAX:
+            raise ValueError(
+                f'log_std_init must be in [{LOG_STD_MIN:g}, {LOG_STD_MAX:g}] with action_dist="squashed_gaussian", '
+                f"got {log_std_init!r}"
+            )
+        return super().proba_distribution_net(latent_dim, log_std_init)
+
+    def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor) -> Self:
+        """Set the parameters.
+
+        :param mean_actions: mean of u, shape (batch, action_dim)
+        :param log_std: log standard deviation of u, shape (action_dim,) or (batch, action_dim)
+        :return: self
+        """
+        mean = _at_least_float32(mean_actions)
+        std = _at_least_float32(log_std).clamp(LOG_STD_MIN, LOG_STD_MAX).exp()
+        self.distribution = Normal(mean, std.expand_as(mean), validate_args=False)
+        return self
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        """Return the log density of tanh(u) at stored actions.
+
+        :param actions: u, any real numbers, shape (batch, action_dim)
+        :return: shape (batch,)
+        """
+        u = _at_least_float32(actions)
+        return super().log_prob(u) - sum_independent_dims(_log_tanh_slope(u))
+
+    def entropy(self, noise: th.Tensor | None = None) -> th.Tensor:
+        """Return an unbiased estimate of the entropy of tanh(u), differentiable in mean and log_std.
+
+        The entropy is the Gaussian's plus E[log(1 - tanh(u)^2)], the latter estimated by reparametrised samples.
+
+        :param noise: standard normal numbers of shape (entropy_samples, batch, action_dim), see :meth:`entropy_noise`;
+            None draws them here
+        :return: shape (batch,)
+        """
+        mean, std = self.distribution.loc, self.distribution.scale
+        if noise is None:
+            noise = self.entropy_noise(mean.shape[0], mean.device)
+        slope = _log_tanh_slope(mean + std * noise).mean(dim=0)
+        gaussian = self.distribution.entropy()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return sum_independent_dims(gaussian + slope)
+
+    def entropy_noise(self, batch_size: int, device: th.device | str = "cpu") -> th.Tensor:
+        """Draw the noise of one entropy estimate, apart from it for the sake of compiled code.
+
+        :param batch_size: number of states
+        :param device: where to put it
+        :return: standard normal float32 numbers, shape (entropy_samples, batch_size, action_dim)
+        """
+        return th.randn(self.entropy_samples, batch_size, self.action_dim, device=device)
+
+    def to_unit_interval(self, actions: np.ndarray) -> np.ndarray:
+        """Map u to (1 + tanh(u)) / 2, in float64."""
+        return 0.5 * (1.0 + np.tanh(actions.astype(np.float64)))
+
+
+class BetaDistribution(BoundedDistribution):
+    """Independent Beta distributions with alpha, beta = 1 + softplus(net outputs); the stored action is x in (0, 1).
+
+    Both parameters are above 1, so each density has a single peak (Chou et al. 2017, Improving Stochastic Policy
+    Gradients ... using the Beta Distribution, section 4). They are bounded by ``BETA_MAX_CONCENTRATION``, and
+    ``log_prob`` and ``entropy`` are computed in float64: both are small differences of large lgamma values, and in
+    float32 they err by 1e-3 from alpha = 1000 and by 1e-2 from 10000.
+
+    :param action_dim: number of action dimensions
+    :param deterministic: deterministic action, "mean" or "mode"
+    :raises ValueError: if ``deterministic`` is neither
+    """
+
+    distribution: Beta  # type: ignore[assignment]  # SB3 declares Normal; nothing of it beyond the base class is used
+
+    def __init__(self, action_dim: int, deterministic: str = "mean") -> None:
+        super().__init__(action_dim)
+        if deterministic not in ("mean", "mode"):
+            raise ValueError(f'deterministic must be "mean" or "mode", got {deterministic!r}')
+        self.deterministic = deterministic
+
+    def proba_distribution_net(  # type: ignore[override]  # SB3 declares a log_std; None keeps it out of the parameters
+        self, latent_dim: int, log_std_init: float = 0.0
+    ) -> tuple[nn.Module, None]:
+        """Create the layer whose outputs become alpha and beta.
+
+        :param latent_dim: size of the policy net's last layer
+        :param log_std_init: not used, part of SB3's protocol
+        :return: a linear layer with 2 * action_dim outputs, and None in place of log_std
+        """
+        return nn.Linear(latent_dim, 2 * self.action_dim), None
+
+    def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor | None = None) -> Self:
+        """Set the parameters.
+
+        :param mean_actions: the net's outputs, shape (batch, 2 * action_dim): those of alpha, then those of beta
+        :param log_std: not used, part of SB3's protocol
+        :return: self
+        """
+        concentrations = (1.0 + F.softplus(mean_actions.double())).clamp(max=BETA_MAX_CONCENTRATION)
+        alpha, beta = concentrations.chunk(2, dim=-1)
+        self.distribution = Beta(alpha, beta, validate_args=False)
+        return self
+
+    def log_prob(self, actions: th.Tensor) -> th.Tensor:
+        """Return the log density at stored actions.
+
+        :param actions: x, clamped to the range of samples, shape (batch, action_dim)
+        :return: float32, shape (batch,)
+        """
+        return super().log_prob(_inside_unit_interval(actions).double()).float()
+
+    def entropy(self) -> th.Tensor:
+        """Return the exact entropy of x.
+
+        :return: float32, shape (batch,)
+        """
+        entropy = self.distribution.entropy()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return sum_independent_dims(entropy).float()
+
+    def sample(self) -> th.Tensor:
+        """Draw reparametrised actions.
+
+        :return: float32 in [``BETA_EPSILON``, 1 - ``BETA_EPSILON``], shape (batch, action_dim)
+        """
+        return _inside_unit_interval(self.distribution.rsample())
+
+    def mode(self) -> th.Tensor:
+        """Return the deterministic action, mean or mode as chosen; the mode tends to 1/2 as alpha and beta tend to 1.
+
+        :return: float32 in [``BETA_EPSILON``, 1 - ``BETA_EPSILON``], shape (batch, action_dim)
+        """
+        if self.deterministic == "mean":
+            return _inside_unit_interval(self.distribution.mean)
+        # The uniform distribution's peak is 0/0 without the small number.
+        above_alpha = self.distribution.concentration1 - 1.0 + 1e-9
+        above_beta = self.distribution.concentration0 - 1.0 + 1e-9
+        return _inside_unit_interval(above_alpha / (above_alpha + above_beta))
+
+    def to_unit_interval(self, actions: np.ndarray) -> np.ndarray:
+        """Return x itself, in float64 and kept within [0, 1]."""
+        return np.clip(actions.astype(np.float64), 0.0, 1.0)
+
+
+def _at_least_float32(tensor: th.Tensor) -> th.Tensor:
+    """Raise half precision, as under autocast, to float32."""
+    return tensor.to(th.promote_types(tensor.dtype, th.float32))
+
+
+def _log_tanh_slope(u: th.Tensor) -> th.Tensor:
+    """Return log(1 - tanh(u)^2) in a form that neither overflows nor rounds to log(0)."""
+    return 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
+
+
+def _inside_unit_interval(x: th.Tensor) -> th.Tensor:
+    """Return x in float32, the precision of stored actions, at least ``BETA_EPSILON`` away from 0 and 1."""
+    return x.float().clamp(BETA_EPSILON, 1.0 - BETA_EPSILON)
+
+
+ACTION_DISTRIBUTIONS: dict[str, type[DiagGaussianDistribution]] = {
+    "gaussian": DiagGaussianDistribution,
+    "squashed_gaussian": SquashedGaussianDistribution,
+    "beta": BetaDistribution,
+}
+
+
+def make_action_distribution(
+    action_space: spaces.Space[Any], action_dist: str = "gaussian", action_dist_kwargs: Mapping[str, Any] | None = None
+) -> Distribution:
+    """Build the action distribution that a policy asks for by name.
+
+    :param action_space: the action space
+    :param action_dist: a key of ``ACTION_DISTRIBUTIONS``; "gaussian" stands for SB3's choice for the space, which is
+        the diagonal Gaussian for a Box; the others need a Box with finite bounds
+    :param action_dist_kwargs: keyword arguments of the distribution's constructor
+    :return: the distribution
+    :raises ValueError: on an unknown name, or a space that the distribution cannot serve
+    :raises TypeError: on an unknown keyword argument
+    """
+    kwargs = dict(action_dist_kwargs or {})
+    if not isinstance(action_dist, str) or action_dist not in ACTION_DISTRIBUTIONS:
+        names = ", ".join(f'"{name}"' for name in ACTION_DISTRIBUTIONS)
+        raise ValueError(f"action_dist must be one of {names}, got {action_dist!r}")
+    distribution_class = ACTION_DISTRIBUTIONS[action_dist]
+    allowed = [name for name in inspect.signature(distribution_class).parameters if name != "action_dim"]
+    unknown = [name for name in kwargs if name not in allowed]
+    if unknown:
+        raise TypeError(
+            f'action_dist_kwargs of action_dist="{action_dist}" may hold {", ".join(allowed) or "nothing"}, '
+            f"got {', '.join(map(repr, unknown))}"
+        )
+    if not issubclass(distribution_class, BoundedDistribution):
+        return make_proba_distribution(action_space)
+    _check_bounded(action_space, action_dist)
+    return distribution_class(get_action_dim(action_space), **kwargs)
+
+
+def _check_bounded(action_space: spaces.Space[Any], action_dist: str) -> None:
+    """Raise ValueError unless the space is a Box of real numbers with finite bounds."""
+    if not isinstance(action_space, spaces.Box) or not np.issubdtype(action_space.dtype, np.floating):
+        raise ValueError(
+            f'action_dist="{action_dist}" needs a Box action space of floating-point numbers with finite bounds, '
+            f'got {action_space}; use action_dist="gaussian", which leaves every other space to SB3\'s own distribution'
+        )
+    if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
+        raise ValueError(
+            f'action_dist="{action_dist}" needs finite bounds to fill, got {action_space}; declare the range that the '
+            "environment really uses, e.g. gymnasium.wrappers.TransformAction(env, lambda action: action, "
+            'gymnasium.spaces.Box(low, high)), or use action_dist="gaussian"'
+        )

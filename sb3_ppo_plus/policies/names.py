@@ -1,0 +1,67 @@
+"""The names that YAML may use in ``policy_kwargs``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.policies import BasePolicy
+from torch import nn
+
+from sb3_ppo_plus.extractors import resolve_features_extractor
+from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "tanh": nn.Tanh,
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+}
+OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
+    "adam": th.optim.Adam,
+    "adamw": th.optim.AdamW,
+    "sgd": th.optim.SGD,
+    "rmsprop": th.optim.RMSprop,
+}
+
+
+def resolve_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Replace registered names in ``policy_kwargs`` by their classes.
+
+    :param policy_class: the class that will take them
+    :param policy_kwargs: as the user gave them; not changed
+    :raises ValueError: for a name that is not registered
+    :raises TypeError: for an argument of ours that ``policy_class`` lacks, or a value that is neither name nor class
+    """
+    resolved = dict(policy_kwargs)
+    if not issubclass(policy_class, ActorCriticPlusPolicy):
+        lacking = sorted({"action_dist", "action_dist_kwargs", "memory", "memory_kwargs"} & resolved.keys())
+        if lacking:
+            raise TypeError(
+                f"policy_kwargs: {policy_class.__name__} has no {' or '.join(lacking)}; subclass "
+                "sb3_ppo_plus.ActorCriticPlusPolicy instead of SB3's ActorCriticPolicy to use it"
+            )
+    if "features_extractor_class" in resolved:
+        resolved["features_extractor_class"] = resolve_features_extractor(resolved["features_extractor_class"])
+    for name, table, base in (
+        ("activation_fn", ACTIVATIONS, nn.Module),
+        ("optimizer_class", OPTIMIZERS, th.optim.Optimizer),
+    ):
+        if name in resolved:
+            resolved[name] = _from_table(name, resolved[name], table, base)
+    return resolved
+
+
+def _from_table(name: str, value: object, table: Mapping[str, type], base: type) -> object:
+    if isinstance(value, str):
+        if value not in table:
+            raise ValueError(f"policy_kwargs: {name}={value!r} is unknown; allowed: a class or one of {sorted(table)}")
+        return table[value]
+    if isinstance(value, type) and not issubclass(value, base):
+        raise TypeError(f"policy_kwargs: {name} must be a subclass of {base.__name__} or a name, got {value!r}")
+    if not callable(value):
+        raise TypeError(f"policy_kwargs: {name} must be a class or one of {sorted(table)}, got {value!r}")
+    return value

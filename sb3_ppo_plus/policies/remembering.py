@@ -1,0 +1,300 @@
+"""A policy's memory: its options, its modules, and where it stands between the features and the heads."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch as th
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
+from stable_baselines3.common.type_aliases import Schedule
+from torch import nn
+
+from sb3_ppo_plus.policies.gtrxl import GTrXLMemory
+from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, Memory, State
+
+MEMORIES: dict[str, type[Any]] = {"lstm": LSTMMemory, "gru": GRUMemory, "gtrxl": GTrXLMemory}
+_SIZES = ("hidden_size", "n_layers")
+_OF_KIND = {
+    "lstm": (*_SIZES, "bias", "dropout", "forget_bias"),
+    "gru": (*_SIZES, "bias", "dropout"),
+    "gtrxl": (*_SIZES, "n_heads", "memory_length", "gate_bias", "d_feedforward"),
+}
+_OF_ALL = ("shared", "critic", "sequence_length")
+CONTRIB_KWARGS = ("lstm_hidden_size", "n_lstm_layers", "shared_lstm", "enable_critic_lstm", "lstm_kwargs")
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """What ``memory`` and ``memory_kwargs`` say.
+
+    :param kind: "lstm", "gru" or "gtrxl"
+    :param shared: one memory for actor and critic: True; "actor": only the actor trains it, as sb3-contrib's
+        ``shared_lstm``. False: each its own
+    :param critic: where it is not shared, whether the critic has a memory; False: a linear layer in its place
+    :param sequence_length: see :func:`resolve_sequence_length`
+    :param sizes: further arguments of the memory's class
+    """
+
+    kind: str
+    shared: bool | Literal["actor"] = False
+    critic: bool = True
+    sequence_length: int | None = None
+    sizes: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def resolve(
+        cls, memory: str | None, memory_kwargs: dict[str, Any] | None, contrib_kwargs: dict[str, Any]
+    ) -> MemoryOptions | None:
+        """Validate the arguments of a policy; None without a memory.
+
+        :param memory: None, "lstm", "gru" or "gtrxl"
+        :param memory_kwargs: fields of this class, and arguments of the memory's class
+        :param contrib_kwargs: those of ``CONTRIB_KWARGS`` that were given
+        :raises ValueError: for a value that is not allowed
+        """
+        if memory is not None and memory not in MEMORIES:
+            raise ValueError(f"policy_kwargs: memory must be None or one of {sorted(MEMORIES)}, got {memory!r}")
+        if contrib_kwargs and memory != "lstm":
+            raise ValueError(f"policy_kwargs: {sorted(contrib_kwargs)} go with memory='lstm', got memory={memory!r}")
+        if memory is None:
+            if memory_kwargs:
+                raise ValueError(f"policy_kwargs: memory_kwargs={memory_kwargs!r} need a memory, got memory=None")
+            return None
+        given = {**_from_contrib(contrib_kwargs), **(memory_kwargs or {})}
+        allowed = (*_OF_ALL, *_OF_KIND[memory])
+        unknown = sorted(given.keys() - set(allowed))
+        if unknown:
+            raise ValueError(f"memory_kwargs has {unknown}; allowed for memory={memory!r}: {sorted(allowed)}")
+        for name, value in given.items():
+            _check_option(name, value)
+        of_all = {name: given.pop(name) for name in _OF_ALL if name in given}
+        return cls(memory, **of_all, sizes=given)
+
+    def make(self, features_dim: int) -> Any:  # noqa: ANN401  # an nn.Module that is a Memory too
+        """Build one memory."""
+        return MEMORIES[self.kind](features_dim, **self.sizes)
+
+    def as_kwargs(self) -> dict[str, Any]:
+        """Return the arguments ``memory`` and ``memory_kwargs`` from which the same options resolve."""
+        of_all = {name: getattr(self, name) for name in _OF_ALL}
+        return {"memory": self.kind, "memory_kwargs": {**of_all, **self.sizes}}
+
+    @property
+    def output_dim(self) -> int:
+        """Size of the memory's output."""
+        default = inspect.signature(MEMORIES[self.kind]).parameters["hidden_size"].default
+        size: int = self.sizes.get("hidden_size", default)
+        return size
+
+
+def _from_contrib(given: dict[str, Any]) -> dict[str, Any]:
+    """Translate the arguments of sb3-contrib's RecurrentActorCriticPolicy."""
+    if given.get("shared_lstm") and given.get("enable_critic_lstm"):
+        raise ValueError("policy_kwargs: shared_lstm=True and enable_critic_lstm=True exclude each other")
+    options = dict(given.get("lstm_kwargs") or {})
+    for name, ours in (("lstm_hidden_size", "hidden_size"), ("n_lstm_layers", "n_layers")):
+        if name in given:
+            options[ours] = given[name]
+    if given.get("shared_lstm"):
+        options["shared"] = "actor"
+    elif not given.get("enable_critic_lstm", True):
+        options["critic"] = False
+    return options
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
+
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "shared": ("True, False or 'actor'", lambda value: isinstance(value, bool) or value == "actor"),
+    "critic": ("True or False", lambda value: isinstance(value, bool)),
+    "sequence_length": (
+        "None, -1 or an integer of at least 1",
+        lambda value: value is None or _is_positive_int(value) or (isinstance(value, int) and value == -1),
+    ),
+    "bias": ("True or False", lambda value: isinstance(value, bool)),
+    "dropout": ("a number in [0, 1)", lambda value: isinstance(value, int | float) and 0 <= value < 1),
+    "forget_bias": ("a number", lambda value: isinstance(value, int | float)),
+    "gate_bias": ("a number", lambda value: isinstance(value, int | float)),
+    "d_feedforward": ("None or an integer of at least 1", lambda value: value is None or _is_positive_int(value)),
+}
+
+
+def _check_option(name: str, value: object) -> None:
+    allowed, is_allowed = _CHECKS.get(name, ("an integer of at least 1", _is_positive_int))
+    if not is_allowed(value):
+        raise ValueError(f"memory_kwargs: {name} must be {allowed}, got {value!r}")
+
+
+def resolve_sequence_length(sequence_length: int | None, n_steps: int, batch_size: int) -> int:
+    """Length of the sequences into which each environment's part of a rollout is cut.
+
+    :param sequence_length: a number of steps; None: min(n_steps, batch_size); -1: n_steps, whole environments
+    :param n_steps: steps per environment and rollout
+    :param batch_size: transitions per minibatch, of which there are ``batch_size // sequence_length`` sequences
+    :raises ValueError: for sequences longer than a rollout or a minibatch
+    """
+    if sequence_length is None:
+        return min(n_steps, batch_size)
+    if sequence_length == -1:
+        if batch_size < n_steps:
+            raise ValueError(
+                f"sequence_length=-1 puts whole sequences of n_steps={n_steps} into minibatches, of which there would "
+                f"be more than environments: batch_size must be at least n_steps, got batch_size={batch_size}"
+            )
+        return n_steps
+    if sequence_length > min(n_steps, batch_size):
+        raise ValueError(
+            f"sequence_length must be at most n_steps={n_steps} and batch_size={batch_size}, got {sequence_length}"
+        )
+    return sequence_length
+
+
+class RememberingPolicy(ActorCriticPolicy):
+    """SB3's ``ActorCriticPolicy`` with a memory between the features and the heads, if ``memory_options`` say so.
+
+    The modules have the names and shapes of sb3-contrib's RecurrentActorCriticPolicy where there is an LSTM.
+    """
+
+    memory_options: MemoryOptions | None = None
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        of_memory = {} if self.memory_options is None else self.memory_options.as_kwargs()
+        return {**super()._get_constructor_parameters(), **of_memory}
+
+    def _build_mlp_extractor(self) -> None:
+        if self.memory_options is None:
+            super()._build_mlp_extractor()
+            return
+        self.mlp_extractor = MlpExtractor(
+            self.memory_options.output_dim,
+            net_arch=self.net_arch,
+            activation_fn=self.activation_fn,
+            device=self.device,
+        )
+
+    def _build_memory(self, lr_schedule: Schedule) -> None:
+        options = self.memory_options
+        if options is None:
+            return
+        if options.shared and not self.share_features_extractor:
+            raise ValueError(f"memory_kwargs: shared={options.shared!r} needs share_features_extractor=True, got False")
+        setattr(self, f"{options.kind}_actor", options.make(self.features_dim))
+        if not options.shared:
+            if options.critic:
+                setattr(self, f"{options.kind}_critic", options.make(self.features_dim))
+            else:
+                self.critic = nn.Linear(self.features_dim, options.output_dim)
+        kwargs = dict(self.optimizer_kwargs)
+        if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and not {"fused", "foreach"} & kwargs.keys():
+            # A memory has many parameters, over which the separate operations of a step pass ten times
+            kwargs["fused"] = True
+        # As in sb3-contrib: after the heads, which so begin with the parameters that they have without a memory
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]  # torch's base class takes no lr
+
+    @property
+    def actor_memory(self) -> Memory | None:
+        """The actor's memory, which may be the critic's too."""
+        options = self.memory_options
+        return None if options is None else getattr(self, f"{options.kind}_actor")
+
+    @property
+    def critic_memory(self) -> Memory | None:
+        """The critic's own memory."""
+        options = self.memory_options
+        return None if options is None else getattr(self, f"{options.kind}_critic", None)
+
+    def initial_states(self, n_envs: int) -> RNNStates:
+        """States in which episodes begin: all zeros; ``vf`` is empty where the critic has no memory of its own."""
+        actor, critic = self.actor_memory, self.critic_memory
+        return RNNStates(
+            () if actor is None else actor.initial_state(n_envs), () if critic is None else critic.initial_state(n_envs)
+        )
+
+    def _remember_actor(
+        self, features: th.Tensor, state: State | None, episode_starts: th.Tensor | None
+    ) -> tuple[th.Tensor, State]:
+        """Pass the actor's features through its memory, see :func:`_pass_through`."""
+        memory = self.actor_memory
+        return (features, ()) if memory is None else _pass_through(memory, features, state, episode_starts)
+
+    def _remember_critic(
+        self, features: th.Tensor, states: RNNStates | None, episode_starts: th.Tensor | None
+    ) -> tuple[th.Tensor, State]:
+        """Pass the critic's features through the memory that it uses, its own or the actor's."""
+        memory = self.critic_memory
+        if memory is not None:
+            return _pass_through(memory, features, None if states is None else states.vf, episode_starts)
+        if self.memory_options is not None and self.memory_options.shared:
+            latent, state = self._remember_actor(features, None if states is None else states.pi, episode_starts)
+            return self._shared_latent(latent), state
+        return self.critic(features), ()
+
+    def _remember(
+        self,
+        pi_features: th.Tensor,
+        vf_features: th.Tensor,
+        states: RNNStates | None,
+        episode_starts: th.Tensor | None,
+    ) -> tuple[th.Tensor, th.Tensor, RNNStates]:
+        """Pass the features of actor and critic through their memories, a shared one once."""
+        latent_pi, pi = self._remember_actor(pi_features, None if states is None else states.pi, episode_starts)
+        if self.memory_options is not None and self.memory_options.shared:
+            return latent_pi, self._shared_latent(latent_pi), RNNStates(pi, ())
+        latent_vf, vf = self._remember_critic(vf_features, states, episode_starts)
+        return latent_pi, latent_vf, RNNStates(pi, vf)
+
+    def _shared_latent(self, latent: th.Tensor) -> th.Tensor:
+        is_actors = self.memory_options is not None and self.memory_options.shared == "actor"
+        return latent.detach() if is_actors else latent
+
+    def _check_state(self, state: Any, n_envs: int) -> State | None:  # noqa: ANN401  # whatever predict was given
+        """Turn the state that ``predict`` was given into tensors.
+
+        :raises ValueError: for a state that is none of this memory for so many environments
+        """
+        memory = self.actor_memory
+        if state is None or memory is None:
+            return None
+        expected = [tuple(part.shape) for part in memory.initial_state(n_envs)]
+        is_tuple = isinstance(state, tuple | list)
+        given = [getattr(part, "shape", type(part).__name__) for part in state] if is_tuple else type(state).__name__
+        if given != expected:
+            raise ValueError(
+                f"predict: state must be None or what predict returned for {n_envs} environment(s), a tuple of arrays "
+                f"of the shapes {expected}; got {given}"
+            )
+        return tuple(th.as_tensor(part, dtype=th.float32, device=self.device) for part in state)
+
+
+def _pass_through(
+    memory: Memory, features: th.Tensor, state: State | None, episode_starts: th.Tensor | None
+) -> tuple[th.Tensor, State]:
+    """Take one step of every env, or all steps of sequences: as many as the state has envs.
+
+    :param features: shape (batch, features_dim), sequence by sequence
+    :param state: before the first step; None: that in which an episode begins
+    :param episode_starts: shape (batch,); None: no episode begins
+    :return: outputs, shape (batch, output_dim), in float32, and the state after a step; nothing after sequences
+    """
+    if state is None:
+        state = memory.initial_state(len(features))
+    n_sequences = state[0].shape[1]
+    if episode_starts is None:
+        episode_starts = th.zeros(len(features), dtype=th.bool, device=features.device)
+    # Under autocast too: errors would add up from step to step
+    with th.autocast(features.device.type, enabled=False):
+        features = features.float()
+        if n_sequences == len(features):
+            return memory.step(features, state, episode_starts.bool())
+        outputs = memory.sequence(
+            features.view(n_sequences, -1, features.shape[1]), state, episode_starts.bool().view(n_sequences, -1)
+        )
+    return outputs.flatten(0, 1), ()

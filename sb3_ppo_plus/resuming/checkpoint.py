@@ -1,0 +1,144 @@
+"""Checkpoints of a training run, written at the end of an update, from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_ppo_plus.resuming.checkpoint_directory import (
+    checkpoint_directories,
+    rotate,
+    write_checkpoint,
+)
+from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
+from sb3_ppo_plus.resuming.training_state import (
+    checkpoint_files,
+)
+
+if TYPE_CHECKING:
+    from sb3_ppo_plus.ppo_plus import PPOPlus
+
+
+class TrainingCheckpoint(BaseCallback):
+    """Writes checkpoints of a training run, from which ``PPOPlus.resume(save_path, env)`` continues it exactly.
+
+    A checkpoint is a directory in ``save_path``, written at the end of an update, after the last one too. It holds
+    everything that the rest of the run depends on; of the environments what they tell, see :class:`ResumableEnv`, and
+    of callbacks what ``get_state()`` returns, where they have this and ``set_state(state)``.
+
+    With ``on_signal``, SIGTERM and SIGINT (Ctrl-C) have a checkpoint written at the end of the update, where ``learn``
+    then returns; a second SIGINT interrupts at once. SIGUSR1 has one written, and learning goes on. The handlers are
+    in place during ``learn``, if it runs in the main thread. Workers of a SubprocVecEnv ignore SIGINT and SIGTERM from
+    then on, which often reach all processes; forked ones ignore SIGINT only.
+
+    :param save_freq: least number of timesteps, of all environments together, from one checkpoint to the next; with 1
+        there is one after every update
+    :param save_path: directory of the checkpoints; made where it is missing
+    :param keep_last: so many valid checkpoints are kept, older ones are removed
+    :param on_signal: handle signals
+    :param verbose: 1: print a line for each checkpoint
+    :raises ValueError: for numbers below 1
+    :raises CheckpointError: during training, where a checkpoint cannot be written; the model stays usable
+    """
+
+    comes_last = True
+
+    def __init__(
+        self,
+        save_freq: int,
+        save_path: str | Path,
+        keep_last: int = 3,
+        on_signal: bool = True,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(verbose)
+        for name, value in (("save_freq", save_freq), ("keep_last", keep_last)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.save_freq = save_freq
+        self.save_path = Path(save_path)
+        self.keep_last = keep_last
+        self.on_signal = on_signal
+        self.received_signal: signal.Signals | None = None
+        """SIGTERM or SIGINT, if one has come since ``learn`` began, whatever has ended it."""
+        self._n_saved_at = 0
+        self._signals = SignalFlags()
+
+    def _init_callback(self) -> None:
+        if not hasattr(self.model, "TRAINING_STATE"):
+            raise TypeError(f"TrainingCheckpoint needs a PPOPlus, got a {type(self.model).__name__}")
+        self.save_path.mkdir(parents=True, exist_ok=True)
+
+    def _on_training_start(self) -> None:
+        self.received_signal = None
+        self._n_saved_at = self.model.num_timesteps
+        # Whatever cannot be saved is said now, not hours later
+        unsaved: list[str] = []
+        checkpoint_files(self._ppo_plus, self._learn_callback, unsaved)
+        if unsaved:
+            warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
+        if self.model.num_timesteps == 0 and checkpoint_directories(self.save_path):
+            warnings.warn(
+                f"{self.save_path} holds checkpoints of an earlier run, which this one's will replace; "
+                "PPOPlus.resume(save_path, env) would continue it",
+                stacklevel=2,
+            )
+        if self.on_signal and self._signals.install():
+            keep_signals_from_workers(self.training_env)
+
+    @property
+    def _ppo_plus(self) -> PPOPlus:
+        model: Any = self.model
+        return model  # type: ignore[no-any-return]  # checked in _init_callback
+
+    @property
+    def _learn_callback(self) -> BaseCallback:
+        callback = self._ppo_plus._callback
+        assert callback is not None
+        return callback
+
+    def _on_step(self) -> bool:
+        return True
+
+    def on_update_end(self) -> bool:
+        """Write a checkpoint where it is time, a signal has come, or training is over.
+
+        :return: False where a signal asks to stop
+        """
+        model = self._ppo_plus
+        is_due = model.num_timesteps - self._n_saved_at >= self.save_freq
+        is_over = model.num_timesteps >= model._total_timesteps
+        is_requested = self._signals.take_request()
+        # Asked last: whatever stops training has been saved, even if the signal comes only now
+        self.received_signal = self._signals.stop
+        if is_due or is_over or is_requested or self.received_signal is not None:
+            self.save()
+        return self.received_signal is None
+
+    def save(self) -> Path:
+        """Write a checkpoint now; only between two updates is it a state that can be continued.
+
+        :return: its directory
+        :raises CheckpointError: where it cannot be written
+        """
+        model = self._ppo_plus
+        files = checkpoint_files(model, self._learn_callback)
+        directory = write_checkpoint(self.save_path, files, model.num_timesteps)
+        model.last_checkpoint = str(directory)
+        self._n_saved_at = model.num_timesteps
+        rotate(self.save_path, self.keep_last)
+        if self.verbose >= 1:
+            print(f"Checkpoint {directory}")
+        return directory
+
+    def on_learn_end(self) -> None:
+        """Put back the signal handlers; called however ``learn`` ends."""
+        self._signals.remove()
+        # Also where something else has ended it first: whoever sent the signal waits for the program to end
+        self.received_signal = self._signals.stop

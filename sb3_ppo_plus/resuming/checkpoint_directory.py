@@ -1,0 +1,234 @@
+"""Checkpoint directories: written atomically, verified when read, rotated.
+
+``SAVE_PATH/checkpoint_000017_204800_steps/`` holds files and their ``manifest.json``. It is written under a hidden
+name, synced to the disk and renamed last, so that a directory of that name is whole, or was damaged afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import warnings
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch as th
+
+from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_NAME = re.compile(r"checkpoint_(\d+)_\d+_steps")
+_LEFTOVER = re.compile(r"\.checkpoint_\d+_\d+_steps\.(?:unfinished|removed)")
+_PACKAGES = ("gymnasium", "numpy", "sb3-ppo-plus", "stable-baselines3", "torch")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and verified.
+
+    :param directory: where it lies
+    :param files: contents by file name
+    :param manifest: what it says about itself: num_timesteps, created, versions, files
+    """
+
+    directory: Path
+    files: dict[str, bytes]
+    manifest: dict[str, Any]
+
+
+def write_checkpoint(save_path: Path, files: dict[str, bytes], num_timesteps: int) -> Path:
+    """Write a checkpoint: all of it, or nothing that would be taken for one.
+
+    :param save_path: directory of the checkpoints
+    :param files: contents by file name
+    :param num_timesteps: for its name and its manifest
+    :return: its directory
+    :raises CheckpointError: where the system refuses, as on a full disk; earlier checkpoints are as they were
+    """
+    try:
+        save_path.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(save_path)
+        index = max((_index(directory) for directory in checkpoint_directories(save_path)), default=0) + 1
+        directory = save_path / f"checkpoint_{index:06d}_{num_timesteps}_steps"
+        unfinished = _hidden(directory, "unfinished")
+        try:
+            unfinished.mkdir()
+            for name, content in files.items():
+                _write_file(unfinished / name, content)
+            _write_file(unfinished / MANIFEST, _manifest(files, num_timesteps))
+            _sync_directory(unfinished)
+            os.rename(unfinished, directory)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+        _sync_directory(save_path)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint at {num_timesteps} steps could not be written to {save_path}: {error}. Earlier "
+            "checkpoints are as they were, and so is the model: continue_learning() goes on from here"
+        ) from error
+    return directory
+
+
+def read_checkpoint(directory: Path) -> Checkpoint:
+    """Read a checkpoint and verify sizes and hashes.
+
+    :raises InvalidCheckpointError: for one that is torn or altered, saying where
+    """
+    try:
+        text = (directory / MANIFEST).read_bytes()
+        manifest = json.loads(text)["manifest"]
+        if text != _sealed(manifest):
+            raise InvalidCheckpointError(f"{directory}: {MANIFEST} was altered")
+        if manifest["format"] != FORMAT:
+            raise InvalidCheckpointError(f"{directory}: format {manifest['format']}, this version reads {FORMAT}")
+        files = {}
+        for name, expected in manifest["files"].items():
+            files[name] = (directory / Path(name).name).read_bytes()
+            if len(files[name]) != expected["size"]:
+                raise InvalidCheckpointError(
+                    f"{directory}: {name} has {len(files[name])} bytes, its manifest says {expected['size']}"
+                )
+            if _sha256(files[name]) != expected["sha256"]:
+                raise InvalidCheckpointError(f"{directory}: {name} was altered")
+    except OSError as error:
+        raise InvalidCheckpointError(f"{directory}: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InvalidCheckpointError(f"{directory}: {MANIFEST} is no manifest") from error
+    return Checkpoint(directory, files, manifest)
+
+
+def newest_checkpoint(save_path: str | Path) -> Checkpoint | None:
+    """Read the newest valid checkpoint, and warn of each newer one that is not valid.
+
+    :param save_path: directory of the checkpoints, or of a single one
+    :return: None where there is none
+    """
+    save_path = Path(save_path)
+    single = [save_path] if (save_path / MANIFEST).exists() else []
+    for directory in single or checkpoint_directories(save_path):
+        try:
+            return read_checkpoint(directory)
+        except InvalidCheckpointError as error:
+            warnings.warn(f"skipped an invalid checkpoint: {error}", stacklevel=2)
+    return None
+
+
+def checkpoint_directories(save_path: Path) -> list[Path]:
+    """Directories of the checkpoints, valid or not, the newest first."""
+    if not save_path.is_dir():
+        return []
+    named = [path for path in save_path.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(named, key=_index, reverse=True)
+
+
+def rotate(save_path: Path, keep_last: int) -> None:
+    """Remove what is older than the ``keep_last`` newest valid checkpoints; warn where the system refuses."""
+    directories = checkpoint_directories(save_path)
+    n_valid = 0
+    for directory in directories if len(directories) > keep_last else []:
+        if n_valid < keep_last:
+            n_valid += _is_valid(directory)
+            continue
+        try:
+            # A name that is no checkpoint's, in one step: removing takes many
+            removed = _hidden(directory, "removed")
+            os.rename(directory, removed)
+            shutil.rmtree(removed)
+        except OSError as error:
+            warnings.warn(f"an old checkpoint could not be removed: {error}", stacklevel=2)
+
+
+def remove_leftovers(save_path: Path) -> None:
+    """Remove what a process that was killed while it wrote or removed a checkpoint has left behind."""
+    for path in save_path.iterdir():
+        if _LEFTOVER.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """What the bits of a training run depend on, apart from its own state."""
+    return {
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "machine": f"{sys.platform} {platform.machine()} {th.backends.cpu.get_cpu_capability()}",
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except ModuleNotFoundError:
+        return "not installed as a package"
+
+
+def _index(directory: Path) -> int:
+    name = _NAME.fullmatch(directory.name)
+    assert name is not None
+    return int(name[1])
+
+
+def _hidden(directory: Path, state: str) -> Path:
+    return directory.with_name(f".{directory.name}.{state}")
+
+
+def _is_valid(directory: Path) -> bool:
+    try:
+        read_checkpoint(directory)
+    except InvalidCheckpointError:
+        return False
+    return True
+
+
+def _manifest(files: dict[str, bytes], num_timesteps: int) -> bytes:
+    return _sealed(
+        {
+            "format": FORMAT,
+            "num_timesteps": num_timesteps,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "versions": versions(),
+            "files": {name: {"size": len(content), "sha256": _sha256(content)} for name, content in files.items()},
+        }
+    )
+
+
+def _sealed(manifest: object) -> bytes:
+    # Every byte of the file follows from the manifest, so that any change shows
+    seal = _sha256(json.dumps(manifest, sort_keys=True).encode())
+    return json.dumps({"manifest": manifest, "sha256": seal}, indent=1, sort_keys=True).encode() + b"\n"
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _write_file(path: Path, content: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        remaining = memoryview(content)
+        while remaining:
+            remaining = remaining[os.write(file, remaining) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_directory(directory: Path) -> None:
+    # Windows has no such thing
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,184 @@
+"""Training state as JSON and raw bytes: plain values, arrays and tensors, written and read without pickle."""
+
+from __future__ import annotations
+
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch as th
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+
+from sb3_ppo_plus.errors import PlainStateError
+
+Json = Any
+"""What the ``json`` module writes and reads."""
+
+# Longer lists of floats, such as a Monitor's rewards, are arrays: exact, and ten times faster than JSON
+LONGEST_FLOAT_LIST = 8
+MAPPINGS = {dict: "$items", OrderedDict: "$ordered", Counter: "$counter"}
+
+
+# Memory of an array with strides, in sizes of its numbers
+LARGEST_GAPS = 8
+
+
+class PlainStateWriter:
+    """Describes values as JSON, and collects the bytes of their arrays.
+
+    Plain are None, bool, int, float, str, bytes; list, tuple, set, deque, dict, OrderedDict and Counter of plain
+    values; NumPy's arrays and scalars without Python objects; PyTorch's tensors; and sb3-contrib's RNNStates. Their
+    subclasses are not.
+    """
+
+    def __init__(self) -> None:
+        self._chunks: list[bytes] = []
+        self._n_bytes = 0
+
+    def arrays(self) -> bytes:
+        """Return the bytes of all arrays described so far, one after the other."""
+        return b"".join(self._chunks)
+
+    def describe(self, value: object, name: str = "state") -> Json:
+        """Describe ``value``, which may change afterwards.
+
+        :param value: the value
+        :param name: what to call it in an error
+        :raises PlainStateError: for a value that is not plain, by its place
+        """
+        kind = type(value)
+        if value is None or kind in (bool, int, float, str):
+            return value
+        if isinstance(value, np.ndarray | np.generic):
+            return {"$array" if isinstance(value, np.ndarray) else "$scalar": self._array(np.asarray(value), name)}
+        if isinstance(value, th.Tensor):
+            return {"$tensor": self._tensor(value.detach().cpu(), name)}
+        if kind is bytes:
+            return {"$bytes": self._array(np.frombuffer(value, np.uint8), name)}  # type: ignore[call-overload]  # is bytes
+        if kind is RNNStates:
+            return {"$rnn_states": [self.describe(part, name) for part in value]}  # type: ignore[attr-defined]  # kind says so
+        if kind is list or kind is deque or kind is tuple or kind is set:
+            return self._sequence(value, name)
+        if kind in MAPPINGS:
+            return self._mapping(value, name)  # type: ignore[arg-type]  # kind says so
+        raise PlainStateError(
+            f"{name} is a {kind.__module__}.{kind.__qualname__}; allowed: None, numbers, strings, bytes, lists, "
+            "tuples, sets, deques and dicts of such, NumPy arrays and PyTorch tensors"
+        )
+
+    def _sequence(self, value: Any, name: str) -> Json:  # noqa: ANN401  # list, deque, tuple or set
+        if type(value) is list and len(value) > LONGEST_FLOAT_LIST and all(type(item) is float for item in value):
+            return {"$floats": self._array(np.array(value), name)}
+        items = [self.describe(item, f"{name}[{index}]") for index, item in enumerate(value)]
+        if type(value) is list:
+            return items
+        if type(value) is deque:
+            return {"$deque": items, "maxlen": value.maxlen}
+        return {f"${type(value).__name__}": items}
+
+    def _mapping(self, value: dict[Any, Any], name: str) -> Json:
+        if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
+            return {key: self.describe(item, f"{name}[{key!r}]") for key, item in value.items()}
+        return {
+            MAPPINGS[type(value)]: [
+                [self.describe(key, f"{name}'s key {key!r}"), self.describe(item, f"{name}[{key!r}]")]
+                for key, item in value.items()
+            ]
+        }
+
+    def _tensor(self, tensor: th.Tensor, name: str) -> Json:
+        # NumPy has no bfloat16
+        is_bfloat16 = tensor.dtype is th.bfloat16
+        array = (tensor.view(th.int16) if is_bfloat16 else tensor).numpy()
+        return {"dtype": "bfloat16" if is_bfloat16 else "", **self._array(array, name)}
+
+    def _array(self, array: np.ndarray, name: str) -> Json:
+        if array.dtype.hasobject or array.dtype.names is not None:
+            raise PlainStateError(f"{name} is an array of {array.dtype}; allowed: dtypes without objects or fields")
+        self._chunks.append(array.tobytes())
+        description = {"type": array.dtype.str, "shape": list(array.shape), "offset": self._n_bytes}
+        self._n_bytes += array.nbytes
+        # Transposed observations stay transposed: a convolution may round differently on another memory layout
+        strides = list(array.strides)
+        is_in_order = array.strides == np.empty(0, array.dtype).reshape(0, *array.shape).strides[1:]
+        if is_in_order or array.size == 0 or min(strides) <= 0:
+            return description
+        if _n_bytes(array.dtype, array.shape, strides) <= LARGEST_GAPS * array.nbytes:
+            description["strides"] = strides
+        return description
+
+
+class PlainStateReader:
+    """Builds values from what :class:`PlainStateWriter` has written.
+
+    :param arrays: the bytes of all arrays
+    """
+
+    def __init__(self, arrays: bytes) -> None:
+        self._arrays = arrays
+        self._builders: dict[str, Callable[[Json], Any]] = {
+            "$array": self._array,
+            "$scalar": lambda content: self._array(content)[()],
+            "$tensor": self._tensor,
+            "$bytes": lambda content: self._array(content).tobytes(),
+            "$floats": lambda content: self._array(content).tolist(),
+            "$tuple": lambda content: tuple(map(self.build, content)),
+            "$rnn_states": lambda content: RNNStates(*map(self.build, content)),
+            "$set": lambda content: set(map(self.build, content)),
+            **{tag: partial(self._mapping, kind) for kind, tag in MAPPINGS.items()},
+        }
+
+    def build(self, description: Json) -> Any:  # noqa: ANN401  # whatever was described
+        """Build the value of a description; its arrays are copies.
+
+        :raises ValueError: for a description that :class:`PlainStateWriter` does not make
+        """
+        if isinstance(description, list):
+            return [self.build(item) for item in description]
+        if not isinstance(description, dict):
+            return description
+        tag = next(iter(description), "")
+        if not tag.startswith("$"):
+            return {key: self.build(item) for key, item in description.items()}
+        if tag == "$deque":
+            return deque(map(self.build, description[tag]), description["maxlen"])
+        if tag not in self._builders:
+            raise ValueError(f"unknown kind of value {tag!r} in the training state; allowed: {list(self._builders)}")
+        return self._builders[tag](description[tag])
+
+    def _mapping(self, kind: Callable[[], dict[Any, Any]], content: Json) -> dict[Any, Any]:
+        mapping = kind()
+        for key, item in content:
+            mapping[self.build(key)] = self.build(item)
+        return mapping
+
+    def _array(self, content: Json) -> np.ndarray:
+        dtype = np.dtype(content["type"])
+        if dtype.hasobject:
+            raise ValueError(f"the training state has an array of {dtype}; allowed: dtypes without objects")
+        if dtype.itemsize == 0:
+            raise ValueError(f"the training state has an array of {dtype}, whose elements have no bytes")
+        shape = content["shape"]
+        n_items = int(np.prod(shape, dtype=np.int64))
+        if n_items == 0:
+            return np.empty(shape, dtype)
+        stored: np.ndarray = np.frombuffer(self._arrays, dtype, n_items, content["offset"]).reshape(shape)
+        if "strides" not in content:
+            return stored.copy()
+        n_bytes = _n_bytes(dtype, shape, content["strides"])
+        if n_bytes > LARGEST_GAPS * stored.nbytes:
+            raise ValueError(f"the training state has an array of shape {shape} with strides {content['strides']}")
+        array = np.ndarray(shape, dtype, bytearray(n_bytes), strides=content["strides"])
+        array[...] = stored
+        return array
+
+    def _tensor(self, content: Json) -> th.Tensor:
+        tensor = th.from_numpy(self._array(content))
+        return tensor.view(th.bfloat16) if content["dtype"] == "bfloat16" else tensor
+
+
+def _n_bytes(dtype: np.dtype[Any], shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Memory from the first to the last byte of an array that is not empty, with positive strides."""
+    return dtype.itemsize + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

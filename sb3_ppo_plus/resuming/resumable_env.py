@@ -1,0 +1,82 @@
+"""A Gymnasium wrapper that saves and restores the state of an environment and of every wrapper around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import gymnasium as gym
+
+from sb3_ppo_plus.errors import PlainStateError
+from sb3_ppo_plus.resuming.generator_state import global_generator_states, set_global_generator_states
+from sb3_ppo_plus.resuming.object_state import object_state, set_object_state
+
+
+class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
+    """Gives an environment ``get_resume_state`` and ``set_resume_state``, which :class:`TrainingCheckpoint` asks for.
+
+    For environments whose state is in plain attributes, such as Gymnasium's classic control and toy text, for MuJoCo's
+    and for Atari's. Put it outermost, as ``make_vec_env(env_id, wrapper_class=ResumableEnv)`` does: it answers for the
+    wrappers inside it, such as TimeLimit and Monitor, too. An environment or wrapper inside it that has both methods
+    itself is asked instead. What is changed in an ``MjModel`` after its creation is not saved.
+
+    :param env: the environment
+    :param constant: names of attributes that never change, of kinds that cannot be saved
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = ()) -> None:
+        gym.utils.RecordConstructorArgs.__init__(self, constant=constant)
+        super().__init__(env)
+        self.constant = tuple(constant)
+
+    def get_resume_state(self) -> dict[str, Any]:
+        """Copy the state: of every layer from the outside in, and of the global random generators of this process.
+
+        :raises TypeError: for an attribute that cannot be saved, by name
+        """
+        layers = [(_name(layer), self._state_of(layer)) for layer in self._layers()]
+        return {"layers": layers, "generators": global_generator_states()}
+
+    def set_resume_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`get_resume_state` has returned.
+
+        :param state: it stays usable
+        :raises ValueError: for the state of other wrappers or of another environment, naming both
+        """
+        layers = list(self._layers())
+        names, saved_names = [_name(layer) for layer in layers], [name for name, _ in state["layers"]]
+        if names != saved_names:
+            saved_stack, stack = " of ".join(saved_names), " of ".join(names)
+            raise ValueError(f"the saved state is of {saved_stack}, the environment is {stack}")
+        for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
+            if _has_own_methods(layer):
+                layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # just asked for
+            else:
+                set_object_state(layer, layer_state)
+        set_global_generator_states(state["generators"])
+
+    def _layers(self) -> Iterator[gym.Env[Any, Any]]:
+        layer: gym.Env[Any, Any] = self.env
+        yield layer
+        while isinstance(layer, gym.Wrapper):
+            layer = layer.env
+            yield layer
+
+    def _state_of(self, layer: gym.Env[Any, Any]) -> Any:  # noqa: ANN401  # plain values
+        if _has_own_methods(layer):
+            return layer.get_resume_state()  # type: ignore[attr-defined]  # just asked for
+        try:
+            return object_state(layer, self.constant)
+        except PlainStateError as error:
+            raise PlainStateError(
+                f"{error}. Give {_name(layer)} get_resume_state() and set_resume_state(state), or, if the attribute "
+                "never changes, name it in ResumableEnv(env, constant=[...])"
+            ) from error
+
+
+def _name(layer: gym.Env[Any, Any]) -> str:
+    return type(layer).__name__
+
+
+def _has_own_methods(layer: gym.Env[Any, Any]) -> bool:
+    return hasattr(type(layer), "get_resume_state") and hasattr(type(layer), "set_resume_state")

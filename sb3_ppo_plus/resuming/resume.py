@@ -1,0 +1,144 @@
+"""Loading a checkpoint, and continuing the run that wrote it."""
+
+from __future__ import annotations
+
+import io
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_plus.envs.workers import BROKEN_PIPES, dead_worker_error
+from sb3_ppo_plus.errors import CheckpointError, WrapperStackError
+from sb3_ppo_plus.resuming.callback_state import set_callback_states
+from sb3_ppo_plus.resuming.checkpoint_directory import Checkpoint, newest_checkpoint, versions
+from sb3_ppo_plus.resuming.generator_state import set_global_generator_states
+from sb3_ppo_plus.resuming.training_state import (
+    ARRAYS_FILE,
+    MODEL_FILE,
+    STATE_FILE,
+    pending_logs,
+    read_state,
+    restore_logs,
+    seconds_of_learning,
+    set_training_state,
+)
+
+if TYPE_CHECKING:
+    from sb3_ppo_plus.ppo_plus import PPOPlus
+
+
+Model = TypeVar("Model", bound="PPOPlus")
+
+
+def latest_checkpoint(save_path: str | Path) -> Path | None:
+    """Directory of the newest valid checkpoint; None where there is none, so that training has to begin.
+
+    Warns of newer ones that are not valid.
+
+    :param save_path: as given to :class:`TrainingCheckpoint`
+    """
+    checkpoint = newest_checkpoint(save_path)
+    return None if checkpoint is None else checkpoint.directory
+
+
+def load_checkpoint(
+    cls: type[Model], save_path: str | Path, env: GymEnv, device: th.device | str, **kwargs: Any
+) -> Model:
+    """Do the work of :meth:`PPOPlus.resume`, with its parameters.
+
+    :param kwargs: further arguments of ``PPOPlus.load``
+    """
+    if env is None:
+        raise TypeError("env must be the environments to go on with, got None")
+    checkpoint = newest_checkpoint(save_path)
+    if checkpoint is None:
+        raise CheckpointError(f"there is no valid checkpoint in {save_path}")
+    try:
+        return _resumed(cls, checkpoint, env, device, **kwargs)
+    except BROKEN_PIPES as error:
+        dead = dead_worker_error(env if isinstance(env, VecEnv) else None, None)
+        if dead is None:
+            raise
+        raise dead from error
+
+
+def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.device | str, **kwargs: Any) -> Model:
+    if checkpoint.files.keys() != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
+        raise CheckpointError(f"{checkpoint.directory} holds {sorted(checkpoint.files)}, which is no training state")
+    model = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
+    try:
+        state = read_state(checkpoint.files)
+        if not kwargs.get("trusted", True):
+            _check_log_name(state["attributes"]["_tb_log_name"])
+        goes_on = set_training_state(model, state)
+        model._continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
+    except (WrapperStackError, *BROKEN_PIPES):
+        raise
+    except Exception as error:
+        # Its hashes are right, so that somebody wrote it so, or the environments refuse their state
+        raise CheckpointError(
+            f"{checkpoint.directory} cannot be resumed from: {type(error).__name__}: {error}"
+        ) from error
+    model.last_checkpoint = str(checkpoint.directory)
+    _warn_of_inexactness(checkpoint, goes_on)
+    if model.verbose >= 1:
+        print(f"Resumed from {checkpoint.directory}")
+    return model
+
+
+def _check_log_name(name: str) -> None:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"_tb_log_name must be a name in the folder of the logs, got {name!r}")
+
+
+def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
+    if not goes_on:
+        warnings.warn(
+            "the environments have no get_resume_state() and set_resume_state(state), or had none: they were reset, "
+            "their episodes begin anew. ResumableEnv gives both to many",
+            stacklevel=5,
+        )
+    now, then = versions(), checkpoint.manifest["versions"]
+    different = [f"{name} {then.get(name)} (now {now.get(name)})" for name in now if now[name] != then.get(name)]
+    if different:
+        warnings.warn(
+            f"what follows may differ in the last bits, since the checkpoint was written with {', '.join(different)}",
+            stacklevel=5,
+        )
+
+
+class Continuation(BaseCallback):
+    """Puts back the clock, the logs and the callbacks of the run that it continues, once ``learn`` has set them up.
+
+    :param model: the model, before its ``learn``
+    """
+
+    def __init__(self, model: PPOPlus) -> None:
+        super().__init__()
+        self._num_timesteps_at_start = model._num_timesteps_at_start
+        # Without a checkpoint's state it is the model itself that was interrupted, and so were its callbacks
+        state = model._continuation or {"seconds": seconds_of_learning(model), "logger": pending_logs(model)}
+        self._seconds: float = state["seconds"]
+        self._logs: dict[str, Any] = state["logger"]
+        self._callback_states: dict[str, Any] | None = state.get("callbacks")
+        self._generators: dict[str, Any] | None = state.get("generators")
+
+    def _on_training_start(self) -> None:
+        model: Any = self.model
+        model.start_time = time.time_ns() - int(self._seconds * 1e9)
+        model._num_timesteps_at_start = self._num_timesteps_at_start
+        restore_logs(model, self._logs)
+        if self._callback_states is not None:
+            set_callback_states(model._callback, self._callback_states)
+        # Once more: whoever made the callbacks may have drawn from them since resume
+        if self._generators is not None:
+            set_global_generator_states(self._generators)
+
+    def _on_step(self) -> bool:
+        return True

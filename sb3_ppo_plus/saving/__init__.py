@@ -1,0 +1,1 @@
+"""Models and normalisers in files, with trust and without."""

@@ -1,0 +1,248 @@
+"""A model's plain description: arguments, spaces and counters as JSON, classes by names from closed tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
+from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
+from torch import nn
+from torch.optim import Optimizer
+
+from sb3_ppo_plus import buffers
+from sb3_ppo_plus.errors import UntrustedFileError
+from sb3_ppo_plus.extractors import FEATURES_EXTRACTORS
+from sb3_ppo_plus.policies.names import ACTIVATIONS, OPTIMIZERS
+from sb3_ppo_plus.saving.described_spaces import encode_space
+from sb3_ppo_plus.saving.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
+from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine
+
+if TYPE_CHECKING:
+    from sb3_ppo_plus.saving.saved_ppo import SavedPPO
+
+FORMAT = "sb3_ppo_plus.model/1"
+COUNTERS = (
+    *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start"),
+    *("_n_updates", "_episode_num", "_skipped_steps", "_skipped_in_a_row"),
+)
+# True, False or, before it is known, None
+FLAGS = ("_built_for_masks", "_was_given_masks")
+# Those of the loading machine, or described apart
+LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
+SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
+ROLLOUT_BUFFERS = {
+    name: cls for name, cls in vars(buffers).items() if isinstance(cls, type) and issubclass(cls, RolloutBuffer)
+}
+# In this order: an extractor is a module too, but no activation
+_BASES: dict[str, type] = {
+    "policy": ActorCriticPolicy,
+    "features_extractor_class": BaseFeaturesExtractor,
+    "optimizer_class": Optimizer,
+    "rollout_buffer_class": RolloutBuffer,
+    "activation_fn": nn.Module,
+}
+
+Tables = dict[str, dict[str, type]]
+
+
+def constructor_arguments(cls: type[SavedPPO]) -> list[str]:
+    """Names of the arguments of a class's constructor; a subclass may pass the rest on by **kwargs."""
+    parts = [part for part in cls.__mro__[: cls.__mro__.index(PPO)] if "__init__" in vars(part)]
+    names = {name: None for part in parts for name in inspect.signature(vars(part)["__init__"]).parameters}
+    return [name for name in names if name not in ("self", "args", "kwargs", "_init_setup_model")]
+
+
+def closed_tables(cls: type[SavedPPO], allow: Iterable[type] | None = None) -> Tables:
+    """Return the classes that a description may name, by the kind of field and by name.
+
+    :param cls: the algorithm, which has its own aliases of policies
+    :param allow: further classes: policies, features extractors, optimisers, rollout buffers, activations, or
+        dataclasses that are schedules
+    :raises TypeError: for anything else in ``allow``
+    """
+    tables: Tables = {
+        "policy": dict(cls.policy_aliases),
+        "features_extractor_class": {**FEATURES_EXTRACTORS, "sb3_combined": CombinedExtractor},
+        "optimizer_class": dict(OPTIMIZERS),
+        "rollout_buffer_class": dict(ROLLOUT_BUFFERS),
+        "activation_fn": dict(ACTIVATIONS),
+        "schedule": dict(SCHEDULES),
+    }
+    for allowed in allow or ():
+        tables[_kind_of(allowed)][_full_name(allowed)] = allowed
+    return tables
+
+
+def _kind_of(allowed: object) -> str:
+    if isinstance(allowed, type):
+        for kind, base in _BASES.items():
+            if issubclass(allowed, base):
+                return kind
+        if dataclasses.is_dataclass(allowed) and "__call__" in dir(allowed):
+            return "schedule"
+    bases = ", ".join(base.__name__ for base in _BASES.values())
+    raise TypeError(f"allow must hold subclasses of {bases}, or dataclasses that are schedules; got {allowed!r}")
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def describe(model: SavedPPO, exclude: Iterable[str] = ()) -> bytes:
+    """Describe a model as JSON; what has no plain form is noted as such, so that only loading without trust fails.
+
+    :param model: the model
+    :param exclude: names of attributes to leave out
+    """
+    tables = closed_tables(type(model))
+    attributes = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}
+    arguments = {
+        name: encode(getattr(model, attribute), tables, name)
+        for name in constructor_arguments(type(model))
+        if (attribute := attributes.get(name, name)) not in {*exclude, *LEFT_OUT} and hasattr(model, attribute)
+    }
+    description = {
+        "format": FORMAT,
+        "policy": arguments.pop("policy"),
+        "arguments": arguments,
+        "observation_space": _encode_space(model.observation_space),
+        "action_space": _encode_space(model.action_space),
+        "n_envs": model.n_envs,
+        "counters": {name: int(getattr(model, name)) for name in COUNTERS},
+        "flags": {name: getattr(model, name) for name in FLAGS},
+        "progress_remaining": float(model._current_progress_remaining),
+    }
+    return json.dumps(description, indent=1, allow_nan=False).encode()
+
+
+def _encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
+    try:
+        return encode_space(space)
+    except ValueError:
+        return _unknown(space)
+
+
+def _unknown(value: object) -> dict[str, Any]:
+    name = getattr(value, "__qualname__", None)
+    what = f"{type(value).__module__}.{type(value).__qualname__}"
+    return {"$": "unknown", "what": f"the {type(value).__name__} {name}" if name else f"an object of type {what}"}
+
+
+def encode(value: Any, tables: Tables, field: str, depth: int = 0) -> Any:  # noqa: ANN401  # any argument, any JSON
+    """Give a value its plain form; members of an object tagged by "$" are what JSON lacks.
+
+    :param value: the value
+    :param tables: see :func:`closed_tables`
+    :param field: argument, or key, that has this value
+    :param depth: nesting around it
+    """
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or type(value) in (bool, str):
+        return value
+    if type(value) is int:
+        return value if len(str(value)) <= MAX_DIGITS else _unknown(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"$": "number", "value": str(float(value))}
+    # The description adds levels of its own
+    if isinstance(value, list | tuple | dict) and depth < MAX_DEPTH // 3:
+        if isinstance(value, dict):
+            if "$" in value or not all(isinstance(key, str) for key in value):
+                return _unknown(value)
+            return {key: encode(item, tables, key, depth + 1) for key, item in value.items()}
+        items = [encode(item, tables, field, depth + 1) for item in value]
+        return items if isinstance(value, list) else {"$": "tuple", "items": items}
+    if isinstance(value, type) and "<locals>" not in value.__qualname__:
+        known = {cls: name for name, cls in tables.get(_kind_at(field), {}).items()}
+        return {"$": "class", "name": known.get(value, _full_name(value))}
+    return _encode_schedule(value, tables)
+
+
+def _encode_schedule(value: Any, tables: Tables) -> Any:  # noqa: ANN401  # as above
+    if isinstance(value, FloatSchedule):
+        return encode(value.value_schedule, tables, "schedule")
+    if type(value) is ConstantSchedule:
+        return encode(value.val, tables, "schedule")
+    if dataclasses.is_dataclass(value) and callable(value):
+        state = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+    elif type(value) is LinearSchedule:
+        state = dict(vars(value))
+    else:
+        return _unknown(value)
+    if "<locals>" in type(value).__qualname__:
+        return _unknown(value)
+    name = {cls: name for name, cls in tables["schedule"].items()}.get(type(value), _full_name(type(value)))
+    return {"$": "schedule", "name": name, "arguments": encode(state, tables, "schedule")}
+
+
+def _kind_at(field: str) -> str:
+    """Which table a class comes from, by the argument or key that names it."""
+    # Entries of MultiInputExtractor's ``extractors`` are extractors by any key, or in "class"
+    return field if field in _BASES else "features_extractor_class"
+
+
+def decode(value: Any, tables: Tables, path: tuple[str, ...]) -> Any:  # noqa: ANN401  # the inverse of encode
+    """Read what :func:`encode` wrote; nothing is imported, classes come from the tables only.
+
+    :param value: the JSON value
+    :param tables: see :func:`closed_tables`
+    :param path: argument, and keys in it, that have this value
+    :raises UntrustedFileError: for a class that is not in the table of its field, or a value without a plain form
+    """
+    name = ".".join(path)
+    if isinstance(value, list):
+        return [decode(item, tables, path) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "$" not in value:
+        return {key: decode(item, tables, (*path, key)) for key, item in value.items()}
+    tag = get(value, "$", str, name)
+    if tag == "number" and value.get("value") in ("inf", "-inf", "nan"):
+        return float(value["value"])
+    if tag == "tuple":
+        return tuple(decode(item, tables, path) for item in get(value, "items", list, name))
+    if tag == "class":
+        return _look_up(tables, _field_of(path), get(value, "name", str, name), name)
+    if tag == "schedule" and len(path) == 1:
+        arguments = decode(get(value, "arguments", dict, name), tables, (*path, "arguments"))
+        schedule_class = _look_up(tables, "schedule", get(value, "name", str, name), name)
+        try:
+            return schedule_class(**arguments)
+        except (TypeError, ValueError) as error:
+            raise UntrustedFileError(f"{name}: {schedule_class.__name__} refuses its arguments: {error}") from error
+    if tag == "unknown":
+        raise UntrustedFileError(
+            f"{name} is {short(value.get('what'))}, which has no plain description: give it to load() "
+            f"as an argument ({path[0]}=...), or load with trusted=True if you trust the file"
+        )
+    raise UntrustedFileError(f"{name}: {short(value)} is not allowed there")
+
+
+def _field_of(path: tuple[str, ...]) -> str:
+    if len(path) == 1:
+        return path[0]
+    if path[0] != "policy_kwargs":
+        return ""
+    is_extractor = "extractors" in path[-3:-1] and path[-1] not in _BASES
+    return "features_extractor_class" if is_extractor else path[-1]
+
+
+def _look_up(tables: Mapping[str, Mapping[str, type]], kind: str, wanted: str, name: str) -> type:
+    if kind not in tables:
+        raise UntrustedFileError(f"{name}: a class is not allowed there, got {short(wanted)}")
+    if wanted not in tables[kind]:
+        raise UntrustedFileError(
+            f"{name} is the class {short(wanted)}, which is none of {', '.join(tables[kind])}; "
+            "give the class itself to load() in allow=[...] if you want it"
+        )
+    return tables[kind][wanted]

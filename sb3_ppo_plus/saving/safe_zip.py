@@ -1,0 +1,127 @@
+"""Members of zip archives that are not to be trusted, read into memory; nothing is ever extracted."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import re
+import stat
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch as th
+from stable_baselines3.common.save_util import open_path
+
+from sb3_ppo_plus.errors import UntrustedFileError
+from sb3_ppo_plus.saving.strict_json import short
+
+#: A policy has a few tensors, or a few hundred
+MAX_TENSORS = 100_000
+
+_TENSOR_FILE = re.compile(
+    r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d{1,6}"
+)
+
+
+@contextmanager
+def opened_model(path: str | pathlib.Path | io.BufferedIOBase) -> Iterator[IO[bytes]]:
+    """Open a saved model as SB3's ``load`` does; a file that the caller opened stays open, and where it was.
+
+    :param path: the file, or its path, with or without ".zip"
+    """
+    file = open_path(path, "r", verbose=0, suffix="zip")
+    position = file.tell()
+    try:
+        yield file
+    finally:
+        if file is path:
+            file.seek(position)
+        else:
+            file.close()
+
+
+def read_members(file: IO[bytes], name: str, allows: Callable[[str], bool], max_members: int) -> dict[str, bytes]:
+    """Read a zip archive whose members are stored, not compressed, as SB3 and PyTorch write theirs.
+
+    So no archive gives more than its own size.
+
+    :param file: the archive
+    :param name: what to call it in messages
+    :param allows: whether a member may have this name
+    :param max_members: how many members there may be
+    :raises UntrustedFileError: for a damaged archive, an unknown name or one that occurs twice, and for members that
+        are compressed, encrypted, links or folders, or that overlap
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            infos = archive.infolist()
+            if len(infos) > max_members:
+                raise UntrustedFileError(f"{name} has {len(infos)} members; at most {max_members} are allowed")
+            _check_members(infos, name, allows)
+            file_size = file.seek(0, io.SEEK_END)
+            total = sum(info.file_size for info in infos)
+            if total > file_size:
+                raise UntrustedFileError(
+                    f"{name} claims to hold {total} bytes, but has {file_size}: its members overlap"
+                )
+            return {info.filename: archive.read(info) for info in infos}
+    except UntrustedFileError:
+        raise
+    except Exception as error:
+        # zipfile raises a dozen types at damaged archives
+        raise UntrustedFileError(f"{name} is no readable zip archive: {type(error).__name__}: {error}") from error
+
+
+def _check_members(infos: list[zipfile.ZipInfo], name: str, allows: Callable[[str], bool]) -> None:
+    seen = set()
+    for info in infos:
+        member = f"{name}: member {short(info.orig_filename)}"
+        if info.filename in seen:
+            raise UntrustedFileError(f"{member} occurs twice")
+        seen.add(info.filename)
+        if info.orig_filename != info.filename or not allows(info.filename):
+            raise UntrustedFileError(f"{member} does not belong there")
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
+            raise UntrustedFileError(f"{member} is a link or another special file")
+        if info.flag_bits & 0x1:
+            raise UntrustedFileError(f"{member} is encrypted")
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise UntrustedFileError(f"{member} is compressed, which neither SB3 nor PyTorch does")
+
+
+def load_tensors(data: bytes, name: str, device: th.device, *, allows_legacy: bool = False) -> Any:  # noqa: ANN401  # as the file has it; callers check
+    """Load what ``torch.save`` wrote, by ``torch.load(weights_only=True)`` on an archive whose members were checked.
+
+    :param data: the file
+    :param name: what to call it in messages
+    :param device: where the tensors go
+    :param allows_legacy: take PyTorch's format before 1.6 too, which is no archive
+    :raises UntrustedFileError: for a damaged file, or one that holds more than tensors and plain containers
+    """
+    is_legacy = allows_legacy and not data.startswith(b"PK")
+    file = io.BytesIO(data) if is_legacy else _checked_archive(data, name)
+    try:
+        return th.load(file, map_location=device, weights_only=True)
+    except Exception as error:
+        first_line = str(error).partition("\n")[0]
+        raise UntrustedFileError(f"{name} holds no plain tensors: {type(error).__name__}: {first_line}") from error
+
+
+def _checked_archive(data: bytes, name: str) -> io.BytesIO:
+    members = read_members(io.BytesIO(data), name, _is_tensor_file, MAX_TENSORS)
+    roots = {member.partition("/")[0] for member in members}
+    if len(roots) != 1:
+        raise UntrustedFileError(f"{name} holds files of {len(roots)} archives")
+    # Written again, so that PyTorch's own reader of zips sees exactly what was checked
+    clean = io.BytesIO()
+    with zipfile.ZipFile(clean, "w") as archive:
+        for member, content in members.items():
+            archive.writestr(f"archive/{member.partition('/')[2]}", content)
+    clean.seek(0)
+    return clean
+
+
+def _is_tensor_file(member: str) -> bool:
+    return _TENSOR_FILE.fullmatch(member.partition("/")[2]) is not None

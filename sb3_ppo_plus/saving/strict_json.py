@@ -1,0 +1,149 @@
+"""JSON from files that are not to be trusted: limits on size, depth and numbers, and arrays without pickle."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import reprlib
+from typing import Any, NoReturn
+
+import numpy as np
+
+from sb3_ppo_plus.errors import UntrustedFileError
+
+MAX_BYTES = 64 * 2**20
+MAX_DEPTH = 32
+#: Of an integer, which int64 holds
+MAX_DIGITS = 18
+#: Numbers in one array or space
+MAX_ELEMENTS = 2**26
+DTYPES = ("bool", *(f"{kind}{bits}" for kind in ("int", "uint") for bits in (8, 16, 32, 64)), "float16", "float32")
+DTYPES += ("float64",)
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+# Possessive, and with a string that does not end: otherwise it would be searched anew from each of its quotes
+_BRACKET_OR_STRING = re.compile(rb'"(?:[^"\\]+|\\.?)*+"?|[\[\]{}]', re.DOTALL)
+
+
+def short(value: object) -> str:
+    """Show a value from a file in a message: escaped, and cut where it is long."""
+    return _SHORT.repr(value)
+
+
+def parse(text: bytes, name: str) -> Any:  # noqa: ANN401  # whatever JSON holds
+    """Parse JSON, strictly: no NaN or infinity, no key twice, no integer beyond 18 digits, no nesting beyond 32 levels.
+
+    :param text: UTF-8, at most 64 MiB
+    :param name: what to call it in messages
+    :raises UntrustedFileError: for anything else
+    """
+    if len(text) > MAX_BYTES:
+        raise UntrustedFileError(f"{name} has {len(text)} bytes; at most {MAX_BYTES} are allowed")
+    # Before parsing: Python's parser recurses
+    depth = 0
+    for match in _BRACKET_OR_STRING.finditer(text):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match.group()[:1], 0)
+        if depth > MAX_DEPTH:
+            raise UntrustedFileError(f"{name} is nested more than {MAX_DEPTH} levels deep")
+    try:
+        return json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse_constant,
+            parse_int=_integer,
+            parse_float=_float,
+        )
+    except (ValueError, RecursionError) as error:
+        raise UntrustedFileError(f"{name} is no strict JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a key occurs twice")
+    return members
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is not allowed")
+
+
+def _integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"the integer {text[:MAX_DIGITS]}... has {len(text)} digits; at most {MAX_DIGITS} are allowed")
+    return int(text)
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {short(text)} is too large")
+    return value
+
+
+def get(members: object, key: str, expected: type | tuple[type, ...], name: str) -> Any:  # noqa: ANN401  # the caller knows
+    """Take a member of a JSON object and check its type; a bool is no int here.
+
+    :param members: what should be the object
+    :param key: of the member
+    :param expected: its type, or several
+    :param name: what to call the object in messages
+    :raises UntrustedFileError: if there is no such member, or it has another type
+    """
+    if not isinstance(members, dict) or key not in members:
+        raise UntrustedFileError(f"{name} lacks {key!r}")
+    value = members[key]
+    types = expected if isinstance(expected, tuple) else (expected,)
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        names = " or ".join(t.__name__ for t in types)
+        raise UntrustedFileError(f"{name}: {key!r} must be of type {names}, got {short(value)}")
+    return value
+
+
+def encode_array(array: np.ndarray) -> dict[str, Any]:
+    """Describe an array: its dtype's name, its shape, and its bytes, little-endian, in base64.
+
+    :raises ValueError: for a dtype that is no bool, integer or float
+    """
+    if array.dtype.name not in DTYPES:
+        raise ValueError(f"an array of dtype {array.dtype} has no description; allowed: {', '.join(DTYPES)}")
+    data = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<")).tobytes()
+    return {"dtype": array.dtype.name, "shape": list(array.shape), "base64": base64.b64encode(data).decode("ascii")}
+
+
+def decode_array(members: object, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
+    """Read what :func:`encode_array` wrote.
+
+    :param members: the JSON object
+    :param name: what to call it in messages
+    :param shape: the only shape allowed; None: any
+    :raises UntrustedFileError: if it is something else, or its size is not that of its shape
+    """
+    dtype_name = get(members, "dtype", str, name)
+    if dtype_name not in DTYPES:
+        raise UntrustedFileError(f"{name}: dtype must be one of {', '.join(DTYPES)}, got {short(dtype_name)}")
+    actual = decode_shape(get(members, "shape", list, name), name)
+    if shape is not None and actual != shape:
+        raise UntrustedFileError(f"{name} must have shape {shape}, got {actual}")
+    try:
+        data = base64.b64decode(get(members, "base64", str, name), validate=True)
+    except ValueError as error:
+        raise UntrustedFileError(f"{name}: {error}") from error
+    dtype = np.dtype(dtype_name).newbyteorder("<")
+    if len(data) != math.prod(actual) * dtype.itemsize:
+        raise UntrustedFileError(f"{name} has {len(data)} bytes, which is not the size of {actual} {dtype_name}")
+    if dtype_name == "bool" and set(data) - {0, 1}:
+        raise UntrustedFileError(f"{name} holds bytes that are no bool")
+    return np.frombuffer(data, dtype).reshape(actual).astype(dtype_name)
+
+
+def decode_shape(sizes: list[Any], name: str) -> tuple[int, ...]:
+    """Check the sizes of a shape: integers from 0 on, at most 32, and at most 2**26 elements in all."""
+    if len(sizes) > 32 or any(type(size) is not int or size < 0 for size in sizes):
+        raise UntrustedFileError(f"{name}: a shape is a list of up to 32 integers from 0 on, got {short(sizes)}")
+    if math.prod(sizes) > MAX_ELEMENTS:
+        raise UntrustedFileError(f"{name} has more than {MAX_ELEMENTS} elements: {short(sizes)}")
+    return tuple(sizes)

@@ -1,0 +1,245 @@
+"""Loading models without trust: from their plain description and tensors, never by unpickling or importing by name."""
+
+from __future__ import annotations
+
+import io
+import pathlib
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch as th
+from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import check_for_correct_spaces, get_device, get_system_info
+from torch.nn.modules.module import (
+    register_module_buffer_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from sb3_ppo_plus.errors import UntrustedFileError
+from sb3_ppo_plus.saving.described_spaces import decode_space
+from sb3_ppo_plus.saving.model_description import (
+    COUNTERS,
+    FLAGS,
+    FORMAT,
+    LEFT_OUT,
+    Tables,
+    closed_tables,
+    constructor_arguments,
+    decode,
+    describe,
+)
+from sb3_ppo_plus.saving.safe_zip import load_tensors, opened_model, read_members
+from sb3_ppo_plus.saving.state_dict_checks import (
+    OPTIMIZER_FILE,
+    POLICY_FILE,
+    check_optimizer_entries,
+    check_optimizer_groups,
+    check_policy_state,
+    n_bytes,
+)
+from sb3_ppo_plus.saving.strict_json import get, parse, short
+
+if TYPE_CHECKING:
+    from sb3_ppo_plus.saving.saved_ppo import SavedPPO
+
+DESCRIPTION = "ppo_plus.json"
+# What SB3 and PPOPlus write, most of which is never read without trust
+MEMBERS = {
+    DESCRIPTION,
+    "data",
+    POLICY_FILE,
+    OPTIMIZER_FILE,
+    "pytorch_variables.pth",
+    "_stable_baselines3_version",
+    "system_info.txt",
+}
+MAX_MEMBERS = 20
+# No state dicts; the second before SB3 0.9
+PYTORCH_VARIABLES = ("pytorch_variables.pth", "tensors.pth")
+MAX_ENVS = 2**20
+# Extractors that a policy builds and replaces need some memory beyond what the file holds
+SPARE_BYTES, SPARE_TENSORS = 2**26, 100
+
+Model = TypeVar("Model", bound="SavedPPO")
+File = str | pathlib.Path | io.BufferedIOBase
+
+
+def add_description(archive: io.BytesIO, model: SavedPPO, exclude: Iterable[str]) -> None:
+    """Add a model's plain description to the zip that SB3's ``save`` wrote.
+
+    :param archive: the zip, changed in place
+    :param model: the model in it
+    :param exclude: attributes that were not saved
+    """
+    with zipfile.ZipFile(archive, "a") as opened:
+        opened.writestr(DESCRIPTION, describe(model, exclude))
+
+
+def load_without_trust(
+    cls: type[Model],
+    path: File,
+    env: GymEnv | None,
+    *,
+    device: th.device | str,
+    allow: Iterable[type] | None,
+    print_system_info: bool,
+    replaced: dict[str, Any],
+) -> Model:
+    """Load a model from its description and its tensors.
+
+    :param cls: class of the model
+    :param path: the file
+    :param env: environment to train in; None: none
+    :param device: device of the model
+    :param allow: classes that the description may name, see :func:`closed_tables`
+    :param print_system_info: print on what system the model was saved
+    :param replaced: constructor arguments that the file's give way to
+    :raises UntrustedFileError: if the file is damaged or hostile, or its description has gaps
+    :raises ValueError: if ``env`` has other spaces
+    """
+    tables = closed_tables(cls, allow)
+    with opened_model(path) as file:
+        members = read_members(file, str(path), MEMBERS.__contains__, MAX_MEMBERS)
+    if print_system_info:
+        get_system_info()
+        saved_on = members.get("system_info.txt", b"").decode(errors="replace").split("\n")
+        print("== SAVED MODEL SYSTEM INFO ==", *("".join(filter(str.isprintable, line)) for line in saved_on), sep="\n")
+    if DESCRIPTION not in members:
+        raise UntrustedFileError(
+            f"{path} has no {DESCRIPTION}: SB3's PPO saved it, or an older PPOPlus. Without trust only its "
+            f"parameters can be loaded: {cls.__name__}(policy, env).set_parameters({str(path)!r})"
+        )
+    for name in (POLICY_FILE, OPTIMIZER_FILE):
+        if name not in members:
+            raise UntrustedFileError(f"{path} lacks {name}")
+    description = parse(members[DESCRIPTION], f"{path}: {DESCRIPTION}")
+    arguments = _arguments(cls, description, tables, replaced)
+    if env is not None:
+        env = cls._wrap_env(env, arguments.get("verbose", 0))
+        check_for_correct_spaces(env, *_spaces(description))
+    try:
+        return _build(cls, description, arguments, env, get_device(device), members)
+    except UntrustedFileError as error:
+        raise UntrustedFileError(f"{path}: {error}") from error
+    except Exception as error:
+        # Values of the right type may still be refused anywhere below
+        raise UntrustedFileError(
+            f"the model that {path} describes cannot be built: {type(error).__name__}: {error}"
+        ) from error
+
+
+def read_parameters(path: File, device: th.device | str) -> dict[str, Any]:
+    """Read the state dicts of a model that PPOPlus or SB3 saved, and nothing else.
+
+    :param path: the file
+    :param device: device of the tensors
+    :return: by name, as "policy" and "policy.optimizer"
+    :raises UntrustedFileError: for another kind of file, or tensors that need unpickling
+    """
+    with opened_model(path) as file:
+        # A subclass may have saved others
+        members = read_members(file, str(path), lambda name: True, MAX_MEMBERS)
+    names = [name for name in members if name.endswith(".pth") and name not in PYTORCH_VARIABLES]
+    return {
+        name.removesuffix(".pth"): load_tensors(members[name], name, get_device(device), allows_legacy=True)
+        for name in names
+    }
+
+
+def _arguments(cls: type[SavedPPO], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the constructor arguments that a description and the caller give."""
+    written = get(description, "format", str, DESCRIPTION)
+    if written != FORMAT:
+        raise UntrustedFileError(f"{DESCRIPTION}: format must be {FORMAT!r}, got {short(written)}")
+    described = get(description, "arguments", dict, DESCRIPTION)
+    unknown = sorted(described.keys() - (set(constructor_arguments(cls)) - {*LEFT_OUT}))
+    if unknown:
+        raise UntrustedFileError(f"{DESCRIPTION}: {cls.__name__} has no arguments {short(unknown)}")
+    if isinstance(described.get("compile"), dict) and "compile" not in replaced:
+        # One of them is the compiler's command
+        raise UntrustedFileError(
+            f"{DESCRIPTION}: compile: options of torch.compile are not taken from a file; give yours"
+        )
+    decoded = {name: decode(value, tables, (name,)) for name, value in described.items() if name not in replaced}
+    policy = decode(get(description, "policy", dict, DESCRIPTION), tables, ("policy",))
+    return {**decoded, **replaced, "policy": policy}
+
+
+def _spaces(description: object) -> tuple[Any, Any]:
+    spaces = []
+    for name in ("observation_space", "action_space"):
+        space = get(description, name, dict, DESCRIPTION)
+        if space.get("$") == "unknown":
+            raise UntrustedFileError(f"{name} is {short(space.get('what'))}, which has no plain description")
+        spaces.append(decode_space(space, name))
+    return spaces[0], spaces[1]
+
+
+def _build(
+    cls: type[Model],
+    description: object,
+    arguments: dict[str, Any],
+    env: Any,  # noqa: ANN401  # None where there is none, which the constructor does not declare
+    device: th.device,
+    members: Mapping[str, bytes],
+) -> Model:
+    policy_state = load_tensors(members[POLICY_FILE], POLICY_FILE, device)
+    optimizer_state = load_tensors(members[OPTIMIZER_FILE], OPTIMIZER_FILE, device)
+    model = cls(env=env, device=device, _init_setup_model=False, **arguments)
+    if env is None:
+        model.observation_space, model.action_space = _spaces(description)
+        model.n_envs = get(description, "n_envs", int, DESCRIPTION)
+        if not 0 < model.n_envs <= MAX_ENVS:
+            raise UntrustedFileError(f"n_envs must be in [1, {MAX_ENVS}], got {model.n_envs}")
+    _set_state(model, description)
+    max_bytes = 2 * n_bytes(policy_state, POLICY_FILE) + SPARE_BYTES
+    with _limited_tensors(2 * len(policy_state) + SPARE_TENSORS, max_bytes):
+        model._setup_model()
+    check_policy_state(policy_state, model.policy)
+    optimizer_state = check_optimizer_groups(optimizer_state, model.get_parameters()["policy.optimizer"])
+    split = model._learning_rate_groups.split_state_dict(model.policy.optimizer, optimizer_state)
+    check_optimizer_entries(split, model.policy.optimizer)
+    model.set_parameters({"policy": policy_state, "policy.optimizer": optimizer_state}, device=device)
+    if model.use_sde:
+        # As SB3's load, for the exploration matrix to be on the right device
+        model.policy.reset_noise()
+    return model
+
+
+def _set_state(model: SavedPPO, description: object) -> None:
+    counters = get(description, "counters", dict, DESCRIPTION)
+    for name in COUNTERS:
+        value = get(counters, name, int, "counters")
+        if value < 0:
+            raise UntrustedFileError(f"counters: {name} must not be negative, got {value}")
+        setattr(model, name, value)
+    flags = get(description, "flags", dict, DESCRIPTION)
+    for name in FLAGS:
+        setattr(model, name, get(flags, name, (bool, type(None)), "flags"))
+    progress = float(get(description, "progress_remaining", (int, float), DESCRIPTION))
+    if not 0 <= progress <= 1:
+        raise UntrustedFileError(f"progress_remaining must be in [0, 1], got {progress}")
+    model._current_progress_remaining = progress
+
+
+@contextmanager
+def _limited_tensors(max_tensors: int, max_bytes: int) -> Iterator[None]:
+    """Stop the construction of a network that is larger than the file's: numbers in a description cost nothing."""
+    n_tensors = total = 0
+
+    def count(module: th.nn.Module, name: str, tensor: th.Tensor | None) -> None:
+        nonlocal n_tensors, total
+        if tensor is not None:
+            n_tensors += 1
+            total += tensor.numel() * tensor.element_size()
+        if n_tensors > max_tensors or total > max_bytes:
+            raise UntrustedFileError(f"the policy described is larger than the one in {POLICY_FILE}")
+
+    hooks = (register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

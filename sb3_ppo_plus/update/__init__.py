@@ -1,0 +1,1 @@
+"""The update of the policy from a rollout: losses, gradient steps, learning rates."""

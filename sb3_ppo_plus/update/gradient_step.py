@@ -1,0 +1,254 @@
+"""One optimiser step on a minibatch: forward, loss, backward, clipping of the gradient norm, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
+
+from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.tensor_places import tensor_places
+from sb3_ppo_plus.update.flat_parameters import FlatParameters, can_flatten
+from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
+
+# Numbers in a policy beyond which they no longer fit the caches, and copying gradients costs more than flat steps gain
+MAX_FLAT_ON_CPU = 2**20
+
+AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
+
+
+def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
+    """Translate the ``amp`` argument into the dtype of autocast; None where it is off.
+
+    :raises ValueError: for a value that is not allowed, or "fp16" on another device than CUDA
+    """
+    if amp is False:
+        return None
+    if not isinstance(amp, (bool, str)) or amp not in AMP_DTYPES:
+        raise ValueError(f"amp must be False, True, 'bf16' or 'fp16', got {amp!r}")
+    if AMP_DTYPES[amp] is th.float16 and device.type != "cuda":
+        raise ValueError(
+            f"amp='fp16' needs a CUDA device, got device={str(device)!r}; allowed here: False, True, 'bf16'"
+        )
+    return AMP_DTYPES[amp]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is the same for every minibatch of an update.
+
+    :param coefficients: values of the loss's coefficients
+    :param normalize_advantage: normalise the advantages of each minibatch
+    :param pessimistic_value_clip: see :func:`sb3_ppo_plus.update.losses.value_loss`
+    :param max_grad_norm: the gradient is scaled down to this norm where it is larger
+    :param kl_limit: no step is taken where approx_kl exceeds this; None: no limit
+    :param amp_dtype: dtype of autocast for the policy's forward pass; None: none. The loss is always float32
+    """
+
+    coefficients: LossCoefficients
+    normalize_advantage: bool
+    pessimistic_value_clip: bool
+    max_grad_norm: float
+    kl_limit: float | None
+    amp_dtype: th.dtype | None
+
+    def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Values, log-probabilities and entropies (or None) of the batch, in the precision of the update."""
+        if self.amp_dtype is None:
+            values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
+            return values.flatten(), log_prob, entropy
+        with th.autocast(batch.actions.device.type, dtype=self.amp_dtype):
+            values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
+        return values.flatten().float(), log_prob.float(), None if entropy is None else entropy.float()
+
+    def loss(
+        self,
+        batch: RolloutBatch,
+        evaluation: tuple[th.Tensor, th.Tensor, th.Tensor | None],
+        coefficients: LossCoefficients | None = None,
+    ) -> LossTerms:
+        """Loss and metrics of a batch.
+
+        :param evaluation: what :meth:`evaluate` returns
+        :param coefficients: instead of the objective's own
+        """
+        values, log_prob, entropy = evaluation
+        return ppo_loss(
+            batch,
+            values,
+            log_prob,
+            entropy,
+            coefficients or self.coefficients,
+            normalize_advantage=self.normalize_advantage,
+            pessimistic_value_clip=self.pessimistic_value_clip,
+        )
+
+    def forbids_step(self, approx_kl: th.Tensor) -> bool:
+        """Whether ``approx_kl`` is beyond the limit; the only value of a minibatch for which the host waits."""
+        return self.kl_limit is not None and bool(approx_kl > self.kl_limit)
+
+
+@th.no_grad()
+def recompute_log_prob(
+    policy: ActorCriticPolicy, objective: Objective, rollout_buffer: PPOPlusRolloutBuffer, batch_size: int
+) -> None:
+    """Compute a rollout's log-probs anew, as the update will, so that the first ratios are 1.
+
+    Under autocast rounding alone would make them 1 +- 1e-2, and for a squashed Gaussian with a saturated mean and a
+    small standard deviation 1 +- 1e-3, since single rows and batches are rounded differently.
+
+    :param policy: the policy, in evaluation mode
+    :param objective: of the update
+    :param rollout_buffer: full; its log-probs are replaced
+    :param batch_size: of the update
+    """
+    rollout = rollout_buffer.rollout()
+    for indices in rollout_buffer.in_order(batch_size):
+        log_prob = objective.evaluate(policy, rollout.select(indices))[1]
+        is_real = indices.flatten() >= 0
+        rollout.old_log_prob[indices.flatten()[is_real]] = log_prob[is_real]
+
+
+class PolicyEvaluation(th.nn.Module):
+    """The policy's evaluation of a batch as a module's forward, which ``functional_call`` asks for.
+
+    :param policy: the policy
+    :param objective: of the update
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, objective: Objective) -> None:
+        super().__init__()
+        self.policy = policy
+        self.objective = objective
+
+    def forward(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+        """Evaluate the batch, see :meth:`Objective.evaluate`.
+
+        :raises RuntimeError: where the policy replaces its parameters, which a graph would not follow
+        """
+        before = tensor_places(self.policy)
+        evaluation = self.objective.evaluate(self.policy, batch)
+        replaced = [name for name, tensor in tensor_places(self.policy).items() if tensor is not before.get(name)]
+        if replaced:
+            raise RuntimeError(f"the policy puts a new tensor in place of its {', '.join(replaced)} in each call")
+        return evaluation
+
+
+class GradientStep:
+    """Takes the steps of a policy's updates, on flat parameters where that is the same as SB3's way.
+
+    :param policy: the policy; its ``optimizer`` takes the steps
+    :param grad_scaler: scales the loss and unscales the gradients under float16
+    """
+
+    def __init__(self, policy: ActorCriticPolicy, grad_scaler: th.amp.GradScaler) -> None:
+        self.policy = policy
+        self.grad_scaler = grad_scaler
+        self._flat: FlatParameters | None = None
+        self._parameters: list[th.nn.Parameter] = []
+        self._try_flat = False
+
+    @property
+    def has_gradient(self) -> list[bool] | None:
+        """Which of the policy's parameters the loss depends on; None: unknown as yet, or the steps are not flat."""
+        return None if self._flat is None else self._flat.has_gradient
+
+    def flatten(self, has_gradient: list[bool]) -> None:
+        """Step on flat parameters from the next minibatch on, without finding out :attr:`has_gradient`."""
+        self.begin_update()
+        if self._try_flat:
+            gradients = [p if has else None for p, has in zip(self._parameters, has_gradient, strict=True)]
+            self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
+
+    def begin_update(self) -> None:
+        """Take note of whatever the user or a load has changed since the last update."""
+        self._parameters = list(self.policy.parameters())
+        self._try_flat = (
+            not self.grad_scaler.is_enabled()
+            and can_flatten(self.policy.optimizer, self._parameters)
+            and self._is_better_flat()
+        )
+        if self._flat is not None and not (
+            self._try_flat and self._flat.is_current(self.policy.optimizer, self._parameters)
+        ):
+            self._flat = None
+        if self._flat is not None:
+            self._flat.refresh()
+
+    def _is_better_flat(self) -> bool:
+        """Whether flat steps have the bits of SB3's, and take less time."""
+        numbers = sum(parameter.numel() for parameter in self._parameters)
+        return (
+            # A fused kernel rounds the tail of a tensor otherwise than its bulk, BLAS by the layout
+            not any(group.get("fused") for group in self.policy.optimizer.param_groups)
+            and all(parameter.is_contiguous() for parameter in self._parameters)
+            and (self.policy.device.type != "cpu" or numbers <= MAX_FLAT_ON_CPU)
+        )
+
+    def end_update(self) -> None:
+        """Leave the policy's optimiser with the state that its own steps would have."""
+        if self._flat is not None:
+            self._flat.publish()
+
+    def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+        """Compute the loss of a minibatch and take a step, unless the limit of approx_kl forbids it.
+
+        Nor is a step taken where the loss or its gradient is not finite, which the metrics show.
+
+        :return: the metrics, see ``update_history.METRICS``, with a gradient norm of NaN where the limit forbade the
+            step; and whether it did not
+        """
+        return (self._flat_step if self._try_flat else self._plain_step)(objective, minibatch)
+
+    def _plain_step(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+        batch = minibatch.batch()
+        terms = objective.loss(batch, objective.evaluate(self.policy, batch))
+        metrics = stacked(terms)
+        if objective.forbids_step(terms.approx_kl):
+            return _with_grad_norm(metrics, None), False
+        self.policy.optimizer.zero_grad()
+        self.grad_scaler.scale(terms.loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, terms.loss)), True
+
+    def _clip_and_step(self, max_grad_norm: float, loss: th.Tensor) -> th.Tensor:
+        optimizer = self.policy.optimizer
+        self.grad_scaler.unscale_(optimizer)
+        grad_norm = th.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
+        # A scaler makes sure itself, and lowers its scale
+        if not self.grad_scaler.is_enabled() and not (grad_norm.isfinite() & loss.isfinite()):
+            return grad_norm
+        self.grad_scaler.step(optimizer)
+        self.grad_scaler.update()
+        return grad_norm
+
+    def _flat_step(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+        metrics, gradients = self._differentiate(objective, minibatch)
+        if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
+            return _with_grad_norm(metrics, None), False
+        loss = metrics[METRICS.index("loss")]
+        if self._flat is None or not self._flat.fits(gradients):
+            self.end_update()
+            self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
+        of_flat = [gradient for gradient in gradients if gradient is not None]
+        return _with_grad_norm(metrics, self._flat.step(of_flat, objective.max_grad_norm, loss)), True
+
+    def _differentiate(
+        self, objective: Objective, minibatch: Minibatch
+    ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
+        """Metrics but for the norm, and the gradient of each parameter; None where the loss does not depend on it."""
+        batch = minibatch.batch()
+        terms = objective.loss(batch, objective.evaluate(self.policy, batch))
+        trainable = [parameter for parameter in self._parameters if parameter.requires_grad]
+        computed = iter(th.autograd.grad(terms.loss, trainable, allow_unused=True))
+        return stacked(terms), [next(computed) if p.requires_grad else None for p in self._parameters]
+
+
+def stacked(terms: LossTerms) -> th.Tensor:
+    """Put the metrics into one tensor, without the gradient."""
+    return th.stack(terms).detach()
+
+
+def _with_grad_norm(metrics: th.Tensor, grad_norm: th.Tensor | None) -> th.Tensor:
+    return th.cat([metrics, th.full_like(metrics[:1], th.nan) if grad_norm is None else grad_norm.reshape(1)])

@@ -1,0 +1,193 @@
+"""The PPO objective as pure functions of tensors.
+
+Every function takes ``valid``, a boolean tensor that marks the real elements of a padded minibatch (``None``: all are
+real). Padding influences no mean, standard deviation, loss or metric.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch as th
+from torch.nn import functional as F
+
+from sb3_ppo_plus.buffers import RolloutBatch
+
+
+class LossCoefficients(NamedTuple):
+    """Values that the coefficients' schedules have in this update.
+
+    :param clip_range: epsilon of the clipped surrogate, > 0
+    :param clip_range_vf: clipping range of the value prediction, in units of the return; None: no clipping
+    :param ent_coef: weight of the entropy bonus, >= 0
+    :param vf_coef: weight of the value loss, >= 0
+    """
+
+    clip_range: float | th.Tensor
+    clip_range_vf: float | th.Tensor | None
+    ent_coef: float | th.Tensor
+    vf_coef: float | th.Tensor
+
+
+class LossTerms(NamedTuple):
+    """The loss of one minibatch and what is logged of it: 0-dim tensors, of which only ``loss`` carries a gradient."""
+
+    loss: th.Tensor
+    policy_loss: th.Tensor
+    value_loss: th.Tensor
+    entropy_loss: th.Tensor
+    approx_kl: th.Tensor
+    clip_fraction: th.Tensor
+    value_clip_fraction: th.Tensor
+
+
+def _clamp(x: th.Tensor, low: float | th.Tensor, high: float | th.Tensor) -> th.Tensor:
+    return th.clamp(x, low, high)  # type: ignore[arg-type]  # torch's overloads know two numbers or two tensors
+
+
+def masked_mean(x: th.Tensor, valid: th.Tensor | None) -> th.Tensor:
+    """Mean over the valid elements; 0 where there is none."""
+    if valid is None:
+        return x.mean()
+    return th.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
+
+
+def normalize_advantages(advantages: th.Tensor, valid: th.Tensor | None = None) -> th.Tensor:
+    """Shift and scale to mean 0 and (unbiased) standard deviation 1, as SB3's ``PPO.train`` does.
+
+    A minibatch of a single element has no standard deviation and is returned as it is.
+
+    :param advantages: shape (batch,)
+    :param valid: marks the real elements, shape (batch,)
+    """
+    if len(advantages) <= 1:
+        return advantages
+    if valid is None:
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    n_valid = valid.sum()
+    centered = advantages - masked_mean(advantages, valid)
+    variance = th.where(valid, centered**2, 0.0).sum() / (n_valid - 1).clamp(min=1)
+    return th.where(n_valid > 1, centered / (variance.sqrt() + 1e-8), advantages)
+
+
+def clipped_surrogate(
+    advantages: th.Tensor, ratio: th.Tensor, clip_range: float | th.Tensor, valid: th.Tensor | None = None
+) -> th.Tensor:
+    """Negative of the clipped surrogate objective (Schulman et al. 2017, eq. 7).
+
+    :param advantages: shape (batch,)
+    :param ratio: probability of the action under the current policy over that under the rollout's, shape (batch,)
+    :param clip_range: epsilon
+    """
+    unclipped = advantages * ratio
+    clipped = advantages * _clamp(ratio, 1 - clip_range, 1 + clip_range)
+    return -masked_mean(th.min(unclipped, clipped), valid)
+
+
+def value_loss(
+    values: th.Tensor,
+    old_values: th.Tensor,
+    returns: th.Tensor,
+    clip_range_vf: float | th.Tensor | None,
+    *,
+    pessimistic: bool,
+    valid: th.Tensor | None = None,
+) -> th.Tensor:
+    """Mean squared error of the value prediction, with the change from ``old_values`` optionally clipped.
+
+    SB3's clipping looks at the clipped error only, so that the gradient vanishes wherever a prediction has left the
+    clipping range, also when it left it in the wrong direction. The pessimistic form takes the larger of the clipped
+    and the unclipped squared error per sample, as OpenAI's baselines do.
+
+    :param values: predictions, shape (batch,)
+    :param old_values: predictions at the time of the rollout, shape (batch,)
+    :param returns: targets, shape (batch,)
+    :param clip_range_vf: largest change that counts; None: no clipping
+    :param pessimistic: the larger of both errors, instead of SB3's clipped error
+    """
+    if valid is not None:
+        # Whatever padding holds, inf and NaN too, must not reach the squares, whose gradient it would poison
+        values, old_values, returns = (th.where(valid, x, 0.0) for x in (values, old_values, returns))
+    if clip_range_vf is None:
+        return _mean_squared_error(returns, values, valid)
+    clipped_values = old_values + _clamp(values - old_values, -clip_range_vf, clip_range_vf)
+    if pessimistic:
+        return masked_mean(th.max((returns - values) ** 2, (returns - clipped_values) ** 2), valid)
+    return _mean_squared_error(returns, clipped_values, valid)
+
+
+def _mean_squared_error(targets: th.Tensor, predictions: th.Tensor, valid: th.Tensor | None) -> th.Tensor:
+    # mse_loss where SB3 uses it: its backward rounds differently from that of a mean of squares
+    return F.mse_loss(targets, predictions) if valid is None else masked_mean((targets - predictions) ** 2, valid)
+
+
+def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, valid: th.Tensor | None = None) -> th.Tensor:
+    """Negative mean entropy; of a distribution without one (gSDE with squash_output), SB3's estimate from log_prob.
+
+    :param entropy: entropy of each sample's action distribution, shape (batch,), or None
+    :param log_prob: log probability of the stored actions, shape (batch,)
+    """
+    return -masked_mean(-log_prob if entropy is None else entropy, valid)
+
+
+def approximate_kl(log_ratio: th.Tensor, valid: th.Tensor | None = None) -> th.Tensor:
+    """Estimate of KL(old || new) that is never negative (http://joschu.net/blog/kl-approx.html, k3)."""
+    return masked_mean((th.exp(log_ratio) - 1) - log_ratio, valid)
+
+
+def ppo_loss(
+    batch: RolloutBatch,
+    values: th.Tensor,
+    log_prob: th.Tensor,
+    entropy: th.Tensor | None,
+    coefficients: LossCoefficients,
+    *,
+    normalize_advantage: bool,
+    pessimistic_value_clip: bool,
+) -> LossTerms:
+    """Compute PPO's loss of one minibatch and its metrics, from what the policy says of the minibatch now.
+
+    :param values: value predictions, shape (batch,)
+    :param log_prob: log probability of ``batch.actions``, shape (batch,)
+    :param entropy: entropy of the action distributions, shape (batch,), or None where there is no closed form
+    :param normalize_advantage: normalise the advantages over the minibatch
+    :param pessimistic_value_clip: see :func:`value_loss`
+    """
+    valid = batch.valid
+    clip_range, clip_range_vf, ent_coef, vf_coef = coefficients
+    advantages = normalize_advantages(batch.advantages, valid) if normalize_advantage else batch.advantages
+    log_ratio = log_prob - batch.old_log_prob
+    if valid is not None:
+        # exp of a padded element's log-ratio may overflow, and 0 * inf would poison the gradient
+        log_ratio = th.where(valid, log_ratio, 0.0)
+    ratio = th.exp(log_ratio)
+
+    policy_term = clipped_surrogate(advantages, ratio, clip_range, valid)
+    value_term = value_loss(
+        values, batch.old_values, batch.returns, clip_range_vf, pessimistic=pessimistic_value_clip, valid=valid
+    )
+    entropy_term = entropy_loss(entropy, log_prob, valid)
+    if isinstance(ent_coef, float) and ent_coef == 0.0:
+        # Its gradient is 0, and costs as much as any other
+        entropy_term = entropy_term.detach()
+    loss = policy_term + ent_coef * entropy_term + vf_coef * value_term
+
+    with th.no_grad():
+        approx_kl = approximate_kl(log_ratio, valid)
+        clip_fraction = masked_mean((th.abs(ratio - 1) > clip_range).float(), valid)
+        value_clip_fraction = th.zeros_like(clip_fraction)
+        if clip_range_vf is not None:
+            value_clip_fraction = masked_mean((th.abs(values - batch.old_values) > clip_range_vf).float(), valid)
+    return LossTerms(
+        loss,
+        policy_term.detach(),
+        value_term.detach(),
+        entropy_term.detach(),
+        approx_kl,
+        clip_fraction,
+        value_clip_fraction,
+    )
+
+
+# Names of a minibatch's metrics, in the order of the tensor that holds them
+METRICS = (*LossTerms._fields, "grad_norm")

@@ -1,0 +1,102 @@
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+from environments import ToyEnv, make_env
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+
+from sb3_ppo_plus import DeadWorkerError, PPOPlus, TrainingCheckpoint
+
+SETTINGS = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "device": "cpu"}
+
+
+class DyingEnv(ToyEnv):
+    """Ends its process in its fifth step."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def step(self, action):
+        if self.calls["step"] == 4:
+            if self.how == "raise":
+                raise OverflowError("the simulator burst")
+            if self.how == "exit":
+                os._exit(7)
+            if self.how == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+class DyingInResetEnv(ToyEnv):
+    def reset(self, *, seed=None, options=None):
+        raise OverflowError("no reset")
+
+
+def envs(how, index=0, start_method="fork"):
+    # With "fork", later workers hold the pipes of earlier ones open: only the first one's end is noticed
+    return SubprocVecEnv([lambda i=i: DyingEnv(how) if i == index else ToyEnv() for i in range(2)], start_method)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("raise", r"worker 0 of 2 of the SubprocVecEnv ended with exit code 1 .*traceback is above"),
+        ("exit", "worker 0 of 2 of the SubprocVecEnv ended with exit code 7"),
+        ("kill", "worker 0 of 2 of the SubprocVecEnv was killed by SIGKILL"),
+    ],
+)
+def test_a_dead_worker_is_named_with_how_it_ended(how, said, capfd):
+    model = PPOPlus("MlpPolicy", VecNormalize(envs(how)), **SETTINGS)
+    started = time.perf_counter()
+    with pytest.raises(DeadWorkerError, match=said) as caught:
+        model.learn(96)
+    assert isinstance(caught.value.__cause__, EOFError | ConnectionError)
+    assert time.perf_counter() - started < 4
+    if how == "raise":
+        assert "OverflowError: the simulator burst" in capfd.readouterr().err
+
+
+def test_any_worker_counts_with_sb3s_default_start_method():
+    model = PPOPlus("MlpPolicy", envs("exit", index=1, start_method=None), **SETTINGS)
+    with pytest.raises(DeadWorkerError, match="worker 1 of 2 of the SubprocVecEnv ended with exit code 7"):
+        model.learn(96)
+
+
+def test_the_first_reset_counts_too():
+    env = SubprocVecEnv([DyingInResetEnv, ToyEnv], "fork")
+    with pytest.raises(DeadWorkerError, match="worker 0 of 2"):
+        PPOPlus("MlpPolicy", env, **SETTINGS).learn(16)
+
+
+@pytest.mark.filterwarnings("ignore:Training and eval env", "ignore:Evaluation environment is not wrapped")
+def test_an_environment_for_evaluation_counts_too():
+    callback = EvalCallback(envs("exit"), eval_freq=8, verbose=0)
+    with pytest.raises(DeadWorkerError, match=r"worker 0 of 2 .* exit code 7"):
+        PPOPlus("MlpPolicy", make_env(2), **SETTINGS).learn(96, callback)
+
+
+def test_resuming_with_a_dead_worker_names_it(tmp_path):
+    model = PPOPlus("MlpPolicy", make_env(2), **SETTINGS)
+    model.learn(32, TrainingCheckpoint(1, tmp_path))
+    env = SubprocVecEnv([ToyEnv] * 2, "fork")
+    env.processes[0].kill()
+    env.processes[0].join()
+    with pytest.raises(DeadWorkerError, match="worker 0 of 2 of the SubprocVecEnv was killed by SIGKILL"):
+        PPOPlus.resume(tmp_path, env, device="cpu")
+
+
+class Raises(BaseCallback):
+    def _on_step(self):
+        raise EOFError("another file's end")
+
+
+def test_an_end_of_file_of_others_stays_what_it_is():
+    env = SubprocVecEnv([ToyEnv], "fork")
+    with pytest.raises(EOFError, match="another file's end"):
+        PPOPlus("MlpPolicy", env, **SETTINGS).learn(16, Raises())
+    assert np.isfinite(env.reset()).all()
+    env.close()

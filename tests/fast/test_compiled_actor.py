@@ -1,0 +1,171 @@
+"""A rollout that is evaluated afterwards holds what one that is evaluated at each step holds."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from environments import ASYMMETRIC, BOX, IMAGE, SMALL_DICT, ConstantRewardEnv, make_env
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
+from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
+from sb3_ppo_plus.rollout.actor import EVALUATION_CHUNK, predict_values
+
+
+class KeepRollout(BaseCallback):
+    """Copies the buffer at the end of each rollout, and notes which values callbacks saw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rollouts: list[dict[str, Any]] = []
+        self.seen: list[Any] = []
+
+    def _on_step(self) -> bool:
+        self.seen.append(self.locals["values"])
+        return True
+
+    def _on_rollout_end(self) -> None:
+        buffer = self.model.rollout_buffer
+        names = ("actions", "rewards", "values", "log_probs", "advantages", "returns", "episode_starts")
+        self.rollouts.append({name: np.array(getattr(buffer, name)) for name in names})
+
+
+def two_rollouts(model: PPOPlus) -> KeepRollout:
+    """Collect a rollout, learn from it in one minibatch, which is always eager, and collect another."""
+    callback = KeepRollout()
+    model.learn(model.n_steps * model.n_envs, callback=callback)
+    model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
+    return callback
+
+
+def rollouts(env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> tuple[KeepRollout, KeepRollout]:
+    kept = []
+    for compile in (False, True):
+        # The sizes of test_compiled_step.py, whose graphs need not be compiled again
+        settings = {"n_steps": 16, "batch_size": 32, "n_epochs": 1, "seed": 0, **kwargs}
+        settings["policy_kwargs"] = {"net_arch": [8], **kwargs.get("policy_kwargs", {})}
+        kept.append(two_rollouts(PPOPlus(policy, env(), compile=compile, **settings)))
+    return kept[0], kept[1]
+
+
+@pytest.mark.parametrize(
+    ("observation_space", "action_space", "policy", "kwargs"),
+    [
+        (BOX, ASYMMETRIC, "MlpPolicy", {"policy_kwargs": {"action_dist": "squashed_gaussian"}}),
+        (BOX, ASYMMETRIC, "MlpPolicy", {"use_sde": True, "sde_sample_freq": 5}),
+        (SMALL_DICT, spaces.MultiDiscrete([3, 2]), "MultiInputPolicy", {}),
+        (IMAGE, spaces.Discrete(2), "CnnPolicy", {}),
+    ],
+    ids=["squashed", "gSDE", "dict", "image"],
+)
+@pytest.mark.filterwarnings("error:compile=True")
+def test_compiled_and_eager_rollouts_are_the_same(
+    observation_space: spaces.Space[Any], action_space: spaces.Space[Any], policy: str, kwargs: dict[str, Any]
+) -> None:
+    def env() -> Any:
+        # Episodes of 7 steps: several timeouts in each rollout
+        return make_env(2, observation_space=observation_space, action_space=action_space, p_terminate=0.05)
+
+    eager, compiled = rollouts(env, policy, **kwargs)
+    # A features extractor that learns is not asked twice
+    assert all((values is None) == (policy != "CnnPolicy") for values in compiled.seen)
+    assert all(values is not None for values in eager.seen)
+    for expected, actual in zip(eager.rollouts, compiled.rollouts, strict=True):
+        for name in expected:
+            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.usefixtures("graphs_without_code")
+def test_timeouts_are_bootstrapped_after_a_compiled_rollout_and_terminations_are_not() -> None:
+    for truncates in (True, False):
+        eager, compiled = rollouts(
+            lambda truncates=truncates: make_vec_env(ConstantRewardEnv, 2, env_kwargs={"truncates": truncates})
+        )
+        rewards = compiled.rollouts[0]["rewards"]
+        assert (rewards != 1.0).any() == truncates
+        np.testing.assert_allclose(rewards, eager.rollouts[0]["rewards"], atol=1e-6)
+
+
+def test_predictions_do_not_depend_on_the_size_of_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = PPOPlus("MultiInputPolicy", make_env(observation_space=SMALL_DICT), seed=0).policy
+    observations = [SMALL_DICT.sample() for _ in range(7)]
+    whole = predict_values(policy, observations)
+    assert EVALUATION_CHUNK > 7 * 4
+    monkeypatch.setattr("sb3_ppo_plus.rollout.actor.EVALUATION_CHUNK", 9)
+    np.testing.assert_allclose(predict_values(policy, observations), whole, atol=1e-6)
+    single = [policy.predict_values(policy.obs_to_tensor(obs)[0]).item() for obs in observations]
+    np.testing.assert_allclose(whole, single, atol=1e-6)
+
+
+class OwnForward(ActorCriticPlusPolicy):
+    def forward(self, obs: Any, deterministic: bool = False) -> Any:
+        actions, values, log_prob = super().forward(obs, deterministic)
+        return actions, values + 100.0, log_prob
+
+
+def test_a_policy_with_a_forward_of_its_own_is_asked_at_every_step_after_one_warning() -> None:
+    model = PPOPlus(OwnForward, make_env(), n_steps=16, batch_size=16, n_epochs=1, compile=True)
+    with pytest.warns(UserWarning, match="compile=True: acting runs eagerly, since OwnForward") as caught:
+        callback = two_rollouts(model)
+    assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
+    assert not can_act_alone(model.policy)
+    assert len(callback.rollouts) == 2
+    assert all(rollout["values"].min() > 90 for rollout in callback.rollouts)
+    assert all(isinstance(values, th.Tensor) for values in callback.seen)
+
+
+def raises_values(method: str) -> Any:
+    """Make a subclass whose method, in which values come first, adds 100 to them."""
+
+    def own(self: Any, *args: Any, **kwargs: Any) -> Any:
+        values, *others = getattr(ActorCriticPlusPolicy, method)(self, *args, **kwargs)
+        return values + 100.0, *others
+
+    return type("Own", (ActorCriticPlusPolicy,), {method: own})
+
+
+@pytest.mark.parametrize("method", ["_evaluate", "value_and_distribution"])
+@pytest.mark.filterwarnings("ignore:compile=True. acting runs eagerly")
+def test_a_policy_that_evaluates_in_its_own_way_acts_the_same_compiled_and_eager(method: str) -> None:
+    kept = []
+    for compile in (False, True):
+        callback = KeepRollout()
+        model = PPOPlus(
+            raises_values(method), make_env(), n_steps=16, batch_size=16, n_epochs=1, seed=0, compile=compile
+        )
+        model.learn(16, callback=callback)
+        kept.append(callback.rollouts[0])
+    eager, compiled = kept
+    for name, expected in eager.items():
+        # Advantages are estimated by another algorithm
+        np.testing.assert_allclose(compiled[name], expected, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "method", ["extract_features", "forward_step", "get_distribution", "predict_values", "_masked_distribution"]
+)
+def test_a_policy_with_methods_of_its_own_is_asked_for_all_at_once(method: str) -> None:
+    def own(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(ActorCriticPlusPolicy, method)(self, *args, **kwargs)
+
+    policy = PPOPlus(type("Own", (ActorCriticPlusPolicy,), {method: own}), make_env()).policy
+    assert not can_act_alone(policy)
+    assert can_act_alone(PPOPlus(type("Same", (ActorCriticPlusPolicy,), {}), make_env()).policy)
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+def test_observations_of_any_layout_and_precision_give_the_same_actions() -> None:
+    model = PPOPlus("MlpPolicy", make_env(4, action_space=spaces.Discrete(50)), n_steps=16, batch_size=64, compile=True)
+    actor = model._actor_for(model.env, model.rollout_buffer)
+    assert isinstance(actor, CompiledActor)
+    observations = th.rand(4, 3)
+    layouts = [observations, observations.t().contiguous().t(), observations.double(), observations]
+    assert layouts[1].stride() != layouts[0].stride()
+    actions = []
+    for layout in layouts:
+        th.manual_seed(0)
+        actions.append(actor.act(layout, None, {})[0].tolist())
+    assert actions[1:] == actions[:-1]

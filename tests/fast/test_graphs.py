@@ -1,0 +1,74 @@
+"""Compiling is paid for by those who compile, and once for all processes."""
+
+import subprocess
+import sys
+
+import cloudpickle
+import pytest
+import torch as th
+from environments import make_env
+from torch._dynamo.utils import counters
+
+from sb3_ppo_plus import PPOPlus
+
+# As small as in test_compiled_step.py
+SETTINGS = {"n_steps": 16, "batch_size": 16, "seed": 0, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
+
+
+def build(*, compile: bool = True) -> PPOPlus:
+    return PPOPlus("MlpPolicy", make_env(2), compile=compile, **SETTINGS)
+
+
+def assert_close(first: PPOPlus, second: PPOPlus) -> None:
+    for expected, actual in zip(first.policy.parameters(), second.policy.parameters(), strict=True):
+        th.testing.assert_close(actual, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+def test_every_graph_is_found_in_pytorchs_cache_the_second_time() -> None:
+    build().learn(64)
+    counters.clear()
+    model = build().learn(64)
+    n_graphs = model._gradient_step.n_compilations + model._compiled_actor.n_compilations
+    assert n_graphs == 3
+    found = {name: n for name, n in counters["inductor"].items() if name.startswith("fxgraph_cache")}
+    assert found == {"fxgraph_cache_hit": n_graphs}
+
+
+def test_who_does_not_compile_does_not_load_inductor() -> None:
+    # It takes as long to import, and a third of the memory, of all the rest
+    code = """
+import sys
+from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.fast import replays
+replays.RECORD_AFTER = 2
+model = PPOPlus("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128)
+assert model._gradient_step.recordings.n_recordings == 1
+assert "torch._inductor.compile_fx" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+def test_a_compiled_model_is_pickled_without_its_graphs_and_trains_on() -> None:
+    model = build().learn(64)
+    twin = cloudpickle.loads(cloudpickle.dumps(model))
+    for one in (model, twin):
+        one.set_random_seed(1)
+        one.learn(64)
+    assert twin._gradient_step.n_compilations == 1
+    # Its first step is eager once more
+    assert_close(model, twin)
+
+
+@pytest.mark.filterwarnings("error:compile=True")
+def test_weights_of_another_layout_than_the_graphs_were_compiled_for_get_graphs_of_their_own() -> None:
+    models = [build(compile=compile) for compile in (False, True)]
+    for model in models:
+        model.set_random_seed(0)
+        weight = model.policy.mlp_extractor.policy_net[0].weight
+        weight.data = weight.data.t().contiguous().t()
+        # Flat steps make it contiguous
+        model.learn(64)
+    assert models[1]._compiled_actor.n_compilations == 4
+    assert_close(*models)

@@ -1,0 +1,270 @@
+"""Training runs that are interrupted by SIGKILL and resumed in another process, each kind in a process of its own.
+
+``python resume_cases.py interrupt|resume FOLDER``; test_checkpoint.py compares what they leave in FOLDER.
+"""
+
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import conftest  # noqa: F401  # one thread
+import gymnasium as gym
+import numpy as np
+import torch as th
+from environments import ASYMMETRIC, DICT, IMAGE, MASKED_ACTION_SPACES, MaskedEnv, ToyEnv, record_logs
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import (
+    SubprocVecEnv,
+    VecCheckNan,
+    VecEnv,
+    VecExtractDictObs,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+    unwrap_vec_normalize,
+)
+from states import state_of
+
+from sb3_ppo_plus import PPOPlus, ResumableEnv, TrainingCheckpoint
+
+N_UPDATES, INTERRUPTED_AFTER = 6, 3
+N_STEPS = 32
+NOT_TIMINGS = ("time/iterations", "time/total_timesteps")
+
+
+class OwnMethods(gym.Env):
+    """Tells its state by methods of its own; TimeLimit and Monitor around it do not."""
+
+    observation_space = spaces.Box(-10.0, 10.0, (2,), np.float32)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self._position = self.np_random.normal(size=2)
+        return self._position.astype(np.float32), {}
+
+    def step(self, action):
+        self._position = 0.9 * self._position + (action - 0.5) + 0.1 * self.np_random.normal(size=2)
+        return self._position.astype(np.float32), -float(np.abs(self._position).sum()), False, False, {}
+
+    def get_resume_state(self):
+        return {"position": self._position, "generator": self.np_random.bit_generator.state}
+
+    def set_resume_state(self, state):
+        self._position = state["position"]
+        self.np_random.bit_generator.state = state["generator"]
+
+
+class ChangesCoefficient(BaseCallback):
+    """Has a state of its own, on which training depends."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_changes = 0
+
+    def _on_step(self):
+        return True
+
+    def _on_rollout_end(self):
+        self.n_changes += 1
+        self.model.ent_coef = 0.01 * self.n_changes
+
+    def get_state(self):
+        return {"n_changes": self.n_changes}
+
+    def set_state(self, state):
+        self.n_changes = state["n_changes"]
+
+
+def gym_envs(env_id: str, **kwargs: Any) -> VecEnv:
+    kwargs.setdefault("env_kwargs", {"max_episode_steps": 45})
+    return make_vec_env(env_id, n_envs=2, seed=0, wrapper_class=ResumableEnv, **kwargs)
+
+
+def toy_envs(**kwargs: Any) -> VecEnv:
+    return make_vec_env(lambda: ToyEnv(**kwargs), n_envs=2, seed=0, wrapper_class=ResumableEnv)
+
+
+def wrapped_envs() -> VecEnv:
+    """SB3's wrappers that keep something, one in the other, over a Monitor outside ResumableEnv."""
+
+    def make():
+        return Monitor(ResumableEnv(gym.wrappers.TimeLimit(ToyEnv(DICT, max_steps=100), 9)))
+
+    extracted = VecExtractDictObs(make_vec_env(make, n_envs=2, seed=0), "vector")
+    return VecNormalize(VecCheckNan(VecMonitor(VecFrameStack(extracted, 3))))
+
+
+def eval_callbacks() -> list[BaseCallback]:
+    evaluation = EvalCallback(gym_envs("Pendulum-v1"), n_eval_episodes=1, eval_freq=25, deterministic=False, verbose=0)
+    return [evaluation, EveryNTimesteps(50, ChangesCoefficient()), ChangesCoefficient()]
+
+
+@dataclass
+class Case:
+    make_env: Callable[[], VecEnv]
+    policy: str = "MlpPolicy"
+    arguments: dict[str, Any] = field(default_factory=dict)
+    make_callbacks: Callable[[], list[BaseCallback]] = list
+    log_interval: int = 1
+
+    def make_model(self) -> PPOPlus:
+        defaults = {"n_steps": N_STEPS, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
+        defaults["policy_kwargs"] = {"net_arch": [8, 8]}
+        return PPOPlus(self.policy, self.make_env(), **{**defaults, **self.arguments})
+
+
+def pendulum() -> VecEnv:
+    return gym_envs("Pendulum-v1")
+
+
+CASES = {
+    "mlp": Case(pendulum),
+    "discrete": Case(lambda: gym_envs("CartPole-v1")),
+    "mujoco": Case(lambda: gym_envs("HalfCheetah-v5", env_kwargs={"max_episode_steps": 45})),
+    "cnn": Case(
+        lambda: VecFrameStack(toy_envs(observation_space=IMAGE), 2),
+        "CnnPolicy",
+        {"policy_kwargs": {"features_extractor_kwargs": {"features_dim": 8}}},
+    ),
+    "dict": Case(
+        lambda: toy_envs(observation_space=DICT, action_space=spaces.MultiDiscrete([3, 2])),
+        "MultiInputPolicy",
+        {"policy_kwargs": {"features_extractor_kwargs": {"cnn_output_dim": 8}, "net_arch": [8]}},
+    ),
+    "vec_normalize": Case(lambda: VecNormalize(pendulum())),
+    "wrappers": Case(wrapped_envs),
+    "own_methods": Case(lambda: make_vec_env(lambda: gym.wrappers.TimeLimit(OwnMethods(), 11), n_envs=2, seed=0)),
+    "subproc": Case(lambda: VecNormalize(gym_envs("Pendulum-v1", vec_env_cls=SubprocVecEnv))),
+    "gsde": Case(pendulum, arguments={"use_sde": True, "sde_sample_freq": 5}),
+    "schedules": Case(
+        pendulum,
+        arguments={
+            "learning_rate": "warmup_cos_3e-3",
+            "critic_learning_rate": "lin_1e-2",
+            "clip_range": "lin_0.3",
+            "clip_range_vf": "cos_0.3",
+            "ent_coef": "lin_0.1",
+            "vf_coef": "exp_0.5_0.1",
+        },
+    ),
+    "target_kl": Case(pendulum, arguments={"target_kl": 0.005, "learning_rate": 0.01}),
+    "amp": Case(pendulum, arguments={"amp": True, "policy_kwargs": {"net_arch": [8], "action_dist": "beta"}}),
+    "optimizer": Case(
+        pendulum,
+        arguments={
+            "policy_kwargs": {"net_arch": [8], "optimizer_class": th.optim.Adagrad},
+            "normalize_advantage": False,
+        },
+    ),
+    "masks": Case(
+        lambda: make_vec_env(
+            lambda: MaskedEnv(MASKED_ACTION_SPACES["multi_discrete"]), n_envs=2, seed=0, wrapper_class=ResumableEnv
+        ),
+        arguments={"action_masking": True},
+    ),
+    "lstm": Case(
+        pendulum,
+        "MlpLstmPolicy",
+        {"policy_kwargs": {"net_arch": [8], "lstm_hidden_size": 8, "memory_kwargs": {"sequence_length": 8}}},
+    ),
+    "gtrxl": Case(
+        lambda: gym_envs("CartPole-v1"),
+        arguments={"policy_kwargs": {"net_arch": [8], "memory": "gtrxl", "memory_kwargs": {"hidden_size": 8}}},
+    ),
+    "callbacks": Case(pendulum, make_callbacks=eval_callbacks, log_interval=2),
+    "compile": Case(
+        lambda: toy_envs(action_space=ASYMMETRIC),
+        arguments={
+            "compile": True,
+            "critic_learning_rate": 1e-3,
+            "policy_kwargs": {"net_arch": [8], "log_std_init": -1},
+        },
+    ),
+}
+
+
+class KillInMidRollout(BaseCallback):
+    def _on_step(self) -> bool:
+        if self.model.num_timesteps > (INTERRUPTED_AFTER + 0.5) * N_STEPS * self.training_env.num_envs:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return True
+
+
+def result_of(model: PPOPlus, learn: Callable[[], Any]) -> dict[str, Any]:
+    """Learn, and return all that must be the same: parameters, optimiser, what was logged, what is drawn next."""
+    recorder = record_logs(model)
+    learn()
+    logs = [*recorder.dumps, dict(model.logger.name_to_value)]
+    normalizer = unwrap_vec_normalize(model.env)
+    return {
+        "state": state_of(model),
+        "logs": [without_timings(log) for log in logs],
+        "episodes": [(episode["r"], episode["l"]) for episode in model.ep_info_buffer],
+        "returns": None if normalizer is None else normalizer.returns,
+        "n_envs": model.n_envs,
+        "observations": model._last_obs,
+        "drawn": (random.random(), np.random.random(), th.rand(1).item()),
+    }
+
+
+def without_timings(log: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in log.items() if not name.startswith("time/") or name in NOT_TIMINGS}
+
+
+def in_a_fork(do: Callable[[], None]) -> int:
+    """Do it in a copy of this process, which ends with it, and return the exit code."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            do()
+            status = 0
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def run_through(name: str, folder: Path) -> None:
+    case = CASES[name]
+    model = case.make_model()
+    total = N_UPDATES * N_STEPS * model.n_envs - 1
+    result = result_of(model, lambda: model.learn(total, case.make_callbacks(), case.log_interval))
+    th.save(result, folder / f"{name}.whole")
+
+
+def run_until_killed(name: str, folder: Path) -> None:
+    case = CASES[name]
+    model = case.make_model()
+    callbacks = [TrainingCheckpoint(1, folder / name), *case.make_callbacks(), KillInMidRollout()]
+    model.learn(N_UPDATES * N_STEPS * model.n_envs - 1, callbacks, case.log_interval)
+
+
+def run_on(name: str, folder: Path) -> None:
+    case = CASES[name]
+    model = PPOPlus.resume(folder / name, case.make_env(), device="cpu")
+    assert model.num_timesteps == INTERRUPTED_AFTER * N_STEPS * model.n_envs
+    result = result_of(model, lambda: model.continue_learning(case.make_callbacks()))
+    th.save(result, folder / f"{name}.resumed")
+
+
+def main(command: str, folder: Path) -> None:
+    for name in CASES:
+        if command == "resume":
+            assert in_a_fork(lambda name=name: run_on(name, folder)) == 0, name
+        else:
+            assert in_a_fork(lambda name=name: run_through(name, folder)) == 0, name
+            assert in_a_fork(lambda name=name: run_until_killed(name, folder)) == -signal.SIGKILL, name
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -1,0 +1,415 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+from environments import SMALL_NET, ToyEnv, record_logs
+from resume_cases import CASES, INTERRUPTED_AFTER, N_STEPS, in_a_fork
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecMonitor, VecNormalize
+from states import assert_same_bits, state_of
+
+from sb3_ppo_plus import (
+    CheckpointError,
+    PPOPlus,
+    ResumableEnv,
+    TrainingCheckpoint,
+    WrapperStackError,
+    latest_checkpoint,
+)
+from sb3_ppo_plus.resuming import checkpoint_directory
+from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories, read_checkpoint, write_checkpoint
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Folder with what runs without interruption and runs that were killed and resumed have come to."""
+    folder = tmp_path_factory.mktemp("runs")
+    for command in ("interrupt", "resume"):
+        script = Path(__file__).with_name("resume_cases.py")
+        # It imports what lies beside conftest.py, as the tests do
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(script.parents[1])])}
+        ran = subprocess.run(
+            [sys.executable, str(script), command, str(folder)], capture_output=True, text=True, env=environment
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert "were reset" not in ran.stderr and "do not hold everything" not in ran.stderr
+    return folder
+
+
+# The first of them waits for all runs, three of which compile
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", CASES)
+def test_killed_and_resumed_in_another_process_is_the_same_as_never_interrupted(results, name):
+    whole, resumed = (th.load(results / f"{name}.{kind}", weights_only=False) for kind in ("whole", "resumed"))
+    done = INTERRUPTED_AFTER * N_STEPS * whole["n_envs"]
+    # The last of the logs was not yet dumped
+    rest = [log for log in whole["logs"][:-1] if log["time/total_timesteps"] > done]
+    assert len(rest) >= 2
+    assert_same_bits(resumed, {**whole, "logs": [*rest, whole["logs"][-1]]})
+
+
+def make_model(env=None, **kwargs):
+    defaults = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu", "policy_kwargs": SMALL_NET}
+    return PPOPlus("MlpPolicy", env or make_envs(), **{**defaults, **kwargs})
+
+
+def make_envs(n_envs=2, wrapper_class=ResumableEnv, **kwargs):
+    return make_vec_env(lambda: ToyEnv(**kwargs), n_envs=n_envs, seed=0, wrapper_class=wrapper_class)
+
+
+def steps_of(save_path):
+    return sorted(int(directory.name.split("_")[2]) for directory in checkpoint_directories(save_path))
+
+
+def learned(total=96, **kwargs):
+    model = make_model(**kwargs)
+    model.learn(total)
+    return state_of(model)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        ({"save_freq": 0}, ValueError, "save_freq must be at least 1, got 0"),
+        ({"save_freq": True}, TypeError, "save_freq must be an int, got True"),
+        ({"save_freq": 1e4}, TypeError, "save_freq must be an int, got 10000.0"),
+        ({"keep_last": 0}, ValueError, "keep_last must be at least 1, got 0"),
+        ({"keep_last": None}, TypeError, "keep_last must be an int, got None"),
+    ],
+)
+def test_refuses_bad_arguments(tmp_path, arguments, error, message):
+    with pytest.raises(error, match=message):
+        TrainingCheckpoint(**{"save_freq": 1, "save_path": tmp_path, **arguments})
+
+
+def test_needs_ppo_plus(tmp_path):
+    model = PPO("MlpPolicy", make_envs(), n_steps=8, batch_size=8)
+    with pytest.raises(TypeError, match="TrainingCheckpoint needs a PPOPlus, got a PPO"):
+        model.learn(16, TrainingCheckpoint(1, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "save_freq, expected", [(1, [16, 32, 48, 64, 80, 96]), (40, [48, 96]), (32, [32, 64, 96]), (10_000, [96])]
+)
+def test_saves_at_the_ends_of_updates_that_complete_save_freq_steps_and_of_training(tmp_path, save_freq, expected):
+    make_model().learn(90, TrainingCheckpoint(save_freq, tmp_path, keep_last=10))
+    assert steps_of(tmp_path) == expected
+
+
+def test_keeps_the_last_ones(tmp_path):
+    model = make_model()
+    model.learn(96, [TrainingCheckpoint(1, tmp_path, keep_last=2)])
+    assert steps_of(tmp_path) == [80, 96]
+    assert model.last_checkpoint == str(latest_checkpoint(tmp_path))
+
+
+def test_checkpoints_change_nothing(tmp_path):
+    model = make_model()
+    model.learn(96, TrainingCheckpoint(1, tmp_path))
+    assert_same_bits(state_of(model), learned())
+
+
+def test_the_model_of_a_checkpoint_is_a_saved_model(tmp_path):
+    model = make_model()
+    model.learn(96, TrainingCheckpoint(1, tmp_path))
+    loaded = PPOPlus.load(latest_checkpoint(tmp_path) / "model.zip", device="cpu")
+    assert_same_bits(state_of(loaded), state_of(model))
+
+
+def test_a_finished_run_stays_finished(tmp_path):
+    model = make_model()
+    model.learn(96, TrainingCheckpoint(1, tmp_path))
+    resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu")
+    resumed.continue_learning(TrainingCheckpoint(1, tmp_path))
+    assert_same_bits(state_of(resumed), state_of(model))
+    assert steps_of(tmp_path) == [64, 80, 96]
+
+
+class StopAfter(BaseCallback):
+    """Stops at the end of an update, as other callbacks do in the middle of a rollout."""
+
+    def __init__(self, num_timesteps):
+        super().__init__()
+        self.n_last = num_timesteps
+
+    def _on_step(self):
+        return True
+
+    def on_update_end(self):
+        return self.model.num_timesteps < self.n_last
+
+
+def interrupted(save_path, after=48, total=96, **kwargs):
+    model = make_model(**kwargs)
+    model.learn(total, [TrainingCheckpoint(1, save_path), StopAfter(after)])
+    assert model.num_timesteps == after
+    return model
+
+
+def test_resumes_from_the_newest_valid_checkpoint_or_from_a_given_one(tmp_path):
+    interrupted(tmp_path)
+    oldest, middle, newest = reversed(checkpoint_directories(tmp_path))
+    assert PPOPlus.resume(tmp_path, make_envs(), device="cpu").num_timesteps == 48
+    assert PPOPlus.resume(oldest, make_envs(), device="cpu").num_timesteps == 16
+    (newest / "training_state.bin").write_bytes(b"")
+    with pytest.warns(UserWarning, match=f"skipped an invalid checkpoint: .*{newest.name}"):
+        resumed = PPOPlus.resume(str(tmp_path), make_envs(), device="cpu")
+    assert resumed.num_timesteps == 32 and resumed.last_checkpoint == str(middle)
+    resumed.continue_learning(TrainingCheckpoint(1, tmp_path))
+    assert_same_bits(state_of(resumed), learned())
+    assert steps_of(tmp_path) == [64, 80, 96]
+
+
+def test_what_the_rest_of_the_run_does_not_depend_on_is_restored_too(tmp_path):
+    def envs():
+        return VecNormalize(make_envs())
+
+    model = make_model(envs(), use_sde=True, tensorboard_log=str(tmp_path / "tb"))
+    model.learn(32)
+    callbacks = [TrainingCheckpoint(1, tmp_path / "checkpoints"), StopAfter(48)]
+    model.learn(96, callbacks, tb_log_name="named", reset_num_timesteps=False)
+    resumed = PPOPlus.resume(tmp_path / "checkpoints", envs(), device="cpu")
+    for name in model.TRAINING_STATE:
+        assert_same_bits(getattr(resumed, name), getattr(model, name), name)
+    for name in ("exploration_mat", "exploration_matrices"):
+        assert th.equal(*(getattr(one.policy.action_dist, name) for one in (model, resumed)))
+    started = model.start_time
+    resumed.continue_learning()
+    assert resumed._num_timesteps_at_start == 32
+    assert abs(resumed.start_time - started) < 1e9, "the clock goes on"
+    assert [path.name for path in (tmp_path / "tb").glob("named*")] == ["named_0"], "one folder for both"
+
+
+def test_what_is_drawn_between_resume_and_continue_learning_changes_nothing(tmp_path):
+    interrupted(tmp_path)
+    resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu")
+    np.random.random(3)
+    th.rand(3)
+    resumed.continue_learning()
+    assert_same_bits(state_of(resumed), learned())
+
+
+def test_nothing_to_resume_and_nothing_to_continue(tmp_path):
+    with pytest.raises(CheckpointError, match=f"no valid checkpoint in {tmp_path}"):
+        PPOPlus.resume(tmp_path, make_envs())
+    with pytest.raises(ValueError, match="no learn to continue: call learn, or resume"):
+        make_model().continue_learning()
+
+
+def test_can_be_resumed_without_trust(tmp_path):
+    interrupted(tmp_path, learning_rate="lin_1e-3")
+    resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu", trusted=False)
+    resumed.continue_learning()
+    assert_same_bits(state_of(resumed), learned(learning_rate="lin_1e-3"))
+
+
+def test_goes_on_in_the_same_process(tmp_path):
+    model = make_model()
+    logs = record_logs(model)
+    model.learn(96, StopAfter(48))
+    model.continue_learning()
+    assert_same_bits(state_of(model), learned())
+    assert [log["time/iterations"] for log in logs.dumps] == [1, 2, 3, 4, 5, 6]
+    assert all("train/loss" in log for log in logs.dumps[1:])
+
+
+def test_without_methods_the_envs_are_reset_and_the_rest_is_exact(tmp_path):
+    def envs():
+        return VecNormalize(make_envs(wrapper_class=None, max_steps=1000, p_terminate=0.0))
+
+    first_observations = make_model(envs()).env.reset()
+    model = interrupted(tmp_path, env=envs())
+    drawn = np.random.random(), th.rand(1)
+    with pytest.warns(UserWarning, match=r"no get_resume_state\(\)") as warned:
+        resumed = PPOPlus.resume(tmp_path, envs(), device="cpu")
+    assert len(warned) == 1
+    assert_same_bits(state_of(resumed), state_of(model))
+    assert (np.random.random(), th.rand(1)) == drawn
+    for name in ("obs_rms", "ret_rms"):
+        assert_same_bits(vars(getattr(resumed.env, name)), vars(getattr(model.env, name)))
+    assert not resumed.env.returns.any() and resumed._last_episode_starts.all()
+    assert resumed.env.get_attr("total_steps") == [24, 24] and resumed.env.get_attr("rewards") == [[], []]
+    # Neither the old observations nor those of the beginning once more
+    for others in (model._last_original_obs, first_observations):
+        assert not np.isclose(resumed._last_original_obs, others).any()
+    resumed.continue_learning()
+    assert resumed.num_timesteps == 96 and [len(rewards) for rewards in resumed.env.get_attr("rewards")] == [24, 24]
+
+
+@pytest.mark.parametrize(
+    "make_env, message",
+    [
+        (lambda: make_envs(3), "the checkpoint has 2 environments, env has 3"),
+        (
+            lambda: VecNormalize(make_envs()),
+            r"VecEnv wrappers are \['VecMonitor'\], those of env are \['VecNormalize'\]",
+        ),
+        (
+            lambda: VecMonitor(make_envs(wrapper_class=None)),
+            "environment 0 is ResumableEnv of Monitor of ToyEnv, that of env is Monitor of ToyEnv",
+        ),
+    ],
+)
+def test_another_wrapper_stack_is_an_error_that_names_both(tmp_path, make_env, message):
+    interrupted(tmp_path, env=VecMonitor(make_envs()))
+    with pytest.raises(WrapperStackError, match=message):
+        PPOPlus.resume(tmp_path, make_env(), device="cpu")
+
+
+def rewritten(save_path, change):
+    """A checkpoint that somebody wrote: its hashes are right."""
+    files = dict(read_checkpoint(latest_checkpoint(save_path)).files)
+    state = json.loads(files["training_state.json"])
+    change(files, state)
+    if "training_state.json" in files:
+        files["training_state.json"] = json.dumps(state).encode()
+    return write_checkpoint(save_path / "rewritten", files, 48)
+
+
+def array(dtype, shape, **more):
+    return {"$array": {"type": dtype, "shape": shape, "offset": 0, **more}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda files, state: files.pop("model.zip"), "no training state"),
+        (lambda files, state: files.pop("training_state.json"), "no training state"),
+        (lambda files, state: files.update(more=b""), "no training state"),
+        (lambda files, state: files.update({"training_state.bin": b""}), "buffer is smaller"),
+        (lambda files, state: state.clear(), "KeyError: 'attributes'"),
+        # Would run a program as the compiler
+        (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must be of .* 'compile'"),
+        (lambda files, state: state["attributes"].update(num_timesteps="x"), "num_timesteps must be of type int"),
+        (lambda files, state: state["attributes"].update(_last_obs=array("|O", [1])), "dtypes without objects"),
+        (lambda files, state: state["attributes"].update(_last_obs=array("<f4", [2**40])), "buffer is smaller"),
+        (lambda files, state: state["attributes"].update(_last_obs=array("|S0", [2**36])), "no bytes"),
+        (
+            lambda files, state: state["attributes"].update(_last_obs=array("|u1", [2, 2], strides=[2**36, 1])),
+            "with strides",
+        ),
+        (lambda files, state: state["generators"].update(torch=3), "TypeError"),
+        (lambda files, state: state["env"]["attributes"].update(step=[1, 2]), "step is no state"),
+        (lambda files, state: state["env"]["wrappers"][0]["$tuple"][1].update(step_wait=["plain", 1]), "is no state"),
+        (
+            lambda files, state: state["env"]["envs"][0]["layers"][0]["$tuple"][1].update(reset=["plain", 1]),
+            "reset is no state",
+        ),
+    ],
+)
+def test_a_checkpoint_that_somebody_made_up_is_one_clear_error(tmp_path, change, message):
+    interrupted(tmp_path, env=VecMonitor(make_envs()))
+    directory = rewritten(tmp_path, change)
+    with pytest.raises(CheckpointError, match=f"{directory.name} .*{message}"):
+        PPOPlus.resume(directory, VecMonitor(make_envs()), device="cpu", trusted=False)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere"])
+def test_without_trust_the_log_stays_where_it_belongs(tmp_path, name):
+    interrupted(tmp_path)
+    directory = rewritten(tmp_path, lambda files, state: state["attributes"].update(_tb_log_name=name))
+    with pytest.raises(CheckpointError, match=f"_tb_log_name.*{name}"):
+        PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
+    assert PPOPlus.resume(directory, make_envs(), device="cpu").num_timesteps == 48
+
+
+def test_environments_that_were_made_in_another_way_are_an_error_that_says_what_they_lack(tmp_path):
+    interrupted(tmp_path, env=VecNormalize(make_envs()))
+    with pytest.raises(CheckpointError, match="VecNormalize has no obs_rms"):
+        PPOPlus.resume(tmp_path, VecNormalize(make_envs(), norm_obs=False), device="cpu")
+    with pytest.raises(TypeError, match="env must be the environments to go on with, got None"):
+        PPOPlus.resume(tmp_path, None)
+
+
+def test_other_versions_are_said(tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint_directory, "versions", lambda: {"torch": "1.0", "python": "3.11"})
+        interrupted(tmp_path)
+    with pytest.warns(UserWarning, match=r"may differ in the last bits.*torch 1.0 \(now 2"):
+        PPOPlus.resume(tmp_path, make_envs(), device="cpu")
+
+
+def test_warns_of_an_earlier_run(tmp_path):
+    interrupted(tmp_path)
+    with pytest.warns(UserWarning, match="holds checkpoints of an earlier run"):
+        make_model().learn(16, TrainingCheckpoint(1, tmp_path))
+    assert PPOPlus.resume(tmp_path, make_envs(), device="cpu").num_timesteps == 16
+
+
+class KeepsAnObject(VecEnvWrapper):
+    def __init__(self, venv):
+        super().__init__(venv)
+        self.thing = object()
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        return self.venv.step_wait()
+
+
+def test_says_before_the_first_step_what_is_not_saved(tmp_path):
+    env = KeepsAnObject(make_envs())
+    with pytest.warns(UserWarning, match=r"do not hold everything: KeepsAnObject.thing is a builtins.object") as warned:
+        make_model(env).learn(32, TrainingCheckpoint(1, tmp_path))
+    assert len([one for one in warned if "hold everything" in str(one.message)]) == 1
+
+
+def test_an_environment_that_cannot_be_saved_is_an_error_before_the_first_step(tmp_path):
+    class Simulated(ToyEnv):
+        simulator = None
+
+        def reset(self, **kwargs):
+            self.simulator = object()
+            return super().reset(**kwargs)
+
+    model = make_model(make_vec_env(Simulated, n_envs=1, wrapper_class=ResumableEnv))
+    with pytest.raises(TypeError, match=r"Simulated\.simulator is a"):
+        model.learn(16, TrainingCheckpoint(1, tmp_path))
+    assert model.num_timesteps == 0
+
+
+def test_a_full_disk_ends_learning_with_one_error_and_training_goes_on_when_there_is_room(tmp_path):
+    class FillDisk(BaseCallback):
+        def _on_step(self):
+            if self.model.num_timesteps == 48:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
+            return True
+
+    model, limits = make_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(CheckpointError, match="the checkpoint at 48 steps could not be written"):
+            model.learn(96, [FillDisk(), TrainingCheckpoint(1, tmp_path)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps_of(tmp_path) == [16, 32]
+    model.continue_learning(TrainingCheckpoint(1, tmp_path / "elsewhere"))
+    assert_same_bits(state_of(model), learned())
+    assert PPOPlus.resume(tmp_path, make_envs(), device="cpu").num_timesteps == 32
+
+
+def test_killed_at_any_moment_the_run_goes_on_to_the_same_end(tmp_path):
+    expected = learned(200)
+    for index in range(8):
+        save_path = tmp_path / str(index)
+
+        def learn(save_path=save_path, index=index):
+            signal.setitimer(signal.ITIMER_REAL, 0.05 + 0.05 * index)
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            make_model().learn(200, TrainingCheckpoint(1, save_path, keep_last=1))
+
+        in_a_fork(learn)
+        if latest_checkpoint(save_path) is None:
+            continue
+        model = PPOPlus.resume(save_path, make_envs(), device="cpu")
+        model.continue_learning()
+        assert_same_bits(state_of(model), expected)

@@ -1,0 +1,182 @@
+import random
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import pytest
+from environments import DICT, ToyEnv
+from gymnasium import spaces
+from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, NormalizeReward, TimeLimit
+from stable_baselines3.common.atari_wrappers import AtariWrapper
+from stable_baselines3.common.monitor import Monitor
+from states import described, written_and_read
+
+from sb3_ppo_plus.errors import PlainStateError
+from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
+
+CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
+TOY_TEXT = ["FrozenLake-v1", "Taxi-v4", "Blackjack-v1", "CliffWalking-v1"]
+MUJOCO = ["HalfCheetah", "Ant", "Hopper", "Walker2d", "Humanoid", "HumanoidStandup", "Swimmer", "Reacher", "Pusher"]
+MUJOCO = [f"{name}-v5" for name in (*MUJOCO, "InvertedPendulum", "InvertedDoublePendulum")]
+
+
+def transitions(env, n_steps):
+    """What the environment answers to actions from its action space, restarting it when an episode ends."""
+    seen = []
+    for _ in range(n_steps):
+        observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
+        episode = {name: value for name, value in info.get("episode", {}).items() if name != "t"}
+        seen.append((observation, float(reward), terminated, truncated, episode, np.random.random(), random.random()))
+        if terminated or truncated:
+            seen.append(env.reset()[0])
+    return seen
+
+
+def assert_goes_on_in_another(make_env, n_before=60, n_after=60):
+    env, other = ResumableEnv(make_env()), ResumableEnv(make_env())
+    env.reset(seed=3)
+    env.action_space.seed(4)
+    transitions(env, n_before)
+    state = written_and_read(env.get_resume_state())
+    expected = transitions(env, n_after)
+    other.reset(seed=99)
+    for _ in range(2):
+        other.set_resume_state(state)
+        np.testing.assert_equal(transitions(other, n_after), expected)
+
+
+@pytest.mark.parametrize("env_id", [*CLASSIC, *TOY_TEXT])
+def test_another_environment_goes_on_as_the_saved_one_would(env_id):
+    assert_goes_on_in_another(lambda: Monitor(gym.make(env_id, max_episode_steps=25)))
+
+
+@pytest.mark.parametrize("env_id", MUJOCO)
+def test_mujoco_goes_on_bit_for_bit(env_id):
+    assert_goes_on_in_another(lambda: Monitor(gym.make(env_id, max_episode_steps=45)), 30, 30)
+
+
+def test_atari_goes_on_bit_for_bit():
+    gym.register_envs(ale_py)
+    assert_goes_on_in_another(lambda: AtariWrapper(Monitor(gym.make("ALE/Breakout-v5"))), 40, 80)
+
+
+@pytest.mark.parametrize(
+    "make_env",
+    [
+        lambda: NormalizeReward(NormalizeObservation(gym.make("Pendulum-v1"))),
+        lambda: FrameStackObservation(gym.make("Pendulum-v1"), 3),
+        lambda: TimeLimit(ToyEnv(DICT), 5),
+        lambda: TimeLimit(OwnGenerators(), 5),
+    ],
+)
+def test_state_of_wrappers_and_of_dict_spaces(make_env):
+    assert_goes_on_in_another(make_env)
+
+
+class OwnGenerators(gym.Env):
+    """Draws from every kind of generator; two names share one of them; has the spaces of its class."""
+
+    observation_space = spaces.Box(-10.0, 10.0, (5,), np.float64)
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.generator = self.same_generator = np.random.Generator(np.random.Philox(seed))
+            self.legacy = np.random.RandomState(seed)
+            self.python = random.Random(seed)
+        return self._observation(), {}
+
+    def _observation(self):
+        drawn = [
+            self.generator.normal(),
+            self.same_generator.normal(),
+            self.legacy.normal(),
+            self.python.random(),
+            self.np_random.normal(),
+        ]
+        return np.array(drawn)
+
+    def step(self, action):
+        return self._observation(), 0.0, False, False, {}
+
+
+class Simulator:
+    """No plain value."""
+
+    n_steps = 0
+
+
+class Simulated(ToyEnv):
+    """Keeps its state where ResumableEnv cannot see it."""
+
+    def __init__(self):
+        super().__init__()
+        self.simulator = Simulator()
+
+
+class SimulatedWithMethods(Simulated):
+    """Saves it itself."""
+
+    def step(self, action):
+        self.simulator.n_steps += 1
+        return super().step(action)
+
+    def get_resume_state(self):
+        return {"n_steps": self.simulator.n_steps}
+
+    def set_resume_state(self, state):
+        self.simulator.n_steps = state["n_steps"]
+
+
+def test_an_attribute_that_cannot_be_saved_is_an_error_with_a_remedy():
+    env = ResumableEnv(TimeLimit(Simulated(), 5))
+    env.reset(seed=0)
+    with pytest.raises(PlainStateError, match=r"Simulated\.simulator is a .*Simulator.*get_resume_state.*constant="):
+        env.get_resume_state()
+    constant = ResumableEnv(TimeLimit(Simulated(), 5), constant=["simulator"])
+    assert "simulator" not in dict(constant.get_resume_state()["layers"][-1][1])
+
+
+def test_an_environment_with_methods_of_its_own_is_asked_instead():
+    env, other = (ResumableEnv(TimeLimit(SimulatedWithMethods(), 5)) for _ in range(2))
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    other.reset(seed=0)
+    other.set_resume_state(env.get_resume_state())
+    assert other.unwrapped.simulator.n_steps == 1
+    assert other.env._elapsed_steps == 1
+
+
+def test_shared_generators_stay_shared():
+    env, other = ResumableEnv(OwnGenerators()), ResumableEnv(OwnGenerators())
+    env.reset(seed=0)
+    other.reset(seed=1)
+    other.set_resume_state(env.get_resume_state())
+    assert other.unwrapped.generator is other.unwrapped.same_generator
+
+
+def test_the_saved_state_does_not_change_with_the_environment():
+    env = ResumableEnv(gym.make("CartPole-v1"))
+    env.reset(seed=0)
+    state = env.get_resume_state()
+    before = described(state)
+    transitions(env, 30)
+    assert described(state) == before
+
+
+def test_other_wrappers_are_an_error_that_names_both():
+    env, other = ResumableEnv(TimeLimit(ToyEnv(), 5)), ResumableEnv(ToyEnv())
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="the saved state is of TimeLimit of ToyEnv, the environment is ToyEnv"):
+        other.set_resume_state(env.get_resume_state())
+
+
+def test_another_mujoco_model_is_an_error():
+    env, other = ResumableEnv(gym.make("Swimmer-v5")), ResumableEnv(gym.make("Swimmer-v5"))
+    env.reset(seed=0)
+    state = env.get_resume_state()
+    _, saved = state["layers"][-1][1]["data"]
+    saved["integration"] = saved["integration"][:-1]
+    with pytest.raises(ValueError, match="the saved MuJoCo state has"):
+        other.set_resume_state(state)

@@ -1,0 +1,159 @@
+import os
+import signal
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from environments import DICT, IMAGE, ToyEnv
+from gymnasium.wrappers import FrameStackObservation, TimeLimit
+from resume_cases import OwnMethods
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecCheckNan,
+    VecEnvWrapper,
+    VecExtractDictObs,
+    VecFrameStack,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+)
+from states import described, written_and_read
+
+from sb3_ppo_plus import ResumableEnv, WrapperStackError
+from sb3_ppo_plus.resuming.signals import keep_signals_from_workers
+from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
+
+
+def toys(observation_space=None, **kwargs):
+    kwargs |= {} if observation_space is None else {"observation_space": observation_space}
+    return make_vec_env(lambda: ToyEnv(**kwargs), n_envs=2, seed=0, wrapper_class=ResumableEnv)
+
+
+class CountsSteps(VecEnvWrapper):
+    """A wrapper of the user's with a plain state, on which rewards depend."""
+
+    def __init__(self, venv):
+        super().__init__(venv)
+        self.n_steps = 0
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        observations, rewards, dones, infos = self.venv.step_wait()
+        self.n_steps += 1
+        return observations, rewards + self.n_steps, dones, infos
+
+
+class CountsBehindMethods(CountsSteps):
+    """One that tells its state itself."""
+
+    def __init__(self, venv):
+        super().__init__(venv)
+        self.counter = iter(range(10**6))
+
+    def step_wait(self):
+        self.n_steps = next(self.counter)
+        return super().step_wait()
+
+    def get_resume_state(self):
+        return self.n_steps
+
+    def set_resume_state(self, state):
+        self.counter = iter(range(state, 10**6))
+
+
+STACKS = {
+    "no_wrapper": toys,
+    "normalize": lambda: VecNormalize(toys()),
+    "normalize_dict": lambda: VecNormalize(toys(DICT), norm_obs_keys=["vector"]),
+    "frame_stack": lambda: VecFrameStack(toys(), 3),
+    "frame_stack_dict": lambda: VecFrameStack(VecExtractDictObs(toys(DICT), "image"), 2),
+    "monitor": lambda: VecMonitor(toys()),
+    "transpose": lambda: VecTransposeImage(VecFrameStack(toys(IMAGE), 2)),
+    "check_nan": lambda: VecNormalize(VecCheckNan(VecMonitor(VecFrameStack(toys(), 2)))),
+    "users_wrapper": lambda: VecNormalize(CountsSteps(toys())),
+    "users_wrapper_with_methods": lambda: VecNormalize(CountsBehindMethods(toys())),
+    "monitor_outside": lambda: DummyVecEnv([lambda: Monitor(TimeLimit(ResumableEnv(ToyEnv(max_steps=99)), 5))] * 2),
+    "own_methods": lambda: make_vec_env(lambda: TimeLimit(OwnMethods(), 5), n_envs=2, seed=0),
+    "subproc": lambda: SubprocVecEnv([lambda: Monitor(ResumableEnv(ToyEnv()))] * 2),
+}
+
+
+def transitions(env, n_steps, generator):
+    seen = []
+    low, high = env.action_space.low, env.action_space.high
+    for _ in range(n_steps):
+        actions = generator.uniform(low, high, (env.num_envs, *low.shape)).astype(np.float32)
+        observations, rewards, dones, infos = env.step(actions)
+        episodes = [{k: v for k, v in info.get("episode", {}).items() if k != "t"} for info in infos]
+        terminal = [info.get("terminal_observation") for info in infos]
+        seen.append((observations, rewards, dones, episodes, terminal))
+    return seen
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_another_stack_goes_on_as_the_saved_one_would(name):
+    env, other = STACKS[name](), STACKS[name]()
+    is_box = isinstance(env.action_space, gym.spaces.Box)
+    if not is_box:
+        env.action_space = other.action_space = gym.spaces.Box(0, 1, (), np.float32)
+    unsaved = []
+    try:
+        env.seed(1)
+        env.reset()
+        transitions(env, 17, np.random.default_rng(0))
+        state = written_and_read(vec_env_state(env, unsaved))
+        expected = transitions(env, 17, np.random.default_rng(1))
+        other.reset()
+        transitions(other, 3, np.random.default_rng(2))
+        assert set_vec_env_state(other, state)
+        np.testing.assert_equal(transitions(other, 17, np.random.default_rng(1)), expected)
+        assert not unsaved
+    finally:
+        env.close()
+        other.close()
+
+
+def test_names_wrappers_outside_resumable_env_that_are_not_saved():
+    env = DummyVecEnv([lambda: Monitor(FrameStackObservation(ResumableEnv(ToyEnv()), 2))])
+    env.reset()
+    unsaved = []
+    vec_env_state(env, unsaved)
+    assert unsaved == ["FrameStackObservation is outside ResumableEnv: put ResumableEnv outermost"]
+
+
+def test_the_episodes_do_not_go_on_where_either_side_lacks_the_methods():
+    with_methods, without = toys(), make_vec_env(ToyEnv, n_envs=2)
+    for env in (with_methods, without):
+        env.reset()
+    state = vec_env_state(without)
+    assert state["envs"] is None
+    assert not set_vec_env_state(without, state)
+    with pytest.raises(WrapperStackError):
+        set_vec_env_state(without, vec_env_state(with_methods))
+
+
+def test_a_reset_without_learning_leaves_running_means_alone():
+    env = VecNormalize(toys())
+    env.reset()
+    transitions(env, 3, np.random.default_rng(0))
+    before = described(vars(env.obs_rms))
+    observations = reset_without_learning(env)
+    assert described(vars(env.obs_rms)) == before and env.training
+    assert np.array_equal(observations, env.normalize_obs(env.get_original_obs()))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_ignore_signals_and_still_end(number):
+    env = SubprocVecEnv([ToyEnv] * 2)
+    env.reset()
+    keep_signals_from_workers(VecMonitor(env))
+    for process in env.processes:
+        os.kill(process.pid, number)
+    env.step(np.stack([env.action_space.sample()] * 2))
+    env.close()
+    assert [process.exitcode for process in env.processes] == [0, 0]

@@ -1,0 +1,549 @@
+"""Hostile model files: none of them runs anything, and every one that is read at all ends in UntrustedFileError."""
+
+import base64
+import io
+import json
+import os
+import pickle
+import stat
+import time
+import zipfile
+
+import cloudpickle
+import numpy as np
+import pytest
+import torch as th
+from environments import SMALL_NET, make_env
+
+from sb3_ppo_plus import PPOPlus, UntrustedFileError
+
+
+class Payload:
+    """Leaves a mark when it is unpickled."""
+
+    def __init__(self, mark):
+        self.mark = str(mark)
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.mark}",)
+
+
+@pytest.fixture(scope="module")
+def model_file():
+    model = PPOPlus(
+        "MlpPolicy", make_env(), n_steps=32, batch_size=16, n_epochs=1, policy_kwargs=SMALL_NET, device="cpu"
+    )
+    file = io.BytesIO()
+    model.learn(32).save(file)
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def zipped(members, compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def load(content):
+    return PPOPlus.load(io.BytesIO(content), trusted=False, device="cpu")
+
+
+def refused(content, match=None):
+    started = time.perf_counter()
+    with pytest.raises(UntrustedFileError, match=match):
+        load(content)
+    assert time.perf_counter() - started < 5
+
+
+def described(members, change):
+    description = json.loads(members["ppo_plus.json"])
+    change(description)
+    return members | {"ppo_plus.json": json.dumps(description)}
+
+
+def tensors(members, name, change):
+    state = th.load(io.BytesIO(members[name]), weights_only=True)
+    changed = change(state)
+    state = state if changed is None else changed
+    file = io.BytesIO()
+    th.save(state, file)
+    return members | {name: file.getvalue()}
+
+
+def test_the_file_that_the_tests_alter_loads_and_the_payload_works(model_file, tmp_path):
+    assert load(zipped(model_file)).num_timesteps == 32
+    pickle.loads(pickle.dumps(Payload(tmp_path / "mark")))
+    assert (tmp_path / "mark").exists()
+
+
+# Code
+
+DATA_FIELDS = [
+    *("policy_class", "observation_space", "action_space", "learning_rate", "lr_schedule", "clip_range", "ent_coef"),
+    *("policy_kwargs", "rollout_buffer_class", "ep_info_buffer", "_last_obs", "_last_episode_starts", "unheard_of"),
+]
+
+
+@pytest.mark.parametrize("field", DATA_FIELDS)
+def test_pickles_among_sb3s_own_data_are_never_read(field, model_file, tmp_path):
+    mark = tmp_path / "mark"
+    data = json.loads(model_file["data"])
+    code = base64.b64encode(cloudpickle.dumps(Payload(mark))).decode()
+    data[field] = {":type:": "<class 'dict'>", ":serialized:": code}
+    content = zipped(model_file | {"data": json.dumps(data)})
+    load(content)
+    assert not mark.exists()
+    # The same file does run with trust
+    with pytest.raises(Exception):  # noqa: B017  # whatever SB3 makes of it afterwards
+        PPOPlus.load(io.BytesIO(content)).learn("no number")
+    assert mark.exists()
+
+
+def in_a_torch_archive(pickled):
+    return zipped({"archive/data.pkl": pickled, "archive/version": "3\n", "archive/byteorder": "little"})
+
+
+def legacy(pickled):
+    prefix = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+    return b"".join([*prefix, pickled, pickle.dumps([], 2)])
+
+
+def torchscript(pickled):
+    files = {"archive/data.pkl": pickled, "archive/constants.pkl": pickled, "archive/version": "3\n"}
+    return zipped(files | {"archive/code/__torch__.py": "import os; os.system('false')"})
+
+
+FORMS = {
+    "plain pickle": lambda pickled: pickled,
+    "torch archive": in_a_torch_archive,
+    "legacy": legacy,
+    "torchscript": torchscript,
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("protocol", [2, 5])
+@pytest.mark.parametrize("member", ["policy.pth", "policy.optimizer.pth"])
+def test_pickles_in_place_of_tensors_do_not_run(member, protocol, form, model_file, tmp_path):
+    mark = tmp_path / "mark"
+    refused(zipped(model_file | {member: form(pickle.dumps(Payload(mark), protocol))}))
+    refused(zipped(model_file | {member: form(pickle.dumps({"state": Payload(mark)}, protocol))}))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("member", ["pytorch_variables.pth", "system_info.txt", "_stable_baselines3_version"])
+def test_pickles_in_members_that_are_not_needed_are_not_read(member, model_file, tmp_path):
+    mark = tmp_path / "mark"
+    load(zipped(model_file | {member: pickle.dumps(Payload(mark))}))
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "builtins.eval", "test_hostile_files.Payload"],
+)
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("policy",),
+        ("arguments", "rollout_buffer_class"),
+        ("arguments", "policy_kwargs", "activation_fn"),
+        ("arguments", "policy_kwargs", "optimizer_class"),
+        ("arguments", "policy_kwargs", "features_extractor_class"),
+        ("arguments", "policy_kwargs", "net_arch"),
+        ("arguments", "policy_kwargs", "features_extractor_kwargs", "extractors", "image"),
+        ("arguments", "learning_rate"),
+        ("observation_space",),
+    ],
+    ids=".".join,
+)
+@pytest.mark.parametrize("tag", ["class", "schedule", "tuple"])
+def test_a_name_in_the_description_imports_nothing(tag, path, name, model_file):
+    def change(description):
+        for key in path[:-1]:
+            description = description.setdefault(key, {})
+        description[path[-1]] = {"$": tag, "name": name, "arguments": {}, "items": {}}
+
+    refused(zipped(described(model_file, change)))
+
+
+@pytest.mark.parametrize(("field", "of_another"), [("activation_fn", "adam"), ("optimizer_class", "relu")])
+def test_each_field_has_its_own_table(field, of_another, model_file):
+    def change(description):
+        description["arguments"]["policy_kwargs"][field] = {"$": "class", "name": of_another}
+
+    refused(zipped(described(model_file, change)), f"policy_kwargs.{field} is the class '{of_another}', which is none")
+
+
+# The archive
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil",
+        "/etc/passwd",
+        "..\\evil",
+        "a/../../evil",
+        "C:\\evil",
+        "policy.pth/../../x",
+        "more.pth",
+        "policy.pth\0.x",
+    ],
+)
+def test_no_member_has_another_name_than_sb3s(name, model_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused(zipped(model_file | {name: b"evil"}))
+    assert not list(tmp_path.parent.glob("**/evil"))
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFDIR, stat.S_IFIFO, stat.S_IFCHR])
+def test_links_and_special_files_are_refused(kind, model_file):
+    file = io.BytesIO(zipped({name: value for name, value in model_file.items() if name != "policy.pth"}))
+    with zipfile.ZipFile(file, "a") as archive:
+        link = zipfile.ZipInfo("policy.pth")
+        link.create_system, link.external_attr = 3, (kind | 0o777) << 16
+        archive.writestr(link, "/etc/passwd")
+    refused(file.getvalue(), "is a link or another special file")
+
+
+@pytest.mark.parametrize("name", ["ppo_plus.json", "policy.pth", "policy.optimizer.pth"])
+def test_missing_members_are_named(name, model_file):
+    refused(zipped({key: value for key, value in model_file.items() if key != name}), name)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_members_that_occur_twice_are_refused(model_file):
+    file = io.BytesIO(zipped(model_file))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.writestr("policy.pth", model_file["policy.pth"])
+    refused(file.getvalue(), "'policy.pth' occurs twice")
+
+
+@pytest.mark.parametrize("member", ["ppo_plus.json", "policy.pth", "data"])
+@pytest.mark.parametrize("compression", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zip_bombs_are_not_unpacked(compression, member, model_file):
+    bomb = zipped(model_file | {member: b"\0" * 2**24}, compression)
+    assert len(bomb) < 2**18
+    refused(bomb, "is compressed")
+
+
+def test_a_zip_bomb_inside_the_tensors_is_not_unpacked(model_file):
+    files = {"archive/data.pkl": pickle.dumps({}, 2), "archive/data/0": b"\0" * 2**24}
+    refused(zipped(model_file | {"policy.pth": zipped(files, zipfile.ZIP_DEFLATED)}), "is compressed")
+
+
+def overlapping(members):
+    """Let every member of the directory be the first one's bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in members:
+            archive.writestr(name, b"x" * 1000 if name == "data" else b"")
+        sizes = next(info for info in archive.infolist() if info.filename == "data")
+        for info in archive.infolist():
+            info.header_offset, info.CRC = sizes.header_offset, sizes.CRC
+            info.file_size = info.compress_size = sizes.file_size
+    return file.getvalue()
+
+
+def test_members_that_share_bytes_are_refused(model_file):
+    refused(overlapping(model_file))
+
+
+@pytest.mark.parametrize("content", [b"", b"PK", b"no zip", b"PK\5\6" + b"\0" * 18, b"PK\3\4" + b"\xff" * 100])
+def test_what_is_no_archive_is_refused(content):
+    refused(content)
+
+
+def test_a_flipped_bit_is_found(model_file):
+    content = bytearray(zipped(model_file))
+    content[content.index(model_file["policy.pth"]) + len(model_file["policy.pth"]) // 2] ^= 1
+    refused(bytes(content), "CRC")
+
+
+# The description's JSON
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"",
+        b"[]",
+        b"null",
+        b"{",
+        b"\xff",
+        b"[" * 10**6,
+        b'{"a":' * 10**6,
+        b'"' + b'\\"' * 10**6,
+        b'{"format": ' + b"9" * 10**6 + b"}",
+        b'{"format": 1e999}',
+        b'{"format": NaN}',
+        b'{"format": -Infinity}',
+        b'{"format": "x", "format": "y"}',
+        b'{"format": "sb3_ppo_plus.model/2"}',
+        b'{"format": "sb3_ppo_plus.model/1"}',
+        b" " * (2**26 + 1),
+    ],
+    ids=lambda text: text[:20].decode(errors="replace"),
+)
+def test_json_that_is_not_ours_is_refused(text, model_file):
+    refused(zipped(model_file | {"ppo_plus.json": text}))
+
+
+NUMBERS = [10**17, -1, 0, 1e300, 1e-300, "1", [], {}, True, None, {"$": "number", "value": "nan"}]
+
+
+@pytest.mark.parametrize("value", NUMBERS, ids=str)
+@pytest.mark.parametrize(
+    "name", ["n_steps", "batch_size", "gamma", "gae_lambda", "max_grad_norm", "seed", "learning_rate", "clip_range"]
+)
+def test_arguments_are_taken_or_refused(name, value, model_file):
+    def change(description):
+        description["arguments"][name] = value
+
+    try:
+        load(zipped(described(model_file, change)))
+    except UntrustedFileError:
+        return
+    # What passes is a value that the constructor takes
+    PPOPlus("MlpPolicy", make_env(), device="cpu", **{"n_steps": 32, "batch_size": 16} | {name: value})
+
+
+@pytest.mark.parametrize(
+    "policy_kwargs",
+    [
+        {"net_arch": [10**9, 10**9]},
+        {"net_arch": [10**5, 10**5]},
+        {"net_arch": [10**17]},
+        {"net_arch": [-1]},
+        {"net_arch": [8] * 100_000},
+        {"net_arch": {"pi": "x"}},
+        {"features_extractor_class": "transformer", "features_extractor_kwargs": {"n_layers": 10**9, "d_model": 8}},
+        {"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_model": 10**6}},
+        {"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_feedforward": 10**12}},
+        {"unheard_of": 1},
+        {"activation_fn": "os.system"},
+        {"action_dist": "__import__('os')"},
+        {"optimizer_kwargs": {"foo": 1}},
+        {"lr_schedule": 1},
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_network_that_is_not_the_files_is_not_built(policy_kwargs, model_file):
+    def change(description):
+        description["arguments"]["policy_kwargs"] = policy_kwargs
+
+    refused(zipped(described(model_file, change)))
+
+
+@pytest.mark.parametrize(
+    ("policy_kwargs", "shape"),
+    [
+        ({"memory": "gtrxl", "memory_kwargs": {"memory_length": 10**6, "hidden_size": 64}}, [3]),
+        ({"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_model": 2**16}}, [2**10, 1]),
+    ],
+)
+def test_tables_that_are_larger_than_the_files_are_not_filled(policy_kwargs, shape, model_file, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a large table is filled")
+
+    def change(description):
+        description["arguments"]["policy_kwargs"] = policy_kwargs
+        description["observation_space"]["shape"] = shape
+
+    monkeypatch.setattr("sb3_ppo_plus.policies.gtrxl.sinusoidal_encoding", refuse)
+    monkeypatch.setattr(th, "randn", refuse)
+    refused(zipped(described(model_file, change)), "is larger than the one in policy.pth")
+
+
+def encoded(shape, dtype="float32", data=b""):
+    return {"dtype": dtype, "shape": shape, "base64": base64.b64encode(data).decode()}
+
+
+ZERO, ONE = (encoded([], data=np.float32(number).tobytes()) for number in (0, 1))
+BOX = {"space": "Box", "shape": [3], "dtype": "float32", "low": ZERO, "high": ONE}
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        BOX | {"shape": [10**17]},
+        BOX | {"shape": [10**9, 10**9]},
+        BOX | {"shape": [0] * 100},
+        BOX | {"shape": [-1]},
+        BOX | {"shape": [2.5]},
+        BOX | {"shape": "3"},
+        BOX | {"shape": [4]},
+        BOX | {"dtype": "object"},
+        BOX | {"dtype": "float64"},
+        BOX | {"low": ONE, "high": ZERO},
+        BOX | {"low": encoded([], data=np.float32(np.nan).tobytes())},
+        BOX | {"low": encoded([3], data=b"\0" * 11)},
+        BOX | {"low": ZERO | {"base64": "!"}},
+        BOX | {"low": encoded([], "object", b"\0" * 8)},
+        {"space": "Dict", "spaces": [["a", BOX | {"shape": [2**23]}]] * 3},
+        {"space": "Dict", "spaces": [["a", BOX], ["a", BOX]]},
+        {"space": "Dict", "spaces": [[str(index), BOX] for index in range(5000)]},
+        {"space": "Dict", "spaces": [[1, BOX]]},
+        {"space": "Dict", "spaces": {}},
+        {"space": "Discrete", "n": 0, "start": 0, "dtype": "int64"},
+        {"space": "Discrete", "n": 10**17, "start": 0, "dtype": "int64"},
+        {"space": "Discrete", "n": 2, "start": 0, "dtype": "float32"},
+        {"space": "MultiBinary", "shape": [], "is_flat": True},
+        {"space": "MultiDiscrete", "dtype": "int64", "nvec": encoded([0], "int64"), "start": encoded([0], "int64")},
+        {"space": "Text"},
+        {"space": "Custom", "entry_point": "os:system"},
+    ],
+    ids=lambda space: str(space)[:60],
+)
+@pytest.mark.parametrize("which", ["observation_space", "action_space"])
+def test_spaces_that_are_not_the_models_are_refused(which, space, model_file):
+    def change(description):
+        description[which] = space
+
+    refused(zipped(described(model_file, change)))
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "1", None, True])
+@pytest.mark.parametrize("name", ["num_timesteps", "_n_updates", "n_envs"])
+def test_counters_are_checked(name, value, model_file):
+    def change(description):
+        (description if name == "n_envs" else description["counters"])[name] = value
+
+    refused(zipped(described(model_file, change)), name)
+
+
+# Tensors
+
+BIAS = "mlp_extractor.policy_net.0.bias"
+
+
+def put(name, value):
+    return lambda state: {**state, name: value(state[name]) if callable(value) else value}
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (put(BIAS, lambda bias: bias.double()), "float64"),
+        (put(BIAS, lambda bias: bias.to(th.complex64)), "complex64"),
+        (put(BIAS, lambda bias: bias.int()), "int32"),
+        (put(BIAS, lambda bias: bias[:-1].clone()), "shape"),
+        (put(BIAS, lambda bias: bias.reshape(1, -1)), "shape"),
+        (put(BIAS, lambda bias: th.zeros(()).expand(8)), "more elements than numbers"),
+        (put(BIAS, lambda bias: th.zeros(1).expand(10**12)), "more elements than numbers"),
+        (put(BIAS, lambda bias: bias.to_sparse()), "no dense tensor|no plain tensors"),
+        (put(BIAS, lambda bias: 1.0), "no tensor"),
+        (put(BIAS, None), "no tensor"),
+        (put("another", th.zeros(1)), "unknown tensor 'another'"),
+        (put(5, th.zeros(1)), "no string"),
+        (lambda state: {key: value for key, value in state.items() if key != BIAS}, f"has no tensor '{BIAS}'"),
+        (lambda state: {"state": state}, "no tensor"),
+        (lambda state: [], "no state dict"),
+        (lambda state: th.zeros(3), "no state dict"),
+    ],
+)
+def test_tensors_of_the_policy_must_be_those_of_the_policy(change, match, model_file):
+    refused(zipped(tensors(model_file, "policy.pth", change)), match)
+
+
+def in_group(**settings):
+    def change(state):
+        state["param_groups"][0].update(settings)
+
+    return change
+
+
+def in_state(index, name, value):
+    def change(state):
+        entry = state["state"][index]
+        entry[name] = value(entry[name]) if callable(value) else value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_group(lr="x"),
+        in_group(lr=float("nan")),
+        in_group(betas=(5.0, 0.9)),
+        in_group(betas=(0.9,)),
+        in_group(betas=0.9),
+        in_group(eps=-1.0),
+        in_group(fused="x"),
+        in_group(unheard_of=1),
+        in_group(params=[0]),
+        in_group(params=list(range(100))),
+        in_state(0, "exp_avg", lambda value: value.double()),
+        in_state(0, "exp_avg", lambda value: value[:1].clone()),
+        in_state(0, "exp_avg", lambda value: th.zeros(1).expand(10**12)),
+        in_state(0, "exp_avg", lambda value: th.zeros(())),
+        in_state(1, "exp_avg_sq", 0.5),
+        in_state(1, "step", lambda value: th.zeros(10)),
+        in_state(1, "step", lambda value: value.long()),
+        in_state(1, "step", "x"),
+        in_state(1, "more", th.zeros(1)),
+        lambda state: state["state"][0].__delitem__("step"),
+        lambda state: state["state"].update({99: {}}),
+        lambda state: state["state"].update({"x": {}}),
+        lambda state: state["state"].update({0: []}),
+        lambda state: state["param_groups"].append(state["param_groups"][0]),
+        lambda state: {"state": []},
+        lambda state: {"state": [], "param_groups": []},
+        lambda state: [],
+    ],
+)
+def test_the_optimisers_state_must_be_one_that_the_optimiser_makes(change, model_file):
+    refused(zipped(tensors(model_file, "policy.optimizer.pth", change)), "policy.optimizer.pth")
+
+
+def test_settings_of_an_older_torch_are_completed(model_file):
+    def change(state):
+        del state["param_groups"][0]["decoupled_weight_decay"]
+
+    model = load(zipped(tensors(model_file, "policy.optimizer.pth", change)))
+    assert model.policy.optimizer.param_groups[0]["decoupled_weight_decay"] is False
+
+
+# Parameters only
+
+
+def set_parameters(content, tmp_path):
+    (tmp_path / "model.zip").write_bytes(content)
+    model = PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, policy_kwargs=SMALL_NET, device="cpu")
+    model.set_parameters(tmp_path / "model.zip", device="cpu")
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("member", ["policy.pth", "policy.optimizer.pth"])
+def test_set_parameters_runs_no_pickle(member, form, model_file, tmp_path):
+    mark = tmp_path / "mark"
+    content = zipped(model_file | {member: form(pickle.dumps(Payload(mark))), "data": pickle.dumps(Payload(mark))})
+    with pytest.raises(UntrustedFileError, match=member):
+        set_parameters(content, tmp_path)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_set_parameters_unpacks_no_bomb(inside, model_file, tmp_path):
+    zeros = b"\0" * 2**24
+    files = {"archive/data.pkl": pickle.dumps({}, 2), "archive/data/0": zeros}
+    compression = zipfile.ZIP_STORED if inside else zipfile.ZIP_DEFLATED
+    member = zipped(files, zipfile.ZIP_DEFLATED) if inside else zeros
+    bomb = zipped(model_file | {"policy.pth": member}, compression)
+    assert len(bomb) < 2**18
+    with pytest.raises(UntrustedFileError, match="is compressed"):
+        set_parameters(bomb, tmp_path)
+
+
+def test_set_parameters_takes_what_torch_saved_before_1_6(model_file, tmp_path):
+    old = io.BytesIO()
+    state = th.load(io.BytesIO(model_file["policy.pth"]), weights_only=True)
+    th.save(state, old, _use_new_zipfile_serialization=False)
+    set_parameters(zipped(model_file | {"policy.pth": old.getvalue(), "tensors.pth": b"no state dict"}), tmp_path)
+    with pytest.raises(UntrustedFileError, match="no readable zip archive"):
+        load(zipped(model_file | {"policy.pth": old.getvalue()}))

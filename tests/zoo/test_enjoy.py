@@ -1,0 +1,254 @@
+"""``enjoy`` runs nothing that a log folder holds or names, unless it is told to trust it."""
+
+import json
+import os
+import pickle
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import yaml
+from stable_baselines3.common.vec_env import VecNormalize
+from test_hostile_files import Payload
+
+from sb3_ppo_plus import UntrustedFileError, zoo
+from sb3_ppo_plus.zoo import enjoy as zoo_enjoy
+
+ENV = "MountainCarContinuous-v0"
+ENJOY = ["enjoy", "--env", ENV, "--device", "cpu", "--no-render", "-n", "20"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The log folder of a short training run with a normaliser."""
+    folder = tmp_path_factory.mktemp("run")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        small = ["-params", "n_steps:16", "n_envs:2", "batch_size:16", "n_epochs:1"]
+        zoo.main(
+            ["train", "--env", ENV, "-n", "64", "--eval-freq", "32", "--eval-episodes", "1", "--device", "cpu", *small]
+        )
+    finally:
+        os.chdir(before)
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def folder(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path, content in run.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return Path(f"logs/ppo_plus/{ENV}_1")
+
+
+def config(folder, **members):
+    """Alter config.yml; what is not plain is given as YAML text."""
+    plain = yaml.load((folder / ENV / "config.yml").read_text(), Loader=zoo_enjoy._PlainLoader)
+    texts = {name: value for name, value in members.items() if isinstance(value, str)}
+    plain = {name: value for name, value in plain.items() if name not in texts} | {
+        name: value for name, value in members.items() if name not in texts
+    }
+    text = yaml.safe_dump(plain) + "".join(f"{name}: {value}\n" for name, value in texts.items())
+    (folder / ENV / "config.yml").write_text(text)
+
+
+def test_train_writes_plain_statistics_beside_the_pickle(run):
+    written = {path.name for path in run}
+    assert {"vecnormalize.pkl", "vecnormalize.json"} <= written
+    assert VecNormalize.save.__qualname__ == "VecNormalize.save"
+
+
+def test_enjoy_unpickles_nothing(folder, monkeypatch, capsys):
+    for pickled in folder.rglob("*.pkl"):
+        pickled.unlink()
+    for name in ("pickle.loads", "pickle.load", "cloudpickle.loads"):
+        monkeypatch.setattr(name, lambda *args, **kwargs: pytest.fail("unpickled"))
+    zoo.main(ENJOY)
+    zoo.main([*ENJOY, "--load-best"])
+    assert f"Loading {folder / ENV}.zip" in capsys.readouterr().out
+
+
+def test_with_and_without_trust_the_episodes_are_the_same(folder, capsys):
+    outputs = []
+    for flags in ([], ["--trust"]):
+        zoo.main([*ENJOY, "-n", "1100", *flags])
+        output = capsys.readouterr().out
+        outputs.append([line for line in output.splitlines() if "Episode Reward" in line or "Mean reward" in line])
+    assert outputs[0] == outputs[1] != []
+
+
+def test_the_rl_zoo_is_left_as_it_was(folder):
+    import rl_zoo3.enjoy as enjoy
+
+    before = {name: getattr(enjoy, name) for name in ("create_test_env", "get_saved_hyperparams", "yaml")}
+    zoo.main(ENJOY)
+    assert {name: getattr(enjoy, name) for name in before} == before
+
+
+EVIL_YAML = [
+    "!!python/object/apply:os.system ['touch mark']",
+    "!!python/object/new:os.system ['touch mark']",
+    "!!python/name:os.system ''",
+    "!!python/module:antigravity ''",
+    "!!python/object/apply:subprocess.check_call [['touch', 'mark']]",
+    "\"__import__('os').system('touch mark')\"",
+    "['touch mark', !!python/object/apply:os.system ['touch mark']]",
+    "!own {a: 1}",
+]
+
+
+@pytest.mark.parametrize("value", EVIL_YAML)
+@pytest.mark.parametrize(
+    "name", ["normalize", "env_wrapper", "vec_env_wrapper", "env_kwargs", "frame_stack", "policy", "callback"]
+)
+def test_nothing_in_config_yml_is_run(name, value, folder):
+    config(folder, **{name: value})
+    if name in ("policy", "callback") or (name == "normalize" and value.startswith('"')):
+        zoo.main(ENJOY)
+    else:
+        with pytest.raises(SystemExit, match="With --trust, enjoy runs whatever code"):
+            zoo.main(ENJOY)
+    assert not Path("mark").exists()
+
+
+@pytest.mark.parametrize("value", EVIL_YAML)
+def test_nothing_in_args_yml_is_run(value, folder):
+    (folder / ENV / "args.yml").write_text(f"env_kwargs: {value}\n")
+    with pytest.raises(SystemExit, match="With --trust"):
+        zoo.main(ENJOY)
+    (folder / ENV / "args.yml").write_text(f"env_kwargs: null\nother: {value}\n")
+    zoo.main(ENJOY)
+    assert not Path("mark").exists()
+
+
+def test_with_trust_the_same_folder_is_the_rl_zoos_business(folder):
+    config(folder, normalize=EVIL_YAML[5])
+    with pytest.raises((TypeError, SystemExit)):
+        zoo.main([*ENJOY, "--trust"])
+    assert Path("mark").exists()
+
+
+@pytest.mark.parametrize("member", ["vecnormalize.pkl", "vecnormalize.json", "obs_rms.pkl"])
+def test_pickles_in_place_of_the_statistics_do_not_run(member, folder):
+    (folder / ENV / member).write_bytes(pickle.dumps(Payload(Path("mark").absolute())))
+    if member == "vecnormalize.json":
+        with pytest.raises(SystemExit, match=r"vecnormalize\.json is no file of save_vec_normalize"):
+            zoo.main(ENJOY)
+    else:
+        zoo.main(ENJOY)
+    assert not Path("mark").exists()
+
+
+def test_a_missing_normaliser_is_named(folder):
+    (folder / ENV / "vecnormalize.json").unlink()
+    with pytest.raises(SystemExit, match=r"vecnormalize\.json is missing"):
+        zoo.main(ENJOY)
+
+
+def test_a_model_that_is_a_pickle_does_not_run(folder):
+    (folder / f"{ENV}.zip").write_bytes(pickle.dumps(Payload(Path("mark").absolute())))
+    with pytest.raises(SystemExit, match="is no readable zip archive"):
+        zoo.main(ENJOY)
+    assert not Path("mark").exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "os.system",
+        ["subprocess.Popen"],
+        [{"stable_baselines3.common.monitor.Monitor": {"filename": "/tmp/x"}}],
+        ["gymnasium.wrappers.RecordVideo"],
+        [{"gymnasium.wrappers.TimeLimit": {"max_episode_steps": "../x"}}],
+        [{"gymnasium.wrappers.TimeLimit": [1]}],
+        [{"gymnasium.wrappers.TimeLimit": {}, "more": {}}],
+        [[]],
+        5,
+    ],
+    ids=str,
+)
+def test_wrappers_come_from_a_list(value, folder):
+    config(folder, env_wrapper=[value] if isinstance(value, str) else value)
+    with pytest.raises(SystemExit, match="env_wrapper"):
+        zoo.main(ENJOY)
+
+
+def test_wrappers_frames_and_arguments_of_the_run_are_used(folder, monkeypatch):
+    made = []
+    wrapper = "gymnasium.wrappers.TimeLimit"
+    config(folder, env_wrapper=[{wrapper: {"max_episode_steps": 3}}], env_kwargs={"goal_velocity": 0.25}, frame_stack=2)
+    monkeypatch.setattr(zoo_enjoy, "VecFrameStack", lambda env, n: made.append((env, n)) or env)
+    zoo.main(ENJOY)
+    ((env, n_frames),) = made
+    assert n_frames == 2
+    (limit,) = env.get_attr("_max_episode_steps")
+    assert limit == 3 and env.get_attr("goal_velocity") == [0.25]
+    assert isinstance(env, VecNormalize) and not env.training
+
+
+@pytest.mark.parametrize("name", sorted(zoo_enjoy.ENV_WRAPPERS | zoo_enjoy.VEC_ENV_WRAPPERS))
+def test_every_listed_wrapper_exists(name):
+    if not name.startswith("minigrid"):
+        from rl_zoo3.utils import get_class_by_name
+
+        assert isinstance(get_class_by_name(name), type)
+
+
+@pytest.mark.parametrize(
+    "value", [{"a": "/etc/passwd"}, {"a": "os:system"}, {"a b": 1}, {"a": [["../x"]]}, {"a": "x" * 65}, [1]]
+)
+def test_arguments_of_the_env_are_plain(value, folder):
+    config(folder, env_kwargs=value)
+    with pytest.raises(SystemExit, match="env_kwargs"):
+        zoo.main(ENJOY)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "- 1",
+        "{",
+        "a: &x [*x]\nenv_kwargs: {a: *x}",
+        "[" * 5000,
+        "1: 2",
+        "? [a]\n: 1",
+        "a: " + "9" * 5000,
+        "a" * 2**21,
+    ],
+    ids=lambda text: text[:12],
+)
+def test_yaml_that_is_not_the_rl_zoos_is_refused(text, folder):
+    (folder / ENV / "config.yml").write_text(text)
+    with pytest.raises(UntrustedFileError):
+        zoo_enjoy.read_hyperparams(str(folder / ENV))
+
+
+def test_references_that_multiply_are_not_followed(folder):
+    lines = ["a0: &a0 [1, 1]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30)]
+    (folder / ENV / "config.yml").write_text("\n".join([*lines, "env_kwargs: {a: *a29}"]))
+    with pytest.raises(UntrustedFileError, match="more than 1000 values"):
+        zoo_enjoy.read_hyperparams(str(folder / ENV))
+
+
+def test_mappings_that_merge_others_are_refused(folder):
+    lines = ["a0: &a0 {k: 1}"] + [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 9)}]}}" for i in range(1, 7)]
+    (folder / ENV / "config.yml").write_text("\n".join(lines))
+    with pytest.raises(UntrustedFileError, match="a mapping merges others"):
+        zoo_enjoy.read_hyperparams(str(folder / ENV))
+
+
+@pytest.mark.parametrize("algo", ["ppo", "sac"])
+def test_other_algorithms_need_trust(algo):
+    with pytest.raises(SystemExit, match="Only models of ppo_plus can be loaded without trust"):
+        zoo.main(["enjoy", "--env", "CartPole-v1", "--algo", algo])
+
+
+def test_a_run_without_config_has_no_normaliser(tmp_path):
+    assert zoo_enjoy.read_hyperparams(str(tmp_path / "none")) == ({}, None)
+    assert zoo_enjoy.read_hyperparams(str(tmp_path)) == ({"normalize": False, "frame_stack": 0}, str(tmp_path))
+    assert json.dumps(zoo_enjoy.read_hyperparams(str(tmp_path))[0])
+    assert gym.spec(ENV)
