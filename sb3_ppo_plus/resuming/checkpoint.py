@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
@@ -14,13 +14,11 @@ from sb3_ppo_plus.resuming.checkpoint_directory import (
     rotate,
     write_checkpoint,
 )
+from sb3_ppo_plus.resuming.run import ResumableModel
 from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
 from sb3_ppo_plus.resuming.training_state import (
     checkpoint_files,
 )
-
-if TYPE_CHECKING:
-    from sb3_ppo_plus.ppo_plus import PPOPlus
 
 
 class TrainingCheckpoint(BaseCallback):
@@ -93,13 +91,15 @@ class TrainingCheckpoint(BaseCallback):
             keep_signals_from_workers(self.training_env)
 
     @property
-    def _ppo_plus(self) -> PPOPlus:
+    def _ppo_plus(self) -> ResumableModel:
+        # Checked in _init_callback
         model: Any = self.model
-        return model  # type: ignore[no-any-return]  # checked in _init_callback
+        resumable: ResumableModel = model
+        return resumable
 
     @property
     def _learn_callback(self) -> BaseCallback:
-        callback = self._ppo_plus._callback
+        callback = self._ppo_plus._run.callback
         assert callback is not None
         return callback
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, Self
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -35,6 +36,17 @@ def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
     return AMP_DTYPES[amp]
 
 
+class UpdatedModel(Protocol):
+    """The arguments of a model that an update follows."""
+
+    device: th.device
+    normalize_advantage: bool
+    pessimistic_value_clip: bool
+    max_grad_norm: float
+    target_kl: float | None
+    amp: bool | str
+
+
 @dataclass(frozen=True)
 class Objective:
     """What is the same for every minibatch of an update.
@@ -53,6 +65,22 @@ class Objective:
     max_grad_norm: float
     kl_limit: float | None
     amp_dtype: th.dtype | None
+
+    @classmethod
+    def of_update(cls, model: UpdatedModel, coefficients: LossCoefficients) -> Self:
+        """Make the objective of a model's update.
+
+        :param model: the model
+        :param coefficients: values of the loss's coefficients
+        """
+        return cls(
+            coefficients,
+            normalize_advantage=model.normalize_advantage,
+            pessimistic_value_clip=model.pessimistic_value_clip,
+            max_grad_norm=model.max_grad_norm,
+            kl_limit=None if model.target_kl is None else 1.5 * model.target_kl,
+            amp_dtype=resolve_amp(model.amp, model.device),
+        )
 
     def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Values, log-probabilities and entropies (or None) of the batch, in the precision of the update."""
@@ -108,7 +136,7 @@ def recompute_log_prob(
     for indices in rollout_buffer.in_order(batch_size):
         log_prob = objective.evaluate(policy, rollout.select(indices))[1]
         is_real = indices.flatten() >= 0
-        rollout.old_log_prob[indices.flatten()[is_real]] = log_prob[is_real]
+        rollout_buffer.replace_log_probs(indices.flatten()[is_real], log_prob[is_real])
 
 
 class PolicyEvaluation(th.nn.Module):

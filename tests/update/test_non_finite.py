@@ -145,7 +145,7 @@ def test_on_a_device_the_host_need_not_wait():
     """What runs on CUDA, called by hand: the step is taken or not as a tensor says."""
     model = build(batch_size=32)
     model.learn(32)
-    flat = model._gradient_step._flat
+    flat = model._execution.gradient_step._flat
     assert isinstance(flat, FlatParameters)
     for allowed in (False, True):
         (group,) = flat.groups
@@ -155,8 +155,8 @@ def test_on_a_device_the_host_need_not_wait():
         assert th.equal(before[0], group.flat) is not allowed
         assert all(th.equal(before[1][name], value) is not allowed for name, value in group.state.items())
     fresh = build()
-    fresh._gradient_step.flatten([True] * len(list(fresh.policy.parameters())))
-    (group,) = fresh._gradient_step._flat.groups
+    fresh._execution.step_for(fresh.policy, fresh.compile).flatten([True] * len(list(fresh.policy.parameters())))
+    (group,) = fresh._execution.gradient_step._flat.groups
     group.flat.grad = th.full_like(group.flat, math.nan)
     before = group.flat.clone()
     group.step_where(th.tensor(False))
