@@ -46,8 +46,13 @@ class Child:
     process: subprocess.Popen[bytes]
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to the run and to what it has started, if it has not ended."""
-        if self.process.poll() is None:
+        """Send a signal to the run, if it has not ended; but for SIGTERM, also to what it has started."""
+        if self.process.poll() is not None:
+            return
+        if number == signal.SIGTERM:
+            # Without its compiler a run would go on uncompiled until its checkpoint, with other bits
+            self.process.send_signal(number)
+        else:
             os.killpg(self.process.pid, number)
 
 
@@ -112,14 +117,15 @@ class Campaign:
         environment = dict(os.environ, OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        command = ["nice", "-n", str(self.nice), sys.executable, str(BENCHMARKS / "campaign_run.py"), str(folder)]
+        script = [str(BENCHMARKS / "campaign_run.py"), str(folder), str(os.getpid())]
+        command = ["nice", "-n", str(self.nice), sys.executable, *script]
         with (folder / "log.txt").open("ab") as log:
             # In a group of its own it does not see the terminal's Ctrl-C
             process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, process_group=0
             )
         self.children.append(Child(job, folder, process))
-        say(f"begins {job.name}")
+        say(f"begins {job.name}, process {process.pid}")
 
     def _collect(self) -> None:
         for child in list(self.children):

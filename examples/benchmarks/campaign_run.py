@@ -1,7 +1,8 @@
 """One run of a campaign, in a process of its own: trains, scores the final policy, writes the run's line.
 
-``python campaign_run.py FOLDER`` reads FOLDER/job.json and writes FOLDER/result.json. Where the environments can be
-saved, and PPOPlus computes, FOLDER/checkpoints holds checkpoints, from which a killed run goes on bit for bit.
+``python campaign_run.py FOLDER PID`` reads FOLDER/job.json and writes FOLDER/result.json. PID is the process that has
+started it, with which it ends. Where the environments can be saved and PPOPlus computes, FOLDER/checkpoints holds
+checkpoints, from which a killed run goes on bit for bit.
 """
 
 import hashlib
@@ -61,6 +62,7 @@ class Progress(BaseCallback):
         self.steps = steps
         self.curve: list[tuple[int, float | None]] = []
         self.commits = [commit]
+        self.n_resumes = 0
         self._earlier = {"cpu_seconds": 0.0, "wall_seconds": 0.0}
         self._cpu_began, self._wall_began = cpu_seconds(), time.perf_counter()
 
@@ -71,15 +73,18 @@ class Progress(BaseCallback):
 
     def get_state(self) -> dict[str, Any]:
         """Tell a checkpoint what the rest of the run needs."""
-        return {"curve": [list(point) for point in self.curve], "commits": self.commits, "seconds": self.seconds()}
+        return {
+            "curve": [list(point) for point in self.curve],
+            "commits": self.commits,
+            "n_resumes": self.n_resumes,
+            "seconds": self.seconds(),
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`get_state` has returned."""
         self.curve = [(steps, value) for steps, value in state["curve"]]
-        if state["commits"][-1] != self.commits[-1]:
-            self.commits = [*state["commits"], self.commits[-1]]
-        else:
-            self.commits = list(state["commits"])
+        self.commits = [commit for commit in state["commits"] if commit != self.commits[-1]] + self.commits[-1:]
+        self.n_resumes = state["n_resumes"] + 1
         self._earlier = dict(state["seconds"])
 
     def _on_step(self) -> bool:
@@ -133,6 +138,7 @@ def run(job: Job, folder: Path) -> dict[str, Any] | None:
         "sha256": sha256_of(model),
         "commit": commit,
         "dirty": is_dirty,
+        "resumes": progress.n_resumes,
         "earlier_commits": progress.commits[:-1],
         "versions": versions(),
         "processor": processor(),
@@ -278,9 +284,11 @@ def processor() -> str:
     return f"{name}, {th.backends.cpu.get_cpu_capability()}"
 
 
-def end_with_parent() -> None:
-    """End this process, in whatever it does, soon after the campaign's process has ended."""
-    parent = os.getppid()
+def end_with(parent: int) -> None:
+    """End this process, in whatever it does, soon after its parent has ended.
+
+    :param parent: process id of the parent
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -296,7 +304,6 @@ def main(folder: Path) -> int:
     :param folder: with ``job.json``
     :return: exit status
     """
-    end_with_parent()
     th.set_num_threads(1)
     line = run(Job.from_json((folder / "job.json").read_text(encoding="utf-8")), folder)
     if line is None:
@@ -308,4 +315,5 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
+    end_with(int(sys.argv[2]))
     sys.exit(main(Path(sys.argv[1])))
