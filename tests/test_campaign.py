@@ -49,9 +49,6 @@ def few_episodes(monkeypatch):
     monkeypatch.setattr(campaign_run, "N_EPISODES", 2)
 
 
-# --- Plans ---
-
-
 def test_the_plans_in_the_repository_list_what_they_should():
     table = campaign_plan.read_plan(BENCHMARKS / "plans" / "table.yml")
     assert len(table) == 16 * 2 * 3
@@ -124,9 +121,6 @@ def test_sb3_itself_computes_where_ppo_plus_would_round_or_clamp_otherwise():
     assert campaign_plan.choose_engine("ppo_plus", line, 1_000, "sb3") == "ppo_plus"
 
 
-# --- What is left ---
-
-
 def test_runs_with_a_line_are_skipped_unless_something_has_changed(tmp_path):
     job = tiny_job(tmp_path)
     line = {
@@ -175,9 +169,6 @@ def test_dry_run_takes_the_time_from_lines_and_guesses_without(tmp_path, capsys)
     assert "1 runs left" in capsys.readouterr().out
     assert campaign.main([*given, "--only", "Ant-v5"]) == 2
     assert "the plan has no env Ant-v5; it has ['CartPole-v1']" in capsys.readouterr().err
-
-
-# --- Environments and scores ---
 
 
 def test_episodes_for_scores_begin_with_fixed_seeds():
@@ -231,9 +222,6 @@ def test_ppo_plus_computes_the_peer_with_the_bits_of_sb3(tmp_path, few_episodes,
     assert [line["engine"] for line in lines] == ["ppo_plus", "sb3"]
     for name in ("sha256", "scores", "curve", "steps_done", "hyperparams_hash"):
         assert lines[0][name] == lines[1][name], name
-
-
-# --- Runs in processes of their own ---
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import warnings
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -33,6 +33,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from zoo_envs import FIRST_EVALUATION_SEED, ZooEnvs
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, TrainingCheckpoint, latest_checkpoint
+
+Model = TypeVar("Model", bound=PPO)
 
 N_POINTS = 50
 N_CHECKPOINTS = 20
@@ -106,8 +108,10 @@ def run(job: Job, folder: Path) -> dict[str, Any] | None:
     envs = ZooEnvs.take_from(arguments, job.env)
     if job.column != "ppo_plus":
         arguments = peer_arguments(arguments, job.engine)
-    commit, is_dirty = commit_of_code()
-    progress = Progress(job.steps, commit)
+    # Asked first: the code may be changed while the run trains
+    origin = origin_of_results()
+    progress = Progress(job.steps, origin["commit"])
+    model: PPO | None
     if job.engine == "ppo_plus" and envs.can_be_saved():
         model = train_with_checkpoints(job, envs, arguments, progress, folder / "checkpoints")
     else:
@@ -117,7 +121,24 @@ def run(job: Job, folder: Path) -> dict[str, Any] | None:
     if model is None:
         return None
     seconds = progress.seconds()
-    scores = score(model, envs)
+    return line_of(job, model, score(model, envs), progress, seconds) | origin
+
+
+def line_of(
+    job: Job,
+    model: PPO,
+    scores: list[float],
+    progress: Progress,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Make the line of a run, without where it comes from.
+
+    :param job: the run
+    :param model: the trained model
+    :param scores: returns of the final policy
+    :param progress: the run's callback
+    :param seconds: what training has cost
+    """
     return {
         "env": job.env,
         "column": job.column,
@@ -136,12 +157,8 @@ def run(job: Job, folder: Path) -> dict[str, Any] | None:
         "hyperparams": job.hyperparams,
         "hyperparams_hash": job.hyperparams_hash,
         "sha256": sha256_of(model),
-        "commit": commit,
-        "dirty": is_dirty,
         "resumes": progress.n_resumes,
         "earlier_commits": progress.commits[:-1],
-        "versions": versions(),
-        "processor": processor(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
@@ -159,7 +176,7 @@ def peer_arguments(entry: dict[str, Any], engine: str) -> dict[str, Any]:
     return arguments
 
 
-def new_model(algorithm: type[Any], job: Job, env: VecEnv, arguments: dict[str, Any]) -> Any:  # noqa: ANN401  # a model
+def new_model(algorithm: type[Model], job: Job, env: VecEnv, arguments: dict[str, Any]) -> Model:
     """Make the model that a run begins with.
 
     :param algorithm: PPO or PPOPlus
@@ -216,21 +233,23 @@ def resumed(path: Path, envs: ZooEnvs, seed: int) -> PPOPlus | None:
         return None
 
 
-def score(model: Any, envs: ZooEnvs) -> list[float]:  # noqa: ANN401  # PPO or PPOPlus
+def score(model: PPO, envs: ZooEnvs) -> list[float]:
     """Return the returns of the final policy, deterministic, in episodes that begin alike for every run.
 
     :param model: the trained model
     :param envs: the run's environments
     """
-    env = envs.for_evaluation(model.get_env())
+    assert model.env is not None
+    env = envs.for_evaluation(model.env)
     is_mujoco = ".mujoco." in str(gym.spec(envs.env_id).entry_point)
     predictor = model.masked(env) if isinstance(model, PPOPlus) and model.needs_masks else model
     n_episodes = N_EPISODES_MUJOCO if is_mujoco else N_EPISODES
     returns, _ = evaluate_policy(predictor, env, n_episodes, deterministic=True, return_episode_rewards=True)
-    return list(returns)
+    assert isinstance(returns, list)
+    return returns
 
 
-def sha256_of(model: Any) -> str:  # noqa: ANN401  # PPO or PPOPlus
+def sha256_of(model: PPO) -> str:
     """Hash names and bytes of the policy's parameters, so that two runs can be compared by bits.
 
     :param model: the trained model
@@ -248,16 +267,18 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def commit_of_code() -> tuple[str | None, bool | None]:
-    """Return the checkout's commit, and whether its code was changed since; None where there is no git."""
+def origin_of_results() -> dict[str, Any]:
+    """Return the checkout's commit, whether its code was changed since (None without git), versions, the processor."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
+    commit, is_dirty = None, None
     try:
-        return git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *CODE))
+        commit, is_dirty = git("rev-parse", "HEAD"), bool(git("status", "--porcelain", "--", *CODE))
     except (OSError, subprocess.CalledProcessError):
-        return None, None
+        print("no git: the line will name no commit", flush=True)
+    return {"commit": commit, "dirty": is_dirty, "versions": versions(), "processor": processor()}
 
 
 def versions() -> dict[str, str]:

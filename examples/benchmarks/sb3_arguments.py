@@ -15,7 +15,7 @@ OF_ENVIRONMENTS = ("n_timesteps", "normalize", "n_envs", "frame_stack", "env_wra
 """What the RL Zoo takes out of an entry before it makes the model."""
 SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf")
 CONSTANT = ("ent_coef", "vf_coef")
-CLASSES = {"activation_fn": ACTIVATIONS, "optimizer_class": OPTIMIZERS}
+CLASSES: dict[str, dict[str, Any]] = {"activation_fn": ACTIVATIONS, "optimizer_class": OPTIMIZERS}
 
 
 def sb3_arguments(entry: dict[str, Any]) -> dict[str, Any]:
@@ -63,7 +63,7 @@ def _lacking_of_policy(policy_kwargs: dict[str, Any]) -> list[str]:
     known = inspect.signature(ActorCriticPolicy).parameters
     lacking = []
     for name, value in policy_kwargs.items():
-        is_unknown_class = isinstance(value, str) and value not in CLASSES.get(name, ())
+        is_unknown_class = isinstance(value, str) and value not in CLASSES.get(name, {})
         if name not in known or is_unknown_class:
             lacking.append(f"policy_kwargs {name}: {value}")
     return lacking
