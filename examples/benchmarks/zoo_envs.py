@@ -6,11 +6,11 @@ from typing import Any
 
 import gymnasium as gym
 from rl_zoo3.utils import get_wrapper_class
-from sb3_ppo_plus.plain_state import PlainStateError
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_plus import ResumableEnv
+from sb3_ppo_plus.errors import PlainStateError
 
 FIRST_EVALUATION_SEED = 10_000_000
 """Episode i of every evaluation begins with this seed plus i."""
