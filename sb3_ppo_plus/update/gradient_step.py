@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Self
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.tensor_places import tensor_places
 from sb3_ppo_plus.update.flat_parameters import FlatParameters, can_flatten
@@ -36,17 +37,6 @@ def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
     return AMP_DTYPES[amp]
 
 
-class UpdatedModel(Protocol):
-    """The arguments of a model that an update follows."""
-
-    device: th.device
-    normalize_advantage: bool
-    pessimistic_value_clip: bool
-    max_grad_norm: float
-    target_kl: float | None
-    amp: bool | str
-
-
 @dataclass(frozen=True)
 class Objective:
     """What is the same for every minibatch of an update.
@@ -67,7 +57,7 @@ class Objective:
     amp_dtype: th.dtype | None
 
     @classmethod
-    def of_update(cls, model: UpdatedModel, coefficients: LossCoefficients) -> Self:
+    def of_update(cls, model: PlusModel, coefficients: LossCoefficients) -> Self:
         """Make the objective of a model's update.
 
         :param model: the model

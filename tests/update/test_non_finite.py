@@ -155,7 +155,7 @@ def test_on_a_device_the_host_need_not_wait():
         assert th.equal(before[0], group.flat) is not allowed
         assert all(th.equal(before[1][name], value) is not allowed for name, value in group.state.items())
     fresh = build()
-    fresh._execution.step_for(fresh.policy, fresh.compile).flatten([True] * len(list(fresh.policy.parameters())))
+    fresh._execution.step_for(fresh).flatten([True] * len(list(fresh.policy.parameters())))
     (group,) = fresh._execution.gradient_step._flat.groups
     group.flat.grad = th.full_like(group.flat, math.nan)
     before = group.flat.clone()
