@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-import torch as th
 from stable_baselines3 import PPO
 from states import assert_same_training
 
@@ -82,12 +81,7 @@ def _graphs_without_code() -> Iterator[None]:
 
 
 def _same_bits(sb3: Run, ours: Run) -> str | None:
-    names = dict(ours.records)
-    for name, expected in sb3.records:
-        if name.startswith("logged"):
-            if name not in names or not _is_close(expected, names[name], LOG_TOLERANCE):
-                return f"{name}: {expected} and {names.get(name)}"
-    seen = [[record for record in run.records if not record[0].startswith("logged")] for run in (sb3, ours)]
+    seen = [[record for record in run.records if not _is_logged(record)] for run in (sb3, ours)]
     for (name, expected), (other, actual) in zip(*seen, strict=False):
         if name != other:
             return f"{name} and {other}"
@@ -99,7 +93,15 @@ def _same_bits(sb3: Run, ours: Run) -> str | None:
         assert_same_training(sb3.model, ours.model)
     except AssertionError as error:
         return str(error)
+    logged = dict(filter(_is_logged, ours.records))
+    for name, expected in filter(_is_logged, sb3.records):
+        if name not in logged or not _is_close(expected, logged[name], LOG_TOLERANCE):
+            return f"{name}: {expected} and {logged.get(name)}"
     return None
+
+
+def _is_logged(record: tuple[str, np.ndarray]) -> bool:
+    return record[0].startswith("logged")
 
 
 def _same_to_rounding(eager: Run, compiled: Run) -> str | None:
@@ -114,19 +116,15 @@ def _same_to_rounding(eager: Run, compiled: Run) -> str | None:
     before, after, other = eager.initial, eager.model.policy.state_dict(), compiled.model.policy.state_dict()
     if after.keys() != other.keys():
         return f"{after.keys() ^ other.keys()}"
-    moved = max(
-        (float((value - before[name]).abs().max()) for name, value in after.items() if _is_comparable(before, name, value)),
-        default=0.0,
-    )
+    moved = 0.0
+    for name, value in after.items():
+        if name in before and before[name].shape == value.shape and value.numel() > 0:
+            moved = max(moved, float((value - before[name]).abs().max()))
     for name, value in after.items():
         distance = float((value.double() - other[name].double()).abs().max()) if value.numel() else 0.0
         if distance > MOVE_TOLERANCE * moved + 1e-6:
             return f"{name} differs by {distance:.2g}, parameters moved {moved:.2g}"
     return None
-
-
-def _is_comparable(before: dict[str, th.Tensor], name: str, value: th.Tensor) -> bool:
-    return name in before and before[name].shape == value.shape and value.numel() > 0
 
 
 def _is_close(expected: np.ndarray, actual: np.ndarray, tolerance: float) -> bool:

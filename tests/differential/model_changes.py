@@ -152,7 +152,7 @@ def replace_arrays_of_the_buffer(run, number):
     buffer.advantages = (buffer.advantages * 2).astype((np.float32, np.float64)[number % 2])
 
 
-@change(START, BETWEEN)
+@change(BETWEEN)
 def make_a_buffer(run, number):
     old = run.model.rollout_buffer
     run.model.rollout_buffer = type(old)(

@@ -6,7 +6,27 @@ import torch as th
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from differential.changes import ANYTIME, BETWEEN, END, NOT_AMID, START, change, layers_in_sequence, linear_of, parameter_of
+from differential.changes import (
+    ANYTIME,
+    BETWEEN,
+    END,
+    NOT_AMID,
+    START,
+    change,
+    layers_in_sequence,
+    linear_of,
+    parameter_of,
+)
+
+
+def policy_copied(model):
+    """A deep copy of the policy; with gSDE itself, whose noise carries a graph that nothing can copy."""
+    if model.use_sde:
+        return model.policy
+    # As the last distribution may
+    model.predict(model.observation_space.sample())
+    return copy.deepcopy(model.policy)
+
 
 # Parameters
 
@@ -60,15 +80,12 @@ def share_memory(run, number):
 
 @change(*ANYTIME)
 def copy_the_policy(run, number):
-    # The last distribution may carry a graph, which nothing can copy
-    run.model.predict(run.model.observation_space.sample())
-    run.model.policy = copy.deepcopy(run.model.policy)
+    run.model.policy = policy_copied(run.model)
 
 
 @change(*ANYTIME)
 def store_a_copy_of_the_policy(run, number):
-    run.model.predict(run.model.observation_space.sample())
-    run.kept = copy.deepcopy(run.model.policy)
+    run.kept = policy_copied(run.model)
 
 
 # Gradients

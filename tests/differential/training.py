@@ -142,9 +142,7 @@ def policy_of(configuration: Configuration) -> Any:
 def settings_of(configuration: Configuration) -> dict[str, Any]:
     """Arguments of SB3's PPO."""
     settings = SETTINGS | configuration.get("settings", {})
-    settings = {
-        name: tables.coefficient(value) if name in COEFFICIENTS else value for name, value in settings.items()
-    }
+    settings = {name: tables.coefficient(value) if name in COEFFICIENTS else value for name, value in settings.items()}
     buffer = settings.pop("rollout_buffer", None)
     if buffer is not None:
         is_dict = isinstance(tables.OBSERVATIONS[configuration.get("observations", "box")], spaces.Dict)
