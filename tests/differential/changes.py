@@ -4,6 +4,7 @@ A change is a function of the run and of a number, which says to which of severa
 no such part, nothing is done: a configuration that was made smaller must still run.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,3 +71,10 @@ def layers_in_sequence(model, number):
     """One of the policy's sequences of layers that has any; None: there is none."""
     found = [part for part in model.policy.modules() if isinstance(part, nn.Sequential) and len(part) > 0]
     return found[number % len(found)] if found else None
+
+
+def sampled_observation(model, number):
+    """An observation of the model's space, the same one for the same number."""
+    space = copy.deepcopy(model.observation_space)
+    space.seed(number)
+    return space.sample()

@@ -10,7 +10,7 @@ from stable_baselines3.common.utils import FloatSchedule, set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 from torch.distributions import Distribution
 
-from differential.changes import ANYTIME, BETWEEN, END, NOT_AMID, START, STEP, Interruption, change
+from differential.changes import ANYTIME, BETWEEN, END, NOT_AMID, START, STEP, Interruption, change, sampled_observation
 
 SETTINGS = (
     ("max_grad_norm", 0.01),
@@ -60,7 +60,11 @@ def set_parameters_from_a_file(run, number):
 
 @change(BETWEEN)
 def set_another_env(run, number):
-    run.model.set_env(run.make_env(number), force_reset=bool(number % 3))
+    env = run.make_env(number)
+    forces_reset = bool(number % 2)
+    if not forces_reset:
+        env.reset()
+    run.model.set_env(env, force_reset=forces_reset)
 
 
 @change(STEP)
@@ -88,7 +92,7 @@ def draw_random_numbers(run, number):
 
 @change(*ANYTIME)
 def predict(run, number):
-    observation = run.model.env.observation_space.sample()
+    observation = sampled_observation(run.model, number)
     run.record("predicted", run.model.predict(observation, deterministic=bool(number % 2))[0])
 
 

@@ -16,6 +16,7 @@ from differential.changes import (
     layers_in_sequence,
     linear_of,
     parameter_of,
+    sampled_observation,
 )
 
 
@@ -24,7 +25,7 @@ def policy_copied(model):
     if model.use_sde:
         return model.policy
     # As the last distribution may
-    model.predict(model.observation_space.sample())
+    model.predict(sampled_observation(model, 0))
     return copy.deepcopy(model.policy)
 
 
@@ -190,7 +191,7 @@ def put_in_a_new_layer(run, number):
     sequence = layers_in_sequence(run.model, number)
     for index, layer in enumerate(sequence or ()):
         if type(layer) is nn.Linear:
-            sequence[index] = nn.Linear(layer.in_features, layer.out_features)
+            sequence[index] = nn.Linear(layer.in_features, layer.out_features, dtype=th.float32)
             return
 
 
@@ -199,7 +200,7 @@ def put_in_a_layer_that_learns(run, number):
     sequence = layers_in_sequence(run.model, number)
     for index, layer in enumerate(sequence or ()):
         if type(layer) is nn.Linear:
-            sequence[index] = nn.Linear(layer.in_features, layer.out_features)
+            sequence[index] = nn.Linear(layer.in_features, layer.out_features, dtype=th.float32)
             # The old parameters stay in the optimiser, as a user would leave them
             run.model.policy.optimizer.param_groups[0]["params"].extend(sequence[index].parameters())
             return

@@ -55,6 +55,7 @@ class _Sampler:
             self._configuration["settings"] = settings
         if policy_kwargs:
             self._configuration["policy_kwargs"] = policy_kwargs
+        self._spare_batch_norm()
         self._wrappers()
         self._learns_and_changes()
         return self._configuration
@@ -112,6 +113,14 @@ class _Sampler:
         if self.observations in ("image", "channel first") and not self._configuration.get("cnn"):
             self._choose(0.3, "normalize_images", [False], chosen)
         return chosen | self._noise_kwargs()
+
+    def _spare_batch_norm(self) -> None:
+        """Batch norm refuses a minibatch of one."""
+        kwargs, settings = self._configuration.get("policy_kwargs", {}), self._configuration.get("settings", {})
+        n_transitions = settings.get("n_steps", SETTINGS["n_steps"]) * self._configuration.get("n_envs", 1)
+        batch_size = settings.get("batch_size", SETTINGS["batch_size"])
+        if kwargs.get("extractor") == "noisy" and (batch_size == 1 or n_transitions % batch_size == 1):
+            del kwargs["extractor"]
 
     def _policies(self) -> list[str]:
         names = ["SB3's", "custom", "partly frozen", "two groups"]
