@@ -97,13 +97,14 @@ def test_uncommon_boxes_of_actions(action_space):
     [
         BOX,
         spaces.Box(-1.0, 1.0, (3,), np.float64),
+        spaces.Box(-1.0, 1.0, (1,), np.float32),
         spaces.Box(-1.0, 1.0, (2, 3), np.float32),
         spaces.Discrete(5),
         spaces.MultiDiscrete([3, 4, 2]),
         spaces.MultiBinary(4),
         IMAGE,
     ],
-    ids=["float32", "float64", "matrix", "discrete", "multi_discrete", "multi_binary", "image"],
+    ids=["float32", "float64", "one number", "matrix", "discrete", "multi_discrete", "multi_binary", "image"],
 )
 def test_observation_spaces_of_mlp_policy(observation_space):
     assert_trains_alike(env=lambda: make_env(2, observation_space=observation_space))
@@ -502,6 +503,18 @@ def reset_the_optimizer(model):
 )
 def test_training_goes_on_alike_after_the_user_changes(change):
     assert_continues_alike(change)
+
+
+def test_training_goes_on_alike_under_another_default_dtype():
+    def change(model):
+        # So that the flat parameters are made anew
+        freeze_a_bias(model)
+        th.set_default_dtype(th.float64)
+
+    try:
+        assert_continues_alike(change)
+    finally:
+        th.set_default_dtype(th.float32)
 
 
 @pytest.mark.parametrize(
