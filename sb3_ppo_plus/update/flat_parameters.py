@@ -88,7 +88,7 @@ class FlatGroup:
 
     @th.no_grad()
     def _flattened(self, tensors: Sequence[th.Tensor]) -> th.Tensor:
-        flat = th.zeros(sum(self._sizes), device=tensors[0].device)
+        flat = th.zeros(sum(self._sizes), dtype=tensors[0].dtype, device=tensors[0].device)
         for view, tensor in zip(self.views(flat), tensors, strict=True):
             view.copy_(tensor)
         return flat
