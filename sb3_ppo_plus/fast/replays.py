@@ -35,6 +35,8 @@ def can_record(policy: ActorCriticPolicy) -> bool:
         and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters())
         and not th.is_autocast_enabled("cpu")
         and not th.is_anomaly_enabled()
+        # BLAS is called in another way for others, and rounds differently
+        and all(parameter.is_contiguous() for parameter in policy.parameters())
     )
 
 
