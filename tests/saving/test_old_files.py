@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -186,6 +187,17 @@ def test_a_new_model_holds_every_attribute_that_version_0_1_saved(new_model, old
     name, model = new_model
     attributes_of_sb3 = data(saved(PPO("MlpPolicy", make_env(), device="cpu"))).keys()
     assert data(old_files / f"{name}.zip").keys() - attributes_of_sb3 <= data(saved(model)).keys()
+
+
+def test_saving_leaves_the_policies_classes_as_they_were():
+    model = CASES["defaults"].make_model()
+    module = ActorCriticPlusPolicy.__module__
+    saved(model)
+    assert ActorCriticPlusPolicy.__module__ == module == "sb3_ppo_plus.policies.actor_critic"
+    model.own = threading.Lock()
+    with pytest.raises(TypeError, match="cannot pickle"):
+        saved(model)
+    assert ActorCriticPlusPolicy.__module__ == module
 
 
 def test_a_class_of_ones_own_names_only_classes_that_version_0_1_has():
