@@ -1,9 +1,9 @@
 """The check of PPOPlus on a GPU, examples/benchmarks/gpu_check.py, runs on the CPU with tiny sizes."""
 
 import json
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import gpu_check
@@ -99,18 +99,14 @@ def test_each_stage_is_a_process_and_the_table_comes_last(tmp_path, capfd):
     assert done.stdout.splitlines()[-3:-1] == [table, last]
 
 
-def test_a_stage_that_takes_too_long_is_killed_with_what_it_started(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "_start", lambda *arguments: sleeping())
+def test_a_stage_that_takes_too_long_is_killed(tmp_path, monkeypatch):
+    endless = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    monkeypatch.setattr(gpu_check, "_start", lambda *arguments: endless)
     monkeypatch.setattr(gpu_check, "MIN_SECONDS", 0.1)
-    started = time.time()
-    is_ok = gpu_check.run_stages(["a"], Options(device="cpu", out=tmp_path, limit=0.2))
-    assert time.time() - started < 60 and not is_ok
+    assert not gpu_check.run_stages(["a"], Options(device="cpu", out=tmp_path, limit=0.2))
+    assert endless.returncode == -signal.SIGKILL
     (result,) = results_in(tmp_path)
     assert (result["item"], result["ok"], result["code"]) == ("stage", False, "timeout")
-
-
-def sleeping():
-    return subprocess.Popen(["sleep", "600"], start_new_session=True)
 
 
 def test_an_unknown_stage_is_an_error(capsys):

@@ -153,13 +153,13 @@ def start(options: Options, case: SpeedCase, label: str) -> Running:
 
     :param label: a key of ``CONTENDERS``
     """
-    n_envs, settings = case.n_envs, dict(case.settings)
+    n_envs, shape, settings = case.n_envs, case.observation_shape, dict(case.settings)
     if options.quick:
-        n_envs = min(n_envs, 2)
+        n_envs, shape = min(n_envs, 2), tuple(min(size, 36) for size in shape)
         settings |= {"n_steps": 8, "n_epochs": 1, "batch_size": min(settings["batch_size"], 8)}
-    observation_space, action_space = spaces.Box(-1, 1, case.observation_shape, np.float32), spaces.Box(-1, 1, (6,))
+    observation_space, action_space = spaces.Box(-1, 1, shape, np.float32), spaces.Box(-1, 1, (6,))
     if case.is_image:
-        observation_space, action_space = spaces.Box(0, 255, case.observation_shape, np.uint8), spaces.Discrete(6)
+        observation_space, action_space = spaces.Box(0, 255, shape, np.uint8), spaces.Discrete(6)
     algorithm, more = CONTENDERS[label]
     device = "cpu" if label == "compiled, CPU" else options.device
     policy = "CnnPolicy" if case.is_image else "MlpPolicy"
