@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -10,6 +10,9 @@ import numpy as np
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
 
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+
+ON_NON_FINITE = ("raise", "skip")
 MAX_SEED = 2**32 - 1
 
 
@@ -46,10 +49,11 @@ _KINDS = {
 }
 
 
-def check_types(arguments: Mapping[str, Any]) -> None:
+def check_types(arguments: dict[str, Any]) -> dict[str, Any]:
     """Check the types of a constructor's arguments, and the range of one that SB3's constructor divides by.
 
     :param arguments: by name; others than the plain ones are passed over
+    :return: the arguments
     :raises TypeError: names the argument, its value and what is allowed
     :raises ValueError: the same
     """
@@ -67,6 +71,7 @@ def check_types(arguments: Mapping[str, Any]) -> None:
     # SB3 asserts that it is above 1 where advantages are normalised, and else divides by it
     if not arguments["normalize_advantage"] and arguments["batch_size"] < 1:
         raise ValueError(f"batch_size must be at least 1, got {arguments['batch_size']!r}")
+    return arguments
 
 
 def check_ranges(algorithm: object) -> None:
@@ -76,6 +81,12 @@ def check_ranges(algorithm: object) -> None:
     :raises ValueError: names the argument, its value and what is allowed
     """
     checks: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+        (
+            "action_masking",
+            "None, True or False",
+            lambda value: value is None or isinstance(value, bool),
+        ),
+        ("on_non_finite", f"one of {ON_NON_FINITE}", lambda value: value in ON_NON_FINITE),
         ("n_steps", "at least 1", lambda value: value >= 1),
         ("batch_size", "at least 1", lambda value: value >= 1),
         ("n_epochs", "at least 1", lambda value: value >= 1),
@@ -91,3 +102,9 @@ def check_ranges(algorithm: object) -> None:
         value = getattr(algorithm, name)
         if not is_allowed(value):
             raise ValueError(f"{name.removeprefix('_')} must be {allowed}, got {value!r}")
+    amp, buffer_class = getattr(algorithm, "amp", False), getattr(algorithm, "rollout_buffer_class", None)
+    if amp and not (buffer_class is not None and issubclass(buffer_class, PPOPlusRolloutBuffer)):
+        raise ValueError(
+            f"amp={amp!r} needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, "
+            f"got {buffer_class}"
+        )

@@ -5,13 +5,21 @@ from __future__ import annotations
 import warnings
 
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
+from torch import nn
+
+from sb3_ppo_plus.extractors import TransformerExtractor
 
 
-def warn_if_stacked_inside_normalize(env: VecEnv) -> None:
-    """Warn when a VecNormalize normalises a VecFrameStack's output: padding is then no longer zero, and not masked.
+def warn_if_stacked_inside_normalize(env: VecEnv | None, policy: nn.Module) -> None:
+    """Warn where a VecNormalize normalises what a VecFrameStack has stacked, and a Transformer reads it.
 
-    :param env: the outermost vectorised environment
+    The frames that pad the beginning of an episode are then no longer zero, and not masked.
+
+    :param env: the outermost vectorised environment; None: there is none
+    :param policy: the policy
     """
+    if not any(isinstance(module, TransformerExtractor) for module in policy.modules()):
+        return
     normalizes = False
     while isinstance(env, VecEnvWrapper):
         if isinstance(env, VecNormalize):

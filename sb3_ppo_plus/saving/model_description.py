@@ -7,7 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -20,6 +20,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sb3_ppo_plus import buffers
+from sb3_ppo_plus.attributes import COUNTERS, FLAGS
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.extractors import FEATURES_EXTRACTORS
 from sb3_ppo_plus.policies.names import ACTIVATIONS, OPTIMIZERS
@@ -27,16 +28,7 @@ from sb3_ppo_plus.saving.described_spaces import encode_space
 from sb3_ppo_plus.saving.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine
 
-if TYPE_CHECKING:
-    from sb3_ppo_plus.saving.saved_ppo import SavedPPO
-
 FORMAT = "sb3_ppo_plus.model/1"
-COUNTERS = (
-    *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start"),
-    *("_n_updates", "_episode_num", "_skipped_steps", "_skipped_in_a_row"),
-)
-# True, False or, before it is known, None
-FLAGS = ("_built_for_masks", "_was_given_masks")
 # Those of the loading machine, or described apart
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
@@ -55,14 +47,14 @@ _BASES: dict[str, type] = {
 Tables = dict[str, dict[str, type]]
 
 
-def constructor_arguments(cls: type[SavedPPO]) -> list[str]:
+def constructor_arguments(cls: type[PPO]) -> list[str]:
     """Names of the arguments of a class's constructor; a subclass may pass the rest on by **kwargs."""
     parts = [part for part in cls.__mro__[: cls.__mro__.index(PPO)] if "__init__" in vars(part)]
     names = {name: None for part in parts for name in inspect.signature(vars(part)["__init__"]).parameters}
     return [name for name in names if name not in ("self", "args", "kwargs", "_init_setup_model")]
 
 
-def closed_tables(cls: type[SavedPPO], allow: Iterable[type] | None = None) -> Tables:
+def closed_tables(cls: type[PPO], allow: Iterable[type] | None = None) -> Tables:
     """Return the classes that a description may name, by the kind of field and by name.
 
     :param cls: the algorithm, which has its own aliases of policies
@@ -98,7 +90,7 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def describe(model: SavedPPO, exclude: Iterable[str] = ()) -> bytes:
+def describe(model: PPO, exclude: Iterable[str] = ()) -> bytes:
     """Describe a model as JSON; what has no plain form is noted as such, so that only loading without trust fails.
 
     :param model: the model
