@@ -14,16 +14,18 @@ from sb3_ppo_plus.tensor_places import tensor_places
 from sb3_ppo_plus.update.flat_parameters import FlatParameters, can_flatten
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
 
-# Numbers in a policy beyond which they no longer fit the caches, and copying gradients costs more than flat steps gain
+# With more numbers in a policy, they do not fit the caches, and copying gradients takes longer than flat steps save
 MAX_FLAT_ON_CPU = 2**20
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
 
 
 def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
-    """Translate the ``amp`` argument into the dtype of autocast; None where it is off.
+    """Translate the ``amp`` argument into the dtype of autocast; None: autocast is off.
 
-    :raises ValueError: for a value that is not allowed, or "fp16" on another device than CUDA
+    :param amp: False, True, "bf16" or "fp16"
+    :param device: device of the policy
+    :raises ValueError: for a value that is not allowed, or "fp16" on a device other than CUDA
     """
     if amp is False:
         return None
@@ -37,7 +39,7 @@ def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
 
 
 class UpdatedModel(Protocol):
-    """The arguments of a model that an update follows."""
+    """The arguments of a model that an update reads."""
 
     device: th.device
     normalize_advantage: bool
@@ -49,14 +51,14 @@ class UpdatedModel(Protocol):
 
 @dataclass(frozen=True)
 class Objective:
-    """What is the same for every minibatch of an update.
+    """The settings of an update, for all its minibatches.
 
     :param coefficients: values of the loss's coefficients
     :param normalize_advantage: normalise the advantages of each minibatch
     :param pessimistic_value_clip: see :func:`sb3_ppo_plus.update.losses.value_loss`
-    :param max_grad_norm: the gradient is scaled down to this norm where it is larger
-    :param kl_limit: no step is taken where approx_kl exceeds this; None: no limit
-    :param amp_dtype: dtype of autocast for the policy's forward pass; None: none. The loss is always float32
+    :param max_grad_norm: a gradient with a larger norm is scaled down to this norm
+    :param kl_limit: no step is taken if approx_kl is larger; None: no limit
+    :param amp_dtype: dtype of autocast for the policy's forward pass; None: no autocast. The loss is always float32
     """
 
     coefficients: LossCoefficients
@@ -83,7 +85,11 @@ class Objective:
         )
 
     def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """Values, log-probabilities and entropies (or None) of the batch, in the precision of the update."""
+        """Return values, log-probabilities and entropies (or None) of a minibatch, each of shape (batch,).
+
+        :param policy: the policy
+        :param batch: the minibatch
+        """
         if self.amp_dtype is None:
             values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
             return values.flatten(), log_prob, entropy
@@ -97,10 +103,11 @@ class Objective:
         evaluation: tuple[th.Tensor, th.Tensor, th.Tensor | None],
         coefficients: LossCoefficients | None = None,
     ) -> LossTerms:
-        """Loss and metrics of a batch.
+        """Return loss and metrics of a minibatch.
 
-        :param evaluation: what :meth:`evaluate` returns
-        :param coefficients: instead of the objective's own
+        :param batch: the minibatch
+        :param evaluation: what :meth:`evaluate` returned for it
+        :param coefficients: used instead of the objective's; None: the objective's
         """
         values, log_prob, entropy = evaluation
         return ppo_loss(
@@ -114,7 +121,10 @@ class Objective:
         )
 
     def forbids_step(self, approx_kl: th.Tensor) -> bool:
-        """Whether ``approx_kl`` is beyond the limit; the only value of a minibatch for which the host waits."""
+        """Whether ``approx_kl`` is above the limit. It is the only value of a minibatch for which the host waits.
+
+        :param approx_kl: 0-dim
+        """
         return self.kl_limit is not None and bool(approx_kl > self.kl_limit)
 
 
@@ -122,15 +132,15 @@ class Objective:
 def recompute_log_prob(
     policy: ActorCriticPolicy, objective: Objective, rollout_buffer: PPOPlusRolloutBuffer, batch_size: int
 ) -> None:
-    """Compute a rollout's log-probs anew, as the update will, so that the first ratios are 1.
+    """Compute a rollout's log-probs again, in the way of the update, so that the first ratios are 1.
 
-    Under autocast rounding alone would make them 1 +- 1e-2, and for a squashed Gaussian with a saturated mean and a
-    small standard deviation 1 +- 1e-3, since single rows and batches are rounded differently.
+    Otherwise rounding would make them 1 +- 1e-2 under autocast. For a squashed Gaussian with a saturated mean and a
+    small standard deviation they would be 1 +- 1e-3, because PyTorch rounds single rows and batches differently.
 
     :param policy: the policy, in evaluation mode
-    :param objective: of the update
-    :param rollout_buffer: full; its log-probs are replaced
-    :param batch_size: of the update
+    :param objective: the objective of the update
+    :param rollout_buffer: the full buffer; its log-probs are replaced
+    :param batch_size: transitions per minibatch
     """
     rollout = rollout_buffer.rollout()
     for indices in rollout_buffer.in_order(batch_size):
@@ -140,10 +150,10 @@ def recompute_log_prob(
 
 
 class PolicyEvaluation(th.nn.Module):
-    """The policy's evaluation of a batch as a module's forward, which ``functional_call`` asks for.
+    """A module whose forward evaluates a minibatch, because ``functional_call`` takes only modules.
 
     :param policy: the policy
-    :param objective: of the update
+    :param objective: the objective of the update
     """
 
     def __init__(self, policy: ActorCriticPolicy, objective: Objective) -> None:
@@ -152,9 +162,10 @@ class PolicyEvaluation(th.nn.Module):
         self.objective = objective
 
     def forward(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """Evaluate the batch, see :meth:`Objective.evaluate`.
+        """Evaluate a minibatch, see :meth:`Objective.evaluate`.
 
-        :raises RuntimeError: where the policy replaces its parameters, which a graph would not follow
+        :param batch: the minibatch
+        :raises RuntimeError: if the policy replaces its parameters, which a graph cannot follow
         """
         before = tensor_places(self.policy)
         evaluation = self.objective.evaluate(self.policy, batch)
@@ -274,7 +285,10 @@ class GradientStep:
 
 
 def stacked(terms: LossTerms) -> th.Tensor:
-    """Put the metrics into one tensor, without the gradient."""
+    """Put the metrics of a minibatch into one tensor, without gradient.
+
+    :param terms: the loss and its metrics
+    """
     return th.stack(terms).detach()
 
 

@@ -49,7 +49,7 @@ def make_model(env=None, policy="MlpPolicy", **policy_kwargs):
         ({"memory": "gru", "memory_kwargs": {"critic": None}}, "critic must be True or False, got None"),
         ({"memory": "gru", "memory_kwargs": {"sequence_length": 0}}, "sequence_length must be None, -1 or an integer"),
         ({"memory": "gtrxl", "memory_kwargs": {"hidden_size": 10}}, "multiple of n_heads"),
-        ({"memory": "gru", "lstm_hidden_size": 8}, r"\['lstm_hidden_size'\] go with memory='lstm', got memory='gru'"),
+        ({"memory": "gru", "lstm_hidden_size": 8}, r"\['lstm_hidden_size'\] need memory='lstm', got memory='gru'"),
         ({"memory": "lstm", "lstm_kwargs": {"proj_size": 2}}, r"memory_kwargs has \['proj_size'\]"),
         ({"memory": "lstm", "shared_lstm": True, "enable_critic_lstm": True}, "exclude each other"),
         ({"memory": "lstm", "memory_kwargs": {"shared": True}, "share_features_extractor": False}, "shared=True needs"),
