@@ -40,7 +40,7 @@ from sb3_ppo_plus.policies.remembering import set_sequence_length
 from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint
 from sb3_ppo_plus.resuming.run import Run, as_callbacks
 from sb3_ppo_plus.rollout.values import RolloutValues
-from sb3_ppo_plus.saving.model_file import File, loading_arguments, write_model
+from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_named_by_package, write_model
 from sb3_ppo_plus.saving.untrusted_model import load_without_trust, read_parameters
 from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
 from sb3_ppo_plus.update.epochs import log_update, run_epochs
@@ -193,7 +193,7 @@ class PPOPlus(PPO):
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
-        actor = self._execution.actor_for(self.policy, self.compile, rollout_buffer, self._last_states)
+        actor = self._execution.actor_for(self, rollout_buffer)
         mask_source = self._mask_use.source(env, self)
         action_masks: np.ndarray | None = None
         context: dict[str, th.Tensor] = {}
@@ -247,7 +247,7 @@ class PPOPlus(PPO):
             self.policy.set_training_mode(False)
             recompute_log_prob(self.policy, objective, self.rollout_buffer, self.batch_size)
         self.policy.set_training_mode(True)
-        gradient_step = self._execution.step_for(self.policy, self.compile)
+        gradient_step = self._execution.step_for(self)
         history = run_epochs(gradient_step, objective, self.rollout_buffer, self.n_epochs, self.batch_size)
         self._n_updates += history.n_epochs_begun
         if history.was_stopped and self.verbose >= 1:
@@ -260,7 +260,8 @@ class PPOPlus(PPO):
         log_update(self.logger, history, objective.coefficients, self.policy, self.rollout_buffer)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/update_seconds", time.perf_counter() - started)
-        self._execution.log_to(self.logger, self.compile)
+        if self.compile is not False:
+            self._execution.log_to(self.logger)
         self._n_iterations += 1
         if self._run.callback is not None:
             self._run.was_asked_to_stop = not notify_update_end(self._run.callback)
@@ -441,7 +442,8 @@ class PPOPlus(PPO):
     def save(self, path: File, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """Save the model in a zip as SB3 does, with a plain description for loading without trust."""
         archive = io.BytesIO()
-        super().save(archive, exclude, include)
+        with policies_named_by_package():
+            super().save(archive, exclude, include)
         write_model(archive, path, self, exclude or ())
 
     def _excluded_save_params(self) -> list[str]:
