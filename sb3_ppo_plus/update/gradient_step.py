@@ -167,7 +167,7 @@ class PolicyEvaluation(th.nn.Module):
 
 
 class GradientStep:
-    """Takes the steps of a policy's updates, on flat parameters where that is SB3's step to the bit.
+    """Takes the steps of a policy's updates, on flat parameters if these give SB3's step to the bit.
 
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16
@@ -183,17 +183,20 @@ class GradientStep:
 
     @property
     def has_gradient(self) -> list[bool] | None:
-        """Which of the policy's parameters the loss depends on; None: unknown as yet, or the steps are not flat."""
+        """Whether the loss depends on each of the policy's parameters; None: not yet known, or steps are not flat."""
         return None if self._flat is None else self._flat.has_gradient
 
     def flatten(self, has_gradient: list[bool]) -> None:
-        """Step on flat parameters from the next minibatch on, without finding out :attr:`has_gradient`."""
+        """Make the flat parameters before the first minibatch shows which parameters have a gradient.
+
+        :param has_gradient: what :attr:`has_gradient` was in the training that is resumed
+        """
         self._note_changes()
         if self._obstacle_to_flat is None:
             self._flat = FlatParameters(self.policy.optimizer, self._parameters, has_gradient)
 
     def begin_update(self) -> None:
-        """Take note of whatever the user or a load has changed since the last update."""
+        """Notice what a user or a load has changed since the last update, and fill the flat parameters."""
         self._note_changes()
         if self._flat is not None:
             self._flat.borrow()
@@ -202,18 +205,18 @@ class GradientStep:
         self._parameters = list(self.policy.parameters())
         self._obstacle_to_flat = self._find_obstacle()
         if self._obstacle_to_flat is not None or (
-            self._flat is not None and not self._flat.fits_still(self.policy.optimizer, self._parameters)
+            self._flat is not None and not self._flat.still_fits(self.policy.optimizer, self._parameters)
         ):
             self._flat = None
 
     def _find_obstacle(self) -> str | None:
-        """Why steps are not flat; None: they are."""
+        """Return why steps are not flat; None: they are."""
         if self.grad_scaler.is_enabled():
             return "amp='fp16' scales the loss, and steps on float16's gradients are taken one parameter at a time"
         return obstacle_to_flat_steps(self.policy, self.policy.optimizer) or self._reason_against_flat()
 
     def _reason_against_flat(self) -> str | None:
-        """Why flat steps would have other bits than SB3's, or take more time; None: neither."""
+        """Return why flat steps would have other bits than SB3's, or take more time; None: they do not."""
         if any(group.get("fused") for group in self.policy.optimizer.param_groups):
             return "a fused kernel rounds the end of a tensor in another way than the rest"
         if not all(parameter.is_contiguous() for parameter in self._parameters):
@@ -231,10 +234,12 @@ class GradientStep:
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         """Compute the loss of a minibatch and take a step, unless the limit of approx_kl forbids it.
 
-        Nor is a step taken where the loss or its gradient is not finite, which the metrics show.
+        No step is taken if the loss or its gradient is not finite; the metrics then show this.
 
-        :return: the metrics, see ``losses.METRICS``, with a gradient norm of NaN where the limit forbade the step; and
-            whether it did not
+        :param objective: the objective of the update
+        :param minibatch: the minibatch
+        :return: the metrics, see ``losses.METRICS``, and whether the limit of approx_kl allowed the step. Otherwise the
+            gradient norm is NaN
         """
         return (self._flat_step if self._obstacle_to_flat is None else self._plain_step)(objective, minibatch)
 
@@ -252,7 +257,7 @@ class GradientStep:
         optimizer = self.policy.optimizer
         self.grad_scaler.unscale_(optimizer)
         grad_norm = th.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
-        # A scaler makes sure itself, and lowers its scale
+        # A scaler checks the gradient itself, and lowers its scale
         if not self.grad_scaler.is_enabled() and not (grad_norm.isfinite() & loss.isfinite()):
             return grad_norm
         self.grad_scaler.step(optimizer)
@@ -265,7 +270,7 @@ class GradientStep:
         if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
             return _with_grad_norm(metrics, None), False
         loss = metrics[METRICS.index("loss")]
-        if not self._is_flat_for(gradients) and not self._flatten_anew(gradients):
+        if not self._is_flat_for(gradients) and not self._flatten_again(gradients):
             self._set_gradients(gradients)
             return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, loss)), True
         assert self._flat is not None
@@ -276,12 +281,12 @@ class GradientStep:
         return (
             self._flat is not None
             and self._flat.fits(gradients)
-            # Only code of the user's that runs within the policy changes anything amid an update
+            # During an update, only a user's code that runs inside the policy can change anything
             and not (self._ran_policy and self._flat.was_touched(self.policy.optimizer))
         )
 
-    def _flatten_anew(self, gradients: Sequence[th.Tensor | None]) -> bool:
-        """Build the flat parameters that a step needs; False where that is not possible any more."""
+    def _flatten_again(self, gradients: Sequence[th.Tensor | None]) -> bool:
+        """Build the flat parameters that a step needs; return False if that is no longer possible."""
         before = self._parameters
         self.end_update()
         self._note_changes()
@@ -296,13 +301,13 @@ class GradientStep:
 
     def _set_gradients(self, gradients: Sequence[th.Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            # As backward leaves them, in the parameter's layout
+            # In the parameter's layout, as ``backward`` would leave it
             parameter.grad = None if gradient is None else th.empty_like(parameter).copy_(gradient)
 
     def _differentiate(
         self, objective: Objective, minibatch: Minibatch
     ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
-        """Metrics but for the norm, and the gradient of each parameter; None where the loss does not depend on it."""
+        """Return the metrics without the norm, and each parameter's gradient; None: the loss does not depend on it."""
         self._ran_policy = True
         batch = minibatch.batch()
         terms = objective.loss(batch, objective.evaluate(self.policy, batch))
