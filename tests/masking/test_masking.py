@@ -267,7 +267,7 @@ class ForwardWithoutMasks(ActorCriticPlusPolicy):
     [
         (WithoutMasks, {}, "WithoutMasks's forward and evaluate_actions lack action_masks"),
         (ForwardWithoutMasks, {}, "ForwardWithoutMasks's forward"),
-        ("MlpPolicy", {"rollout_buffer_class": type("Own", (RolloutBuffer,), {})}, "Own.* stores none"),
+        ("MlpPolicy", {"rollout_buffer_class": type("Own", (RolloutBuffer,), {})}, "Own.* stores no masks"),
     ],
 )
 def test_what_takes_no_masks_says_so(policy, settings, message):
