@@ -288,7 +288,7 @@ def array(dtype, shape, **more):
         (lambda files, state: files.update({"training_state.bin": b""}), "buffer is smaller"),
         (lambda files, state: state.clear(), "KeyError: 'attributes'"),
         # Would run a program as the compiler
-        (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must be of .* 'compile'"),
+        (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must hold .* 'compile'"),
         (lambda files, state: state["attributes"].update(num_timesteps="x"), "num_timesteps must be of type int"),
         (lambda files, state: state["attributes"].update(_last_obs=array("|O", [1])), "dtypes without objects"),
         (lambda files, state: state["attributes"].update(_last_obs=array("<f4", [2**40])), "buffer is smaller"),

@@ -9,7 +9,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, NormalizeReward, TimeLimit
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import Monitor
-from states import described, written_and_read
+from states import encoded, written_and_read
 
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
@@ -160,9 +160,9 @@ def test_the_saved_state_does_not_change_with_the_environment():
     env = ResumableEnv(gym.make("CartPole-v1"))
     env.reset(seed=0)
     state = env.get_resume_state()
-    before = described(state)
+    before = encoded(state)
     transitions(env, 30)
-    assert described(state) == before
+    assert encoded(state) == before
 
 
 def test_other_wrappers_are_an_error_that_names_both():

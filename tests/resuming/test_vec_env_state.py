@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
     VecTransposeImage,
 )
-from states import described, written_and_read
+from states import encoded, written_and_read
 
 from sb3_ppo_plus import ResumableEnv, WrapperStackError
 from sb3_ppo_plus.resuming.signals import keep_signals_from_workers
@@ -141,9 +141,9 @@ def test_a_reset_without_learning_leaves_running_means_alone():
     env = VecNormalize(toys())
     env.reset()
     transitions(env, 3, np.random.default_rng(0))
-    before = described(vars(env.obs_rms))
+    before = encoded(vars(env.obs_rms))
     observations = reset_without_learning(env)
-    assert described(vars(env.obs_rms)) == before and env.training
+    assert encoded(vars(env.obs_rms)) == before and env.training
     assert np.array_equal(observations, env.normalize_obs(env.get_original_obs()))
 
 
