@@ -5,6 +5,16 @@ A test fails for an attribute that is not in it.
 
 from __future__ import annotations
 
+from typing import Any, ClassVar, Protocol
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
 ARGUMENTS = (
     *("policy_class", "policy_kwargs", "learning_rate", "n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda"),
     *("clip_range", "clip_range_vf", "normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "target_kl"),
@@ -57,3 +67,63 @@ TRAINING_STATE = tuple(sorted((*COUNTERS, *PROGRESS, *PROGRESS_OF_LEARN)))
 
 NOT_SAVED = (*PROGRESS_OF_LEARN, *RUNTIME)
 """What ``save`` leaves out."""
+
+
+class PlusModel(Protocol):
+    """The attributes of a PPOPlus that its parts read and change. They are given the model at each call."""
+
+    TRAINING_STATE: ClassVar[tuple[str, ...]]
+    action_masking: bool | None
+    action_space: spaces.Space[Any]
+    amp: bool | str
+    batch_size: int
+    clip_range: Any
+    clip_range_vf: Any
+    compile: bool | dict[str, Any]
+    critic_learning_rate: Any
+    device: th.device
+    ent_coef: Any
+    env: VecEnv | None
+    last_checkpoint: str | None
+    learning_rate: Any
+    lr_schedule: Schedule
+    max_grad_norm: float
+    max_skipped: int
+    n_envs: int
+    n_steps: int
+    normalize_advantage: bool
+    num_timesteps: int
+    observation_space: spaces.Space[Any]
+    on_non_finite: str
+    pessimistic_value_clip: bool
+    policy: ActorCriticPolicy
+    policy_class: Any
+    rollout_buffer_class: type[RolloutBuffer] | None
+    seed: int | None
+    start_time: float
+    target_kl: float | None
+    verbose: int
+    vf_coef: Any
+    _built_for_masks: bool | None
+    _coefficients: Any
+    _current_progress_remaining: float
+    _execution: Any
+    _last_episode_starts: Any
+    _last_obs: Any
+    _last_original_obs: Any
+    _last_states: Any
+    _n_iterations: int
+    _num_timesteps_at_start: int
+    _run: Any
+    _skipped_in_a_row: int
+    _skipped_steps: int
+    _total_timesteps: int
+    _vec_normalize_env: VecNormalize | None
+    _was_given_masks: bool
+
+    @property
+    def logger(self) -> Logger:
+        """SB3's logger."""
+
+    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:  # noqa: ANN401  # SB3 takes many types
+        """Save the model as SB3 does."""

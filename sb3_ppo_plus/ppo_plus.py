@@ -194,7 +194,7 @@ class PPOPlus(PPO):
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
-        actor = self._execution.actor_for(self.policy, self.compile, rollout_buffer, self._last_states)
+        actor = self._execution.actor_for(self, rollout_buffer)
         mask_source = self._mask_use.source(env, self)
         action_masks: np.ndarray | None = None
         context: dict[str, th.Tensor] = {}
@@ -248,7 +248,7 @@ class PPOPlus(PPO):
             self.policy.set_training_mode(False)
             recompute_log_prob(self.policy, objective, self.rollout_buffer, self.batch_size)
         self.policy.set_training_mode(True)
-        gradient_step = self._execution.step_for(self.policy, self.compile)
+        gradient_step = self._execution.step_for(self)
         history = run_epochs(gradient_step, objective, self.rollout_buffer, self.n_epochs, self.batch_size)
         self._n_updates += history.n_epochs_begun
         if history.was_stopped and self.verbose >= 1:
@@ -261,7 +261,8 @@ class PPOPlus(PPO):
         log_update(self.logger, history, objective.coefficients, self.policy, self.rollout_buffer)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/update_seconds", time.perf_counter() - started)
-        self._execution.log_to(self.logger, self.compile)
+        if self.compile is not False:
+            self._execution.log_to(self.logger)
         self._n_iterations += 1
         if self._run.callback is not None:
             self._run.was_asked_to_stop = not notify_update_end(self._run.callback)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.masking.sources import ActionMaskSource, envs_of
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
@@ -111,20 +111,7 @@ def check_mask_key(env: VecEnv, action_space: spaces.Space[Any]) -> None:
         env = env.venv
 
 
-class MaskedModel(Protocol):
-    """The attributes of a model that decide whether it uses masks."""
-
-    action_masking: bool | None
-    action_space: spaces.Space[Any]
-    env: VecEnv | None
-    policy: ActorCriticPolicy
-    policy_class: type[Any]
-    rollout_buffer_class: type[Any] | None
-    _built_for_masks: bool | None
-    _was_given_masks: bool
-
-
-def obstacle_to_masks(model: MaskedModel) -> Exception | None:
+def obstacle_to_masks(model: PlusModel) -> Exception | None:
     """Return why a model cannot take masks, as an error to raise; None if it can.
 
     :param model: the model
@@ -150,7 +137,7 @@ class MaskUse:
         self._is_used = False
         self._has_warned = False
 
-    def decide(self, env: VecEnv, model: MaskedModel) -> bool:
+    def decide(self, env: VecEnv, model: PlusModel) -> bool:
         """Decide whether a model uses the masks of an environment, by :func:`decide_masking`.
 
         :param env: the training environment
@@ -164,7 +151,7 @@ class MaskUse:
             self._env = env
         return self._is_used
 
-    def builds_for_masks(self, model: MaskedModel) -> bool:
+    def builds_for_masks(self, model: PlusModel) -> bool:
         """Whether the policy of a model must be built for masks.
 
         :param model: the model; one that was saved knows how its policy was built
@@ -174,7 +161,7 @@ class MaskUse:
             return model._built_for_masks
         return uses_masks and issubclass(model.policy_class, ActorCriticPlusPolicy)
 
-    def source(self, env: VecEnv, model: MaskedModel) -> ActionMaskSource | None:
+    def source(self, env: VecEnv, model: PlusModel) -> ActionMaskSource | None:
         """Return the source of a rollout's masks; None if the model uses no masks.
 
         :param env: the training environment

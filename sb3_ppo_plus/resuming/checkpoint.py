@@ -9,12 +9,13 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.resuming.checkpoint_directory import (
     checkpoint_directories,
     rotate,
     write_checkpoint,
 )
-from sb3_ppo_plus.resuming.run import ResumableModel
+from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
 from sb3_ppo_plus.resuming.training_state import (
     checkpoint_files,
@@ -94,17 +95,17 @@ class TrainingCheckpoint(BaseCallback):
             keep_signals_from_workers(self.training_env)
 
     @property
-    def _ppo_plus(self) -> ResumableModel:
+    def _ppo_plus(self) -> PlusModel:
         # Checked in _init_callback
         model: Any = self.model
-        resumable: ResumableModel = model
+        resumable: PlusModel = model
         return resumable
 
     @property
     def _learn_callback(self) -> BaseCallback:
-        callback = self._ppo_plus._run.callback
-        assert callback is not None
-        return callback
+        run: Run = self._ppo_plus._run
+        assert run.callback is not None
+        return run.callback
 
     def _on_step(self) -> bool:
         return True

@@ -13,12 +13,12 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.envs.workers import BROKEN_PIPES, naming_dead_workers
 from sb3_ppo_plus.errors import CheckpointError, WrapperStackError
 from sb3_ppo_plus.resuming.callback_state import set_callback_states
 from sb3_ppo_plus.resuming.checkpoint_directory import Checkpoint, newest_checkpoint, versions
 from sb3_ppo_plus.resuming.generator_state import set_global_generator_states
-from sb3_ppo_plus.resuming.run import ResumableModel
 from sb3_ppo_plus.resuming.training_state import (
     ARRAYS_FILE,
     MODEL_FILE,
@@ -119,7 +119,7 @@ class Continuation(BaseCallback):
     :param model: the model, before ``learn``
     """
 
-    def __init__(self, model: ResumableModel) -> None:
+    def __init__(self, model: PlusModel) -> None:
         super().__init__()
         self._num_timesteps_at_start = model._num_timesteps_at_start
         # Without a checkpoint, this model itself was interrupted: its callbacks still have their state

@@ -1,17 +1,14 @@
-"""The current ``learn`` of a model, and what checkpoints need of a model."""
+"""The current ``learn`` of a model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import MaybeCallback
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.envs.restarting_env import RestartCounter
 
@@ -53,36 +50,3 @@ def as_callbacks(callback: MaybeCallback) -> list[BaseCallback]:
         return []
     given = callback if isinstance(callback, list) else [callback]
     return [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in given]
-
-
-class ResumableModel(Protocol):
-    """The attributes and methods of a model that checkpoints need. PPOPlus has them."""
-
-    TRAINING_STATE: ClassVar[tuple[str, ...]]
-    env: VecEnv | None
-    policy: ActorCriticPolicy
-    device: th.device
-    observation_space: spaces.Space[Any]
-    action_space: spaces.Space[Any]
-    num_timesteps: int
-    start_time: float
-    seed: int | None
-    verbose: int
-    last_checkpoint: str | None
-    _last_obs: Any
-    _last_original_obs: Any
-    _last_episode_starts: Any
-    _vec_normalize_env: VecNormalize | None
-    _num_timesteps_at_start: int
-    _total_timesteps: int
-    compile: Any
-    _run: Run
-    _coefficients: Any
-    _execution: Any
-
-    @property
-    def logger(self) -> Logger:
-        """SB3's logger."""
-
-    def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:  # noqa: ANN401  # SB3 takes many types
-        """Save the model as SB3 does."""

@@ -12,8 +12,8 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
-from torch.utils._pytree import tree_map
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
 from sb3_ppo_plus.resuming.generator_state import (
@@ -23,8 +23,8 @@ from sb3_ppo_plus.resuming.generator_state import (
     space_generator_states,
 )
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
-from sb3_ppo_plus.resuming.run import ResumableModel
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
+from sb3_ppo_plus.trees import tree_map
 
 State = dict[str, Any]
 
@@ -33,9 +33,7 @@ GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
 
-def checkpoint_files(
-    model: ResumableModel, callback: BaseCallback, unsaved: list[str] | None = None
-) -> dict[str, bytes]:
+def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str] | None = None) -> dict[str, bytes]:
     """Copy the state of a training run between two updates.
 
     ``model.zip`` is what ``model.save`` writes, without last observations and statistics. The other files hold plain
@@ -51,7 +49,7 @@ def checkpoint_files(
     state: State = {
         "attributes": {name: getattr(model, name) for name in model.TRAINING_STATE},
         "learning_rate_factors": model._coefficients.groups(model).factors,
-        **model._execution.state(model.policy, model.compile),
+        **model._execution.state(model),
         "seconds": seconds_of_learning(model),
         "logger": pending_logs(model),
         "spaces": [space_generator_states(space) for space in (model.observation_space, model.action_space)],
@@ -76,7 +74,7 @@ def read_state(files: dict[str, bytes]) -> State:
     return state
 
 
-def set_training_state(model: ResumableModel, state: State) -> bool:
+def set_training_state(model: PlusModel, state: State) -> bool:
     """Put back the state of a run into a model that was loaded from the checkpoint's ``model.zip``.
 
     :meth:`PPOPlus.continue_learning` sets up logs and callbacks, and puts back their state.
@@ -91,7 +89,7 @@ def set_training_state(model: ResumableModel, state: State) -> bool:
     for name, value in state["attributes"].items():
         setattr(model, name, tree_map(lambda leaf: _on_device(leaf, model.device), value))
     model._coefficients.groups(model).factors = state["learning_rate_factors"]
-    model._execution.set_state(model.policy, model.compile, state)
+    model._execution.set_state(model, state)
     for space, generators in zip((model.observation_space, model.action_space), state["spaces"], strict=True):
         set_space_generator_states(space, generators)
     if state["gsde"] is not None:
@@ -105,7 +103,7 @@ def set_training_state(model: ResumableModel, state: State) -> bool:
     return goes_on
 
 
-def seconds_of_learning(model: ResumableModel) -> float:
+def seconds_of_learning(model: PlusModel) -> float:
     """Return the seconds since ``learn`` began, including the time before a resume.
 
     :param model: the model
@@ -113,7 +111,7 @@ def seconds_of_learning(model: ResumableModel) -> float:
     return (time.time_ns() - model.start_time) / 1e9
 
 
-def restore_logs(model: ResumableModel, logs: State) -> None:
+def restore_logs(model: PlusModel, logs: State) -> None:
     """Give a model's logger the values that wait for its next dump.
 
     :param model: the model
@@ -123,7 +121,7 @@ def restore_logs(model: ResumableModel, logs: State) -> None:
         getattr(model.logger, name).update(logs.get(name, {}))
 
 
-def pending_logs(model: ResumableModel) -> State:
+def pending_logs(model: PlusModel) -> State:
     """Copy the values that wait for the logger's next dump: SB3 writes those of an update during the next one.
 
     Figures and videos are left out.
@@ -141,7 +139,7 @@ def pending_logs(model: ResumableModel) -> State:
     }
 
 
-def _check_attributes(model: ResumableModel, attributes: State) -> None:
+def _check_attributes(model: PlusModel, attributes: State) -> None:
     """Refuse attributes that are no training state: some, such as the compiler's options, can run a program."""
     names = set(model.TRAINING_STATE)
     if attributes.keys() != names:
@@ -160,7 +158,7 @@ def _is_plain(value: object) -> bool:
     return True
 
 
-def _gsde_noise(model: ResumableModel) -> dict[str, th.Tensor] | None:
+def _gsde_noise(model: PlusModel) -> dict[str, th.Tensor] | None:
     distribution = getattr(model.policy, "action_dist", None)
     if not isinstance(distribution, StateDependentNoiseDistribution):
         return None
@@ -171,7 +169,7 @@ def _on_device(leaf: Any, device: th.device) -> Any:  # noqa: ANN401  # a leaf o
     return leaf.to(device) if isinstance(leaf, th.Tensor) else leaf
 
 
-def _reset_envs(model: ResumableModel) -> None:
+def _reset_envs(model: PlusModel) -> None:
     """Begin new episodes, with other seeds than at the beginning of the run."""
     env = model.env
     assert env is not None

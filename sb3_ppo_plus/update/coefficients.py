@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch as th
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.schedules import make_schedule, schedule_value
 from sb3_ppo_plus.update.learning_rates import LearningRateGroups, critic_only_parameters
 from sb3_ppo_plus.update.losses import LossCoefficients
 
 Coefficient = float | str | Schedule
 """A number, a schedule or any callable of progress_remaining, or a schedule's string form such as "lin_3e-4"."""
-
-
-class ScheduledModel(Protocol):
-    """The attributes of a model that hold its coefficients, as users give and assign them."""
-
-    policy: ActorCriticPolicy
-    lr_schedule: Schedule
-    learning_rate: Any
-    critic_learning_rate: Any
-    clip_range: Any
-    clip_range_vf: Any
-    ent_coef: Any
-    vf_coef: Any
-    _current_progress_remaining: float
-
-    @property
-    def logger(self) -> Logger:
-        """SB3's logger."""
 
 
 class Coefficients:
@@ -47,7 +28,7 @@ class Coefficients:
         self._parsed: dict[str, tuple[object, Schedule]] = {}
         self._groups: LearningRateGroups | None = None
 
-    def setup(self, model: ScheduledModel) -> None:
+    def setup(self, model: PlusModel) -> None:
         """Validate the coefficients of the loss, and give clip ranges the form in which SB3's PPO keeps them.
 
         :param model: the model
@@ -62,7 +43,7 @@ class Coefficients:
         if given is not None and not (isinstance(given, float | int) and not given > 0):
             model.clip_range_vf = _float_schedule(given, "clip_range_vf")
 
-    def setup_learning_rate(self, model: ScheduledModel) -> None:
+    def setup_learning_rate(self, model: PlusModel) -> None:
         """Validate the learning rates, and make SB3's ``lr_schedule``.
 
         :param model: the model
@@ -74,7 +55,7 @@ class Coefficients:
         if model.critic_learning_rate is not None:
             self._schedule("critic_learning_rate", model.critic_learning_rate)
 
-    def of_loss(self, model: ScheduledModel) -> LossCoefficients:
+    def of_loss(self, model: PlusModel) -> LossCoefficients:
         """Return the coefficients of the loss.
 
         :param model: the model
@@ -88,7 +69,7 @@ class Coefficients:
         )
 
     def update_learning_rates(
-        self, model: ScheduledModel, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer
+        self, model: PlusModel, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer
     ) -> None:
         """Set and log the learning rate of every parameter group that follows a schedule.
 
@@ -107,7 +88,7 @@ class Coefficients:
         model.logger.record("train/learning_rate", actor)
         model.logger.record("train/critic_learning_rate", critic)
 
-    def groups(self, model: ScheduledModel) -> LearningRateGroups:
+    def groups(self, model: PlusModel) -> LearningRateGroups:
         """Return how the parameter groups of the optimiser that the policy has now follow the schedules.
 
         :param model: the model; the critic's parameters get groups of their own if it has a ``critic_learning_rate``
@@ -119,7 +100,7 @@ class Coefficients:
             self._groups.split_off_critic(optimizer, critic_only_parameters(model.policy))
         return self._groups
 
-    def grouped_as_saved(self, model: ScheduledModel, parameters: dict[str, Any]) -> dict[str, Any]:
+    def grouped_as_saved(self, model: PlusModel, parameters: dict[str, Any]) -> dict[str, Any]:
         """Return state dicts where the optimiser's has the groups that the policy made, in SB3's order.
 
         :param model: the model
@@ -128,7 +109,7 @@ class Coefficients:
         groups = self.groups(model)
         return {**parameters, "policy.optimizer": groups.state_dict(model.policy.optimizer)}
 
-    def grouped_as_now(self, model: ScheduledModel, parameters: dict[str, Any]) -> dict[str, Any]:
+    def grouped_as_now(self, model: PlusModel, parameters: dict[str, Any]) -> dict[str, Any]:
         """Return state dicts where the optimiser's has the groups that the policy's optimiser has now.
 
         :param model: the model
@@ -139,7 +120,7 @@ class Coefficients:
         groups, optimizer = self.groups(model), model.policy.optimizer
         return {**parameters, "policy.optimizer": groups.split_state_dict(optimizer, parameters["policy.optimizer"])}
 
-    def _value(self, model: ScheduledModel, name: str) -> float:
+    def _value(self, model: PlusModel, name: str) -> float:
         return schedule_value(self._schedule(name, getattr(model, name)), model._current_progress_remaining, name)
 
     def _schedule(self, name: str, given: object) -> Schedule:

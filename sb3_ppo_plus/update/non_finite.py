@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch as th
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.errors import NonFiniteError
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS
@@ -14,22 +14,7 @@ from sb3_ppo_plus.update.losses import METRICS
 TERMS = {"policy_loss": "policy loss", "value_loss": "value loss", "entropy_loss": "entropy"}
 
 
-class CountingModel(Protocol):
-    """What a model says of its updates, and counts of the steps that were left out."""
-
-    n_steps: int
-    n_envs: int
-    batch_size: int
-    num_timesteps: int
-    on_non_finite: str
-    max_skipped: int
-    last_checkpoint: str | None
-    _n_iterations: int
-    _skipped_steps: int
-    _skipped_in_a_row: int
-
-
-def check_steps(history: UpdateHistory, model: CountingModel, *, checks_gradient: bool) -> tuple[int, int]:
+def check_steps(history: UpdateHistory, model: PlusModel, *, checks_gradient: bool) -> tuple[int, int]:
     """Find the minibatches of an update whose loss or gradient was not finite, on which no step was taken.
 
     :param history: of the update; it is told which minibatches were fine
@@ -55,7 +40,7 @@ def check_steps(history: UpdateHistory, model: CountingModel, *, checks_gradient
     return total, in_a_row
 
 
-def _message(metrics: list[float], index: int, in_a_row: int, model: CountingModel) -> str:
+def _message(metrics: list[float], index: int, in_a_row: int, model: PlusModel) -> str:
     values = dict(zip(METRICS, metrics, strict=True))
     terms = [f"the {text} is {values[name]}" for name, text in TERMS.items() if not math.isfinite(values[name])]
     terms = terms or [f"the norm of the gradient is {values['grad_norm']}, of the loss {values['loss']}"]

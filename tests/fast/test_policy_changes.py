@@ -435,9 +435,7 @@ def test_a_policy_that_changes_again_and_again_is_replayed_after_one_warning(mon
     assert model._execution.gradient_step.n_compilations == MAX_COMPILATIONS
     assert isinstance(model._execution.gradient_step, CompiledGradientStep)
     assert model._execution.gradient_step.recordings.n_recordings == 1
-    assert isinstance(
-        model._execution.actor_for(model.policy, model.compile, model.rollout_buffer, None), RecordedActor
-    )
+    assert isinstance(model._execution.actor_for(model, model.rollout_buffer), RecordedActor)
 
 
 def test_settings_of_the_distribution_reach_the_graphs():
