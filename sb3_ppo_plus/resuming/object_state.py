@@ -89,7 +89,7 @@ def object_state(owner: object, constant: Collection[str] = (), refused: list[st
         kind = next(kind for kind in KINDS if KINDS[kind].applies(value))
         try:
             if kind == "plain":
-                PlainStateWriter().describe(value, f"{type(owner).__name__}.{name}")
+                PlainStateWriter().encode(value, f"{type(owner).__name__}.{name}")
             state[name] = (kind, KINDS[kind].get(value))
         except PlainStateError as error:
             if refused is None:

@@ -170,12 +170,13 @@ def test_a_name_in_the_description_imports_nothing(tag, path, name, model_file):
     refused(zipped(described(model_file, change)))
 
 
-@pytest.mark.parametrize(("field", "of_another"), [("activation_fn", "adam"), ("optimizer_class", "relu")])
-def test_each_field_has_its_own_table(field, of_another, model_file):
+@pytest.mark.parametrize(("field", "foreign_name"), [("activation_fn", "adam"), ("optimizer_class", "relu")])
+def test_each_field_has_its_own_table(field, foreign_name, model_file):
     def change(description):
-        description["arguments"]["policy_kwargs"][field] = {"$": "class", "name": of_another}
+        description["arguments"]["policy_kwargs"][field] = {"$": "class", "name": foreign_name}
 
-    refused(zipped(described(model_file, change)), f"policy_kwargs.{field} is the class '{of_another}', which is none")
+    message = f"policy_kwargs.{field} is the class '{foreign_name}', which is not one of"
+    refused(zipped(described(model_file, change)), message)
 
 
 # The archive

@@ -281,7 +281,7 @@ def test_own_classes_are_used_only_where_the_caller_allows_them(name):
     own, settings = OWN[name]
     model, env = build(**settings)
     file = saved(model.learn(32))
-    with pytest.raises(UntrustedFileError, match=rf"the class '.*{own.__name__}', which is none of"):
+    with pytest.raises(UntrustedFileError, match=rf"the class '.*{own.__name__}', which is not one of"):
         PPOPlus.load(file, trusted=False)
     others = [cls for cls, _ in OWN.values() if cls is not own]
     with pytest.raises(UntrustedFileError, match=own.__name__):
