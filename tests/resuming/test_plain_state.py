@@ -82,7 +82,7 @@ def test_what_was_written_is_read_with_its_types_and_bits(value):
     ],
     ids=repr,
 )
-def test_single_values(value):
+def test_single_values_are_read_with_their_types_and_bits(value):
     assert_same(value, written_and_read(value))
 
 
@@ -117,7 +117,7 @@ class Pair(NamedTuple):
     # Not by repr: the address of an object differs between pytest's workers
     ids=["object", "named tuple", "array of objects", "structured array", "function", "nested"],
 )
-def test_refuses_what_is_not_plain_and_says_where(value):
+def test_a_value_that_is_not_plain_is_refused_with_its_place(value):
     with pytest.raises(PlainStateError, match=r"state\['outer'\].* is an? .*allowed"):
         PlainStateWriter().encode({"outer": value})
 
@@ -132,6 +132,6 @@ def test_refuses_what_is_not_plain_and_says_where(value):
     ],
     ids=repr,
 )
-def test_refuses_descriptions_of_anything_else(encoded):
+def test_json_of_another_form_is_refused(encoded):
     with pytest.raises(ValueError):
         PlainStateReader(bytes(64)).build(encoded)

@@ -33,7 +33,7 @@ def toys(observation_space=None, **kwargs):
 
 
 class CountsSteps(VecEnvWrapper):
-    """A wrapper of the user's with a plain state, on which rewards depend."""
+    """A user's wrapper whose rewards depend on a plain attribute."""
 
     def __init__(self, venv):
         super().__init__(venv)
@@ -49,7 +49,7 @@ class CountsSteps(VecEnvWrapper):
 
 
 class CountsBehindMethods(CountsSteps):
-    """One that tells its state itself."""
+    """A user's wrapper that saves its state by its own methods."""
 
     def __init__(self, venv):
         super().__init__(venv)
@@ -118,7 +118,7 @@ def test_another_stack_goes_on_as_the_saved_one_would(name):
         other.close()
 
 
-def test_names_wrappers_outside_resumable_env_that_are_not_saved():
+def test_wrappers_outside_resumable_env_that_are_not_saved_are_named():
     env = DummyVecEnv([lambda: Monitor(FrameStackObservation(ResumableEnv(ToyEnv()), 2))])
     env.reset()
     unsaved = []
