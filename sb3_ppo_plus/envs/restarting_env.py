@@ -1,4 +1,4 @@
-"""A wrapper that builds an environment anew when it fails, and the count of it for the log."""
+"""A wrapper that replaces an environment when it fails, and a counter of these restarts for the log."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from stable_baselines3.common.vec_env import VecEnv
 
 
 class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
-    """Survives exceptions in ``step`` and ``reset`` of an environment, by building it anew.
+    """Replaces an environment by a new one when its ``step`` or ``reset`` raises an exception.
 
-    A failed step ends the episode as truncated, with the last observation before it, reward 0 and
-    ``info["env_restarted"] = True``; ``info["env_error"]`` says what went wrong. The seed of a new environment follows
-    from the last one that ``reset`` was given. Put ``Monitor`` outside: ``Monitor(RestartingEnv(make_env))``, as
+    A step that fails ends the episode as truncated. It returns the last observation before it, reward 0,
+    ``info["env_restarted"] = True`` and the error's text as ``info["env_error"]``. A new environment gets a new seed,
+    drawn from the last seed given to ``reset``. Put ``Monitor`` outside: ``Monitor(RestartingEnv(make_env))``, as
     ``make_vec_env(lambda: RestartingEnv(make_env))`` does.
 
     :param make_env: builds the environment
@@ -50,7 +50,11 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         self._is_new = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode, in a new environment where this one fails; ``info["env_restarted"]`` then says so."""
+        """Begin an episode. If that fails, begin it in a new environment, with ``info["env_restarted"] = True``.
+
+        :param seed: seed of the environment, from which the seeds of later ones are drawn
+        :param options: passed to the environment
+        """
         if seed is not None:
             self._seeds = np.random.default_rng(seed)
         elif self._is_new:
@@ -67,10 +71,13 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         self._last_observation = copy.deepcopy(observation)
         return observation, {**info, "env_restarted": True} if has_failed else info
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401  # as the env takes it
-        """Take a step; if it fails, end the episode as truncated and build the environment anew."""
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401  # of any space
+        """Take a step. If it fails, end the episode as truncated and replace the environment.
+
+        :param action: an action of the environment's action space
+        """
         if self._last_observation is None:
-            # No episode is under way: the caller's fault, not the environment's
+            # There is no episode: the error is the caller's mistake, and a new environment would not help
             return self.env.step(action)
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
@@ -83,11 +90,11 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, info
 
     def _restart(self, error: Exception) -> None:
-        """Replace the environment, again and again if need be, until there have been too many failures."""
+        """Replace the environment. Building it may fail too: try again until there were too many restarts."""
         with suppress(Exception):
             self.env.close()
         while True:
-            # Not monotonic(), whose zero is another on another machine, where training may be resumed
+            # Not monotonic(): training may be resumed on another machine, where its zero is a different moment
             now = time.time()
             while self._times and not 0 <= now - self._times[0] <= self.window:
                 self._times.popleft()
@@ -105,7 +112,7 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
             except Exception as another:
                 error = another
         if (env.observation_space, env.action_space) != (self.env.observation_space, self.env.action_space):
-            raise ValueError(f"make_env returned an environment of other spaces: {env}") from error
+            raise ValueError(f"make_env returned an environment with other spaces: {env}") from error
         self.env = env
         self._is_new = True
 
@@ -114,7 +121,7 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class RestartCounter:
-    """Counts the restarts in a vectorised environment, if it has any RestartingEnv.
+    """Counts the restarts of all RestartingEnvs in a vectorised environment.
 
     :param env: the vectorised environment
     """

@@ -11,11 +11,11 @@ from sb3_ppo_plus.extractors import TransformerExtractor
 
 
 def warn_if_stacked_inside_normalize(env: VecEnv | None, policy: nn.Module) -> None:
-    """Warn where a VecNormalize normalises what a VecFrameStack has stacked, and a Transformer reads it.
+    """Warn if a VecNormalize is outside a VecFrameStack and the policy has a Transformer.
 
-    The frames that pad the beginning of an episode are then no longer zero, and not masked.
+    Zero frames pad the start of an episode. VecNormalize would change them, and the Transformer would not mask them.
 
-    :param env: the outermost vectorised environment; None: there is none
+    :param env: the outermost vectorised environment, or None
     :param policy: the policy
     """
     if not any(isinstance(module, TransformerExtractor) for module in policy.modules()):

@@ -34,12 +34,12 @@ def loading_arguments(
     trusted: bool,
     allow: Iterable[type] | None,
 ) -> dict[str, Any]:
-    """Arguments that replace those of a saved model, from what the user gave to ``load``.
+    """Return the arguments that replace those of a saved model, from what the user gave to ``load``.
 
     :param cls: class of the model
     :param path: the file
-    :param custom_objects: SB3's argument; without trust it replaces constructor's arguments too
-    :param kwargs: constructor's arguments to change
+    :param custom_objects: SB3's argument; without trust it replaces arguments of the constructor
+    :param kwargs: arguments of the constructor to replace
     :param trusted: whether the file may be unpickled
     :param allow: classes that a description may name
     :raises TypeError: for a keyword that is no argument of the constructor
@@ -57,10 +57,10 @@ def loading_arguments(
 
 
 def values_of_other_releases(path: File) -> dict[str, Any]:
-    """Values of attributes that a saved model lacks, since SB3 or an older release wrote it.
+    """Return values of attributes that a saved model lacks, because SB3 or an older release wrote it.
 
     :param path: the file
-    :return: by name, such that the model goes on as where it was saved
+    :return: values by name; with them the model goes on as it would in the release that saved it
     """
     saved = _saved_attributes(path)
     values: dict[str, Any] = {"pessimistic_value_clip": False, "_built_for_masks": False}
@@ -101,7 +101,7 @@ def write_model(archive: io.BytesIO, path: File, model: PPO, exclude: Iterable[s
 
 
 def _saved_attributes(path: File) -> set[str]:
-    """Names of a saved model's attributes; none for a file that is no model, of which SB3's load tells more."""
+    """Return the names of a saved model's attributes. For other files there are none, and SB3's load has the error."""
     with opened_model(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
