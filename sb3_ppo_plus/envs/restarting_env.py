@@ -15,6 +15,8 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_plus.envs.questions import attributes_of, indices_of_wrapped
+
 
 class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
     """Survives exceptions in ``step`` and ``reset`` of an environment, by building it anew.
@@ -121,12 +123,10 @@ class RestartCounter:
 
     def __init__(self, env: VecEnv) -> None:
         self.env = env
-        self._indices: list[int] = []
-        # VecEnvs of others may lack it
-        with suppress(AttributeError, NotImplementedError):
-            is_wrapped = env.env_is_wrapped(RestartingEnv)
-            self._indices = [index for index, is_restarting in enumerate(is_wrapped) if is_restarting]
+        self._indices = indices_of_wrapped(env, RestartingEnv)
 
     def count(self) -> int | None:
         """Restarts so far; None where no environment could restart."""
-        return sum(self.env.get_attr("n_restarts", self._indices)) if self._indices else None
+        counts = attributes_of(self.env, "n_restarts", self._indices) if self._indices else None
+        # A VecEnv that says yes to every wrapper has no numbers
+        return sum(counts) if counts is not None and all(isinstance(count, int) for count in counts) else None

@@ -10,6 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import DeadWorkerError
 
 # What SB3 lets through where a worker's end of the pipe is closed
@@ -26,7 +27,7 @@ def dead_worker_error(env: VecEnv | None, callback: BaseCallback | None) -> Dead
     :return: the error to raise, or None where every worker is alive
     """
     envs = [env, *(getattr(child, "eval_env", None) for child in (iterate_callbacks(callback) if callback else ()))]
-    subprocess_envs = [each.unwrapped for each in envs if isinstance(each, VecEnv)]
+    subprocess_envs = [base_of(each) for each in envs if isinstance(each, VecEnv)]
     dead = [text for each in subprocess_envs if isinstance(each, SubprocVecEnv) for text in _dead_workers(each)]
     return DeadWorkerError("; ".join(dict.fromkeys(dead))) if dead else None
 

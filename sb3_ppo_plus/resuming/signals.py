@@ -13,6 +13,8 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
+from sb3_ppo_plus.envs.questions import base_of
+
 
 def keep_signals_from_workers(env: VecEnv) -> None:
     """Have the worker processes ignore SIGINT and SIGTERM, of which SB3's die.
@@ -20,7 +22,7 @@ def keep_signals_from_workers(env: VecEnv) -> None:
     A terminal sends the one to all processes, job schedulers the other. Workers that were forked keep SIGTERM: without
     their main process they would not notice their end.
     """
-    base = env.unwrapped
+    base = base_of(env)
     if not isinstance(base, SubprocVecEnv):
         return
     is_forked = getattr(base.processes[0], "_start_method", None) == "fork"

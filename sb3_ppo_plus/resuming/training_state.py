@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from torch.utils._pytree import tree_map
 
+from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
 from sb3_ppo_plus.resuming.generator_state import (
@@ -163,7 +164,7 @@ def _reset_envs(model: PPOPlus) -> None:
     """Begin new episodes, with other seeds than at the beginning of the run."""
     env = model.env
     assert env is not None
-    seeds = [seed for seed in (model.seed, *env.unwrapped._seeds) if seed is not None]
+    seeds = [seed for seed in (model.seed, *getattr(base_of(env), "_seeds", ())) if seed is not None]
     if seeds:
         env.seed((seeds[0] + model.num_timesteps) % 2**32)
     model._last_obs = reset_without_learning(env)
