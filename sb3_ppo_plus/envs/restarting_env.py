@@ -26,9 +26,13 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
     from the last one that ``reset`` was given. Put ``Monitor`` outside: ``Monitor(RestartingEnv(make_env))``, as
     ``make_vec_env(lambda: RestartingEnv(make_env))`` does.
 
+    In the RL Zoo it is no ``env_wrapper``, which is given an environment that is built already: register an id whose
+    entry point returns it, ``gymnasium.register(id, lambda **kwargs: RestartingEnv(lambda: MyEnv(**kwargs)))``.
+
     :param make_env: builds the environment
     :param max_restarts: restarts allowed within ``window``; one more failure raises the environment's own error
     :param window: length of time over which restarts are counted, in seconds; None: all of them
+    :raises TypeError: for a ``make_env`` that is no function
     :raises ValueError: for a negative ``max_restarts``, or a ``window`` that is not above 0
     """
 
@@ -36,7 +40,11 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         self, make_env: Callable[[], gym.Env[Any, Any]], max_restarts: int = 10, window: float | None = 3600.0
     ) -> None:
         if not callable(make_env):
-            raise TypeError(f"make_env must be a function that builds an environment, got {make_env!r}")
+            raise TypeError(
+                f"make_env must be a function that builds an environment, got {make_env!r}. As env_wrapper of the RL "
+                "Zoo, which is given an environment, RestartingEnv cannot build another: register an id whose "
+                "entry_point returns RestartingEnv(make_env)"
+            )
         if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < 0:
             raise ValueError(f"max_restarts must be an integer of at least 0, got {max_restarts!r}")
         if window is not None and not window > 0:

@@ -55,6 +55,9 @@ ENV_WRAPPERS = frozenset(
         "minigrid.wrappers.FlatObsWrapper",
         "minigrid.wrappers.ImgObsWrapper",
         "sb3_contrib.common.wrappers.TimeFeatureWrapper",
+        # RestartingEnv is none: it builds its environment, and the RL Zoo gives a wrapper one that is built
+        "sb3_ppo_plus.ResumableEnv",
+        "sb3_ppo_plus.masking.MaskFromInfo",
     }
 )
 #: Wrappers of vectorised environments that a log folder may name
