@@ -73,8 +73,9 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
         raise CheckpointError(f"{checkpoint.directory} holds {sorted(checkpoint.files)}, which is no training state")
     model = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
     try:
-        state = read_state(checkpoint.files)
-        if not kwargs.get("trusted", True):
+        trusted = kwargs.get("trusted", True)
+        state = read_state(checkpoint.files, trusted)
+        if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
         goes_on = set_training_state(model, state)
         model._continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}

@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import nn
 from torch.optim import Optimizer
 
-from sb3_ppo_plus import buffers
+from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.extractors import FEATURES_EXTRACTORS
 from sb3_ppo_plus.policies.names import ACTIVATIONS, OPTIMIZERS
 from sb3_ppo_plus.saving.described_spaces import encode_space
-from sb3_ppo_plus.saving.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine
+from sb3_ppo_plus.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 
 if TYPE_CHECKING:
     from sb3_ppo_plus.saving.saved_ppo import SavedPPO
@@ -40,8 +40,11 @@ FLAGS = ("_built_for_masks", "_was_given_masks")
 # Those of the loading machine, or described apart
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
-ROLLOUT_BUFFERS = {
-    name: cls for name, cls in vars(buffers).items() if isinstance(cls, type) and issubclass(cls, RolloutBuffer)
+ROLLOUT_BUFFERS: dict[str, type[RolloutBuffer]] = {
+    "RolloutBuffer": RolloutBuffer,
+    "DictRolloutBuffer": DictRolloutBuffer,
+    "PPOPlusRolloutBuffer": PPOPlusRolloutBuffer,
+    "PPOPlusDictRolloutBuffer": PPOPlusDictRolloutBuffer,
 }
 # In this order: an extractor is a module too, but no activation
 _BASES: dict[str, type] = {

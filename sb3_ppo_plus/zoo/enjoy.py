@@ -16,8 +16,8 @@ import yaml
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.saving.strict_json import short
 from sb3_ppo_plus.saving.vec_normalize import load_vec_normalize, save_vec_normalize
+from sb3_ppo_plus.strict_json import short
 
 STATISTICS = "vecnormalize.json"
 MAX_YAML_BYTES = 2**20
