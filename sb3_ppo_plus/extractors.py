@@ -1,5 +1,6 @@
 """Feature extractors: a Transformer over frames, the IMPALA residual CNN, one extractor per key of a Dict."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
 from torch import nn
 from torch.nn import functional as F
+
+from sb3_ppo_plus.argument_checks import did_you_mean
 
 POOLINGS = ("mean", "last", "cls")
 MIN_IMAGE_SIZE = 7
@@ -106,6 +109,7 @@ class TransformerExtractor(BaseFeaturesExtractor):
         n_frames, frame_dim = _sequence_shape(observation_space, seq_len)
         super().__init__(observation_space, features_dim=d_model)
         self.seq_len, self.frame_dim, self.pooling = n_frames, frame_dim, pooling
+        self.lacks_seq_len = seq_len is None and len(observation_space.shape or ()) == 1
 
         self.embedding = nn.Linear(frame_dim, d_model)
         # Of norm 1, like the embedding of a normalised frame: smaller, and the norms would erase its magnitude.
@@ -146,6 +150,22 @@ class TransformerExtractor(BaseFeaturesExtractor):
             return normed[:, -1]
         weights = is_real.to(normed.dtype).unsqueeze(-1)
         return (normed * weights).sum(dim=1) / weights.sum(dim=1)
+
+
+def warn_of_single_tokens(policy: nn.Module) -> None:
+    """Warn, once for a policy, where a Transformer was not told that a flat observation holds frames.
+
+    :param policy: with its features extractors
+    """
+    for module in policy.modules():
+        if isinstance(module, TransformerExtractor) and module.lacks_seq_len:
+            warnings.warn(
+                f"The Transformer takes an observation of {module.frame_dim} numbers as a single token, which leaves "
+                "nothing to attend to. Where it holds frames, as those of VecFrameStack(env, 8), say how many: "
+                "features_extractor_kwargs={'seq_len': 8}. seq_len=1 is one token without this warning",
+                stacklevel=2,
+            )
+            return
 
 
 def _sequence_shape(space: gym.Space[Any], seq_len: int | None) -> tuple[int, int]:
@@ -330,7 +350,10 @@ def resolve_features_extractor(value: str | type[BaseFeaturesExtractor]) -> type
     if isinstance(value, str):
         if value not in FEATURES_EXTRACTORS:
             names = ", ".join(FEATURES_EXTRACTORS)
-            raise ValueError(f"features_extractor_class must be a class or one of {names}, got {value!r}")
+            raise ValueError(
+                f"features_extractor_class must be a class or one of {names}, got {value!r}"
+                f"{did_you_mean(value, FEATURES_EXTRACTORS)}"
+            )
         return FEATURES_EXTRACTORS[value]
     if not (isinstance(value, type) and issubclass(value, BaseFeaturesExtractor)):
         raise TypeError(f"features_extractor_class must be a name or a BaseFeaturesExtractor class, got {value!r}")

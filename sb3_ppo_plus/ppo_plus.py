@@ -21,14 +21,14 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 from stable_baselines3.common.utils import explained_variance, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_plus.argument_checks import check_ranges, check_types
+from sb3_ppo_plus.argument_checks import check_policy_name, check_ranges, check_types, helps_with_keywords
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, minibatches
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
 from sb3_ppo_plus.envs.restarting_env import RestartCounter
 from sb3_ppo_plus.envs.stack_order import warn_if_stacked_inside_normalize
 from sb3_ppo_plus.envs.workers import BROKEN_PIPES, dead_worker_error
-from sb3_ppo_plus.extractors import TransformerExtractor
+from sb3_ppo_plus.extractors import TransformerExtractor, warn_of_single_tokens
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
@@ -49,7 +49,7 @@ from sb3_ppo_plus.policies.actor_critic import (
     MultiInputPolicy,
 )
 from sb3_ppo_plus.policies.bounded_distributions import SquashedGaussianDistribution, make_action_distribution
-from sb3_ppo_plus.policies.names import resolve_policy_kwargs
+from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, resolve_policy_kwargs
 from sb3_ppo_plus.policies.remembering import resolve_sequence_length
 from sb3_ppo_plus.policies.torch_switches import without_argument_validation
 from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint
@@ -81,8 +81,8 @@ class PPOPlus(SavedPPO):
     :param ent_coef: the same
     :param vf_coef: the same
     :param policy_kwargs: SB3's, where ``features_extractor_class``, ``activation_fn`` and ``optimizer_class`` may be
-        registered names too; plus ``action_dist``, ``action_dist_kwargs``, ``memory`` and ``memory_kwargs``
-        (:class:`ActorCriticPlusPolicy`)
+        registered names too, and ``net_arch`` the RL Zoo's "tiny", "small" or "medium"; plus ``action_dist``,
+        ``action_dist_kwargs``, ``memory`` and ``memory_kwargs`` (:class:`ActorCriticPlusPolicy`)
     :param critic_learning_rate: learning rate of the parameters that only the critic uses; None: as the actor's
     :param pessimistic_value_clip: with ``clip_range_vf``, take the larger of the clipped and the unclipped error;
         False: SB3's form, which is also what a model saved by SB3 keeps
@@ -96,7 +96,7 @@ class PPOPlus(SavedPPO):
         which term it is; "skip": training goes on, and ``train/skipped_steps`` counts
     :param max_skipped: with "skip", an error at more than so many in a row
     :raises ValueError: for a value that is not allowed, before the first environment step
-    :raises TypeError: for an argument of the wrong type, or one that a custom policy class lacks
+    :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
@@ -129,6 +129,7 @@ class PPOPlus(SavedPPO):
     )
     """Attributes of plain values that a checkpoint holds; a subclass adds what changes during training."""
 
+    @helps_with_keywords(POLICY_ARGUMENTS)
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
@@ -263,6 +264,8 @@ class PPOPlus(SavedPPO):
         self._setup_memory()
         if isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
             self.rollout_buffer.advantages_by_scan = self.compile is not False
+        if self.num_timesteps == 0:
+            warn_of_single_tokens(self.policy)
         if self.env is not None and any(isinstance(module, TransformerExtractor) for module in self.policy.modules()):
             warn_if_stacked_inside_normalize(self.env)
 
@@ -321,6 +324,10 @@ class PPOPlus(SavedPPO):
                 f"amp={self.amp!r} needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, "
                 f"got {buffer_class}"
             )
+
+    def _get_policy_from_name(self, policy_name: str) -> type[BasePolicy]:
+        check_policy_name(policy_name, self.policy_aliases)
+        return super()._get_policy_from_name(policy_name)
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = MlpPolicy.__name__) -> None:
         super()._maybe_recommend_cpu(mlp_class_name)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, Line
 from torch import nn
 from torch.optim import Optimizer
 
+from sb3_ppo_plus.argument_checks import own_parameters
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.extractors import FEATURES_EXTRACTORS
@@ -60,9 +60,11 @@ Tables = dict[str, dict[str, type]]
 
 def constructor_arguments(cls: type[SavedPPO]) -> list[str]:
     """Names of the arguments of a class's constructor; a subclass may pass the rest on by **kwargs."""
-    parts = [part for part in cls.__mro__[: cls.__mro__.index(PPO)] if "__init__" in vars(part)]
-    names = {name: None for part in parts for name in inspect.signature(vars(part)["__init__"]).parameters}
-    return [name for name in names if name not in ("self", "args", "kwargs", "_init_setup_model")]
+    names: dict[str, None] = {}
+    for part in cls.__mro__[: cls.__mro__.index(PPO)]:
+        if "__init__" in vars(part):
+            names |= dict.fromkeys(own_parameters(vars(part)["__init__"]))
+    return [name for name in names if name != "_init_setup_model"]
 
 
 def closed_tables(cls: type[SavedPPO], allow: Iterable[type] | None = None) -> Tables:
