@@ -5,14 +5,18 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from numbers import Integral, Real
 from typing import Any, NamedTuple, ParamSpec
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
 
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+
+ON_NON_FINITE = ("raise", "skip")
 MAX_SEED = 2**32 - 1
 Parameters = ParamSpec("Parameters")
 
@@ -50,10 +54,11 @@ _KINDS = {
 }
 
 
-def check_types(arguments: Mapping[str, Any]) -> None:
+def check_types(arguments: dict[str, Any]) -> dict[str, Any]:
     """Check the types of a constructor's arguments, and the range of one that SB3's constructor divides by.
 
-    :param arguments: by name; others than the plain ones are passed over
+    :param arguments: by name, with the algorithm as ``self``; others than the plain ones are passed over
+    :return: the arguments
     :raises TypeError: names the argument, its value and what is allowed
     :raises ValueError: the same
     """
@@ -63,6 +68,8 @@ def check_types(arguments: Mapping[str, Any]) -> None:
         if not isinstance(value, kind.types) or (is_flag and kind is not _FLAG):
             raise TypeError(f"{name} must be {kind.described}, got {value!r}")
     policy = arguments["policy"]
+    if isinstance(policy, str):
+        _check_policy_name(policy, arguments["self"])
     if isinstance(policy, type) and not issubclass(policy, BasePolicy):
         raise TypeError(f"policy must be a policy's name or class, got {policy!r}")
     buffer_class = arguments["rollout_buffer_class"]
@@ -71,6 +78,7 @@ def check_types(arguments: Mapping[str, Any]) -> None:
     # SB3 asserts that it is above 1 where advantages are normalised, and else divides by it
     if not arguments["normalize_advantage"] and arguments["batch_size"] < 1:
         raise ValueError(f"batch_size must be at least 1, got {arguments['batch_size']!r}")
+    return arguments
 
 
 def check_ranges(algorithm: object) -> None:
@@ -80,6 +88,12 @@ def check_ranges(algorithm: object) -> None:
     :raises ValueError: names the argument, its value and what is allowed
     """
     checks: tuple[tuple[str, str, Callable[[Any], bool]], ...] = (
+        (
+            "action_masking",
+            "None, True or False",
+            lambda value: value is None or isinstance(value, bool),
+        ),
+        ("on_non_finite", f"one of {ON_NON_FINITE}", lambda value: value in ON_NON_FINITE),
         ("n_steps", "at least 1", lambda value: value >= 1),
         ("batch_size", "at least 1", lambda value: value >= 1),
         ("n_epochs", "at least 1", lambda value: value >= 1),
@@ -95,6 +109,12 @@ def check_ranges(algorithm: object) -> None:
         value = getattr(algorithm, name)
         if not is_allowed(value):
             raise ValueError(f"{name.removeprefix('_')} must be {allowed}, got {value!r}")
+    amp, buffer_class = getattr(algorithm, "amp", False), getattr(algorithm, "rollout_buffer_class", None)
+    if amp and not (buffer_class is not None and issubclass(buffer_class, PPOPlusRolloutBuffer)):
+        raise ValueError(
+            f"amp={amp!r} needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, "
+            f"got {buffer_class}"
+        )
 
 
 def did_you_mean(given: object, allowed: Iterable[str]) -> str:
@@ -114,14 +134,11 @@ def _nearest_name(given: object, allowed: Iterable[str]) -> str | None:
     return by_lower_case[nearest[0]] if nearest else None
 
 
-def check_policy_name(name: str, aliases: Collection[str]) -> None:
-    """Check that a policy has a name that an algorithm knows.
-
-    :param name: the name
-    :param aliases: the names that the algorithm knows
-    :raises ValueError: for another name, with the nearest one
-    """
-    if name not in aliases:
+def _check_policy_name(name: str, algorithm: BaseAlgorithm) -> None:
+    """Check that an algorithm knows a policy's name, unless a subclass of the user's finds policies in its own way."""
+    aliases = algorithm.policy_aliases
+    finds_as_sb3 = type(algorithm)._get_policy_from_name is BaseAlgorithm._get_policy_from_name
+    if finds_as_sb3 and name not in aliases:
         raise ValueError(
             f"Policy {name!r} unknown: policy must be a policy class or one of {sorted(aliases)}"
             f"{did_you_mean(name, aliases)}"

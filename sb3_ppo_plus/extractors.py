@@ -1,6 +1,5 @@
 """Feature extractors: a Transformer over frames, the IMPALA residual CNN, one extractor per key of a Dict."""
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -150,22 +149,6 @@ class TransformerExtractor(BaseFeaturesExtractor):
             return normed[:, -1]
         weights = is_real.to(normed.dtype).unsqueeze(-1)
         return (normed * weights).sum(dim=1) / weights.sum(dim=1)
-
-
-def warn_of_single_tokens(policy: nn.Module) -> None:
-    """Warn, once for a policy, where a Transformer was not told that a flat observation holds frames.
-
-    :param policy: with its features extractors
-    """
-    for module in policy.modules():
-        if isinstance(module, TransformerExtractor) and module.lacks_seq_len:
-            warnings.warn(
-                f"The Transformer takes an observation of {module.frame_dim} numbers as a single token, which leaves "
-                "nothing to attend to. Where it holds frames, as those of VecFrameStack(env, 8), say how many: "
-                "features_extractor_kwargs={'seq_len': 8}. seq_len=1 is one token without this warning",
-                stacklevel=2,
-            )
-            return
 
 
 def _sequence_shape(space: gym.Space[Any], seq_len: int | None) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from sb3_ppo_plus.fast import graphs
 
 # Their asserts say what they compared, as those of tests do
-pytest.register_assert_rewrite("environments", "models", "states")
+pytest.register_assert_rewrite("differential.comparing", "environments", "models", "states")
 
 th.set_num_threads(1)
 

@@ -183,6 +183,14 @@ def test_a_policy_of_the_users_takes_arguments_of_its_own():
     assert model.policy.temperature == 2.0
 
 
+def test_a_subclass_may_find_policies_in_its_own_way():
+    class Own(PPOPlus):
+        def _get_policy_from_name(self, policy_name):
+            return MlpPolicy
+
+    assert type(Own("whatever", make_env(), n_steps=64).policy) is MlpPolicy
+
+
 @pytest.mark.parametrize("value", ["big", "64,64", ""])
 def test_another_name_of_a_network_is_an_error_that_says_what_is_allowed(value):
     assert_refused(ValueError, "net_arch must be", "tiny", "medium", repr(value), policy_kwargs={"net_arch": value})

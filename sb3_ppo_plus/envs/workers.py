@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 
 from stable_baselines3.common.callbacks import BaseCallback
@@ -19,14 +20,36 @@ BROKEN_PIPES = (EOFError, ConnectionError)
 MAX_WAIT = 2.0
 
 
-def dead_worker_error(env: VecEnv | None, callback: BaseCallback | None) -> DeadWorkerError | None:
+@contextmanager
+def naming_dead_workers(envs: Callable[[], Iterable[object]]) -> Iterator[None]:
+    """Raise :class:`DeadWorkerError` where SB3 raises no more than that a pipe is broken.
+
+    :param envs: gives the vectorised environments in use
+    """
+    try:
+        yield
+    except BROKEN_PIPES as error:
+        dead = dead_worker_error(envs())
+        if dead is None:
+            raise
+        raise dead from error
+
+
+def eval_envs_of(callback: BaseCallback | None) -> list[object]:
+    """Return the environments on which callbacks evaluate.
+
+    :param callback: with all callbacks inside it
+    """
+    children = [] if callback is None else iterate_callbacks(callback)
+    return [getattr(child, "eval_env", None) for child in children]
+
+
+def dead_worker_error(envs: Iterable[object]) -> DeadWorkerError | None:
     """Describe the dead workers among the environments of a training.
 
-    :param env: the training environment
-    :param callback: the training's callbacks, which may have an ``eval_env``
+    :param envs: vectorised environments; anything else is passed over
     :return: the error to raise, or None where every worker is alive
     """
-    envs = [env, *(getattr(child, "eval_env", None) for child in (iterate_callbacks(callback) if callback else ()))]
     subprocess_envs = [base_of(each) for each in envs if isinstance(each, VecEnv)]
     dead = [text for each in subprocess_envs if isinstance(each, SubprocVecEnv) for text in _dead_workers(each)]
     return DeadWorkerError("; ".join(dict.fromkeys(dead))) if dead else None

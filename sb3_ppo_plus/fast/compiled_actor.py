@@ -21,7 +21,7 @@ from sb3_ppo_plus.fast.graphs import CompilationReporter, Graph, GraphCache
 from sb3_ppo_plus.fast.policy_changes import PartsWatch, has_known_modules, layout_of, structural_copy
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of, predict_values, rows_of_chunk
-from sb3_ppo_plus.tensor_places import tensor_places
+from sb3_ppo_plus.update.tensor_places import tensor_places
 
 # Observations of one forward pass after a rollout, whose activations should stay in a cache
 EVALUATION_ROWS = 2048
@@ -73,7 +73,6 @@ class CompiledActor(RolloutActor):
         self.evaluates_later = self._defers and not _features_are_learned(self.policy)
         self._has_changed_amid = False
         self._n_later = 0
-        self._timeouts: list[tuple[int, int, Any]] = []
         self._take_note()
         # For what is left to do after a callback has changed the policy
         self._kept = {}
@@ -109,7 +108,7 @@ class CompiledActor(RolloutActor):
     def act(
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
-        """Choose actions; values and log-probabilities are None where :meth:`finish` computes them."""
+        """Choose actions; values and log-probabilities are None where :meth:`evaluate_later` computes them."""
         self._follow_changes()
         if self._graphs.has_hooks:
             return super().act(observations, episode_starts, context)
@@ -129,26 +128,27 @@ class CompiledActor(RolloutActor):
         actions, values, log_probs = (*computed, None, None)[:3]
         return actions, values, log_probs
 
-    def terminal_value(self, observation: Any, index: int, step: int) -> th.Tensor | float | None:  # noqa: ANN401  # array or dict
-        """Leave the value to :meth:`finish`, which predicts all in a batch, unless it might be another one then."""
+    def terminal_value(self, observation: Any, index: int) -> th.Tensor | float | None:  # noqa: ANN401  # array or dict
+        """Put the value off to the end of the rollout, unless it might be another one then."""
         self._follow_changes()
-        if not self._defers:
-            return super().terminal_value(observation, index, step)
-        self._timeouts.append((step, index, observation))
-        return None
+        return None if self._defers else super().terminal_value(observation, index)
 
-    def finish(self, rollout_buffer: RolloutBuffer, gamma: float) -> None:
-        """Fill in the values and log-probabilities of the steps, and bootstrap from the values of timeouts."""
+    def evaluate_later(self, rollout_buffer: RolloutBuffer) -> tuple[th.Tensor, th.Tensor] | None:
+        """Compute the values and log-probabilities of the steps, with the policy that took them."""
         assert isinstance(rollout_buffer, PPOPlusRolloutBuffer)
         self._follow_changes()
-        if self._n_later:
-            rows = slice(0, self._n_later * rollout_buffer.n_envs)
-            rollout_buffer.set_evaluation(*self._evaluate(rollout_buffer.rollout().select(rows)))
-        if self._timeouts:
-            steps, indices, observations = zip(*self._timeouts, strict=True)
-            predict = partial(self._call_as_begun, _Predicting) if self._has_changed_amid else None
-            rollout_buffer.rewards[steps, indices] += gamma * predict_values(self.policy, list(observations), predict)
-        self._kept, self._timeouts = {}, []
+        if not self._n_later:
+            return None
+        return self._evaluate(rollout_buffer.rollout().select(slice(0, self._n_later * rollout_buffer.n_envs)))
+
+    def terminal_values(self, observations: list[Any]) -> np.ndarray:
+        """Predict the values of timeouts, with the policy of that time."""
+        predict = partial(self._call_as_begun, _Predicting) if self._has_changed_amid else None
+        return predict_values(self.policy, observations, predict)
+
+    def end_rollout(self) -> None:
+        """Let go of the copies of the policy's parameters."""
+        self._kept = {}
 
     def _call_as_begun(self, module_class: Callable[[ActorCriticPlusPolicy], th.nn.Module], *arguments: Any) -> Any:  # noqa: ANN401  # as the module returns
         """Call what computes with the policy on the policy as it was when the rollout began."""

@@ -8,17 +8,18 @@ from typing import Any, NamedTuple
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import functional_call, grad_and_value
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.flat_updates import UPDATES
 from sb3_ppo_plus.fast.graphs import CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
-from sb3_ppo_plus.tensor_places import tensor_places, tensors_of
+from sb3_ppo_plus.torch_private import has_gradient_hooks
+from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup
 from sb3_ppo_plus.update.gradient_step import Objective, PolicyEvaluation
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
+from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
 Tensors = dict[str, Any]
 
@@ -66,16 +67,16 @@ class CompiledGradientStep(RecordedGradientStep):
     def begin_update(self) -> None:
         """Take note of whatever has changed since the last update."""
         super().begin_update()
-        if not self._try_flat:
-            self._reporter.failed("the gradient step", f"{type(self.policy.optimizer).__name__} has no flat form here")
-        self._has_hooks = any(parameter._backward_hooks for parameter in self._parameters)
+        if self._obstacle_to_flat is not None:
+            self._reporter.failed("the gradient step", self._obstacle_to_flat)
+        self._has_hooks = has_gradient_hooks(self._parameters)
         if self._has_hooks:
             self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
         self._graphs.refresh()
 
-    def _is_better_flat(self) -> bool:
-        # There is no compiled step but on flat parameters
-        return True
+    def _reason_against_flat(self) -> None:
+        # There is no compiled step but on flat parameters, and its bits are its own
+        return None
 
     def end_update(self) -> None:
         """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
@@ -86,8 +87,8 @@ class CompiledGradientStep(RecordedGradientStep):
         """Take a step, see :meth:`GradientStep.__call__`."""
         if minibatch.indices is None:
             self._reporter.failed("the gradient step", "the rollout buffer is none of PPOPlus's")
-        has_state = self._flat is not None and self._flat.has_state
-        if not has_state or minibatch.indices is None or self._has_hooks:
+        flat = self._flat
+        if flat is None or not flat.has_state or minibatch.indices is None or self._has_hooks:
             return super().__call__(objective, minibatch)
         of_graph = self._of_graph
         if of_graph is None or of_graph.rollout is not minibatch.rollout:
@@ -99,13 +100,17 @@ class CompiledGradientStep(RecordedGradientStep):
         if graph is None:
             return super().__call__(objective, minibatch)
         metrics: th.Tensor = graph(*inputs)[0]
-        return metrics, not objective.forbids_step(metrics[METRICS.index("approx_kl")])
+        if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
+            return metrics, False
+        if not flat.has_stepped:
+            flat.show_gradients()
+        return metrics, True
 
     def _graph_inputs(self, objective: Objective, rollout: RolloutBatch) -> _GraphInputs:
         assert self._flat is not None
         self._flat.keep_steps_with_parameters()
         leaves, spec = tree_flatten(self._inputs(objective, rollout))
-        return _GraphInputs(rollout, leaves, spec, (*self._static_key(objective), str(spec), layout_of(leaves)))
+        return _GraphInputs(rollout, leaves, spec, (*self._static_key(objective), spec, layout_of(leaves)))
 
     def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
         """Collect everything that the graph reads or changes, but for the indices."""
@@ -116,7 +121,7 @@ class CompiledGradientStep(RecordedGradientStep):
             "max_grad_norm": objective.max_grad_norm,
             "kl_limit": objective.kl_limit if objective.kl_limit is not None else 0.0,
         }
-        rates = [group.hyperparameters["lr"] for group in self._flat.groups]
+        rates = [group.settings["lr"] for group in self._flat.groups]
         # Values that schedules move are inputs: as constants they would be compiled in
         values = th.tensor([*scalars.values(), *rates], dtype=th.float32, device=rollout.old_values.device)
         flat_ids = {id(parameter) for group in self._flat.groups for parameter in group.parameters}
@@ -137,7 +142,7 @@ class CompiledGradientStep(RecordedGradientStep):
     def _static_key(self, objective: Objective) -> tuple[Any, ...]:
         """Everything that a graph has compiled in, but for the layout of its inputs."""
         assert self._flat is not None
-        settings = [{k: v for k, v in group.hyperparameters.items() if k != "lr"} for group in self._flat.groups]
+        settings = [{k: v for k, v in group.settings.items() if k != "lr"} for group in self._flat.groups]
         names = {id(tensor): name for name, tensor in tensor_places(self.policy).items()}
         return (
             objective.normalize_advantage,
@@ -212,7 +217,7 @@ class _StepFunction:
             # For those who read the parameters' grad after an update
             gradients[index].copy_(gradient * scale)
             update = UPDATES[type(group.optimizer)]
-            new_parameters, new = update(group.hyperparameters, parameters, gradient * scale, old, scalars[str(index)])
+            new_parameters, new = update(group.settings, parameters, gradient * scale, old, scalars[str(index)])
             for target, value in [(parameters, new_parameters), *((old[name], new[name]) for name in new)]:
                 target.copy_(th.where(is_allowed, value, target))
         return th.cat([metrics, grad_norm.reshape(1)])

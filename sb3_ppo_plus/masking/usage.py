@@ -11,8 +11,11 @@ from gymnasium import spaces
 from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
+from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.envs.questions import has_attribute
-from sb3_ppo_plus.masking.sources import envs_of
+from sb3_ppo_plus.masking.sources import ActionMaskSource, envs_of
+from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.policies.masked_distributions import MASKABLE_SPACES, mask_sizes
 from sb3_ppo_plus.policies.masks import MASK_KEY, has_mask_key
 
@@ -92,3 +95,74 @@ def check_mask_key(env: VecEnv, action_space: spaces.Space[Any]) -> None:
                 f"without that key, got {env.norm_obs_keys}"
             )
         env = env.venv
+
+
+def obstacle_to_masks(model: PlusModel) -> Exception | None:
+    """Return why a model cannot take masks, as an error to raise; None: it can.
+
+    :param model: the model
+    """
+    policy_class, buffer_class = model.policy_class, model.rollout_buffer_class
+    if not takes_masks(policy_class):
+        return TypeError(f"{policy_class.__name__}'s forward and evaluate_actions lack action_masks")
+    if buffer_class is None or not issubclass(buffer_class, PPOPlusRolloutBuffer):
+        return TypeError(f"{buffer_class} stores none; subclass PPOPlusRolloutBuffer instead")
+    if isinstance(model.action_space, spaces.MultiBinary) and model._built_for_masks is False:
+        return ValueError("a model with MultiBinary actions that was built without masks has no logits for them")
+    return None
+
+
+class MaskUse:
+    """Whether a model uses the masks of its environment: decided once for each environment.
+
+    An environment without masks takes its time to say so.
+    """
+
+    def __init__(self) -> None:
+        self._env: VecEnv | None = None
+        self._is_used = False
+        self._has_warned = False
+
+    def decide(self, env: VecEnv, model: PlusModel) -> bool:
+        """Decide as :func:`decide_masking`, which has the errors.
+
+        :param env: the training environment
+        :param model: the model
+        """
+        if self._env is not env:
+            obstacle = obstacle_to_masks(model)
+            self._is_used = decide_masking(model.action_masking, env, model.action_space, obstacle)
+            self._env = env
+        return self._is_used
+
+    def builds_for_masks(self, model: PlusModel) -> bool:
+        """Whether the policy of a model is, or is to be, built for masks.
+
+        :param model: the model; a saved one knows how its policy was built
+        """
+        uses_masks = model.action_masking is True if model.env is None else self.decide(model.env, model)
+        if model._built_for_masks is not None:
+            return model._built_for_masks
+        return uses_masks and issubclass(model.policy_class, ActorCriticPlusPolicy)
+
+    def source(self, env: VecEnv, model: PlusModel) -> ActionMaskSource | None:
+        """Return where the masks of a rollout come from; None: the model uses none.
+
+        :param env: the training environment
+        :param model: the model
+        """
+        if not self.decide(env, model):
+            return None
+        model._was_given_masks = True
+        return ActionMaskSource(env, model.action_space, model.policy)
+
+    def warn_of_no_masks(self) -> None:
+        """Warn, once, that a model that was trained with masks predicts without."""
+        if self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            "This model was trained with action masks and now predicts without: give predict(action_masks=...), or "
+            "use model.masked(env), which asks env for them",
+            stacklevel=3,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
@@ -31,6 +32,7 @@ from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
     BaseModel,
+    BasePolicy,
     MultiInputActorCriticPolicy,
 )
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor, FlattenExtractor, NatureCNN
@@ -391,6 +393,15 @@ MlpPolicy = ActorCriticPlusPolicy
 CnnPolicy = ActorCriticPlusCnnPolicy
 MultiInputPolicy = MultiInputActorCriticPlusPolicy
 
+POLICY_ALIASES: dict[str, type[BasePolicy]] = {
+    "MlpPolicy": MlpPolicy,
+    "CnnPolicy": CnnPolicy,
+    "CnnLstmPolicy": CnnLstmPolicy,
+    "MlpLstmPolicy": MlpLstmPolicy,
+    "MultiInputPolicy": MultiInputPolicy,
+    "MultiInputLstmPolicy": MultiInputLstmPolicy,
+}
+
 # A model saved by SB3 or sb3-contrib names their classes
 PLUS_POLICY_OF: dict[type[Any], type[ActorCriticPlusPolicy]] = {
     ActorCriticPolicy: ActorCriticPlusPolicy,
@@ -403,6 +414,23 @@ PLUS_POLICY_OF: dict[type[Any], type[ActorCriticPlusPolicy]] = {
     RecurrentActorCriticCnnPolicy: CnnLstmPolicy,
     RecurrentMultiInputActorCriticPolicy: MultiInputLstmPolicy,
 }
+
+
+def predict_with_masks(
+    policy: ActorCriticPolicy,
+    observation: np.ndarray | dict[str, np.ndarray],
+    state: tuple[np.ndarray, ...] | None,
+    episode_start: np.ndarray | None,
+    deterministic: bool,
+    action_masks: np.ndarray,
+) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+    """Call ``predict`` of a policy with masks; the parameters are those of :meth:`ActorCriticPlusPolicy.predict`.
+
+    :raises TypeError: for a policy of another class that takes no masks
+    """
+    if "action_masks" not in inspect.signature(policy.predict).parameters:
+        raise TypeError(f"{type(policy).__name__}.predict has no action_masks")
+    return policy.predict(observation, state, episode_start, deterministic, action_masks)  # type: ignore[call-arg]  # just asked
 
 
 def _without_autocast(device: th.device) -> AbstractContextManager[Any]:

@@ -10,7 +10,8 @@ the action before the affine map to the bounds, whose constant Jacobian cancels 
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import numpy as np
@@ -284,6 +285,26 @@ def make_action_distribution(
         return make_proba_distribution(action_space)
     _check_bounded(action_space, action_dist)
     return distribution_class(get_action_dim(action_space), **kwargs)
+
+
+@contextmanager
+def explaining_infinite_bounds(algorithm: object, policy_kwargs: Mapping[str, Any] | None) -> Iterator[None]:
+    """Raise the error of :func:`make_action_distribution`, which names a remedy, in place of SB3's assertion.
+
+    :param algorithm: SB3's algorithm, which has its ``action_space`` when SB3's constructor looks at the bounds
+    :param policy_kwargs: PPOPlus's argument
+    :raises ValueError: for a distribution of ours that does not fit a Box
+    """
+    try:
+        yield
+    except AssertionError:
+        _check_action_distribution(getattr(algorithm, "action_space", None), policy_kwargs or {})
+        raise
+
+
+def _check_action_distribution(action_space: spaces.Space[Any] | None, policy_kwargs: Mapping[str, Any]) -> None:
+    if isinstance(action_space, spaces.Box) and "action_dist" in policy_kwargs:
+        make_action_distribution(action_space, policy_kwargs["action_dist"], policy_kwargs.get("action_dist_kwargs"))
 
 
 def _check_bounded(action_space: spaces.Space[Any], action_dist: str) -> None:

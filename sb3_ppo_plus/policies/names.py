@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
@@ -69,6 +71,22 @@ def resolve_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: dict[st
         if name in resolved:
             resolved[name] = _from_table(name, resolved[name], table, base)
     return resolved
+
+
+@contextmanager
+def explaining_dict_keys(observation_space: spaces.Space[Any]) -> Iterator[None]:
+    """Raise a ValueError where the keys of Dict observations are refused.
+
+    SB3's extractors keep their parts by these keys in a ModuleDict, which takes no dots for one.
+
+    :param observation_space: the observation space
+    """
+    try:
+        yield
+    except KeyError as error:
+        if not isinstance(observation_space, spaces.Dict):
+            raise
+        raise ValueError(f"a key of the Dict observations is not allowed: {error}") from error
 
 
 def _from_table(name: str, value: object, table: Mapping[str, type], base: type) -> object:

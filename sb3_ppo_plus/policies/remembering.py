@@ -10,12 +10,14 @@ from typing import Any, Literal
 import numpy as np
 import torch as th
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
 from sb3_ppo_plus.argument_checks import did_you_mean
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.policies.gtrxl import GTrXLMemory
 from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, Memory, State
 
@@ -162,6 +164,27 @@ def resolve_sequence_length(sequence_length: int | None, n_steps: int, batch_siz
             f"sequence_length must be at most n_steps={n_steps} and batch_size={batch_size}, got {sequence_length}"
         )
     return sequence_length
+
+
+def set_sequence_length(rollout_buffer: RolloutBuffer, policy: ActorCriticPolicy, batch_size: int) -> None:
+    """Have a rollout buffer cut the rollout into sequences, if the policy has a memory.
+
+    :param rollout_buffer: the buffer
+    :param policy: the policy
+    :param batch_size: transitions per minibatch
+    :raises ValueError: for a buffer that cannot, or sequences longer than a rollout or a minibatch
+    """
+    options: MemoryOptions | None = getattr(policy, "memory_options", None)
+    if options is None:
+        return
+    if not isinstance(rollout_buffer, PPOPlusRolloutBuffer):
+        raise ValueError(
+            f"memory={options.kind!r} needs a rollout_buffer_class that is None or a subclass of "
+            f"PPOPlusRolloutBuffer, got {type(rollout_buffer)}"
+        )
+    rollout_buffer.sequence_length = resolve_sequence_length(
+        options.sequence_length, rollout_buffer.buffer_size, batch_size
+    )
 
 
 class RememberingPolicy(ActorCriticPolicy):

@@ -5,22 +5,21 @@ from __future__ import annotations
 import signal
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.resuming.checkpoint_directory import (
     checkpoint_directories,
     rotate,
     write_checkpoint,
 )
+from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
 from sb3_ppo_plus.resuming.training_state import (
     checkpoint_files,
 )
-
-if TYPE_CHECKING:
-    from sb3_ppo_plus.ppo_plus import PPOPlus
 
 
 class TrainingCheckpoint(BaseCallback):
@@ -93,15 +92,17 @@ class TrainingCheckpoint(BaseCallback):
             keep_signals_from_workers(self.training_env)
 
     @property
-    def _ppo_plus(self) -> PPOPlus:
+    def _ppo_plus(self) -> PlusModel:
+        # Checked in _init_callback
         model: Any = self.model
-        return model  # type: ignore[no-any-return]  # checked in _init_callback
+        resumable: PlusModel = model
+        return resumable
 
     @property
     def _learn_callback(self) -> BaseCallback:
-        callback = self._ppo_plus._callback
-        assert callback is not None
-        return callback
+        run: Run = self._ppo_plus._run
+        assert run.callback is not None
+        return run.callback
 
     def _on_step(self) -> bool:
         return True

@@ -6,14 +6,15 @@ import io
 import time
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch as th
+from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ppo_plus.envs.workers import BROKEN_PIPES, dead_worker_error
+from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.envs.workers import BROKEN_PIPES, naming_dead_workers
 from sb3_ppo_plus.errors import CheckpointError, WrapperStackError
 from sb3_ppo_plus.resuming.callback_state import set_callback_states
 from sb3_ppo_plus.resuming.checkpoint_directory import Checkpoint, newest_checkpoint, versions
@@ -29,11 +30,7 @@ from sb3_ppo_plus.resuming.training_state import (
     set_training_state,
 )
 
-if TYPE_CHECKING:
-    from sb3_ppo_plus.ppo_plus import PPOPlus
-
-
-Model = TypeVar("Model", bound="PPOPlus")
+Model = TypeVar("Model", bound=PPO)
 
 
 def latest_checkpoint(save_path: str | Path) -> Path | None:
@@ -59,26 +56,21 @@ def load_checkpoint(
     checkpoint = newest_checkpoint(save_path)
     if checkpoint is None:
         raise CheckpointError(f"there is no valid checkpoint in {save_path}")
-    try:
+    with naming_dead_workers(lambda: [env]):
         return _resumed(cls, checkpoint, env, device, **kwargs)
-    except BROKEN_PIPES as error:
-        dead = dead_worker_error(env if isinstance(env, VecEnv) else None, None)
-        if dead is None:
-            raise
-        raise dead from error
 
 
 def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.device | str, **kwargs: Any) -> Model:
     if checkpoint.files.keys() != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
         raise CheckpointError(f"{checkpoint.directory} holds {sorted(checkpoint.files)}, which is no training state")
-    model = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
+    model: Any = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
     try:
         trusted = kwargs.get("trusted", True)
         state = read_state(checkpoint.files, trusted)
         if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
         goes_on = set_training_state(model, state)
-        model._continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
+        model._run.continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
     except (WrapperStackError, *BROKEN_PIPES):
         raise
     except Exception as error:
@@ -90,7 +82,8 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
     _warn_of_inexactness(checkpoint, goes_on)
     if model.verbose >= 1:
         print(f"Resumed from {checkpoint.directory}")
-    return model
+    resumed: Model = model
+    return resumed
 
 
 def _check_log_name(name: str) -> None:
@@ -120,11 +113,11 @@ class Continuation(BaseCallback):
     :param model: the model, before its ``learn``
     """
 
-    def __init__(self, model: PPOPlus) -> None:
+    def __init__(self, model: PlusModel) -> None:
         super().__init__()
         self._num_timesteps_at_start = model._num_timesteps_at_start
         # Without a checkpoint's state it is the model itself that was interrupted, and so were its callbacks
-        state = model._continuation or {"seconds": seconds_of_learning(model), "logger": pending_logs(model)}
+        state = model._run.continuation or {"seconds": seconds_of_learning(model), "logger": pending_logs(model)}
         self._seconds: float = state["seconds"]
         self._logs: dict[str, Any] = state["logger"]
         self._callback_states: dict[str, Any] | None = state.get("callbacks")
@@ -136,7 +129,7 @@ class Continuation(BaseCallback):
         model._num_timesteps_at_start = self._num_timesteps_at_start
         restore_logs(model, self._logs)
         if self._callback_states is not None:
-            set_callback_states(model._callback, self._callback_states)
+            set_callback_states(model._run.callback, self._callback_states)
         # Once more: whoever made the callbacks may have drawn from them since resume
         if self._generators is not None:
             set_global_generator_states(self._generators)

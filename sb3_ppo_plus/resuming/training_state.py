@@ -1,4 +1,4 @@
-"""Everything that the next update of a :class:`PPOPlus` depends on, as the files of a checkpoint."""
+"""Everything that the next update of a model depends on, as the files of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import io
 import json
 import time
 from collections import deque
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
-from torch.utils._pytree import tree_map
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
@@ -26,9 +26,7 @@ from sb3_ppo_plus.resuming.generator_state import (
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
 from sb3_ppo_plus.strict_json import Limits, parse
-
-if TYPE_CHECKING:
-    from sb3_ppo_plus.ppo_plus import PPOPlus
+from sb3_ppo_plus.trees import tree_map
 
 State = dict[str, Any]
 
@@ -40,7 +38,7 @@ GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
 
-def checkpoint_files(model: PPOPlus, callback: BaseCallback, unsaved: list[str] | None = None) -> dict[str, bytes]:
+def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str] | None = None) -> dict[str, bytes]:
     """Copy the state of a training run between two updates.
 
     ``model.zip`` is what ``model.save`` writes, without last observations and statistics. The rest is plain: the other
@@ -55,12 +53,11 @@ def checkpoint_files(model: PPOPlus, callback: BaseCallback, unsaved: list[str] 
     assert model.env is not None
     state: State = {
         "attributes": {name: getattr(model, name) for name in model.TRAINING_STATE},
+        "learning_rate_factors": model._coefficients.groups(model).factors,
+        **model._execution.state(model),
         "seconds": seconds_of_learning(model),
         "logger": pending_logs(model),
         "spaces": [space_generator_states(space) for space in (model.observation_space, model.action_space)],
-        "grad_scaler": model._grad_scaler.state_dict(),
-        "learning_rate_factors": model._learning_rate_groups.factors,
-        "has_gradient": model._gradient_step.has_gradient,
         "gsde": _gsde_noise(model),
         "env": vec_env_state(model.env, unsaved),
         "callbacks": callback_states(callback),
@@ -88,7 +85,7 @@ def read_state(files: dict[str, bytes], trusted: bool) -> State:
     return state
 
 
-def set_training_state(model: PPOPlus, state: State) -> bool:
+def set_training_state(model: PlusModel, state: State) -> bool:
     """Put back the state of a run into a model that was loaded from the checkpoint's ``model.zip``.
 
     Logs and callbacks follow in :func:`PPOPlus.continue_learning`, which sets up both.
@@ -100,12 +97,10 @@ def set_training_state(model: PPOPlus, state: State) -> bool:
     _check_attributes(model, state["attributes"])
     for name, value in state["attributes"].items():
         setattr(model, name, tree_map(lambda leaf: _on_device(leaf, model.device), value))
+    model._coefficients.groups(model).factors = state["learning_rate_factors"]
+    model._execution.set_state(model, state)
     for space, generators in zip((model.observation_space, model.action_space), state["spaces"], strict=True):
         set_space_generator_states(space, generators)
-    model._grad_scaler.load_state_dict(state["grad_scaler"])
-    model._learning_rate_groups.factors = state["learning_rate_factors"]
-    if state["has_gradient"] is not None:
-        model._gradient_step.flatten(state["has_gradient"])
     if state["gsde"] is not None:
         for name in GSDE_TENSORS:
             setattr(model.policy.action_dist, name, state["gsde"][name].to(model.device))
@@ -117,18 +112,18 @@ def set_training_state(model: PPOPlus, state: State) -> bool:
     return goes_on
 
 
-def seconds_of_learning(model: PPOPlus) -> float:
+def seconds_of_learning(model: PlusModel) -> float:
     """Time since ``learn`` began, that before a resume included."""
     return (time.time_ns() - model.start_time) / 1e9
 
 
-def restore_logs(model: PPOPlus, logs: State) -> None:
+def restore_logs(model: PlusModel, logs: State) -> None:
     """Give the model's logger what waits for its next dump."""
     for name in PENDING_LOGS:
         getattr(model.logger, name).update(logs.get(name, {}))
 
 
-def pending_logs(model: PPOPlus) -> State:
+def pending_logs(model: PlusModel) -> State:
     """What the last update has recorded and SB3 writes in the middle of the next, without figures and videos."""
     logger = getattr(model, "_logger", None)
     if logger is None:
@@ -141,7 +136,7 @@ def pending_logs(model: PPOPlus) -> State:
     }
 
 
-def _check_attributes(model: PPOPlus, attributes: State) -> None:
+def _check_attributes(model: PlusModel, attributes: State) -> None:
     """Refuse all but a model's training state: some attributes, such as the compiler's options, can run a program."""
     names = set(model.TRAINING_STATE)
     if attributes.keys() != names:
@@ -160,7 +155,7 @@ def _is_plain(value: object) -> bool:
     return True
 
 
-def _gsde_noise(model: PPOPlus) -> dict[str, th.Tensor] | None:
+def _gsde_noise(model: PlusModel) -> dict[str, th.Tensor] | None:
     distribution = getattr(model.policy, "action_dist", None)
     if not isinstance(distribution, StateDependentNoiseDistribution):
         return None
@@ -171,7 +166,7 @@ def _on_device(leaf: Any, device: th.device) -> Any:  # noqa: ANN401  # a leaf o
     return leaf.to(device) if isinstance(leaf, th.Tensor) else leaf
 
 
-def _reset_envs(model: PPOPlus) -> None:
+def _reset_envs(model: PlusModel) -> None:
     """Begin new episodes, with other seeds than at the beginning of the run."""
     env = model.env
     assert env is not None

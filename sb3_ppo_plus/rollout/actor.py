@@ -11,7 +11,8 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch.utils._pytree import tree_map
+
+from sb3_ppo_plus.trees import tree_map
 
 # Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
 EVALUATION_CHUNK = 2**22
@@ -24,10 +25,13 @@ class RolloutActor:
     """
 
     states: RNNStates | None = None
-    """Of the policy's memory, after the last step; None: it has none."""
+    """States of the policy's memory after the last step; None: the policy has no memory."""
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
+
+    def begin_rollout(self) -> None:
+        """Take note of whatever has changed since the last rollout."""
 
     @th.no_grad()
     def act(
@@ -39,7 +43,7 @@ class RolloutActor:
         :param episode_starts: which of them begin an episode, shape (n_envs,)
         :param context: further keyword arguments of the policy, such as action_masks
         :return: stored actions, shape (n_envs, *action shape); values (n_envs, 1) and log-probabilities (n_envs,), or
-            None for both where :meth:`finish` computes them
+            None for both where :meth:`evaluate_later` computes them
         """
         actions, values, log_probs = self.policy(observations, **context)
         return actions, values, log_probs
@@ -48,14 +52,12 @@ class RolloutActor:
         self,
         observation: Any,  # noqa: ANN401  # array or dict
         index: int,
-        step: int,
     ) -> th.Tensor | float | None:
         """Predict the value of the observation with which an env's episode was truncated.
 
         :param observation: as ``infos[index]["terminal_observation"]`` holds it
-        :param index: of the env
-        :param step: of the rollout
-        :return: None where :meth:`finish` bootstraps from it
+        :param index: index of the env
+        :return: the value; None: :meth:`terminal_values` predicts it at the end of the rollout
         """
         # One at a time: in a batch the value may differ from SB3's in the last bit. And as a tensor: SB3's sum with the
         # reward is in float32, also where a VecEnv's rewards are in float64
@@ -71,12 +73,25 @@ class RolloutActor:
         """
         return self.policy.predict_values(observations)
 
-    def finish(self, rollout_buffer: RolloutBuffer, gamma: float) -> None:
-        """Fill in what was left out of the steps: nothing.
+    def evaluate_later(self, rollout_buffer: RolloutBuffer) -> tuple[th.Tensor, th.Tensor] | None:
+        """Compute the values and log-probabilities that :meth:`act` left out.
 
-        :param rollout_buffer: the full buffer
-        :param gamma: discount factor of the values that timeouts are bootstrapped from
+        :param rollout_buffer: the full buffer, which is only read
+        :return: values and log-probabilities of the first steps of the rollout, each of shape (steps * n_envs,) in the
+            order of ``PPOPlusRolloutBuffer.rollout``; None: :meth:`act` has left out none
         """
+        return None
+
+    def terminal_values(self, observations: list[Any]) -> np.ndarray:
+        """Predict the values that :meth:`terminal_value` has put off, in one batch.
+
+        :param observations: as ``infos[i]["terminal_observation"]`` holds them
+        :return: shape (len(observations),)
+        """
+        return predict_values(self.policy, observations)
+
+    def end_rollout(self) -> None:
+        """Let go of what belongs to the rollout."""
 
 
 @th.no_grad()

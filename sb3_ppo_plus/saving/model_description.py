@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from gymnasium import spaces
@@ -19,6 +19,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from sb3_ppo_plus.argument_checks import own_parameters
+from sb3_ppo_plus.attributes import COUNTERS, FLAGS
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.extractors import FEATURES_EXTRACTORS
@@ -27,16 +28,7 @@ from sb3_ppo_plus.saving.described_spaces import encode_space
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine
 from sb3_ppo_plus.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 
-if TYPE_CHECKING:
-    from sb3_ppo_plus.saving.saved_ppo import SavedPPO
-
 FORMAT = "sb3_ppo_plus.model/1"
-COUNTERS = (
-    *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start"),
-    *("_n_updates", "_episode_num", "_skipped_steps", "_skipped_in_a_row"),
-)
-# True, False or, before it is known, None
-FLAGS = ("_built_for_masks", "_was_given_masks")
 # Those of the loading machine, or described apart
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
@@ -58,7 +50,7 @@ _BASES: dict[str, type] = {
 Tables = dict[str, dict[str, type]]
 
 
-def constructor_arguments(cls: type[SavedPPO]) -> list[str]:
+def constructor_arguments(cls: type[PPO]) -> list[str]:
     """Names of the arguments of a class's constructor; a subclass may pass the rest on by **kwargs."""
     names: dict[str, None] = {}
     for part in cls.__mro__[: cls.__mro__.index(PPO)]:
@@ -67,7 +59,7 @@ def constructor_arguments(cls: type[SavedPPO]) -> list[str]:
     return [name for name in names if name != "_init_setup_model"]
 
 
-def closed_tables(cls: type[SavedPPO], allow: Iterable[type] | None = None) -> Tables:
+def closed_tables(cls: type[PPO], allow: Iterable[type] | None = None) -> Tables:
     """Return the classes that a description may name, by the kind of field and by name.
 
     :param cls: the algorithm, which has its own aliases of policies
@@ -103,7 +95,7 @@ def _full_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def describe(model: SavedPPO, exclude: Iterable[str] = ()) -> bytes:
+def describe(model: PPO, exclude: Iterable[str] = ()) -> bytes:
     """Describe a model as JSON; what has no plain form is noted as such, so that only loading without trust fails.
 
     :param model: the model

@@ -7,9 +7,10 @@ import pathlib
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch as th
+from stable_baselines3 import PPO
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces, get_device, get_system_info
 from torch.nn.modules.module import (
@@ -17,11 +18,10 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from sb3_ppo_plus.attributes import COUNTERS, FLAGS
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.saving.described_spaces import decode_space
 from sb3_ppo_plus.saving.model_description import (
-    COUNTERS,
-    FLAGS,
     FORMAT,
     LEFT_OUT,
     Tables,
@@ -41,9 +41,6 @@ from sb3_ppo_plus.saving.state_dict_checks import (
 )
 from sb3_ppo_plus.strict_json import get, parse, short
 
-if TYPE_CHECKING:
-    from sb3_ppo_plus.saving.saved_ppo import SavedPPO
-
 DESCRIPTION = "ppo_plus.json"
 # What SB3 and PPOPlus write, most of which is never read without trust
 MEMBERS = {
@@ -62,11 +59,11 @@ MAX_ENVS = 2**20
 # Extractors that a policy builds and replaces need some memory beyond what the file holds
 SPARE_BYTES, SPARE_TENSORS = 2**26, 100
 
-Model = TypeVar("Model", bound="SavedPPO")
+Model = TypeVar("Model", bound=PPO)
 File = str | pathlib.Path | io.BufferedIOBase
 
 
-def add_description(archive: io.BytesIO, model: SavedPPO, exclude: Iterable[str]) -> None:
+def add_description(archive: io.BytesIO, model: PPO, exclude: Iterable[str]) -> None:
     """Add a model's plain description to the zip that SB3's ``save`` wrote.
 
     :param archive: the zip, changed in place
@@ -81,13 +78,15 @@ def load_without_trust(
     cls: type[Model],
     path: File,
     env: GymEnv | None,
-    *,
     device: th.device | str,
     allow: Iterable[type] | None,
-    print_system_info: bool,
     replaced: dict[str, Any],
+    *,
+    print_system_info: bool,
 ) -> Model:
-    """Load a model from its description and its tensors.
+    """Load a model from its plain description and its tensors.
+
+    What the description lacks is an error. ``tensorboard_log`` and options of the compiler are not taken from it.
 
     :param cls: class of the model
     :param path: the file
@@ -148,7 +147,7 @@ def read_parameters(path: File, device: th.device | str) -> dict[str, Any]:
     }
 
 
-def _arguments(cls: type[SavedPPO], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(cls: type[PPO], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:
     """Return the constructor arguments that a description and the caller give."""
     written = get(description, "format", str, DESCRIPTION)
     if written != FORMAT:
@@ -187,7 +186,7 @@ def _build(
 ) -> Model:
     policy_state = load_tensors(members[POLICY_FILE], POLICY_FILE, device)
     optimizer_state = load_tensors(members[OPTIMIZER_FILE], OPTIMIZER_FILE, device)
-    model = cls(env=env, device=device, _init_setup_model=False, **arguments)
+    model: Any = cls(env=env, device=device, _init_setup_model=False, **arguments)
     if env is None:
         model.observation_space, model.action_space = _spaces(description)
         model.n_envs = get(description, "n_envs", int, DESCRIPTION)
@@ -199,16 +198,19 @@ def _build(
         model._setup_model()
     check_policy_state(policy_state, model.policy)
     optimizer_state = check_optimizer_groups(optimizer_state, model.get_parameters()["policy.optimizer"])
-    split = model._learning_rate_groups.split_state_dict(model.policy.optimizer, optimizer_state)
-    check_optimizer_entries(split, model.policy.optimizer)
+    check_optimizer_entries(
+        model._coefficients.groups(model).split_state_dict(model.policy.optimizer, optimizer_state),
+        model.policy.optimizer,
+    )
     model.set_parameters({"policy": policy_state, "policy.optimizer": optimizer_state}, device=device)
     if model.use_sde:
         # As SB3's load, for the exploration matrix to be on the right device
         model.policy.reset_noise()
-    return model
+    built: Model = model
+    return built
 
 
-def _set_state(model: SavedPPO, description: object) -> None:
+def _set_state(model: PPO, description: object) -> None:
     counters = get(description, "counters", dict, DESCRIPTION)
     for name in COUNTERS:
         value = get(counters, name, int, "counters")

@@ -1,68 +1,66 @@
-"""All parameters of an optimiser's group as views of one flat tensor, which a single operation updates.
+"""Parameters of an optimiser as parts of flat tensors while an update runs, so that one operation steps many of them.
 
-A step on one flat tensor is bit-identical to the steps on its parts and costs a fraction of their overhead. Policy and
-``policy.optimizer`` stay what SB3 users know: parameters and state keep their shapes, and become views of flat tensors.
+A step on one flat tensor is bit-identical to the steps on its parts and costs a fraction of their overhead. Between
+updates, parameters and optimiser state are in their own memory, as SB3 users know them. Nothing that users do to them
+then can pass by the flat tensors, since these are filled anew for each update.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
 
 import torch as th
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import SGD, Optimizer
+
+from sb3_ppo_plus.torch_private import copy_each, norm_of_each
 
 # In floats: 64 bytes, as PyTorch aligns every tensor. BLAS rounds differently on matrices that are not
 ALIGNMENT = 16
-# Elementwise in parameters and state, so that a flat step equals the separate ones; not so for subclasses
-FLATTENED_OPTIMIZERS = (Adam, AdamW, SGD, RMSprop)
 
 
-def can_flatten(optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
-    """Whether the optimiser steps exactly ``parameters``, all float32 on one device, and nobody hooks into it."""
-    in_groups = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    return (
-        type(optimizer) in FLATTENED_OPTIMIZERS
-        and {id(parameter) for parameter in in_groups} == {id(parameter) for parameter in parameters}
-        and {(parameter.dtype, parameter.device.type) for parameter in parameters if parameter.requires_grad}
-        <= {(th.float32, parameters[0].device.type)}
-        # Else they round in their own way, after load_from_vector for one
-        and all(parameter.data_ptr() % (4 * ALIGNMENT) == 0 for parameter in parameters)
-        # Learning-rate schedulers of torch wrap the method of the instance
-        and "step" not in vars(optimizer)
-        and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
-        and not any(parameter._post_accumulate_grad_hooks for parameter in parameters)
-    )
+class _Shown(NamedTuple):
+    """One name of the optimiser's state while an update runs.
+
+    :param own: each parameter's own tensor, which it gets back after the update
+    :param views: what stands in its place until then
+    """
+
+    own: list[th.Tensor]
+    views: list[th.Tensor]
 
 
 class FlatGroup:
     """Parameters of one group that have a gradient, and their optimiser state, as flat tensors.
 
     :param optimizer: the policy's optimiser
-    :param group: one of its parameter groups
+    :param index: which of its parameter groups
     :param parameters: those of the group that are flattened: they have taken the same number of steps
     """
 
-    def __init__(self, optimizer: Optimizer, group: dict[str, Any], parameters: list[th.nn.Parameter]) -> None:
+    def __init__(self, optimizer: Optimizer, index: int, parameters: list[th.nn.Parameter]) -> None:
         self._visible = optimizer
-        self._group = group
+        self.index = index
         self.parameters = parameters
-        # Padding between the parameters is zero, has a zero gradient, and stays zero
-        self._sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in self.parameters]
-        self.flat = self._flattened(self.parameters)
+        # Whatever is computed in the padding between the parameters, nobody reads it
+        self._sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters]
+        self.flat = th.zeros(sum(self._sizes), dtype=parameters[0].dtype, device=parameters[0].device)
         self.flat.grad = th.zeros_like(self.flat)
         self.gradients = self.views(self.flat.grad)
+        self._views = self.views(self.flat)
+        self._pointers = [view.data_ptr() for view in self._views]
+        self._own: list[th.Tensor] = []
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
-        self.optimizer = make_optimizer([{**group, "params": [self.flat]}])
-        self._step_device: th.device | None = None
-        # Less what torch wraps around it for profilers and hooks, which nobody has put on this one
+        self.optimizer = make_optimizer([{**optimizer.param_groups[index], "params": [self.flat]}])
+        # PyTorch wraps it for profilers, hooks and gradients of the step itself, none of which there are here
         self._step = inspect.unwrap(type(optimizer).step)
-        self._adopt_state()
-        for parameter, view in zip(self.parameters, self.views(self.flat), strict=True):
-            parameter.data = view
-        self.publish()
+        self._entries: list[dict[str, Any]] = []
+        self._shown: dict[str, _Shown] = {}
+        self._moments: dict[str, tuple[th.Tensor, list[th.Tensor]]] = {}
+        self._counts_on_device = False
+        self._undecided: _UndecidedStep | None = None
 
     @property
     def state(self) -> dict[str, Any]:
@@ -73,13 +71,16 @@ class FlatGroup:
     @property
     def has_state(self) -> bool:
         """Whether there is all the state that a step reads: the optimiser makes it in its first step."""
-        keeps_none = isinstance(self.optimizer, SGD) and self._group["momentum"] == 0
-        return keeps_none or bool(self.state)
+        return self._keeps_no_state or bool(self.state)
 
     @property
-    def hyperparameters(self) -> dict[str, Any]:
-        """Settings of the group, the learning rate among them."""
-        return {name: value for name, value in self._group.items() if name != "params"}
+    def _keeps_no_state(self) -> bool:
+        return isinstance(self.optimizer, SGD) and self._visible.param_groups[self.index]["momentum"] == 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the policy's optimiser has set for the group by now, the learning rate among it."""
+        return {name: value for name, value in self._visible.param_groups[self.index].items() if name != "params"}
 
     def views(self, flat: th.Tensor) -> list[th.Tensor]:
         """Return the parts of a flat tensor in the parameters' shapes."""
@@ -87,84 +88,156 @@ class FlatGroup:
         return [part[: parameter.numel()].view(parameter.shape) for part, parameter in parts]
 
     @th.no_grad()
-    def _flattened(self, tensors: Sequence[th.Tensor]) -> th.Tensor:
-        flat = th.zeros(sum(self._sizes), device=tensors[0].device)
-        for view, tensor in zip(self.views(flat), tensors, strict=True):
-            view.copy_(tensor)
-        return flat
-
-    def _adopt_state(self) -> None:
-        states = [self._visible.state.get(parameter, {}) for parameter in self.parameters]
-        for name, first in states[0].items():
-            if not isinstance(first, th.Tensor):
-                self.state[name] = first
-            elif name == "step":
-                self.state[name] = first.clone()
+    def borrow(self) -> None:
+        """Fill the flat tensors. Parameters and their state are parts of these until :meth:`give_back`."""
+        self._own = [parameter.data for parameter in self.parameters]
+        copy_each(self._views, self._own)
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.data = view
+        old = self.optimizer.state.pop(self.flat, {})
+        self._shown, self._counts_on_device, self._undecided = {}, False, None
+        self._entries = [self._visible.state.get(parameter, {}) for parameter in self.parameters]
+        state = self.state
+        for name, first in self._entries[0].items():
+            if isinstance(first, th.Tensor):
+                own = [entry[name] for entry in self._entries]
+                if name == "step":
+                    state[name] = first.clone()
+                else:
+                    state[name] = old[name] if isinstance(old.get(name), th.Tensor) else th.zeros_like(self.flat)
+                    copy_each(self._moments_of(name), own)
+                self._show(name, own)
             else:
-                self.state[name] = self._flattened([state[name] for state in states])
+                state[name] = first
+
+    def _moments_of(self, name: str) -> list[th.Tensor]:
+        """Return the parts of a flat tensor of the state, which are the same ones for as long as it is."""
+        flat = self.state[name]
+        whole, moments = self._moments.get(name, (None, []))
+        if whole is not flat:
+            moments = self.views(flat)
+            self._moments[name] = (flat, moments)
+        return moments
+
+    def _show(self, name: str, own: list[th.Tensor]) -> None:
+        views = [self.state[name]] * len(self.parameters) if name == "step" else self._moments_of(name)
+        self._shown[name] = _Shown(own, views)
+        for entry, view in zip(self._entries, views, strict=True):
+            entry[name] = view
+
+    def _show_new_state(self) -> None:
+        """Give the parameters what the optimiser has made in its first step."""
+        self._entries = [self._visible.state[parameter] for parameter in self.parameters]
+        for name, value in self.state.items():
+            if isinstance(value, th.Tensor) and name not in self._shown:
+                like = value if name == "step" else None
+                self._show(name, [th.empty_like(p if like is None else like) for p in self.parameters])
+            elif not isinstance(value, th.Tensor):
+                for entry in self._entries:
+                    entry[name] = value
+
+    @th.no_grad()
+    def give_back(self, *, has_gradients: bool) -> None:
+        """Leave parameters and state as separate steps would have left them, each in its own memory.
+
+        What has been replaced since :meth:`borrow` stays so.
+
+        :param has_gradients: whether there has been a step, so that the parameters have a gradient from it
+        """
+        self._decide()
+        copy_each(self._own, self._views)
+        gradients = self.views(self.flat.grad.clone()) if has_gradients and self.flat.grad is not None else None
+        for index, parameter in enumerate(self.parameters):
+            if parameter.data_ptr() == self._pointers[index]:
+                parameter.data = self._own[index]
+                if gradients is not None:
+                    parameter.grad = gradients[index]
+        for name, shown in self._shown.items():
+            value = self.state[name]
+            copy_each(shown.own, [value] * len(self.parameters) if name == "step" else shown.views)
+            for entry, own, view in zip(self._entries, *shown, strict=True):
+                if entry.get(name) is view:
+                    entry[name] = own
+
+    def was_touched(self) -> bool:
+        """Whether the memory of a parameter, or the optimiser's state, was replaced since :meth:`borrow`."""
+        first = self._visible.state.get(self.parameters[0])
+        return (first is not self._entries[0] and bool(first or self._shown)) or self._pointers != [
+            parameter.data_ptr() for parameter in self.parameters
+        ]
 
     @th.no_grad()
     def step(self) -> None:
         """Let the optimiser take a step."""
+        self._take_step()
+        if not (self._shown or self._keeps_no_state):
+            self._show_new_state()
+
+    def _take_step(self) -> None:
+        # Read anew, since whoever loads a state or follows a schedule may have replaced the group
+        self.optimizer.param_groups[0] = {**self._visible.param_groups[self.index], "params": [self.flat]}
         self._step(self.optimizer)
 
     @th.no_grad()
     def step_where(self, is_allowed: th.Tensor) -> None:
         """Let the optimiser take a step where ``is_allowed``, a 0-dim tensor whose value the host does not wait for.
 
-        A counter of steps that the optimiser keeps on the host counts in any case.
+        The optimiser's counter of steps may be on the host, which learns of the value before the next step only.
         """
+        self._decide()
         parameters = self.flat.clone()
-        state = {name: value.clone() for name, value in self.state.items() if isinstance(value, th.Tensor)}
-        self.step()
+        before = dict(self.state)
+        tensors = {name: value.clone() for name, value in before.items() if isinstance(value, th.Tensor)}
+        self._take_step()
         self.flat.copy_(th.where(is_allowed, self.flat, parameters))
         for name, value in self.state.items():
-            if isinstance(value, th.Tensor) and value.device == is_allowed.device:
-                value.copy_(th.where(is_allowed, value, state.get(name, th.zeros_like(value))))
+            if isinstance(value, th.Tensor) and (name != "step" or self._counts_on_device):
+                value.copy_(th.where(is_allowed, value, tensors.get(name, th.zeros_like(value))))
+        self._undecided = _UndecidedStep(is_allowed, before)
+
+    def _decide(self) -> None:
+        """Undo what the last :meth:`step_where` did on the host, where the step was not allowed."""
+        undecided, self._undecided = self._undecided, None
+        if undecided is None:
+            return
+        if not undecided.was_allowed():
+            for name in list(self.state):
+                if undecided.before.get(name) is None:
+                    del self.state[name]
+            self.state.update({name: None for name, value in undecided.before.items() if value is None})
+            if "step" in self.state and not self._counts_on_device:
+                self.state["step"].sub_(1)
+        if self.state and not self._shown:
+            self._show_new_state()
 
     def keep_step_with_parameters(self) -> None:
         """Count steps on the parameters' device, for graphs that are not to wait for the host, which Adam counts on."""
-        step = self.state.get("step")
-        if isinstance(step, th.Tensor) and step.device != self.flat.device:
-            self._step_device = step.device
-            self.state["step"] = step.to(self.flat.device)
+        if "step" in self.state:
+            self._counts_on_device = True
+            self.state["step"] = self.state["step"].to(self.flat.device)
 
-    def refresh(self) -> None:
-        """Take over settings that changed on the policy's optimiser, such as the learning rate."""
-        self.optimizer.param_groups[0].update(self.hyperparameters)
 
-    def publish(self) -> None:
-        """Show the flat state as that of the policy's optimiser."""
-        for name, value in self.state.items():
-            if not isinstance(value, th.Tensor):
-                values = [value] * len(self.parameters)
-            elif value.shape == self.flat.shape and name != "step":
-                values = self.views(value)
-            else:
-                # One counter each: the optimiser's own step, if the user calls it, counts every one
-                values = list(value.to(self._step_device).repeat(len(self.parameters)).unbind())
-            for parameter, shown in zip(self.parameters, values, strict=True):
-                self._visible.state[parameter][name] = shown
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+class _UndecidedStep:
+    """A step of which only the device knows whether it was allowed.
 
-    def is_current(self) -> bool:
-        """Whether parameters and visible state are still what :meth:`publish` left: nobody replaced them."""
-        if any(p.data_ptr() != v.data_ptr() for p, v in zip(self.parameters, self.views(self.flat), strict=True)):
-            return False
-        visible = [self._visible.state.get(parameter, {}) for parameter in self.parameters]
-        for name, value in self.state.items():
-            if any(name not in state for state in visible):
-                return False
-            if isinstance(value, th.Tensor):
-                shown = [state[name] for state in visible]
-                if value.shape == self.flat.shape and name != "step":
-                    same = [s.data_ptr() == v.data_ptr() for s, v in zip(shown, self.views(value), strict=True)]
-                else:
-                    same = [bool(s == value) for s in shown]
-                if not all(same):
-                    return False
-        return all(state.keys() == self.state.keys() for state in visible)
+    :param is_allowed: 0-dim tensor
+    :param before: the optimiser's state before it
+    """
+
+    def __init__(self, is_allowed: th.Tensor, before: dict[str, Any]) -> None:
+        self.before = before
+        self._is_allowed = is_allowed
+        self._has_arrived: th.cuda.Event | None = None
+        if is_allowed.is_cuda:
+            # When the host asks, before the next step, this has long arrived
+            self._is_allowed = is_allowed.to("cpu", non_blocking=True)
+            self._has_arrived = th.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            self._has_arrived.record(th.cuda.current_stream(is_allowed.device))
+
+    def was_allowed(self) -> bool:
+        if self._has_arrived is not None:
+            self._has_arrived.synchronize()
+        return bool(self._is_allowed)
 
 
 class FlatParameters:
@@ -172,41 +245,55 @@ class FlatParameters:
 
     :param optimizer: the policy's optimiser
     :param parameters: the policy's parameters, in order
-    :param gradients: their gradients in the first minibatch; None where the loss does not depend on the parameter
+    :param has_gradient: of each parameter, whether the loss depends on it
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        parameters: Sequence[th.nn.Parameter],
-        gradients: Sequence[th.Tensor | None],
+        self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter], has_gradient: Sequence[bool]
     ) -> None:
         self._optimizer = optimizer
-        self._trainable = [id(parameter) for parameter in parameters if parameter.requires_grad]
-        self._grouping = _grouping(optimizer)
-        ids_with_gradient = {id(p) for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
-        self.has_gradient = [gradient is not None for gradient in gradients]
-        self.groups = [
-            FlatGroup(optimizer, group, alike)
-            for group in optimizer.param_groups
-            for alike in _of_equal_state(optimizer, [p for p in group["params"] if id(p) in ids_with_gradient])
-        ]
-        of_parameter = {
+        self._all = list(parameters)
+        self._trainable = [parameter.requires_grad for parameter in parameters]
+        self.has_gradient = list(has_gradient)
+        self.groups = [FlatGroup(optimizer, index, alike) for index, alike in self._alike()]
+        self._shapes = [parameter.shape for parameter in parameters]
+        views = {
             id(parameter): view
             for group in self.groups
             for parameter, view in zip(group.parameters, group.gradients, strict=True)
         }
-        self._gradients = [
-            of_parameter[id(parameter)] for parameter in parameters if id(parameter) in ids_with_gradient
-        ]
+        self._gradients = [views[id(parameter)] for parameter in parameters if id(parameter) in views]
+        self._is_borrowed = False
+        self._param_groups: list[dict[str, Any]] = []
+        self._n_groups = 0
+        self.has_stepped = False
+        """Whether a step was taken since :meth:`borrow`."""
 
-    def is_current(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
-        """Whether nothing that this was built from has been replaced, frozen or freed since."""
+    def _alike(self) -> list[tuple[int, list[th.nn.Parameter]]]:
+        """Find the parameters that a flat tensor can hold together, with the index of their group.
+
+        They have taken the same number of steps: some may have been frozen for a while.
+        """
+        with_gradient = {id(p) for p, has in zip(self._all, self.has_gradient, strict=True) if has}
+        parts: dict[Hashable, tuple[int, list[th.nn.Parameter]]] = {}
+        for index, group in enumerate(self._optimizer.param_groups):
+            for parameter in group["params"]:
+                if id(parameter) in with_gradient:
+                    state = self._optimizer.state.get(parameter, {})
+                    names = frozenset((name, value is None) for name, value in state.items())
+                    key = (index, names, float(state.get("step", 0)))
+                    parts.setdefault(key, (index, []))[1].append(parameter)
+        return list(parts.values())
+
+    def fits_still(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
+        """Whether optimiser and parameters are those that this was built from, and nothing was frozen or freed."""
         return (
             optimizer is self._optimizer
-            and _grouping(optimizer) == self._grouping
-            and [id(parameter) for parameter in parameters if parameter.requires_grad] == self._trainable
-            and all(group.is_current() for group in self.groups)
+            and [*map(id, parameters)] == [*map(id, self._all)]
+            and [parameter.requires_grad for parameter in parameters] == self._trainable
+            and [parameter.shape for parameter in parameters] == self._shapes
+            and [(index, [*map(id, alike)]) for index, alike in self._alike()]
+            == [(group.index, [*map(id, group.parameters)]) for group in self.groups]
         )
 
     @property
@@ -218,10 +305,32 @@ class FlatParameters:
         """Whether the same parameters as before have a gradient."""
         return [gradient is not None for gradient in gradients] == self.has_gradient
 
-    def refresh(self) -> None:
-        """Take over settings that changed on the policy's optimiser."""
+    def borrow(self) -> None:
+        """See :meth:`FlatGroup.borrow`."""
+        self._is_borrowed, self.has_stepped = True, False
+        self._param_groups, self._n_groups = self._optimizer.param_groups, len(self._optimizer.param_groups)
         for group in self.groups:
-            group.refresh()
+            group.borrow()
+
+    def give_back(self) -> None:
+        """See :meth:`FlatGroup.give_back`; a second time this does nothing."""
+        if not self._is_borrowed:
+            return
+        self._is_borrowed = False
+        for group in self.groups:
+            group.give_back(has_gradients=self.has_stepped)
+
+    def was_touched(self, optimizer: Optimizer) -> bool:
+        """Whether something was replaced since :meth:`borrow`, by a hook of the user's.
+
+        :param optimizer: the policy's optimiser by now
+        """
+        return (
+            optimizer is not self._optimizer
+            or optimizer.param_groups is not self._param_groups
+            or len(self._param_groups) != self._n_groups
+            or any(group.was_touched() for group in self.groups)
+        )
 
     def keep_steps_with_parameters(self) -> None:
         """See :meth:`FlatGroup.keep_step_with_parameters`."""
@@ -238,9 +347,11 @@ class FlatParameters:
         :param loss: the loss
         :return: norm of the gradients before clipping
         """
-        th._foreach_copy_(self._gradients, gradients)
+        if not self.has_stepped:
+            self.show_gradients()
+        copy_each(self._gradients, gradients)
         # Norms of the copies: autograd's own gradients may be strided, and are then summed in another order
-        grad_norm: th.Tensor = th.linalg.vector_norm(th.stack(th._foreach_norm(self._gradients)))
+        grad_norm: th.Tensor = th.linalg.vector_norm(th.stack(norm_of_each(self._gradients)))
         is_on_host = grad_norm.device.type == "cpu"
         if is_on_host and not (math.isfinite(grad_norm.item()) and math.isfinite(loss.item())):
             return grad_norm
@@ -255,21 +366,11 @@ class FlatParameters:
                 group.step_where(is_finite)
         return grad_norm
 
-    def publish(self) -> None:
-        """Show the flat state as that of the policy's optimiser."""
+    def show_gradients(self) -> None:
+        """Have the parameters show the flat gradients, or none where the loss does not depend on them."""
+        for parameter in self._all:
+            parameter.grad = None
         for group in self.groups:
-            group.publish()
-
-
-def _of_equal_state(optimizer: Optimizer, parameters: list[th.nn.Parameter]) -> Iterable[list[th.nn.Parameter]]:
-    """Split parameters by what their states cannot share: they differ after some were frozen for a while."""
-    parts: dict[Hashable, list[th.nn.Parameter]] = {}
-    for parameter in parameters:
-        state = optimizer.state.get(parameter, {})
-        kinds = frozenset((name, type(value)) for name, value in state.items())
-        parts.setdefault((kinds, float(state.get("step", 0))), []).append(parameter)
-    return parts.values()
-
-
-def _grouping(optimizer: Optimizer) -> list[list[int]]:
-    return [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+            for parameter, gradient in zip(group.parameters, group.gradients, strict=True):
+                parameter.grad = gradient
+        self.has_stepped = True

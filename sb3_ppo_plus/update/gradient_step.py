@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
-from sb3_ppo_plus.tensor_places import tensor_places
-from sb3_ppo_plus.update.flat_parameters import FlatParameters, can_flatten
+from sb3_ppo_plus.update.flat_conditions import obstacle_to_flat_steps
+from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
+from sb3_ppo_plus.update.tensor_places import tensor_places
 
 # Numbers in a policy beyond which they no longer fit the caches, and copying gradients costs more than flat steps gain
 MAX_FLAT_ON_CPU = 2**20
@@ -53,6 +56,22 @@ class Objective:
     max_grad_norm: float
     kl_limit: float | None
     amp_dtype: th.dtype | None
+
+    @classmethod
+    def of_update(cls, model: PlusModel, coefficients: LossCoefficients) -> Self:
+        """Make the objective of a model's update.
+
+        :param model: the model
+        :param coefficients: values of the loss's coefficients
+        """
+        return cls(
+            coefficients,
+            normalize_advantage=model.normalize_advantage,
+            pessimistic_value_clip=model.pessimistic_value_clip,
+            max_grad_norm=model.max_grad_norm,
+            kl_limit=None if model.target_kl is None else 1.5 * model.target_kl,
+            amp_dtype=resolve_amp(model.amp, model.device),
+        )
 
     def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Values, log-probabilities and entropies (or None) of the batch, in the precision of the update."""
@@ -108,7 +127,7 @@ def recompute_log_prob(
     for indices in rollout_buffer.in_order(batch_size):
         log_prob = objective.evaluate(policy, rollout.select(indices))[1]
         is_real = indices.flatten() >= 0
-        rollout.old_log_prob[indices.flatten()[is_real]] = log_prob[is_real]
+        rollout_buffer.replace_log_probs(indices.flatten()[is_real], log_prob[is_real])
 
 
 class PolicyEvaluation(th.nn.Module):
@@ -137,7 +156,7 @@ class PolicyEvaluation(th.nn.Module):
 
 
 class GradientStep:
-    """Takes the steps of a policy's updates, on flat parameters where that is the same as SB3's way.
+    """Takes the steps of a policy's updates, on flat parameters where that is SB3's step to the bit.
 
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16
@@ -148,7 +167,8 @@ class GradientStep:
         self.grad_scaler = grad_scaler
         self._flat: FlatParameters | None = None
         self._parameters: list[th.nn.Parameter] = []
-        self._try_flat = False
+        self._obstacle_to_flat: str | None = None
+        self._ran_policy = False
 
     @property
     def has_gradient(self) -> list[bool] | None:
@@ -157,50 +177,55 @@ class GradientStep:
 
     def flatten(self, has_gradient: list[bool]) -> None:
         """Step on flat parameters from the next minibatch on, without finding out :attr:`has_gradient`."""
-        self.begin_update()
-        if self._try_flat:
-            gradients = [p if has else None for p, has in zip(self._parameters, has_gradient, strict=True)]
-            self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
+        self._note_changes()
+        if self._obstacle_to_flat is None:
+            self._flat = FlatParameters(self.policy.optimizer, self._parameters, has_gradient)
 
     def begin_update(self) -> None:
         """Take note of whatever the user or a load has changed since the last update."""
+        self._note_changes()
+        if self._flat is not None:
+            self._flat.borrow()
+
+    def _note_changes(self) -> None:
         self._parameters = list(self.policy.parameters())
-        self._try_flat = (
-            not self.grad_scaler.is_enabled()
-            and can_flatten(self.policy.optimizer, self._parameters)
-            and self._is_better_flat()
-        )
-        if self._flat is not None and not (
-            self._try_flat and self._flat.is_current(self.policy.optimizer, self._parameters)
+        self._obstacle_to_flat = self._find_obstacle()
+        if self._obstacle_to_flat is not None or (
+            self._flat is not None and not self._flat.fits_still(self.policy.optimizer, self._parameters)
         ):
             self._flat = None
-        if self._flat is not None:
-            self._flat.refresh()
 
-    def _is_better_flat(self) -> bool:
-        """Whether flat steps have the bits of SB3's, and take less time."""
+    def _find_obstacle(self) -> str | None:
+        """Why steps are not flat; None: they are."""
+        if self.grad_scaler.is_enabled():
+            return "amp='fp16' scales the loss, and steps on float16's gradients are taken one parameter at a time"
+        return obstacle_to_flat_steps(self.policy, self.policy.optimizer) or self._reason_against_flat()
+
+    def _reason_against_flat(self) -> str | None:
+        """Why flat steps would have other bits than SB3's, or take more time; None: neither."""
+        if any(group.get("fused") for group in self.policy.optimizer.param_groups):
+            return "a fused kernel rounds the end of a tensor in another way than the rest"
+        if not all(parameter.is_contiguous() for parameter in self._parameters):
+            return "BLAS rounds by the layout of a parameter, and one is not contiguous"
         numbers = sum(parameter.numel() for parameter in self._parameters)
-        return (
-            # A fused kernel rounds the tail of a tensor otherwise than its bulk, BLAS by the layout
-            not any(group.get("fused") for group in self.policy.optimizer.param_groups)
-            and all(parameter.is_contiguous() for parameter in self._parameters)
-            and (self.policy.device.type != "cpu" or numbers <= MAX_FLAT_ON_CPU)
-        )
+        if self.policy.device.type == "cpu" and numbers > MAX_FLAT_ON_CPU:
+            return "the policy is larger than the caches"
+        return None
 
     def end_update(self) -> None:
-        """Leave the policy's optimiser with the state that its own steps would have."""
+        """Leave the policy and its optimiser as their own steps would have left them."""
         if self._flat is not None:
-            self._flat.publish()
+            self._flat.give_back()
 
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         """Compute the loss of a minibatch and take a step, unless the limit of approx_kl forbids it.
 
         Nor is a step taken where the loss or its gradient is not finite, which the metrics show.
 
-        :return: the metrics, see ``update_history.METRICS``, with a gradient norm of NaN where the limit forbade the
-            step; and whether it did not
+        :return: the metrics, see ``losses.METRICS``, with a gradient norm of NaN where the limit forbade the step; and
+            whether it did not
         """
-        return (self._flat_step if self._try_flat else self._plain_step)(objective, minibatch)
+        return (self._flat_step if self._obstacle_to_flat is None else self._plain_step)(objective, minibatch)
 
     def _plain_step(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         batch = minibatch.batch()
@@ -224,20 +249,50 @@ class GradientStep:
         return grad_norm
 
     def _flat_step(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+        self._ran_policy = False
         metrics, gradients = self._differentiate(objective, minibatch)
         if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
             return _with_grad_norm(metrics, None), False
         loss = metrics[METRICS.index("loss")]
+        if not self._is_flat_for(gradients) and not self._flatten_anew(gradients):
+            self._set_gradients(gradients)
+            return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, loss)), True
+        assert self._flat is not None
+        with_gradient = [gradient for gradient in gradients if gradient is not None]
+        return _with_grad_norm(metrics, self._flat.step(with_gradient, objective.max_grad_norm, loss)), True
+
+    def _is_flat_for(self, gradients: Sequence[th.Tensor | None]) -> bool:
+        return (
+            self._flat is not None
+            and self._flat.fits(gradients)
+            # Only code of the user's that runs within the policy changes anything amid an update
+            and not (self._ran_policy and self._flat.was_touched(self.policy.optimizer))
+        )
+
+    def _flatten_anew(self, gradients: Sequence[th.Tensor | None]) -> bool:
+        """Build the flat parameters that a step needs; False where that is not possible any more."""
+        before = self._parameters
+        self.end_update()
+        self._note_changes()
+        if self._obstacle_to_flat is not None or [*map(id, before)] != [*map(id, self._parameters)]:
+            self._flat, self._parameters = None, before
+            return False
         if self._flat is None or not self._flat.fits(gradients):
-            self.end_update()
-            self._flat = FlatParameters(self.policy.optimizer, self._parameters, gradients)
-        of_flat = [gradient for gradient in gradients if gradient is not None]
-        return _with_grad_norm(metrics, self._flat.step(of_flat, objective.max_grad_norm, loss)), True
+            has_gradient = [gradient is not None for gradient in gradients]
+            self._flat = FlatParameters(self.policy.optimizer, self._parameters, has_gradient)
+        self._flat.borrow()
+        return True
+
+    def _set_gradients(self, gradients: Sequence[th.Tensor | None]) -> None:
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            # As backward leaves them, in the parameter's layout
+            parameter.grad = None if gradient is None else th.empty_like(parameter).copy_(gradient)
 
     def _differentiate(
         self, objective: Objective, minibatch: Minibatch
     ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
         """Metrics but for the norm, and the gradient of each parameter; None where the loss does not depend on it."""
+        self._ran_policy = True
         batch = minibatch.batch()
         terms = objective.loss(batch, objective.evaluate(self.policy, batch))
         trainable = [parameter for parameter in self._parameters if parameter.requires_grad]

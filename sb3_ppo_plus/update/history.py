@@ -16,6 +16,7 @@ class UpdateHistory:
 
     :param metrics: of every minibatch whose loss was computed, float32 of shape (len(METRICS),)
     :param last_epoch_start: index in ``metrics`` of the last epoch's first minibatch
+    :param n_epochs_begun: epochs that were begun
     :param n_epochs_done: epochs that were completed
     :param was_stopped: whether ``target_kl`` forbade the step of the last minibatch
     :param is_fine: which minibatches' loss and gradient were finite, bool; None: all
@@ -23,6 +24,7 @@ class UpdateHistory:
 
     metrics: list[th.Tensor] = field(default_factory=list)
     last_epoch_start: int = 0
+    n_epochs_begun: int = 0
     n_epochs_done: int = 0
     was_stopped: bool = False
     is_fine: th.Tensor | None = None
@@ -30,6 +32,7 @@ class UpdateHistory:
     def begin_epoch(self) -> None:
         """Note that what follows belongs to another epoch."""
         self.last_epoch_start = len(self.metrics)
+        self.n_epochs_begun += 1
 
     @cached_property
     def table(self) -> th.Tensor:

@@ -159,7 +159,7 @@ def test_a_policy_with_methods_of_its_own_is_asked_for_all_at_once(method: str) 
 @pytest.mark.filterwarnings("error:compile=True")
 def test_observations_of_any_layout_and_precision_give_the_same_actions() -> None:
     model = PPOPlus("MlpPolicy", make_env(4, action_space=spaces.Discrete(50)), n_steps=16, batch_size=64, compile=True)
-    actor = model._actor_for(model.env, model.rollout_buffer)
+    actor = model._execution.actor_for(model, model.rollout_buffer)
     assert isinstance(actor, CompiledActor)
     observations = th.rand(4, 3)
     layouts = [observations, observations.t().contiguous().t(), observations.double(), observations]

@@ -127,8 +127,8 @@ LEARNED_FEATURES = ("Dict, separate extractors", "CNN", "Transformer")
 def test_compiled_training_equals_eager_training_to_rounding(case: str) -> None:
     eager, compiled = trained(case, compile=False), trained(case, compile=True)
     is_short = CASES[case][3].get("batch_size") == 24
-    assert compiled._gradient_step.n_compilations == 1 + is_short
-    assert compiled._compiled_actor.n_compilations == (1 if case in LEARNED_FEATURES else 2)
+    assert compiled._execution.gradient_step.n_compilations == 1 + is_short
+    assert compiled._execution.compiled_actor.n_compilations == (1 if case in LEARNED_FEATURES else 2)
     # Autocast rounds each product to 8 bits, in whatever order the compiler chose
     tolerance = 5e-4 if case == "bf16" else 2e-5
     moved = (parameters(eager) - parameters(build_case(case, compile=False))).abs().max()
@@ -153,7 +153,12 @@ def test_nothing_is_compiled_after_the_first_update() -> None:
 
     class Count(BaseCallback):
         def on_update_end(self) -> bool:
-            counts.append((self.model._gradient_step.n_compilations, self.model._compiled_actor.n_compilations))
+            counts.append(
+                (
+                    self.model._execution.gradient_step.n_compilations,
+                    self.model._execution.compiled_actor.n_compilations,
+                )
+            )
             evaluate_policy(self.model, make_env(3, observation_space=VECTOR, action_space=DISCRETE), n_eval_episodes=3)
             return True
 
@@ -199,7 +204,7 @@ def test_a_policy_that_no_graph_can_hold_trains_eagerly_after_one_warning(policy
     eager = build(policy).learn(96)
     with pytest.warns(UserWarning, match="compile=True: .* runs eagerly") as caught:
         compiled = build(policy, compile=True).learn(96)
-    assert compiled._gradient_step.n_compilations == 0
+    assert compiled._execution.gradient_step.n_compilations == 0
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
     if policy is BranchesOnValues:
         assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
@@ -272,7 +277,7 @@ def test_a_change_of_the_policy_between_updates_reaches_the_graphs() -> None:
     )
     assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
     # One for the policy of each of the three updates
-    assert compiled._gradient_step.n_compilations == 3
+    assert compiled._execution.gradient_step.n_compilations == 3
 
 
 def test_a_hook_on_a_parameter_keeps_the_step_eager_and_its_effect() -> None:

@@ -382,8 +382,8 @@ def test_compiled_and_eager_training_is_the_same_without_recompiling(policy, req
     if policy == "MlpPolicy":
         assert np.array_equal(*(model.rollout_buffer.context["action_masks"] for model in models))
     # Acting, and evaluating a rollout
-    assert compiled._compiled_actor.n_compilations == 2
-    assert compiled._gradient_step.n_compilations == 1
+    assert compiled._execution.compiled_actor.n_compilations == 2
+    assert compiled._execution.gradient_step.n_compilations == 1
 
 
 @pytest.mark.parametrize(

@@ -305,5 +305,5 @@ def test_a_critic_learning_rate_reaches_the_critics_memory():
 def test_with_compile_the_sequences_of_lstm_and_gru_stay_eager_and_silent(memory, recwarn):
     model = build(memory, compile=True)
     model.learn(96)
-    assert not isinstance(model._gradient_step, CompiledGradientStep)
+    assert not isinstance(model._execution.gradient_step, CompiledGradientStep)
     assert not [warning for warning in recwarn if "compile" in str(warning.message)]

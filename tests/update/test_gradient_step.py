@@ -244,5 +244,8 @@ def test_large_policies_are_not_stepped_flat_and_learn_the_same(monkeypatch):
     flat = build(seed=0).learn(STEPS * 3)
     monkeypatch.setattr(gradient_step, "MAX_FLAT_ON_CPU", 10)
     separate = build(seed=0).learn(STEPS * 3)
-    assert flat._gradient_step.has_gradient is not None and separate._gradient_step.has_gradient is None
+    assert (
+        flat._execution.gradient_step.has_gradient is not None
+        and separate._execution.gradient_step.has_gradient is None
+    )
     assert (vector_of(flat) == vector_of(separate)).all()

@@ -13,7 +13,6 @@ from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import MlpPolicy, NonFiniteError, PPOPlus, TrainingCheckpoint
-from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
@@ -139,29 +138,6 @@ def test_the_error_names_the_last_checkpoint(tmp_path):
     with pytest.raises(NonFiniteError, match=r"the last checkpoint is .*runs") as caught:
         model.learn(320, TrainingCheckpoint(1, tmp_path / "runs"))
     assert model.last_checkpoint in str(caught.value)
-
-
-def test_on_a_device_the_host_need_not_wait():
-    """What runs on CUDA, called by hand: the step is taken or not as a tensor says."""
-    model = build(batch_size=32)
-    model.learn(32)
-    flat = model._gradient_step._flat
-    assert isinstance(flat, FlatParameters)
-    for allowed in (False, True):
-        (group,) = flat.groups
-        before = copy.deepcopy([group.flat, group.state])
-        group.flat.grad.fill_(1.0 if allowed else math.nan)
-        group.step_where(th.tensor(allowed))
-        assert th.equal(before[0], group.flat) is not allowed
-        assert all(th.equal(before[1][name], value) is not allowed for name, value in group.state.items())
-    fresh = build()
-    fresh._gradient_step.flatten([True] * len(list(fresh.policy.parameters())))
-    (group,) = fresh._gradient_step._flat.groups
-    group.flat.grad = th.full_like(group.flat, math.nan)
-    before = group.flat.clone()
-    group.step_where(th.tensor(False))
-    assert th.equal(before, group.flat)
-    assert all(not value.any() for value in group.state.values())
 
 
 @pytest.mark.parametrize(

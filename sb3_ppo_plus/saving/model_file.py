@@ -1,0 +1,90 @@
+"""What PPOPlus's ``load`` and ``save`` add to SB3's."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import zipfile
+from collections.abc import Iterable
+from typing import Any
+
+from stable_baselines3 import PPO
+from stable_baselines3.common.save_util import open_path
+
+from sb3_ppo_plus.argument_checks import did_you_mean
+from sb3_ppo_plus.saving.model_description import constructor_arguments
+from sb3_ppo_plus.saving.safe_zip import opened_model
+from sb3_ppo_plus.saving.untrusted_model import add_description
+
+File = str | pathlib.Path | io.BufferedIOBase
+
+
+def loading_arguments(
+    cls: type[PPO],
+    path: File,
+    custom_objects: dict[str, Any] | None,
+    kwargs: dict[str, Any],
+    *,
+    trusted: bool,
+    allow: Iterable[type] | None,
+) -> dict[str, Any]:
+    """Arguments that replace those of a saved model, from what the user gave to ``load``.
+
+    :param cls: class of the model
+    :param path: the file
+    :param custom_objects: SB3's argument; without trust it replaces constructor's arguments too
+    :param kwargs: constructor's arguments to change
+    :param trusted: whether the file may be unpickled
+    :param allow: classes that a description may name
+    :raises TypeError: for a keyword that is no argument of the constructor
+    :raises ValueError: for ``allow`` with trust
+    """
+    allowed = set(constructor_arguments(cls)) - {"policy", "env"}
+    unknown = sorted(kwargs.keys() - allowed)
+    if unknown:
+        raise TypeError(
+            f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}"
+            f"{did_you_mean(unknown[0], allowed)}"
+        )
+    if not trusted:
+        return {name: value for name, value in (custom_objects or {}).items() if name in allowed} | kwargs
+    if allow is not None:
+        raise ValueError("allow is for trusted=False: with trusted=True every class is allowed")
+    return values_of_other_releases(path) | kwargs
+
+
+def values_of_other_releases(path: File) -> dict[str, Any]:
+    """Values of attributes that a saved model lacks, since SB3 or an older release wrote it.
+
+    :param path: the file
+    :return: by name, such that the model goes on as where it was saved
+    """
+    saved = _saved_attributes(path)
+    values: dict[str, Any] = {"pessimistic_value_clip": False, "_built_for_masks": False}
+    return {name: value for name, value in values.items() if name not in saved}
+
+
+def write_model(archive: io.BytesIO, path: File, model: PPO, exclude: Iterable[str]) -> None:
+    """Add a model's plain description to the zip that SB3's ``save`` made, and write it.
+
+    :param archive: the zip
+    :param path: where to write it
+    :param model: the model in it
+    :param exclude: names of attributes that were not saved
+    """
+    add_description(archive, model, exclude)
+    file = open_path(path, "w", verbose=0, suffix="zip")
+    file.write(archive.getbuffer())
+    if file is not path:
+        file.close()
+
+
+def _saved_attributes(path: File) -> set[str]:
+    """Names of a saved model's attributes; none for a file that is no model, of which SB3's load tells more."""
+    with opened_model(path) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return set(json.loads(archive.read("data")))
+        except (zipfile.BadZipFile, KeyError, ValueError):
+            return set()

@@ -1,0 +1,105 @@
+"""When a step on flat parameters is the step that SB3 takes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch as th
+from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
+from torch.optim import optimizer as torch_optimizer
+
+from sb3_ppo_plus.torch_private import has_accumulation_hooks, has_step_hooks
+from sb3_ppo_plus.update.flat_parameters import ALIGNMENT
+
+# Elementwise in parameters and state, so that a flat step equals the separate ones; not so for subclasses
+FLATTENED_OPTIMIZERS = (Adam, AdamW, SGD, RMSprop)
+_ZERO_GRAD = Optimizer.zero_grad
+_CLIP_GRAD_NORM = th.nn.utils.clip_grad_norm_
+
+
+def obstacle_to_flat_steps(policy: th.nn.Module, optimizer: Optimizer) -> str | None:
+    """Find out what a flat step of the optimiser would miss, as a clause for a warning; None: nothing.
+
+    :param policy: whose parameters are stepped
+    :param optimizer: the policy's
+    """
+    parameters = list(policy.parameters())
+    name = type(optimizer).__name__
+    if type(optimizer) not in FLATTENED_OPTIMIZERS:
+        return f"{name} has no flat form here"
+    in_groups = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    if sorted(in_groups) != sorted(map(id, parameters)):
+        return f"{name} does not step exactly the policy's parameters"
+    if not _has_methods_of_torch(optimizer) or th.nn.utils.clip_grad_norm_ is not _CLIP_GRAD_NORM:
+        return f"a method of {name} or the clipping of gradients was replaced"
+    if has_step_hooks(optimizer) or has_accumulation_hooks(parameters):
+        return f"a hook on {name}'s step or on a parameter wants to be called"
+    if not _are_plain(parameters):
+        return "the parameters are not all float32 on one device, in memory of their own"
+    if _share_memory(_tensors_of(policy)):
+        return "some parameters share their memory with other tensors of the policy"
+    if not all(_is_plain_state(parameter, optimizer.state.get(parameter, {})) for parameter in parameters):
+        return f"the state of {name} is not of the kind that its own steps make"
+    return None
+
+
+def _has_methods_of_torch(optimizer: Optimizer) -> bool:
+    kind = type(optimizer)
+    # PyTorch's learning-rate schedulers wrap the method of the instance
+    if {"step", "zero_grad"} & vars(optimizer).keys() or kind.zero_grad is not _ZERO_GRAD:
+        return False
+    step: Any = kind.step
+    # What PyTorch itself wraps around a step lies in one module
+    while hasattr(step, "__wrapped__"):
+        if step.__globals__ is not vars(torch_optimizer):
+            return False
+        step = step.__wrapped__
+    return inspect.isfunction(step) and step.__globals__["__name__"] == kind.__module__
+
+
+def _are_plain(parameters: Sequence[th.nn.Parameter]) -> bool:
+    device = parameters[0].device
+    return all(
+        type(parameter) is th.nn.Parameter
+        and ((parameter.dtype is th.float32 and parameter.device == device) or not parameter.requires_grad)
+        # Else BLAS rounds in another way, after load_from_vector for one
+        and parameter.data_ptr() % (4 * ALIGNMENT) == 0
+        # Other processes may be reading it at any time
+        and not (device.type == "cpu" and parameter.is_shared())  # type: ignore[no-untyped-call]  # torch leaves it so
+        for parameter in parameters
+    )
+
+
+def _tensors_of(policy: th.nn.Module) -> Iterator[th.Tensor]:
+    yield from policy.parameters()
+    for part in policy.modules():
+        yield from part.buffers(recurse=False)
+        yield from (value for value in vars(part).values() if isinstance(value, th.Tensor))
+
+
+def _share_memory(tensors: Iterable[th.Tensor]) -> bool:
+    """Whether two tensors overlap in memory."""
+    spans = []
+    for tensor in tensors:
+        if tensor.layout is th.strided and tensor.numel() > 0:
+            last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            start = tensor.data_ptr()
+            spans.append((start, start + (last + 1) * tensor.element_size()))
+    spans.sort()
+    return any(end > start for (_, end), (start, _) in pairwise(spans))
+
+
+def _is_plain_state(parameter: th.nn.Parameter, state: dict[str, Any]) -> bool:
+    for name, value in state.items():
+        if name == "step":
+            if not isinstance(value, th.Tensor) or value.dim() > 0:
+                return False
+        elif value is not None and not (
+            isinstance(value, th.Tensor)
+            and (value.shape, value.dtype, value.device) == (parameter.shape, parameter.dtype, parameter.device)
+        ):
+            return False
+    return True

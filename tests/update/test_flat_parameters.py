@@ -1,0 +1,165 @@
+"""Flat steps beside the steps of PyTorch's optimisers on the parameters themselves."""
+
+import copy
+import math
+
+import pytest
+import torch as th
+from states import assert_same_bits
+from torch import nn
+from torch.optim import SGD, Adam, AdamW, RMSprop
+
+from sb3_ppo_plus.update.flat_parameters import FlatParameters
+
+OPTIMIZERS = {
+    "Adam": (Adam, {}),
+    "Adam, amsgrad": (Adam, {"amsgrad": True, "weight_decay": 0.1}),
+    "AdamW": (AdamW, {"weight_decay": 0.1}),
+    "SGD": (SGD, {}),
+    "SGD with momentum": (SGD, {"momentum": 0.9, "dampening": 0.3}),
+    "RMSprop": (RMSprop, {"centered": True, "momentum": 0.5}),
+}
+SHAPES = [(3, 5), (4,), (2, 16), ()]
+
+
+class Pair:
+    """The same parameters and optimiser twice: one steps flat, the other as PyTorch does.
+
+    :param name: of the optimiser
+    """
+
+    def __init__(self, name):
+        th.manual_seed(0)
+        kind, settings = OPTIMIZERS[name]
+        self.expected = [nn.Parameter(th.randn(shape)) for shape in SHAPES]
+        self.parameters = copy.deepcopy(self.expected)
+        self.reference = kind(self.expected, lr=0.1, **settings)
+        self.optimizer = kind(self.parameters, lr=0.1, **settings)
+        self.flat = FlatParameters(self.optimizer, self.parameters, [True] * len(SHAPES))
+
+    def step_the_reference(self, gradients):
+        for parameter, gradient in zip(self.expected, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        self.reference.step()
+
+    def write_gradients(self, gradients):
+        (group,) = self.flat.groups
+        for view, gradient in zip(group.gradients, gradients, strict=True):
+            view.copy_(gradient)
+        return group
+
+    def assert_alike(self):
+        for expected, parameter in zip(self.expected, self.parameters, strict=True):
+            assert th.equal(expected, parameter)
+        assert_same_bits(self.reference.state_dict(), self.optimizer.state_dict())
+
+
+def random_gradients():
+    return [th.randn(shape) for shape in SHAPES]
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def pair(request):
+    return Pair(request.param)
+
+
+def test_flat_steps_leave_what_separate_steps_leave(pair):
+    for _ in range(3):
+        pair.flat.borrow()
+        for _ in range(2):
+            gradients = random_gradients()
+            # A norm far below the limit
+            pair.flat.step(gradients, 1e9, th.tensor(0.0))
+            pair.step_the_reference(gradients)
+        pair.flat.give_back()
+        pair.assert_alike()
+        for parameter, gradient in zip(pair.parameters, gradients, strict=True):
+            assert th.equal(parameter.grad, gradient)
+
+
+# Of eight steps in three updates; the very first, two in a row, and the last of an update among them
+ALLOWED = [[False, True, True], [True, False, False], [True, False]]
+
+
+@pytest.mark.parametrize("counts_on_device", [False, True], ids=["counter on the host", "counter on the device"])
+@pytest.mark.parametrize("allowed", [ALLOWED, [[not a for a in update] for update in ALLOWED]], ids=["some", "others"])
+def test_a_step_that_a_tensor_forbids_is_left_out(pair, allowed, counts_on_device):
+    """What runs on CUDA, called by hand: neither parameters nor moments nor the counter show such a step."""
+    for update in allowed:
+        pair.flat.borrow()
+        if counts_on_device:
+            pair.flat.keep_steps_with_parameters()
+        for is_allowed in update:
+            gradients = random_gradients()
+            group = pair.write_gradients(gradients)
+            if not is_allowed:
+                group.flat.grad.fill_(math.nan)
+            group.step_where(th.tensor(is_allowed))
+            if is_allowed:
+                pair.step_the_reference(gradients)
+        pair.flat.give_back()
+        pair.assert_alike()
+
+
+def test_the_host_asks_before_the_next_step_whether_the_last_was_taken():
+    pair = Pair("Adam")
+    pair.flat.borrow()
+    counts = []
+    for is_allowed in (True, False, True):
+        group = pair.write_gradients(random_gradients())
+        verdict = th.tensor(is_allowed)
+        group.step_where(verdict)
+        counts.append(group.state["step"].item())
+    pair.flat.give_back()
+    assert counts == [1.0, 2.0, 2.0]
+
+
+def test_while_parameters_are_flat_everything_visible_is_live():
+    pair = Pair("Adam")
+    for update in range(2):
+        pair.flat.borrow()
+        for _ in range(2):
+            gradients = random_gradients()
+            pair.flat.step(gradients, 1e9, th.tensor(0.0))
+            pair.step_the_reference(gradients)
+            pair.assert_alike()
+            for parameter, gradient in zip(pair.parameters, gradients, strict=True):
+                assert th.equal(parameter.grad, gradient)
+        assert len({p.untyped_storage().data_ptr() for p in pair.parameters}) == 1, f"not flat in update {update}"
+        pair.flat.give_back()
+        assert len({p.untyped_storage().data_ptr() for p in pair.parameters}) == len(SHAPES)
+
+
+def test_without_a_step_gradients_are_left_alone():
+    pair = Pair("Adam")
+    pair.parameters[0].grad = kept = th.ones(SHAPES[0])
+    pair.flat.borrow()
+    pair.flat.give_back()
+    assert pair.parameters[0].grad is kept and pair.parameters[1].grad is None
+    assert not pair.optimizer.state
+
+
+def test_giving_back_twice_is_giving_back_once():
+    pair = Pair("Adam")
+    pair.flat.borrow()
+    pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
+    pair.flat.give_back()
+    with th.no_grad():
+        pair.parameters[0].zero_()
+    pair.flat.give_back()
+    assert not pair.parameters[0].any()
+
+
+def test_without_a_gradient_from_the_loss_a_parameter_is_left_out():
+    pair = Pair("AdamW")
+    pair.parameters[1].grad = th.ones(SHAPES[1])
+    flat = FlatParameters(pair.optimizer, pair.parameters, [True, False, True, True])
+    flat.borrow()
+    gradients = random_gradients()
+    flat.step([gradients[0], gradients[2], gradients[3]], 1e9, th.tensor(0.0))
+    flat.give_back()
+    for index in (0, 2, 3):
+        pair.expected[index].grad = gradients[index]
+    pair.reference.step()
+    pair.assert_alike()
+    assert pair.parameters[1].grad is None
