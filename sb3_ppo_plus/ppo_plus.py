@@ -40,7 +40,7 @@ from sb3_ppo_plus.policies.remembering import set_sequence_length
 from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint
 from sb3_ppo_plus.resuming.run import Run, as_callbacks
 from sb3_ppo_plus.rollout.values import RolloutValues
-from sb3_ppo_plus.saving.model_file import File, loading_arguments, write_model
+from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_named_by_package, write_model
 from sb3_ppo_plus.saving.untrusted_model import load_without_trust, read_parameters
 from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
 from sb3_ppo_plus.update.epochs import log_update, run_epochs
@@ -442,7 +442,8 @@ class PPOPlus(PPO):
     def save(self, path: File, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
         """Save the model in a zip as SB3's ``save``, with a plain description for loading without trust."""
         archive = io.BytesIO()
-        super().save(archive, exclude, include)
+        with policies_named_by_package():
+            super().save(archive, exclude, include)
         write_model(archive, path, self, exclude or ())
 
     def _excluded_save_params(self) -> list[str]:

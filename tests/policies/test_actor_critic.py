@@ -1,4 +1,6 @@
 import copy
+import inspect
+import typing
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from sb3_ppo_plus import (
     MultiInputPolicy,
     PPOPlus,
     TransformerExtractor,
+    policies,
 )
 from sb3_ppo_plus.policies.bounded_distributions import BetaDistribution, SquashedGaussianDistribution
 from sb3_ppo_plus.policies.lean_distributions import LeanDiagGaussianDistribution
@@ -334,6 +337,19 @@ def test_impala_gets_no_hidden_layers_behind_it_unless_asked_for():
 def test_impala_takes_images_that_are_scaled_already():
     env = make_env(observation_space=spaces.Box(0.0, 1.0, (1, 9, 9), np.float32))
     learn("CnnPolicy", env, features_extractor_class="impala_cnn", normalize_images=False)
+
+
+# Where they are defined
+
+
+# By their own names, as some have two
+POLICY_CLASSES = {value.__name__: value for value in vars(policies).values() if isinstance(value, type)}
+
+
+@pytest.mark.parametrize("name", POLICY_CLASSES)
+def test_inspect_finds_the_source_and_typing_the_types_of_every_policy_class(name):
+    assert inspect.getsource(POLICY_CLASSES[name]).startswith(f"class {name}(")
+    assert "default_features_extractor_class" in typing.get_type_hints(POLICY_CLASSES[name])
 
 
 # Copies
