@@ -15,6 +15,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.save_util import open_path
 
 from sb3_ppo_plus import policies
+from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.saving.model_description import constructor_arguments
 from sb3_ppo_plus.saving.safe_zip import opened_model
 from sb3_ppo_plus.saving.untrusted_model import add_description
@@ -48,7 +49,10 @@ def loading_arguments(
     allowed = set(constructor_arguments(cls)) - {"policy", "env"}
     unknown = sorted(kwargs.keys() - allowed)
     if unknown:
-        raise TypeError(f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}")
+        raise TypeError(
+            f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}"
+            f"{did_you_mean(unknown[0], allowed)}"
+        )
     if not trusted:
         return {name: value for name, value in (custom_objects or {}).items() if name in allowed} | kwargs
     if allow is not None:
