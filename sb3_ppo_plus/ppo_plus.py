@@ -60,7 +60,7 @@ from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, recompute
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.learning_rates import LearningRateGroups
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
-from sb3_ppo_plus.update.non_finite import ON_NON_FINITE, Skipped, check_steps
+from sb3_ppo_plus.update.non_finite import ON_NON_FINITE, Skipped, check_epsilon, check_steps
 from sb3_ppo_plus.update.scheduled_ppo import Coefficient
 
 REPLACED_BUFFERS = (None, RolloutBuffer, DictRolloutBuffer, MaskableRolloutBuffer, MaskableDictRolloutBuffer)
@@ -554,6 +554,7 @@ class PPOPlus(SavedPPO):
         With action masks, every ``EvalCallback`` whose environment offers masks evaluates ``self.masked(eval_env)``.
 
         :raises NonFiniteError: where an observation, reward, loss or gradient is NaN or infinite, see ``on_non_finite``
+        :raises ValueError: for an optimiser with eps=0 and a Transformer, whose updates would be NaN
         :raises DeadWorkerError: if a worker of a SubprocVecEnv has died
         """
         self._continuation = None
@@ -601,6 +602,7 @@ class PPOPlus(SavedPPO):
         )
 
     def _learn(self, *arguments: Any) -> Self:
+        check_epsilon(self.policy, self.policy.optimizer)
         self._update_end_said_stop = False
         try:
             return super().learn(*arguments)

@@ -8,10 +8,30 @@ from typing import NamedTuple
 import torch as th
 
 from sb3_ppo_plus.errors import NonFiniteError
+from sb3_ppo_plus.extractors import TransformerExtractor
 from sb3_ppo_plus.update.losses import METRICS
 
 TERMS = {"policy_loss": "policy loss", "value_loss": "value loss", "entropy_loss": "entropy"}
 ON_NON_FINITE = ("raise", "skip")
+
+
+def check_epsilon(policy: th.nn.Module, optimizer: th.optim.Optimizer) -> None:
+    """Refuse an optimiser that would divide 0 by 0 in a Transformer.
+
+    A key bias adds one number to all logits of a softmax, which changes nothing. Its gradient is 0 but for rounding,
+    and whether it is exactly 0 differs from seed to seed, and between compiled and eager updates.
+
+    :param policy: whose parameters are stepped
+    :param optimizer: the policy's
+    :raises ValueError: for eps=0 with a Transformer as features extractor
+    """
+    has_transformer = any(isinstance(module, TransformerExtractor) for module in policy.modules())
+    if has_transformer and any(group.get("eps") == 0 for group in optimizer.param_groups):
+        raise ValueError(
+            f"eps must be positive with the Transformer, got optimizer_kwargs={{'eps': 0}}: {type(optimizer).__name__} "
+            "divides by the size of a gradient plus eps, and some of the Transformer's gradients are 0; allowed: for "
+            "example 1e-8"
+        )
 
 
 class Skipped(NamedTuple):
