@@ -29,7 +29,7 @@ from sb3_ppo_plus.saving.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine
 
 FORMAT = "sb3_ppo_plus.model/1"
-# Arguments that are not described: those of another part of the description, or of the machine that saves
+# Arguments that are not described: policy has its own entry, the others belong to the machine that loads
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
 ROLLOUT_BUFFERS = {
