@@ -31,7 +31,9 @@ class EnvOutputCheck:
         """
         normalize = self._normalize
         if rewards is not None:
-            self._check("reward", rewards, None if normalize is None else normalize.old_reward, step)
+            # VecEnvs of other packages may return a list
+            array = rewards if isinstance(rewards, np.ndarray) else np.asarray(rewards)
+            self._check("reward", array, None if normalize is None else normalize.old_reward, step)
         raw: Any = None if normalize is None else normalize.old_obs
         if not isinstance(observations, dict):
             self._check("observation", observations, raw, step)

@@ -15,6 +15,8 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_plus.envs.questions import attributes_of, indices_of_wrapped
+
 
 class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
     """Replaces an environment by a new one when its ``step`` or ``reset`` raises an exception.
@@ -24,9 +26,13 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
     drawn from the last seed given to ``reset``. Put ``Monitor`` outside: ``Monitor(RestartingEnv(make_env))``, as
     ``make_vec_env(lambda: RestartingEnv(make_env))`` does.
 
+    In the RL Zoo it is no ``env_wrapper``, which is given an environment that is built already: register an id whose
+    entry point returns it, ``gymnasium.register(id, lambda **kwargs: RestartingEnv(lambda: MyEnv(**kwargs)))``.
+
     :param make_env: builds the environment
     :param max_restarts: restarts allowed within ``window``; one more failure raises the environment's own error
     :param window: length of time over which restarts are counted, in seconds; None: all of them
+    :raises TypeError: for a ``make_env`` that is no function
     :raises ValueError: for a negative ``max_restarts``, or a ``window`` that is not above 0
     """
 
@@ -34,7 +40,11 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         self, make_env: Callable[[], gym.Env[Any, Any]], max_restarts: int = 10, window: float | None = 3600.0
     ) -> None:
         if not callable(make_env):
-            raise TypeError(f"make_env must be a function that builds an environment, got {make_env!r}")
+            raise TypeError(
+                f"make_env must be a function that builds an environment, got {make_env!r}. As env_wrapper of the RL "
+                "Zoo, which is given an environment, RestartingEnv cannot build another: register an id whose "
+                "entry_point returns RestartingEnv(make_env)"
+            )
         if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < 0:
             raise ValueError(f"max_restarts must be an integer of at least 0, got {max_restarts!r}")
         if window is not None and not window > 0:
@@ -128,12 +138,10 @@ class RestartCounter:
 
     def __init__(self, env: VecEnv) -> None:
         self.env = env
-        self._indices: list[int] = []
-        # VecEnvs of others may lack it
-        with suppress(AttributeError, NotImplementedError):
-            is_wrapped = env.env_is_wrapped(RestartingEnv)
-            self._indices = [index for index, is_restarting in enumerate(is_wrapped) if is_restarting]
+        self._indices = indices_of_wrapped(env, RestartingEnv)
 
     def count(self) -> int | None:
         """Restarts so far; None where no environment could restart."""
-        return sum(self.env.get_attr("n_restarts", self._indices)) if self._indices else None
+        counts = attributes_of(self.env, "n_restarts", self._indices) if self._indices else None
+        # A VecEnv that says yes to every wrapper has no numbers
+        return sum(counts) if counts is not None and all(isinstance(count, int) for count in counts) else None

@@ -11,6 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import DeadWorkerError
 
 # What SB3 raises when a worker has closed its end of the pipe
@@ -51,7 +52,7 @@ def dead_worker_error(envs: Iterable[object]) -> DeadWorkerError | None:
     :param envs: vectorised environments; other objects are ignored
     :return: the error to raise, or None where every worker is alive
     """
-    subprocess_envs = [each.unwrapped for each in envs if isinstance(each, VecEnv)]
+    subprocess_envs = [base_of(each) for each in envs if isinstance(each, VecEnv)]
     dead = [text for each in subprocess_envs if isinstance(each, SubprocVecEnv) for text in _dead_workers(each)]
     return DeadWorkerError("; ".join(dict.fromkeys(dead))) if dead else None
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import numpy as np
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
-from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, get_action_masks, is_masking_supported
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.envs.questions import has_attribute
 from sb3_ppo_plus.masking.usage import offers_masks
 from sb3_ppo_plus.policies.masks import MASK_KEY, has_mask_key
 
@@ -26,7 +28,8 @@ class MaskedPredictor:
     """
 
     def __init__(self, model: Any, env: GymEnv) -> None:  # noqa: ANN401  # PPOPlus, whose module imports this one
-        if not has_mask_key(env.observation_space) and not is_masking_supported(env):
+        has_method = has_attribute(env, EXPECTED_METHOD_NAME) if isinstance(env, VecEnv) else is_masking_supported(env)
+        if not has_mask_key(env.observation_space) and not has_method:
             raise ValueError(
                 "masked(env) needs a method action_masks() of env (sb3_contrib's ActionMasker adds one) or an "
                 f"observation key {MASK_KEY!r}, got {env}"

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+from sb3_ppo_plus.envs.questions import has_attribute
 from sb3_ppo_plus.masking.sources import ActionMaskSource, envs_of
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.policies.masked_distributions import MASKABLE_SPACES, mask_sizes
@@ -29,13 +30,10 @@ def offers_masks(env: VecEnv, action_space: spaces.Space[Any]) -> bool:
         return False
     if has_mask_key(env.observation_space):
         return True
-    try:
-        # Attributes of that name have been something else than methods; those in subprocesses are not looked at
-        is_offered = is_masking_supported(env)
-        return is_offered and all(callable(each.get_wrapper_attr(EXPECTED_METHOD_NAME)) for each in envs_of(env) or ())
-    except NotImplementedError:
-        # A VecEnv need not know its environments' attributes
-        return False
+    # Attributes of that name have been something else than methods; those in subprocesses are not looked at
+    return has_attribute(env, EXPECTED_METHOD_NAME) and all(
+        callable(each.get_wrapper_attr(EXPECTED_METHOD_NAME)) for each in envs_of(env) or ()
+    )
 
 
 def decide_masking(

@@ -24,6 +24,7 @@ from typing import Any
 import torch as th
 
 from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
+from sb3_ppo_plus.strict_json import parse
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -88,7 +89,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     """
     try:
         text = (directory / MANIFEST).read_bytes()
-        manifest = json.loads(text)["manifest"]
+        manifest = parse(text, str(directory / MANIFEST))["manifest"]
         if text != _sealed(manifest):
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} was altered")
         if manifest["format"] != FORMAT:

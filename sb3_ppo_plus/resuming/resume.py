@@ -70,8 +70,9 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
         raise CheckpointError(f"{checkpoint.directory} holds no training state, got {sorted(checkpoint.files)}")
     model: Any = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
     try:
-        state = read_state(checkpoint.files)
-        if not kwargs.get("trusted", True):
+        trusted = kwargs.get("trusted", True)
+        state = read_state(checkpoint.files, trusted)
+        if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
         goes_on = set_training_state(model, state)
         model._run.continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}

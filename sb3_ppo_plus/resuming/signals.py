@@ -13,6 +13,8 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
+from sb3_ppo_plus.envs.questions import base_of
+
 
 def keep_signals_from_workers(env: VecEnv) -> None:
     """Let the worker processes of a SubprocVecEnv ignore SIGINT and SIGTERM, which would end them.
@@ -22,7 +24,7 @@ def keep_signals_from_workers(env: VecEnv) -> None:
 
     :param env: the outermost vectorised environment
     """
-    base = env.unwrapped
+    base = base_of(env)
     if not isinstance(base, SubprocVecEnv):
         return
     is_forked = getattr(base.processes[0], "_start_method", None) == "fork"

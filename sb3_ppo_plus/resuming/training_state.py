@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
 from sb3_ppo_plus.resuming.generator_state import (
@@ -24,11 +25,15 @@ from sb3_ppo_plus.resuming.generator_state import (
 )
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
+from sb3_ppo_plus.strict_json import Limits, parse
 from sb3_ppo_plus.trees import tree_map
 
 State = dict[str, Any]
 
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
+# Wider than those of a model's description: scores begin at -inf, the state of a generator is an integer of 39 digits,
+# and environments may be many and hold nested lists. 4300 digits are the most that Python itself reads
+UNTRUSTED_LIMITS = Limits(max_bytes=2**30, max_depth=128, max_digits=4300, allows_non_finite=True)
 GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
@@ -68,9 +73,16 @@ def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str
     return {MODEL_FILE: archive.getvalue(), STATE_FILE: text.encode(), ARRAYS_FILE: writer.arrays()}
 
 
-def read_state(files: dict[str, bytes]) -> State:
-    """Read what :func:`checkpoint_files` has written beside the model."""
-    state: State = PlainStateReader(files[ARRAYS_FILE]).build(json.loads(files[STATE_FILE]))
+def read_state(files: dict[str, bytes], trusted: bool) -> State:
+    """Read what :func:`checkpoint_files` has written beside the model.
+
+    :param files: contents by file name
+    :param trusted: False: what goes beyond ``UNTRUSTED_LIMITS``, or has a key twice, is an error
+    :raises UntrustedFileError: without trust, for such a file
+    """
+    text = files[STATE_FILE]
+    description = json.loads(text) if trusted else parse(text, STATE_FILE, UNTRUSTED_LIMITS)
+    state: State = PlainStateReader(files[ARRAYS_FILE]).build(description)
     return state
 
 
@@ -173,7 +185,7 @@ def _reset_envs(model: PlusModel) -> None:
     """Begin new episodes, with other seeds than at the beginning of the run."""
     env = model.env
     assert env is not None
-    seeds = [seed for seed in (model.seed, *env.unwrapped._seeds) if seed is not None]
+    seeds = [seed for seed in (model.seed, *getattr(base_of(env), "_seeds", ())) if seed is not None]
     if seeds:
         env.seed((seeds[0] + model.num_timesteps) % 2**32)
     model._last_obs = reset_without_learning(env)

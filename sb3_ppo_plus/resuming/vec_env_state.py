@@ -8,6 +8,7 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
+from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
 from sb3_ppo_plus.errors import WrapperStackError
 from sb3_ppo_plus.resuming.object_state import object_state, set_object_state
 from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
@@ -35,7 +36,7 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
     :return: plain values
     """
     unsaved = [] if unsaved is None else unsaved
-    base: Any = env.unwrapped
+    base = base_of(env)
     stack = _gymnasium_stack(env)
     outside = _outside_of_methods(stack)
     state: VecEnvState = {
@@ -68,7 +69,7 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState) -> bool:
     :raises WrapperStackError: if the number of environments, or their wrappers, differ; the message names both
     """
     _check_same_stack(env, state)
-    base: Any = env.unwrapped
+    base = base_of(env)
     goes_on = False
     if state["vec_env"] is not None and _has_methods(type(base)):
         env.reset()
@@ -128,20 +129,13 @@ def _has_methods(cls: type[Any]) -> bool:
     return hasattr(cls, "get_resume_state") and hasattr(cls, "set_resume_state")
 
 
-def _envs_are_resumable(base: VecEnv) -> bool:
-    try:
-        return base.has_attr("get_resume_state") and base.has_attr("set_resume_state")
-    except (AttributeError, NotImplementedError):
-        # A VecEnv that holds no environments of Gymnasium
-        return False
+def _envs_are_resumable(base: Any) -> bool:  # noqa: ANN401  # a VecEnv, or what one of another package wraps
+    return has_attribute(base, "get_resume_state") and has_attribute(base, "set_resume_state")
 
 
 def _gymnasium_stack(env: VecEnv) -> list[list[str]]:
     """Names of the wrappers of each environment and its own, from the outside in; empty where there are none."""
-    try:
-        return [re.findall(r"<(\w+)", str(text)) for text in env.unwrapped.env_method("__str__")]
-    except (AttributeError, NotImplementedError):
-        return []
+    return [re.findall(r"<(\w+)", text) for text in names_of(base_of(env))]
 
 
 def _outside_of_methods(stack: list[list[str]]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -12,28 +11,32 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import nn
 from torch.optim import Optimizer
 
-from sb3_ppo_plus import buffers
+from sb3_ppo_plus.argument_checks import own_parameters
 from sb3_ppo_plus.attributes import COUNTERS, FLAGS
+from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.extractors import FEATURES_EXTRACTORS
 from sb3_ppo_plus.policies.names import ACTIVATIONS, OPTIMIZERS
 from sb3_ppo_plus.saving.described_spaces import encode_space
-from sb3_ppo_plus.saving.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine
+from sb3_ppo_plus.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 
 FORMAT = "sb3_ppo_plus.model/1"
 # Arguments that are not described: policy has its own entry, the others belong to the machine that loads
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
-ROLLOUT_BUFFERS = {
-    name: cls for name, cls in vars(buffers).items() if isinstance(cls, type) and issubclass(cls, RolloutBuffer)
+ROLLOUT_BUFFERS: dict[str, type[RolloutBuffer]] = {
+    "RolloutBuffer": RolloutBuffer,
+    "DictRolloutBuffer": DictRolloutBuffer,
+    "PPOPlusRolloutBuffer": PPOPlusRolloutBuffer,
+    "PPOPlusDictRolloutBuffer": PPOPlusDictRolloutBuffer,
 }
 # In this order: an extractor is a module too, but no activation
 _BASES: dict[str, type] = {
@@ -49,9 +52,11 @@ Tables = dict[str, dict[str, type]]
 
 def constructor_arguments(cls: type[PPO]) -> list[str]:
     """Names of the arguments of a class's constructor; a subclass may pass the rest on by **kwargs."""
-    parts = [part for part in cls.__mro__[: cls.__mro__.index(PPO)] if "__init__" in vars(part)]
-    names = {name: None for part in parts for name in inspect.signature(vars(part)["__init__"]).parameters}
-    return [name for name in names if name not in ("self", "args", "kwargs", "_init_setup_model")]
+    names: dict[str, None] = {}
+    for part in cls.__mro__[: cls.__mro__.index(PPO)]:
+        if "__init__" in vars(part):
+            names |= dict.fromkeys(own_parameters(vars(part)["__init__"]))
+    return [name for name in names if name != "_init_setup_model"]
 
 
 def closed_tables(cls: type[PPO], allow: Iterable[type] | None = None) -> Tables:

@@ -6,17 +6,24 @@ import io
 import json
 import pathlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 
 from stable_baselines3 import PPO
 from stable_baselines3.common.save_util import open_path
 
+from sb3_ppo_plus import policies
+from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.saving.model_description import constructor_arguments
 from sb3_ppo_plus.saving.safe_zip import opened_model
 from sb3_ppo_plus.saving.untrusted_model import add_description
 
 File = str | pathlib.Path | io.BufferedIOBase
+
+_POLICY_CLASSES: set[type] = {getattr(policies, name) for name in policies.__all__}
+_naming = Lock()
 
 
 def loading_arguments(
@@ -42,7 +49,10 @@ def loading_arguments(
     allowed = set(constructor_arguments(cls)) - {"policy", "env"}
     unknown = sorted(kwargs.keys() - allowed)
     if unknown:
-        raise TypeError(f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}")
+        raise TypeError(
+            f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}"
+            f"{did_you_mean(unknown[0], allowed)}"
+        )
     if not trusted:
         return {name: value for name, value in (custom_objects or {}).items() if name in allowed} | kwargs
     if allow is not None:
@@ -59,6 +69,24 @@ def values_of_other_releases(path: File) -> dict[str, Any]:
     saved = _saved_attributes(path)
     values: dict[str, Any] = {"pessimistic_value_clip": False, "_built_for_masks": False}
     return {name: value for name, value in values.items() if name not in saved}
+
+
+@contextmanager
+def policies_named_by_package() -> Iterator[None]:
+    """Let pickle name a policy's class as ``sb3_ppo_plus.policies.CLASS``: all releases find it there.
+
+    Pickle takes the name of a class from ``__module__``. Outside of this it is the module with the definition, where
+    ``inspect`` and ``typing`` look for source and types.
+    """
+    with _naming:
+        modules = {policy_class: policy_class.__module__ for policy_class in _POLICY_CLASSES}
+        try:
+            for policy_class in modules:
+                policy_class.__module__ = policies.__name__
+            yield
+        finally:
+            for policy_class, module in modules.items():
+                policy_class.__module__ = module
 
 
 def write_model(archive: io.BytesIO, path: File, model: PPO, exclude: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ import torch as th
 from stable_baselines3.common.save_util import open_path
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.saving.strict_json import short
+from sb3_ppo_plus.strict_json import short
 
 #: A policy has at most a few hundred
 MAX_TENSORS = 100_000

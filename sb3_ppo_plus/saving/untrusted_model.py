@@ -39,7 +39,7 @@ from sb3_ppo_plus.saving.state_dict_checks import (
     check_policy_state,
     n_bytes,
 )
-from sb3_ppo_plus.saving.strict_json import get, parse, short
+from sb3_ppo_plus.strict_json import get, parse, short
 
 DESCRIPTION = "ppo_plus.json"
 # All members that SB3 and PPOPlus write; without trust, most of them are never used

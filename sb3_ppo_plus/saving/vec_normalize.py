@@ -14,7 +14,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.saving.strict_json import MAX_BYTES, decode_array, encode_array, get, parse, short
+from sb3_ppo_plus.strict_json import MAX_BYTES, decode_array, encode_array, get, parse, short
 
 FORMAT = "sb3_ppo_plus.vec_normalize/1"
 _FLAGS = ("training", "norm_obs", "norm_reward")

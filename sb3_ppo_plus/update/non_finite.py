@@ -1,4 +1,4 @@
-"""What happens at numbers that are not finite: in what the environments return, and in the loss and its gradient."""
+"""What happens when the loss or its gradient is not finite."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ TERMS = {"policy_loss": "policy loss", "value_loss": "value loss", "entropy_loss
 
 
 def check_steps(history: UpdateHistory, model: PlusModel, *, checks_gradient: bool) -> tuple[int, int]:
-    """Find the minibatches of an update whose loss or gradient was not finite, on which no step was taken.
+    """Find the minibatches of an update whose loss or gradient was not finite, so that no step was taken.
 
-    :param history: of the update; it is told which minibatches were fine
-    :param model: the model, whose ``on_non_finite`` and ``max_skipped`` say how many such steps are allowed in a row
-    :param checks_gradient: False: a gradient scaler deals with overflowing gradients
-    :return: all steps that were left out so far, and those in a row up to now
-    :raises NonFiniteError: says which term, epoch and minibatch
+    :param history: the history of the update; its ``is_fine`` is set
+    :param model: the model; its ``on_non_finite`` and ``max_skipped`` say how many such steps are allowed in a row
+    :param checks_gradient: whether the gradient counts too; False: a gradient scaler deals with its overflow
+    :return: the number of steps that training has skipped so far, and how many of them are the latest in a row
+    :raises NonFiniteError: if more are skipped in a row; the message names the term, epoch and minibatch
     """
-    # The step of the last minibatch may have been forbidden by the limit of approx_kl
+    # If the limit of approx_kl stopped the update, no step was due on the last minibatch
     table = history.table[: len(history.table) - history.was_stopped]
     columns = [METRICS.index(name) for name in ("loss", "grad_norm")[: 1 + checks_gradient]]
     is_fine = table[:, columns].isfinite().all(dim=1)

@@ -12,7 +12,7 @@ import torch as th
 from environments import SMALL_NET, ToyEnv, record_logs
 from resume_cases import CASES, INTERRUPTED_AFTER, N_STEPS, in_a_fork
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecMonitor, VecNormalize
 from states import assert_same_bits, state_of
@@ -210,6 +210,47 @@ def test_can_be_resumed_without_trust(tmp_path):
     resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu", trusted=False)
     resumed.continue_learning()
     assert_same_bits(state_of(resumed), learned(learning_rate="lin_1e-3"))
+
+
+def test_numbers_and_lists_beyond_those_of_a_description_are_resumed_without_trust(tmp_path):
+    nested = []
+    for _ in range(40):
+        nested = [nested]
+
+    class Keeps(ToyEnv):
+        def reset(self, **kwargs):
+            self.kept = {"integer": -(10**300), "infinity": -np.inf, "nested": nested, "nan": float("nan")}
+            return super().reset(**kwargs)
+
+    def envs():
+        return make_vec_env(Keeps, 2, seed=0, wrapper_class=ResumableEnv)
+
+    evaluation = EvalCallback(make_envs(), eval_freq=1000)
+    make_model(envs()).learn(96, [TrainingCheckpoint(1, tmp_path), evaluation, StopAfter(48)])
+    resumed = PPOPlus.resume(tmp_path, envs(), device="cpu", trusted=False)
+    (kept, _) = resumed.env.get_attr("kept")
+    assert kept["integer"] == -(10**300) and kept["infinity"] == -np.inf and kept["nested"] == nested
+    assert np.isnan(kept["nan"])
+    resumed.continue_learning(EvalCallback(make_envs(), eval_freq=1000))
+    assert_same_bits(state_of(resumed), state_of(make_model(envs()).learn(96)))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"attributes": {}, "attributes": {}}', "a key occurs twice"),
+        ("[" * 200 + "]" * 200, "nested more than 128 levels deep"),
+        ('{"attributes": 1' + "0" * 4300 + "}", "4301 digits"),
+        ('{"attributes": 1e999}', "too large"),
+    ],
+    ids=["twice", "nested", "digits", "too large"],
+)
+def test_without_trust_a_training_state_is_read_strictly(tmp_path, text, message):
+    interrupted(tmp_path)
+    files = dict(read_checkpoint(latest_checkpoint(tmp_path)).files) | {"training_state.json": text.encode()}
+    directory = write_checkpoint(tmp_path / "rewritten", files, 48)
+    with pytest.raises(CheckpointError, match=rf"training_state\.json .*{message}"):
+        PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
 
 
 def test_goes_on_in_the_same_process(tmp_path):

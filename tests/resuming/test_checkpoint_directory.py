@@ -13,6 +13,7 @@ from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
 from sb3_ppo_plus.resuming import checkpoint_directory
 from sb3_ppo_plus.resuming.checkpoint_directory import (
     MANIFEST,
+    _sealed,
     checkpoint_directories,
     newest_checkpoint,
     read_checkpoint,
@@ -310,6 +311,15 @@ def test_rotation_warns_where_the_system_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.warns(UserWarning, match="an old checkpoint could not be removed: not yours"):
         rotate(tmp_path, 1)
+
+
+@pytest.mark.parametrize("value", [10**30, float("inf")], ids=["a number of 31 digits", "infinity"])
+def test_a_manifest_is_read_strictly(tmp_path, value):
+    (directory,) = write(tmp_path, 100)
+    manifest = json.loads((directory / MANIFEST).read_text())["manifest"]
+    (directory / MANIFEST).write_bytes(_sealed(manifest | {"num_timesteps": value}))
+    with pytest.raises(InvalidCheckpointError, match=r"manifest\.json is no manifest"):
+        read_checkpoint(directory)
 
 
 def test_the_manifest_is_readable(tmp_path):

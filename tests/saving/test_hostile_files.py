@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-import os
 import pickle
 import stat
 import time
@@ -14,18 +13,9 @@ import numpy as np
 import pytest
 import torch as th
 from environments import SMALL_NET, make_env
+from hostile import Payload
 
 from sb3_ppo_plus import PPOPlus, UntrustedFileError
-
-
-class Payload:
-    """Leaves a mark when it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +133,7 @@ def test_pickles_in_members_that_are_not_needed_are_not_read(member, model_file,
 
 @pytest.mark.parametrize(
     "name",
-    ["os.system", "builtins.eval", "test_hostile_files.Payload"],
+    ["os.system", "builtins.eval", "hostile.Payload"],
 )
 @pytest.mark.parametrize(
     "path",

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import runpy
 import zipfile
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch as th
 from environments import BOX, CHANNEL_FIRST, SMALL_DICT, SMALL_NET, ToyEnv, make_env
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
@@ -27,6 +29,7 @@ from sb3_ppo_plus import (
     PPOPlusRolloutBuffer,
     UntrustedFileError,
     WarmupCosine,
+    buffers,
 )
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
@@ -366,3 +369,18 @@ def test_a_model_that_was_built_for_masks_still_needs_them(tmp_path):
     assert (loaded.predict(observations, action_masks=masks)[0] == 1).all()
     without_env = PPOPlus.load(file, trusted=False, device="cpu")
     assert (without_env.predict(observations, action_masks=masks)[0] == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_rollout_buffers_that_a_file_may_name_are_four(monkeypatch):
+    class Imported(RolloutBuffer):
+        """Stands for whatever comes into that module."""
+
+    monkeypatch.setattr(buffers, "Imported", Imported, raising=False)
+    tables = runpy.run_module("sb3_ppo_plus.saving.model_description")
+    assert tables["ROLLOUT_BUFFERS"] == {
+        "RolloutBuffer": RolloutBuffer,
+        "DictRolloutBuffer": DictRolloutBuffer,
+        "PPOPlusRolloutBuffer": buffers.PPOPlusRolloutBuffer,
+        "PPOPlusDictRolloutBuffer": buffers.PPOPlusDictRolloutBuffer,
+    }

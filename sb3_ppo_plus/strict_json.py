@@ -7,7 +7,8 @@ import json
 import math
 import re
 import reprlib
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -28,32 +29,51 @@ _SHORT.maxstring = _SHORT.maxother = 100
 _BRACKET_OR_STRING = re.compile(rb'"(?:[^"\\]+|\\.?)*+"?|[\[\]{}]', re.DOTALL)
 
 
+class Limits(NamedTuple):
+    """What JSON may hold.
+
+    :param max_bytes: bytes of UTF-8
+    :param max_depth: levels of nested lists and objects
+    :param max_digits: characters of an integer, its sign included
+    :param allows_non_finite: whether NaN, Infinity and -Infinity are numbers
+    """
+
+    max_bytes: int = MAX_BYTES
+    max_depth: int = MAX_DEPTH
+    max_digits: int = MAX_DIGITS
+    allows_non_finite: bool = False
+
+
+STRICT = Limits()
+
+
 def short(value: object) -> str:
     """Show a value from a file in a message: escaped, and cut where it is long."""
     return _SHORT.repr(value)
 
 
-def parse(text: bytes, name: str) -> Any:  # noqa: ANN401  # whatever JSON holds
-    """Parse JSON, strictly: no NaN or infinity, no key twice, no integer beyond 18 digits, no nesting beyond 32 levels.
+def parse(text: bytes, name: str, limits: Limits = STRICT) -> Any:  # noqa: ANN401  # whatever JSON holds
+    """Parse JSON, strictly: nothing beyond the limits, no key twice, no number that a float cannot hold.
 
-    :param text: UTF-8, at most 64 MiB
+    :param text: UTF-8
     :param name: what to call it in messages
+    :param limits: by default 64 MiB, 32 levels, 18 digits, no NaN or infinity
     :raises UntrustedFileError: for anything else
     """
-    if len(text) > MAX_BYTES:
-        raise UntrustedFileError(f"{name} has {len(text)} bytes; at most {MAX_BYTES} are allowed")
+    if len(text) > limits.max_bytes:
+        raise UntrustedFileError(f"{name} has {len(text)} bytes; at most {limits.max_bytes} are allowed")
     # Before parsing: Python's parser recurses
     depth = 0
     for match in _BRACKET_OR_STRING.finditer(text):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match.group()[:1], 0)
-        if depth > MAX_DEPTH:
-            raise UntrustedFileError(f"{name} is nested more than {MAX_DEPTH} levels deep")
+        if depth > limits.max_depth:
+            raise UntrustedFileError(f"{name} is nested more than {limits.max_depth} levels deep")
     try:
         return json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_object,
-            parse_constant=_refuse_constant,
-            parse_int=_integer,
+            parse_constant=float if limits.allows_non_finite else _refuse_constant,
+            parse_int=partial(_integer, limits.max_digits),
             parse_float=_float,
         )
     except (ValueError, RecursionError) as error:
@@ -71,9 +91,9 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not allowed")
 
 
-def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"the integer {text[:MAX_DIGITS]}... has {len(text)} digits; at most {MAX_DIGITS} are allowed")
+def _integer(max_digits: int, text: str) -> int:
+    if len(text) > max_digits:
+        raise ValueError(f"the integer {text[:MAX_DIGITS]}... has {len(text)} digits; at most {max_digits} are allowed")
     return int(text)
 
 
