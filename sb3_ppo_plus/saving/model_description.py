@@ -51,7 +51,10 @@ Tables = dict[str, dict[str, type]]
 
 
 def constructor_arguments(cls: type[PPO]) -> list[str]:
-    """Names of the arguments of a class's constructor; a subclass may pass the rest on by **kwargs."""
+    """Return the names of the arguments of a constructor, and of those to which it may pass ``**kwargs``.
+
+    :param cls: class of the model
+    """
     names: dict[str, None] = {}
     for part in cls.__mro__[: cls.__mro__.index(PPO)]:
         if "__init__" in vars(part):
