@@ -12,6 +12,8 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_ppo_plus.argument_checks import did_you_mean
+
 POOLINGS = ("mean", "last", "cls")
 MIN_IMAGE_SIZE = 7
 
@@ -107,6 +109,7 @@ class TransformerExtractor(BaseFeaturesExtractor):
         n_frames, frame_dim = _sequence_shape(observation_space, seq_len)
         super().__init__(observation_space, features_dim=d_model)
         self.seq_len, self.frame_dim, self.pooling = n_frames, frame_dim, pooling
+        self.lacks_seq_len = seq_len is None and len(observation_space.shape or ()) == 1
 
         self.embedding = nn.Linear(frame_dim, d_model)
         # Positions have norm 1, like the embedding of a normalised frame. If they were smaller, the layer norms would
@@ -338,7 +341,10 @@ def resolve_features_extractor(value: str | type[BaseFeaturesExtractor]) -> type
     if isinstance(value, str):
         if value not in FEATURES_EXTRACTORS:
             names = ", ".join(FEATURES_EXTRACTORS)
-            raise ValueError(f"features_extractor_class must be a class or one of {names}, got {value!r}")
+            raise ValueError(
+                f"features_extractor_class must be a class or one of {names}, got {value!r}"
+                f"{did_you_mean(value, FEATURES_EXTRACTORS)}"
+            )
         return FEATURES_EXTRACTORS[value]
     if not (isinstance(value, type) and issubclass(value, BaseFeaturesExtractor)):
         raise TypeError(f"features_extractor_class must be a name or a BaseFeaturesExtractor class, got {value!r}")

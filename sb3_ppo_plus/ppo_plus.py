@@ -22,11 +22,11 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus import attributes
-from sb3_ppo_plus.argument_checks import check_ranges, check_types
+from sb3_ppo_plus.argument_checks import check_ranges, check_types, helps_with_keywords
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
+from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
-from sb3_ppo_plus.envs.stack_order import warn_if_stacked_inside_normalize
 from sb3_ppo_plus.envs.workers import eval_envs_of, naming_dead_workers
 from sb3_ppo_plus.fast.execution import Execution
 from sb3_ppo_plus.fast.graphs import inductor_options
@@ -35,7 +35,7 @@ from sb3_ppo_plus.masking.usage import MaskUse
 from sb3_ppo_plus.policies.actor_critic import PLUS_POLICY_OF, POLICY_ALIASES, MlpPolicy, predict_with_masks
 from sb3_ppo_plus.policies.bounded_distributions import SquashedGaussianDistribution, explaining_infinite_bounds
 from sb3_ppo_plus.policies.bounds import env_actions
-from sb3_ppo_plus.policies.names import explaining_dict_keys, resolve_policy_kwargs
+from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, explaining_dict_keys, resolve_policy_kwargs
 from sb3_ppo_plus.policies.remembering import set_sequence_length
 from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint
 from sb3_ppo_plus.resuming.run import Run, as_callbacks
@@ -64,13 +64,12 @@ class PPOPlus(PPO):
     :param ent_coef: in any form that ``learning_rate`` may have
     :param vf_coef: in any form that ``learning_rate`` may have
     :param policy_kwargs: arguments of the policy, see :class:`ActorCriticPlusPolicy`. ``features_extractor_class``,
-        ``activation_fn`` and ``optimizer_class`` may be registered names
+        ``activation_fn`` and ``optimizer_class`` may be registered names, ``net_arch`` "tiny", "small" or "medium"
     :param critic_learning_rate: learning rate of the parameters that only the critic uses; None: ``learning_rate``
     :param pessimistic_value_clip: True: with ``clip_range_vf``, take the larger of the clipped and the unclipped error;
         False: SB3's form, which a model saved by SB3 keeps
-    :param action_masking: whether invalid actions are masked. True: this needs a Discrete, MultiDiscrete or MultiBinary
-        action space, and masks: a method ``action_masks()`` of every environment, or a key ``action_mask`` of the
-        observations. None: wherever there are such masks
+    :param action_masking: mask invalid actions. None: if actions are discrete, and every environment has a method
+        ``action_masks()`` or the observations have a key ``action_mask``; True: an error if not; False: never
     :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA; False: none
     :param compile: True, or a dict of torch.compile's options: compiled code, which is faster and differs by float32
         rounding only. With a memory, only the gradient step of "gtrxl" is compiled
@@ -78,13 +77,14 @@ class PPOPlus(PPO):
         term; "skip": training goes on, and ``train/skipped_steps`` counts such steps
     :param max_skipped: with "skip", how many steps may be skipped in a row before an error is raised
     :raises ValueError: for a value that is not allowed, before the first environment step
-    :raises TypeError: for an argument of the wrong type, or one that a custom policy class lacks
+    :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
     TRAINING_STATE: ClassVar[tuple[str, ...]] = attributes.TRAINING_STATE
     """Attributes that a checkpoint holds, as plain values. A subclass adds its own that training changes."""
 
+    @helps_with_keywords(POLICY_ARGUMENTS)
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
@@ -171,7 +171,7 @@ class PPOPlus(PPO):
         set_sequence_length(self.rollout_buffer, self.policy, self.batch_size)
         if isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
             self.rollout_buffer.advantages_by_scan = self.compile is not False
-        warn_if_stacked_inside_normalize(self.env, self.policy)
+        check_frames(self.env, self.policy, is_new=self.num_timesteps == 0)
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = MlpPolicy.__name__) -> None:
         super()._maybe_recommend_cpu(mlp_class_name)

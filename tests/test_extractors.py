@@ -13,7 +13,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize
 from torch import nn
 
-from sb3_ppo_plus.envs.stack_order import warn_if_stacked_inside_normalize
+from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.extractors import (
     FEATURES_EXTRACTORS,
     ImpalaCNN,
@@ -570,7 +570,7 @@ def stacked_env() -> VecFrameStack:
 @pytest.mark.parametrize("wrap", [lambda env: env, VecMonitor])
 def test_normalising_a_frame_stack_warns(wrap):
     with pytest.warns(UserWarning, match=r"VecFrameStack\(VecNormalize\(env\)\)"):
-        warn_if_stacked_inside_normalize(wrap(VecNormalize(wrap(stacked_env()))))
+        check_frames(wrap(VecNormalize(wrap(stacked_env()))), transformer(box(12), seq_len=4), is_new=True)
 
 
 @pytest.mark.parametrize(
@@ -587,4 +587,4 @@ def test_any_other_order_does_not_warn(build):
     env = build()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_stacked_inside_normalize(env)
+        check_frames(env, transformer(box(12), seq_len=4), is_new=True)

@@ -21,7 +21,7 @@ from sb3_ppo_plus.fast.graphs import CompilationReporter, Graph, GraphCache
 from sb3_ppo_plus.fast.policy_changes import PartsWatch, has_known_modules, layout_of, structural_copy
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of, predict_values, rows_of_chunk
-from sb3_ppo_plus.tensor_places import tensor_places
+from sb3_ppo_plus.update.tensor_places import tensor_places
 
 # Observations of one forward pass after a rollout, whose activations should stay in a cache
 EVALUATION_ROWS = 2048

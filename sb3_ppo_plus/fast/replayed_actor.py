@@ -17,7 +17,7 @@ from sb3_ppo_plus.fast.policy_changes import PartsWatch, layout_of
 from sb3_ppo_plus.fast.replays import Recordings
 from sb3_ppo_plus.policies.lean_distributions import LeanCategoricalDistribution, LeanDiagGaussianDistribution
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of
-from sb3_ppo_plus.tensor_places import tensor_places
+from sb3_ppo_plus.update.tensor_places import tensor_places
 
 
 class RecordedActor(RolloutActor):

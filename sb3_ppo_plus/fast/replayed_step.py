@@ -13,9 +13,9 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replays import Recordings
-from sb3_ppo_plus.tensor_places import tensor_places, tensors_of
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, PolicyEvaluation, stacked
 from sb3_ppo_plus.update.losses import LossCoefficients
+from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
 
 class _Prepared(NamedTuple):

@@ -44,7 +44,9 @@ from sb3_ppo_plus.policies.lean_distributions import LeanDiagGaussianDistributio
 from sb3_ppo_plus.policies.masked_distributions import apply_masks, make_maskable_distribution, mask_sizes
 from sb3_ppo_plus.policies.masks import check_masks, has_mask_key, split_off_mask, without_mask_key
 from sb3_ppo_plus.policies.memory import State
+from sb3_ppo_plus.policies.net_arch import resolve_net_arch
 from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS, MemoryOptions, RememberingPolicy
+from sb3_ppo_plus.policies.state_use import state_use_of
 
 MaybeMasks = th.Tensor | np.ndarray | None
 
@@ -84,6 +86,8 @@ class ActorCriticPlusPolicy(RememberingPolicy):
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         **kwargs: Any,
     ) -> None:
+        if "net_arch" in kwargs:
+            kwargs["net_arch"] = resolve_net_arch(kwargs["net_arch"])
         contrib_kwargs = {name: kwargs.pop(name) for name in CONTRIB_KWARGS if name in kwargs}
         self.memory_options = MemoryOptions.resolve(memory or self.default_memory, memory_kwargs, contrib_kwargs)
         self.action_masking = action_masking
@@ -294,13 +298,15 @@ class ActorCriticPlusPolicy(RememberingPolicy):
 
         :param observation: observations of one or of n_envs environments
         :param state: the state of the actor's memory that the last call returned; None: each observation begins an
-            episode
+            episode. If two calls in a row lack it, a warning says so once, see :class:`StateUse`
         :param episode_start: True where the state is reset before the step, shape (n_envs,); None: nowhere
         :param deterministic: choose the most probable actions instead of samples
         :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
         :return: the actions, and the state after them; without a memory, ``state`` itself
         :raises ValueError: for masks of a wrong size or without a valid action, or a state of a wrong shape
         """
+        if self.memory_options is not None:
+            state_use_of(self).note(observation, state, episode_start)
         self._predict_context = {"state": state, "episode_start": episode_start}
         if action_masks is not None:
             masks = check_masks(np.asarray(action_masks), mask_sizes(self.action_space))

@@ -28,6 +28,8 @@ from torch import nn
 from torch.distributions import Beta, Normal
 from torch.nn import functional as F
 
+from sb3_ppo_plus.argument_checks import did_you_mean
+
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 """Range of the squashed Gaussian's log standard deviation; below it, float32 log-probabilities lose precision."""
 
@@ -281,14 +283,15 @@ def make_action_distribution(
     kwargs = dict(action_dist_kwargs or {})
     if not isinstance(action_dist, str) or action_dist not in ACTION_DISTRIBUTIONS:
         names = ", ".join(f'"{name}"' for name in ACTION_DISTRIBUTIONS)
-        raise ValueError(f"action_dist must be one of {names}, got {action_dist!r}")
+        question = did_you_mean(action_dist, ACTION_DISTRIBUTIONS)
+        raise ValueError(f"action_dist must be one of {names}, got {action_dist!r}{question}")
     distribution_class = ACTION_DISTRIBUTIONS[action_dist]
     allowed = [name for name in inspect.signature(distribution_class).parameters if name != "action_dim"]
     unknown = [name for name in kwargs if name not in allowed]
     if unknown:
         raise TypeError(
             f'action_dist_kwargs of action_dist="{action_dist}" may hold {", ".join(allowed) or "nothing"}, '
-            f"got {', '.join(map(repr, unknown))}"
+            f"got {', '.join(map(repr, unknown))}{did_you_mean(unknown[0], allowed)}"
         )
     if not issubclass(distribution_class, BoundedDistribution):
         return make_proba_distribution(action_space)

@@ -16,6 +16,7 @@ from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.policies.gtrxl import GTrXLMemory
 from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, Memory, State
@@ -62,7 +63,10 @@ class MemoryOptions:
         :raises ValueError: for a value that is not allowed
         """
         if memory is not None and memory not in MEMORIES:
-            raise ValueError(f"policy_kwargs: memory must be None or one of {sorted(MEMORIES)}, got {memory!r}")
+            raise ValueError(
+                f"policy_kwargs: memory must be None or one of {sorted(MEMORIES)}, got {memory!r}"
+                f"{did_you_mean(memory, MEMORIES)}"
+            )
         if contrib_kwargs and memory != "lstm":
             raise ValueError(f"policy_kwargs: {sorted(contrib_kwargs)} need memory='lstm', got memory={memory!r}")
         if memory is None:
@@ -73,7 +77,10 @@ class MemoryOptions:
         allowed = (*_COMMON_OPTIONS, *_KIND_OPTIONS[memory])
         unknown = sorted(given.keys() - set(allowed))
         if unknown:
-            raise ValueError(f"memory_kwargs has {unknown}; allowed for memory={memory!r}: {sorted(allowed)}")
+            raise ValueError(
+                f"memory_kwargs has {unknown}; allowed for memory={memory!r}: {sorted(allowed)}"
+                f"{did_you_mean(unknown[0], allowed)}"
+            )
         for name, value in given.items():
             _check_option(name, value)
         common = {name: given.pop(name) for name in _COMMON_OPTIONS if name in given}

@@ -11,10 +11,10 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
-from sb3_ppo_plus.tensor_places import tensor_places
 from sb3_ppo_plus.update.flat_conditions import obstacle_to_flat_steps
 from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
+from sb3_ppo_plus.update.tensor_places import tensor_places
 
 # With more numbers in a policy, they do not fit the caches, and copying gradients takes longer than flat steps save
 MAX_FLAT_ON_CPU = 2**20

@@ -218,13 +218,18 @@ def test_deterministic_actions_repeat_and_sampled_ones_do_not():
 
 
 def test_registered_names_become_classes_and_classes_stay():
-    given = {"features_extractor_class": "transformer", "activation_fn": "elu", "optimizer_class": "rmsprop", "x": 1}
+    given = {
+        "features_extractor_class": "transformer",
+        "activation_fn": "elu",
+        "optimizer_class": "rmsprop",
+        "ortho_init": False,
+    }
     kept = dict(given)
     assert resolve_policy_kwargs(MlpPolicy, given) == {
         "features_extractor_class": TransformerExtractor,
         "activation_fn": nn.ELU,
         "optimizer_class": th.optim.RMSprop,
-        "x": 1,
+        "ortho_init": False,
     }
     assert given == kept
     classes = {"features_extractor_class": NatureCNN, "activation_fn": nn.Tanh, "optimizer_class": th.optim.Adam}

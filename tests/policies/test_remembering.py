@@ -96,7 +96,7 @@ def test_sequence_length_stands_for_a_number_of_steps(given, n_steps, batch_size
     [
         (17, "at most n_steps=16 and batch_size=8, got 17"),
         (9, "batch_size=8, got 9"),
-        (-1, "must fit into a minibatch"),
+        (-1, "batch_size must be at least n_steps"),
     ],
 )
 def test_a_sequence_must_fit_into_rollout_and_minibatch(sequence_length, message):
