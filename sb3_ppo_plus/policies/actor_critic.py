@@ -298,7 +298,7 @@ class ActorCriticPlusPolicy(RememberingPolicy):
 
         :param observation: observations of one or of n_envs environments
         :param state: the state of the actor's memory that the last call returned; None: each observation begins an
-            episode. If two calls in a row lack it, a warning says so once, see :class:`StateUse`
+            episode. One warning is given if two calls in a row lack it, see :class:`StateUse`
         :param episode_start: True where the state is reset before the step, shape (n_envs,); None: nowhere
         :param deterministic: choose the most probable actions instead of samples
         :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
