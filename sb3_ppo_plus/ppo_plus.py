@@ -260,11 +260,9 @@ class PPOPlus(PPO):
         log_update(self.logger, history, objective.coefficients, self.policy, self.rollout_buffer)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/update_seconds", time.perf_counter() - started)
-        if self.compile is not False:
-            self._execution.log_to(self.logger)
+        self._execution.log_to(self.logger, self)
         self._n_iterations += 1
-        if self._run.callback is not None:
-            self._run.was_asked_to_stop = not notify_update_end(self._run.callback)
+        self._run.was_asked_to_stop = not notify_update_end(self._run.callback)
 
     def learn(
         self,

@@ -90,9 +90,14 @@ class Execution:
             self.compiled_actor = CompiledActor(policy, inductor_options(model.compile), self.reporter)
         return None if self.compiled_actor.has_given_up else self.compiled_actor
 
-    def log_to(self, logger: Logger) -> None:
-        """Record how long compilations have taken."""
-        logger.record("time/compile_seconds", self.reporter.seconds)
+    def log_to(self, logger: Logger, model: PlusModel) -> None:
+        """Record how long compilations have taken, if the model compiles.
+
+        :param logger: SB3's logger
+        :param model: the model
+        """
+        if model.compile is not False:
+            logger.record("time/compile_seconds", self.reporter.seconds)
 
     def state(self, model: PlusModel) -> dict[str, Any]:
         """Return what the next steps depend on: plain values, and tensors of the scaler of gradients.

@@ -28,9 +28,9 @@ def check_epsilon(policy: ActorCriticPolicy) -> None:
     has_transformer = any(isinstance(module, TransformerExtractor) for module in policy.modules())
     if has_transformer and any(group.get("eps") == 0 for group in policy.optimizer.param_groups):
         raise ValueError(
-            f"eps must be positive with the Transformer, got optimizer_kwargs={{'eps': 0}}: {type(policy.optimizer).__name__} "
-            "divides by the size of a gradient plus eps, and some of the Transformer's gradients are 0; allowed: for "
-            "example 1e-8"
+            f"eps must be positive with the Transformer, got optimizer_kwargs={{'eps': 0}}: "
+            f"{type(policy.optimizer).__name__} divides by the size of a gradient plus eps, and some gradients of the "
+            "Transformer are 0; allowed: for example 1e-8"
         )
 
 

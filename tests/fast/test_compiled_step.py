@@ -352,7 +352,7 @@ def test_what_is_changed_on_the_optimizer_reaches_the_graphs(
     eager, compiled = (
         build(compile=compile, **settings).learn(5 * 32, callback=ChangeOptimizer(change)) for compile in (False, True)
     )
-    assert compiled._gradient_step.n_compilations > 0
+    assert compiled._execution.gradient_step.n_compilations > 0
     assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
     assert [group["lr"] for group in compiled.policy.optimizer.param_groups] == [
         group["lr"] for group in eager.policy.optimizer.param_groups
@@ -367,7 +367,7 @@ def test_settings_that_change_with_every_update_are_not_compiled_again_and_again
     eager = build().learn(7 * 32, callback=ChangeOptimizer(change))
     with pytest.warns(UserWarning, match="settings of the optimizer change again and again"):
         compiled = build(compile=True).learn(7 * 32, callback=ChangeOptimizer(change))
-    assert compiled._gradient_step.n_compilations == MAX_COMPILATIONS
+    assert compiled._execution.gradient_step.n_compilations == MAX_COMPILATIONS
     assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
 
 
@@ -377,7 +377,7 @@ def test_a_setting_that_is_a_tensor_is_told_from_another_by_all_its_digits() -> 
         optimizer.param_groups[0]["weight_decay"] = th.tensor(0.1 + 1e-6 * (n_rollouts % 2))
 
     compiled = build(compile=True).learn(3 * 32, callback=ChangeOptimizer(change))
-    assert compiled._gradient_step.n_compilations == 3
+    assert compiled._execution.gradient_step.n_compilations == 3
 
 
 @pytest.mark.usefixtures("graphs_without_code")
