@@ -12,7 +12,8 @@ from gymnasium import spaces
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch.utils._pytree import tree_map
+
+from sb3_ppo_plus.trees import tree_map
 
 
 @dataclass(frozen=True, slots=True)

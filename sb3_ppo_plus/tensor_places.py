@@ -13,12 +13,12 @@ def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:
     A module under several names has one place; tied parameters have several. With tie_weights=True, functional_call
     leaves traced tensors behind in modules that are registered under several names, as SB3's extractors are.
     """
-    return {
-        f"{prefix}.{name}" if prefix else name: tensor
-        for prefix, part in module.named_modules()
-        for name, tensor in [*part._parameters.items(), *part._buffers.items()]
-        if tensor is not None
-    }
+    places: dict[str, th.Tensor] = {}
+    for prefix, part in module.named_modules():
+        # Of the base class, whatever the user's module calls its own parameters
+        places.update(th.nn.Module.named_parameters(part, prefix, recurse=False, remove_duplicate=False))
+        places.update(th.nn.Module.named_buffers(part, prefix, recurse=False, remove_duplicate=False))
+    return places
 
 
 def tensors_of(values: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import functional_call, grad_and_value
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.flat_updates import UPDATES
@@ -16,6 +15,8 @@ from sb3_ppo_plus.fast.graphs import CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
 from sb3_ppo_plus.tensor_places import tensor_places, tensors_of
+from sb3_ppo_plus.torch_private import has_gradient_hooks
+from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup
 from sb3_ppo_plus.update.gradient_step import Objective, PolicyEvaluation
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
@@ -68,7 +69,7 @@ class CompiledGradientStep(RecordedGradientStep):
         super().begin_update()
         if not self._try_flat:
             self._reporter.failed("the gradient step", f"{type(self.policy.optimizer).__name__} has no flat form here")
-        self._has_hooks = any(parameter._backward_hooks for parameter in self._parameters)
+        self._has_hooks = has_gradient_hooks(self._parameters)
         if self._has_hooks:
             self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
         self._graphs.refresh()
@@ -105,7 +106,7 @@ class CompiledGradientStep(RecordedGradientStep):
         assert self._flat is not None
         self._flat.keep_steps_with_parameters()
         leaves, spec = tree_flatten(self._inputs(objective, rollout))
-        return _GraphInputs(rollout, leaves, spec, (*self._static_key(objective), str(spec), layout_of(leaves)))
+        return _GraphInputs(rollout, leaves, spec, (*self._static_key(objective), spec, layout_of(leaves)))
 
     def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
         """Collect everything that the graph reads or changes, but for the indices."""

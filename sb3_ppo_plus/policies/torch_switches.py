@@ -7,14 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import distributions as torch_distributions
-from torch.distributions import Distribution
+
+from sb3_ppo_plus.torch_private import default_validation
 
 
 class _Unvalidated:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.n_users = 0
-        self.before = True
+        self.before: bool | None = None
 
 
 _UNVALIDATED = _Unvalidated()
@@ -31,15 +32,17 @@ def without_argument_validation() -> Iterator[None]:
     # Models may learn in several threads: the first to come takes the checks away, the last to leave brings them back
     with _UNVALIDATED.lock:
         if _UNVALIDATED.n_users == 0:
-            _UNVALIDATED.before = base._validate_args
+            _UNVALIDATED.before = default_validation()
         _UNVALIDATED.n_users += 1
-        base.set_default_validate_args(False)
+        # Else nobody knows what to bring back
+        if _UNVALIDATED.before is not None:
+            base.set_default_validate_args(False)
     try:
         yield
     finally:
         with _UNVALIDATED.lock:
             _UNVALIDATED.n_users -= 1
-            if _UNVALIDATED.n_users == 0:
+            if _UNVALIDATED.n_users == 0 and _UNVALIDATED.before is not None:
                 base.set_default_validate_args(_UNVALIDATED.before)
 
 
@@ -64,4 +67,4 @@ def may_round() -> Iterator[None]:
 
 def is_validated() -> bool:
     """Whether distributions check their arguments; not in updates, see :func:`without_argument_validation`."""
-    return bool(Distribution._validate_args)
+    return default_validation() is not False

@@ -12,7 +12,6 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
-from torch.utils._pytree import tree_map
 
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
@@ -24,6 +23,7 @@ from sb3_ppo_plus.resuming.generator_state import (
 )
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
+from sb3_ppo_plus.trees import tree_map
 
 if TYPE_CHECKING:
     from sb3_ppo_plus.ppo_plus import PPOPlus

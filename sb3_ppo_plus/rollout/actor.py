@@ -11,7 +11,8 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch.utils._pytree import tree_map
+
+from sb3_ppo_plus.trees import tree_map
 
 # Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
 EVALUATION_CHUNK = 2**22

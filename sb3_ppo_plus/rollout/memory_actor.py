@@ -8,11 +8,11 @@ import numpy as np
 import torch as th
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch.utils._pytree import tree_leaves, tree_map
 
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor
+from sb3_ppo_plus.trees import tree_leaves, tree_map
 
 
 class RolloutMemory(RolloutActor):

@@ -14,6 +14,8 @@ from typing import Any
 import torch as th
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from sb3_ppo_plus.torch_private import copy_each, has_accumulation_hooks, has_step_hooks, norm_of_each
+
 # In floats: 64 bytes, as PyTorch aligns every tensor. BLAS rounds differently on matrices that are not
 ALIGNMENT = 16
 # Elementwise in parameters and state, so that a flat step equals the separate ones; not so for subclasses
@@ -32,8 +34,8 @@ def can_flatten(optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> 
         and all(parameter.data_ptr() % (4 * ALIGNMENT) == 0 for parameter in parameters)
         # Learning-rate schedulers of torch wrap the method of the instance
         and "step" not in vars(optimizer)
-        and not (optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks)
-        and not any(parameter._post_accumulate_grad_hooks for parameter in parameters)
+        and not has_step_hooks(optimizer)
+        and not has_accumulation_hooks(parameters)
     )
 
 
@@ -238,9 +240,9 @@ class FlatParameters:
         :param loss: the loss
         :return: norm of the gradients before clipping
         """
-        th._foreach_copy_(self._gradients, gradients)
+        copy_each(self._gradients, gradients)
         # Norms of the copies: autograd's own gradients may be strided, and are then summed in another order
-        grad_norm: th.Tensor = th.linalg.vector_norm(th.stack(th._foreach_norm(self._gradients)))
+        grad_norm: th.Tensor = th.linalg.vector_norm(th.stack(norm_of_each(self._gradients)))
         is_on_host = grad_norm.device.type == "cpu"
         if is_on_host and not (math.isfinite(grad_norm.item()) and math.isfinite(loss.item())):
             return grad_norm

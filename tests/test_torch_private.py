@@ -1,0 +1,119 @@
+"""What PyTorch may rename at any time is looked up in one place, and the answer without it is the careful one."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch as th
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+import sb3_ppo_plus
+from sb3_ppo_plus import torch_private
+
+PACKAGE = Path(sb3_ppo_plus.__file__).parent
+
+
+@pytest.fixture
+def parameters():
+    return [th.nn.Parameter(th.ones(2)), th.nn.Parameter(th.ones(3))]
+
+
+def test_hooks_on_gradients_are_seen(parameters):
+    assert not torch_private.has_gradient_hooks(parameters)
+    handle = parameters[1].register_hook(lambda gradient: gradient)
+    assert torch_private.has_gradient_hooks(parameters)
+    handle.remove()
+    assert not torch_private.has_gradient_hooks(parameters)
+
+
+def test_hooks_after_accumulation_are_seen(parameters):
+    assert not torch_private.has_accumulation_hooks(parameters)
+    parameters[1].register_post_accumulate_grad_hook(lambda parameter: None)
+    assert torch_private.has_accumulation_hooks(parameters)
+    assert not torch_private.has_gradient_hooks(parameters)
+
+
+@pytest.mark.parametrize(
+    "register",
+    [
+        lambda optimizer, hook: optimizer.register_step_pre_hook(hook),
+        lambda optimizer, hook: optimizer.register_step_post_hook(hook),
+        lambda _, hook: register_optimizer_step_pre_hook(hook),
+        lambda _, hook: register_optimizer_step_post_hook(hook),
+    ],
+    ids=["before", "after", "before every optimiser's", "after every optimiser's"],
+)
+def test_hooks_on_steps_are_seen(parameters, register):
+    optimizer = th.optim.Adam(parameters)
+    assert not torch_private.has_step_hooks(optimizer)
+    handle = register(optimizer, lambda *_: None)
+    assert torch_private.has_step_hooks(optimizer)
+    handle.remove()
+    assert not torch_private.has_step_hooks(optimizer)
+
+
+@pytest.mark.parametrize(
+    ("constant", "gone", "ask"),
+    [
+        ("GRADIENT_HOOKS", "_gone", torch_private.has_gradient_hooks),
+        ("ACCUMULATION_HOOKS", "_gone", torch_private.has_accumulation_hooks),
+        ("STEP_HOOKS", ("_gone",), lambda parameters: torch_private.has_step_hooks(th.optim.Adam(parameters))),
+        (
+            "HOOKS_OF_ALL_OPTIMIZERS",
+            ("_gone",),
+            lambda parameters: torch_private.has_step_hooks(th.optim.Adam(parameters)),
+        ),
+    ],
+)
+def test_hooks_that_cannot_be_seen_are_taken_to_be_there(monkeypatch, parameters, constant, gone, ask):
+    assert ask(parameters) is False
+    monkeypatch.setattr(torch_private, constant, gone)
+    assert ask(parameters) is True
+
+
+def test_tensors_are_copied_and_measured_with_the_same_bits_one_by_one(monkeypatch):
+    sources = [th.randn(7), th.randn(3, 5).t(), th.randn(())]
+    copies, norms = [], []
+    for is_gone in (False, True):
+        if is_gone:
+            monkeypatch.delattr(th, torch_private.FOREACH_COPY)
+            monkeypatch.delattr(th, torch_private.FOREACH_NORM)
+        targets = [th.zeros(7), th.zeros(5, 3), th.zeros(())]
+        torch_private.copy_each(targets, sources)
+        copies.append(targets)
+        norms.append(torch_private.norm_of_each(targets))
+    for expected, target in zip(sources, copies[1], strict=True):
+        assert th.equal(expected, target)
+    assert all(map(th.equal, *copies)) and all(map(th.equal, *norms))
+    with pytest.raises(ValueError, match="zip"):
+        torch_private.copy_each(targets, sources[:-1])
+
+
+def test_the_default_of_validation_is_known_or_not(monkeypatch):
+    base = th.distributions.Distribution
+    for value in (True, False):
+        base.set_default_validate_args(value)
+        assert torch_private.default_validation() is value
+    monkeypatch.delattr(base, torch_private.DEFAULT_VALIDATION)
+    assert torch_private.default_validation() is None
+
+
+# Named where they are used, until these too have moved
+ELSEWHERE = {"fast"}
+
+
+def test_nothing_private_of_pytorch_is_imported_anywhere_else():
+    private = re.compile(r"\btorch(\.\w+)*\._\w+|\bth(\.\w+)*\._[a-z]\w*")
+    for path in PACKAGE.rglob("*.py"):
+        if path.name == "torch_private.py" or path.parent.name in ELSEWHERE:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                used = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Attribute):
+                used = [ast.unparse(node)]
+            else:
+                continue
+            for name in used:
+                assert not private.search(name), f"{path.name} uses {name}"
