@@ -32,7 +32,7 @@ from sb3_ppo_plus.extractors import TransformerExtractor
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
-from sb3_ppo_plus.fast.policy_changes import has_hooks
+from sb3_ppo_plus.fast.policy_changes import hindrance
 from sb3_ppo_plus.fast.replayed_actor import RecordedActor
 from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
 from sb3_ppo_plus.masking.evaluation import MaskedPredictor, evaluate_with_masks, evaluate_without_masks
@@ -431,8 +431,9 @@ class PPOPlus(SavedPPO):
             own = type(self.policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
             self._reporter.failed("acting", f"{own.__name__} has methods of its own, which need all at each step")
             return None
-        if has_hooks(self.policy):
-            self._reporter.failed("acting", "a module has a hook, which a graph would pass by")
+        reason = hindrance(self.policy)
+        if reason is not None:
+            self._reporter.failed("acting", reason)
             return None
         if self._compiled_actor is None or self._compiled_actor.policy is not self.policy:
             self._compiled_actor = CompiledActor(self.policy, inductor_options(self.compile), self._reporter)
