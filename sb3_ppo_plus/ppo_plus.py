@@ -419,7 +419,7 @@ class PPOPlus(SavedPPO):
             return RolloutMemory(self.policy, rollout_buffer, self._last_states, env.num_envs)
         actor = None if self.compile is False else self._find_compiled_actor(rollout_buffer)
         if actor is not None:
-            actor.begin_rollout()
+            actor.begin_rollout(rollout_buffer)
             return actor
         if self._recorded_actor is None or self._recorded_actor.policy is not self.policy:
             self._recorded_actor = RecordedActor(self.policy)

@@ -36,8 +36,9 @@ EVALUATION_ROWS = 2048
 class CompiledActor(RolloutActor):
     """Computes the actions at each step, and values and log-probabilities after the rollout, in compiled graphs.
 
-    All three come at each step where the features extractor learns, which would do most of the work twice, and where
-    the policy has parts that may do something else when they are called later. When a callback changes the policy amid a rollout, the steps before
+    All three come at each step where the features extractor learns, which would do most of the work twice, where the
+    policy has parts that may do something else when they are called later, and where the rollout buffer keeps
+    observations in a type that cannot hold them. When a callback changes the policy amid a rollout, the steps before
     are evaluated with the policy that took them, and those that follow one by one. The graphs draw the random numbers
     of eager mode. Where they cannot be compiled, one warning says why, and the same is computed eagerly.
 
@@ -55,6 +56,7 @@ class CompiledActor(RolloutActor):
         self._watch = PartsWatch(policy)
         self._kept_policy = policy
         self._state_of_kept: Hashable = None
+        self._buffer: RolloutBuffer | None = None
         self.begin_rollout()
 
     def __reduce__(self) -> tuple[type[CompiledActor], tuple[Any, ...]]:
@@ -71,8 +73,12 @@ class CompiledActor(RolloutActor):
         """Whether all is eager from now on."""
         return self._graphs.has_given_up
 
-    def begin_rollout(self) -> None:
-        """Take note of whatever has changed since the last rollout."""
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
+        """Take note of whatever has changed since the last rollout.
+
+        :param rollout_buffer: where the rollout is stored
+        """
+        self._buffer = rollout_buffer
         # In-place changes amid a rollout would go unnoticed without versions
         self._defers = has_known_modules(self.policy) and versions_of(self.policy.parameters()) is not None
         self.evaluates_later = self._defers and not _features_are_learned(self.policy)
@@ -135,6 +141,7 @@ class CompiledActor(RolloutActor):
         leaves = [leaf.contiguous() for leaf in (*leaves_of(observations), *context.values(), *noise)]
         layout = [(leaf.shape, leaf.dtype) for leaf in leaves]
         if layout != self._layout:
+            self._keep_from_narrowing(observations)
             self._graph = self._find_graph("acting", self._acting, (observations, context, noise))
             self._layout = layout
         self._n_later += self.evaluates_later
@@ -145,6 +152,13 @@ class CompiledActor(RolloutActor):
             computed = self._graph(*leaves, *self._tensors)
         actions, values, log_probs = (*computed, None, None)[:3]
         return actions, values, log_probs
+
+    def _keep_from_narrowing(self, observations: PyTorchObs) -> None:
+        """Evaluate at each step from now on where the buffer does not keep the observations as they are."""
+        buffer = self._buffer
+        if self.evaluates_later and isinstance(buffer, PPOPlusRolloutBuffer) and buffer.narrows(observations):
+            self.evaluates_later = False
+            self._acting = _ActingAndEvaluating(self.policy)
 
     def terminal_value(self, observation: Any, index: int, step: int) -> th.Tensor | float | None:  # noqa: ANN401  # array or dict
         """Leave the value to :meth:`finish`, which predicts all in a batch, unless it might be another one then."""
