@@ -8,18 +8,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from operator import attrgetter
+from typing import ClassVar, Self
 
 import torch as th
 from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
+    Distribution,
     MultiCategoricalDistribution,
     sum_independent_dims,
 )
 from torch.distributions import Categorical, Normal
 
 from sb3_ppo_plus.policies.torch_switches import ROUNDING, is_validated
+
+# What the classes here do in their own way, as SB3 does it
+_METHODS = attrgetter("proba_distribution", "log_prob", "entropy", "sample", "mode")
+_SB3_METHODS = {
+    kind: _METHODS(kind) for kind in (DiagGaussianDistribution, CategoricalDistribution, MultiCategoricalDistribution)
+}
 
 _LOG_SQRT_2_PI = math.log(math.sqrt(2 * math.pi))
 _ENTROPY_OF_STANDARD_NORMAL = 0.5 + 0.5 * math.log(2 * math.pi)
@@ -31,6 +39,7 @@ class LeanDiagGaussianDistribution(DiagGaussianDistribution):
     :param action_dim: number of action dimensions
     """
 
+    sb3_class: ClassVar[type[Distribution]] = DiagGaussianDistribution
     _object: Normal | None = None
 
     @property
@@ -94,6 +103,7 @@ class LeanCategoricalDistribution(CategoricalDistribution):
     :param action_dim: number of actions
     """
 
+    sb3_class: ClassVar[type[Distribution]] = CategoricalDistribution
     _object: Categorical | None = None
     _is_own: bool = False
     """Whether a user assigned ``distribution``; its own methods are then called."""
@@ -184,6 +194,7 @@ class LeanMultiCategoricalDistribution(MultiCategoricalDistribution):
     :param action_dims: number of choices of each action
     """
 
+    sb3_class: ClassVar[type[Distribution] | None] = MultiCategoricalDistribution
     part_class: type[LeanCategoricalDistribution] = LeanCategoricalDistribution
     parts: Sequence[LeanCategoricalDistribution] = ()
 
@@ -235,3 +246,13 @@ class LeanMultiCategoricalDistribution(MultiCategoricalDistribution):
     def mode(self) -> th.Tensor:
         """Return the most probable actions, shape (batch, number of actions)."""
         return th.stack([part.mode() for part in self.parts], dim=1)
+
+
+def follow_replaced_methods(distribution: Distribution) -> None:
+    """Make a distribution of these classes one of SB3's own where somebody has replaced a method of SB3's class.
+
+    The replacement would never be called otherwise, since the classes here have methods of their own.
+    """
+    sb3_class = getattr(distribution, "sb3_class", None)
+    if sb3_class is not None and _METHODS(sb3_class) != _SB3_METHODS[sb3_class]:
+        distribution.__class__ = sb3_class

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
 import torch as th
+
+from sb3_ppo_plus.torch_private import contents_of
 
 
 def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:
@@ -16,12 +20,25 @@ def tensor_places(module: th.nn.Module) -> dict[str, th.Tensor]:
     :param module: the module
     :return: the tensor at each place
     """
-    places: dict[str, th.Tensor] = {}
-    for prefix, part in module.named_modules():
-        # The base class's methods, because a user's module may override them
-        places.update(th.nn.Module.named_parameters(part, prefix, recurse=False, remove_duplicate=False))
-        places.update(th.nn.Module.named_buffers(part, prefix, recurse=False, remove_duplicate=False))
-    return places
+    return {
+        f"{prefix}.{name}" if prefix else name: tensor
+        for prefix, part in module.named_modules()
+        for name, tensor in _own_tensors(part)
+        if tensor is not None
+    }
+
+
+def _own_tensors(part: th.nn.Module) -> Iterable[tuple[str, th.Tensor | None]]:
+    contents = contents_of(part)
+    if contents is not None:
+        # Half as expensive
+        _, parameters, buffers = contents
+        return chain(parameters.items(), buffers.items())
+    # The base class's methods, because a user's module may override them
+    return chain(
+        th.nn.Module.named_parameters(part, recurse=False, remove_duplicate=False),
+        th.nn.Module.named_buffers(part, recurse=False, remove_duplicate=False),
+    )
 
 
 def tensors_of(values: dict[str, Any]) -> dict[str, Any]:
