@@ -15,7 +15,7 @@ class _Unvalidated:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.n_users = 0
-        self.before: bool | None = None
+        self.before = True
 
 
 _UNVALIDATED = _Unvalidated()
@@ -34,15 +34,13 @@ def without_argument_validation() -> Iterator[None]:
         if _UNVALIDATED.n_users == 0:
             _UNVALIDATED.before = default_validation()
         _UNVALIDATED.n_users += 1
-        # Else nobody knows what to bring back
-        if _UNVALIDATED.before is not None:
-            base.set_default_validate_args(False)
+        base.set_default_validate_args(False)
     try:
         yield
     finally:
         with _UNVALIDATED.lock:
             _UNVALIDATED.n_users -= 1
-            if _UNVALIDATED.n_users == 0 and _UNVALIDATED.before is not None:
+            if _UNVALIDATED.n_users == 0:
                 base.set_default_validate_args(_UNVALIDATED.before)
 
 
@@ -67,4 +65,4 @@ def may_round() -> Iterator[None]:
 
 def is_validated() -> bool:
     """Whether distributions check their arguments; not in updates, see :func:`without_argument_validation`."""
-    return default_validation() is not False
+    return default_validation()
