@@ -12,6 +12,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch as th
+from torch.distributions import Distribution
 from torch.nn.modules import module as torch_module
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
@@ -182,10 +183,13 @@ def norm_of_each(tensors: Sequence[th.Tensor]) -> list[th.Tensor]:
     return [th.linalg.vector_norm(tensor) for tensor in tensors] if norm is None else list(norm(tensors))
 
 
-def default_validation() -> bool | None:
-    """Whether distributions check their arguments by default; None where this cannot be known.
-
-    Then the checks stay on, since nobody could say what to return to after having switched them off.
-    """
-    found = attributes(th.distributions.Distribution, (DEFAULT_VALIDATION,))
-    return None if found is None else bool(found[0])
+def default_validation() -> bool:
+    """Whether distributions check their arguments by default. Where this is not written anywhere, one is tried out."""
+    default = getattr(Distribution, DEFAULT_VALIDATION, None)
+    if default is not None:
+        return bool(default)
+    try:
+        th.distributions.Bernoulli(th.tensor(2.0))
+    except ValueError:
+        return True
+    return False

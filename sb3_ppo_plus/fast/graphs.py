@@ -17,7 +17,7 @@ import torch as th
 from sb3_ppo_plus.fast.decompositions import FUSED_OPERATIONS
 from sb3_ppo_plus.fast.policy_changes import constant_tensors, hindrance, python_state
 from sb3_ppo_plus.fast.tracing import trace
-from sb3_ppo_plus.policies.torch_switches import may_round
+from sb3_ppo_plus.policies.rounding import may_round
 from sb3_ppo_plus.torch_private import inductor_code, inductor_mode, inductor_option_names
 
 # Random operations of the graph are PyTorch's own: the numbers of eager mode, from the same generator

@@ -21,7 +21,8 @@ from stable_baselines3.common.distributions import (
 )
 from torch.distributions import Categorical, Normal
 
-from sb3_ppo_plus.policies.torch_switches import ROUNDING, is_validated
+from sb3_ppo_plus.policies.rounding import ROUNDING
+from sb3_ppo_plus.torch_private import default_validation
 
 # What the classes here do in their own way, as SB3 does it
 _METHODS = attrgetter("proba_distribution", "log_prob", "entropy", "sample", "mode")
@@ -66,7 +67,7 @@ class LeanDiagGaussianDistribution(DiagGaussianDistribution):
         """
         self._mean, self._std = mean_actions, th.ones_like(mean_actions) * log_std.exp()
         self._object = None
-        if is_validated() and not math.isfinite(self.total().item()):
+        if default_validation() and not math.isfinite(self.total().item()):
             self._object = Normal(self._mean, self._std)
         return self
 
@@ -136,7 +137,7 @@ class LeanCategoricalDistribution(CategoricalDistribution):
         :raises ValueError: for NaN or infinity, as ``Categorical`` does
         """
         self.set_logits(action_logits)
-        if is_validated() and not math.isfinite(self.total().item()):
+        if default_validation() and not math.isfinite(self.total().item()):
             self._object = Categorical(logits=action_logits)
         return self
 
@@ -221,7 +222,7 @@ class LeanMultiCategoricalDistribution(MultiCategoricalDistribution):
         splits = th.split(action_logits, list(self.action_dims), dim=1)
         for part, split in zip(self.parts, splits, strict=True):
             part.set_logits(split)
-        if is_validated() and not math.isfinite(action_logits.sum().item()):
+        if default_validation() and not math.isfinite(action_logits.sum().item()):
             # PyTorch checks each part, and its error says what is wrong
             _ = [Categorical(logits=split) for split in splits]
         return self

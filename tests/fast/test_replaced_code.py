@@ -275,7 +275,7 @@ def test_attributes_that_a_callback_sets_and_resets_compile_nothing_anew():
             return True
 
     models = [build(compile=True).learn(ROLLOUT * N_ROLLOUTS, callback) for callback in (None, Predict())]
-    assert models[0]._compiled_actor.n_compilations == models[1]._compiled_actor.n_compilations == 2
+    assert models[0]._execution.compiled_actor.n_compilations == models[1]._execution.compiled_actor.n_compilations == 2
 
 
 def test_a_policy_that_changes_at_every_step_is_not_looked_through_at_each(monkeypatch):
