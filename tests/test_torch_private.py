@@ -99,14 +99,10 @@ def test_the_default_of_validation_is_known_or_not(monkeypatch):
     assert torch_private.default_validation() is None
 
 
-# Named where they are used, until these too have moved
-ELSEWHERE = {"fast"}
-
-
 def test_nothing_private_of_pytorch_is_imported_anywhere_else():
     private = re.compile(r"\btorch(\.\w+)*\._\w+|\bth(\.\w+)*\._[a-z]\w*")
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "torch_private.py" or path.parent.name in ELSEWHERE:
+        if path.name == "torch_private.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
