@@ -141,14 +141,10 @@ def test_without_one_of_them_a_compiled_model_trains(monkeypatch, constant, name
     assert all(th.allclose(*pair, atol=2e-5) for pair in pairs)
 
 
-# Named where they are used, until these too have moved
-ELSEWHERE = {"fast"}
-
-
 def test_nothing_private_of_pytorch_is_imported_anywhere_else():
     private = re.compile(r"\btorch(\.\w+)*\._\w+|\bth(\.\w+)*\._[a-z]\w*")
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "torch_private.py" or path.parent.name in ELSEWHERE:
+        if path.name == "torch_private.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):
