@@ -46,11 +46,11 @@ class FlatGroup:
         self.parameters = parameters
         # Whatever is computed in the padding between the parameters, nobody reads it
         self._sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters]
-        self.flat = th.zeros(sum(self._sizes), device=parameters[0].device)
+        self.flat = th.zeros(sum(self._sizes), dtype=th.float32, device=parameters[0].device)
         self.flat.grad = th.zeros_like(self.flat)
         self.gradients = self.views(self.flat.grad)
         self._views = self.views(self.flat)
-        self._pointers = [view.data_ptr() for view in self._views]
+        self._pointers: list[int] = []
         self._own: list[th.Tensor] = []
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
         self.optimizer = make_optimizer([{**optimizer.param_groups[index], "params": [self.flat]}])
@@ -94,6 +94,7 @@ class FlatGroup:
         copy_each(self._views, self._own)
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.data = view
+        self._pointers = [view.data_ptr() for view in self._views]
         old = self.optimizer.state.pop(self.flat, {})
         self._shown, self._counts_on_device, self._undecided = {}, False, None
         self._entries = [self._visible.state.get(parameter, {}) for parameter in self.parameters]
@@ -256,7 +257,7 @@ class FlatParameters:
         self._trainable = [parameter.requires_grad for parameter in parameters]
         self.has_gradient = list(has_gradient)
         self.groups = [FlatGroup(optimizer, index, alike) for index, alike in self._alike()]
-        self._shapes = [parameter.shape for parameter in parameters]
+        self._places = [(parameter.shape, parameter.device) for parameter in parameters]
         views = {
             id(parameter): view
             for group in self.groups
@@ -286,12 +287,12 @@ class FlatParameters:
         return list(parts.values())
 
     def fits_still(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
-        """Whether optimiser and parameters are those that this was built from, and nothing was frozen or freed."""
+        """Whether optimiser and parameters are those that this was built from; none was frozen, freed or moved."""
         return (
             optimizer is self._optimizer
             and [*map(id, parameters)] == [*map(id, self._all)]
             and [parameter.requires_grad for parameter in parameters] == self._trainable
-            and [parameter.shape for parameter in parameters] == self._shapes
+            and [(parameter.shape, parameter.device) for parameter in parameters] == self._places
             and [(index, [*map(id, alike)]) for index, alike in self._alike()]
             == [(group.index, [*map(id, group.parameters)]) for group in self.groups]
         )

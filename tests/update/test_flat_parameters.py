@@ -165,3 +165,58 @@ def test_without_a_gradient_from_the_loss_a_parameter_is_left_out():
     pair.reference.step()
     pair.assert_alike()
     assert pair.parameters[1].grad is None
+
+
+def new_shape(pair):
+    pair.parameters[1].data = th.zeros(2)
+
+
+def freeze(pair):
+    pair.parameters[1].requires_grad_(False)
+
+
+def count_one_anew(pair):
+    pair.optimizer.state[pair.parameters[1]]["step"] = th.tensor(7.0)
+
+
+def forget_one(pair):
+    del pair.optimizer.state[pair.parameters[1]]
+
+
+def regroup(pair):
+    (group,) = pair.optimizer.param_groups
+    pair.optimizer.add_param_group({**group, "params": [group["params"].pop()]})
+
+
+@pytest.mark.parametrize("change", [new_shape, freeze, count_one_anew, forget_one, regroup])
+def test_flat_parameters_do_not_fit_any_more_after(change):
+    pair = Pair("Adam")
+    pair.flat.borrow()
+    pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
+    pair.flat.give_back()
+    # New with the first step
+    flat = FlatParameters(pair.optimizer, pair.parameters, [True] * len(SHAPES))
+    assert flat.fits_still(pair.optimizer, pair.parameters)
+    change(pair)
+    assert not flat.fits_still(pair.optimizer, pair.parameters)
+
+
+def test_flat_parameters_fit_no_other_optimizer_and_no_other_parameters():
+    pair = Pair("Adam")
+    assert pair.flat.fits_still(pair.optimizer, pair.parameters)
+    assert not pair.flat.fits_still(Adam(pair.parameters), pair.parameters)
+    assert not pair.flat.fits_still(pair.optimizer, pair.parameters[:-1])
+    assert not pair.flat.fits_still(pair.optimizer, [*pair.parameters[:-1], nn.Parameter(th.zeros(()))])
+
+
+def test_another_default_type_does_not_make_parameters_double():
+    pair = Pair("Adam")
+    th.set_default_dtype(th.float64)
+    try:
+        flat = FlatParameters(pair.optimizer, pair.parameters, [True] * len(SHAPES))
+    finally:
+        th.set_default_dtype(th.float32)
+    flat.borrow()
+    flat.step(random_gradients(), 1e9, th.tensor(0.0))
+    flat.give_back()
+    assert {parameter.dtype for parameter in pair.parameters} == {th.float32}
