@@ -12,11 +12,14 @@ PYTEST := $(BIN)/python -m pytest -n 2
 # These networks are too small to share among threads, which on a busy machine wait for each other most of the time.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo test lint types tests test-sb3
+.PHONY: help demo quick test test-all lint types tests heavy test-sb3
 
 help:
 	@echo "make demo                      train, evaluate and plot CartPole-v1 (results in logs/demo)"
+	@echo "make quick                     pytest, the core only"
 	@echo "make test                      ruff, mypy --strict, pytest"
+	@echo "make test-all                  make test, then the tests that need heavy packages"
+	@echo "make lint                      ruff check, ruff format --check"
 	@echo "make test-sb3 SB3=CHECKOUT     SB3 v2.9.2's own tests with PPO replaced by PPOPlus"
 
 $(VENV)/.torch: constraints.txt
@@ -40,16 +43,29 @@ $(VENV)/.test-sb3: $(VENV)/.test
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
 
+quick: $(VENV)/.test
+	$(PYTEST) -m quick
+
 test: lint types tests
 
+test-all: test heavy
+
+# Without the README: ruff would reformat its snippets, whose comments are aligned.
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check sb3_ppo_plus tests examples
 
 types: $(VENV)/.test
 	$(BIN)/mypy --strict sb3_ppo_plus
 
 tests: $(VENV)/.test lint types
-	$(PYTEST)
+	$(PYTEST) -m "not heavy"
+
+# pytest's exit status 5 says that there are none. Nothing is printed then, so that the summary of the tests before
+# remains the last one.
+heavy: $(VENV)/.test
+	@status=0; $(BIN)/python -m pytest -m heavy --collect-only -q > /dev/null 2>&1 || status=$$?; \
+	if [ $$status -ne 5 ]; then $(PYTEST) -m heavy; fi
 
 test-sb3: $(VENV)/.test-sb3
 	@test -d "$(SB3)/tests" || { echo "usage: make test-sb3 SB3=/path/to/stable-baselines3 (a checkout of v2.9.2)"; exit 2; }

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer, MaskableRolloutBuffer
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -131,6 +132,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         value: th.Tensor | None,
         log_prob: th.Tensor | None,
         context: dict[str, th.Tensor] | None = None,
+        states: RNNStates | None = None,
     ) -> None:
         """Store one step of every env, as SB3's ``RolloutBuffer.add`` but for its intermediate copies.
 
@@ -142,6 +144,8 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         :param log_prob: log probability of the actions; None: the same
         :param context: what else the policy was given, tensors of shape (n_envs, ...), the same names at each step;
             they are kept until the buffer is full
+        :param states: of a memory before the step, tensors of shape (n_layers, n_envs, ...); kept where a sequence
+            begins with this step
         """
         self._store_observations(obs)
         self.actions[self.pos] = action.reshape(self.n_envs, self.action_dim)
@@ -150,20 +154,14 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         if value is not None and log_prob is not None:
             self.values[self.pos] = value.cpu().numpy().reshape(-1)
             self.log_probs[self.pos] = log_prob.cpu().numpy().reshape(-1)
-        if context is not None:
+        if context:
             self._contexts.append(context)
+        if states is not None and self.sequence_length is not None and self.pos % self.sequence_length == 0:
+            self.states.append(states)
         self.pos += 1
         self.full = self.pos == self.buffer_size
         if self.full and self._contexts:
             self._stack_contexts()
-
-    def add_states(self, states: RNNStates) -> None:
-        """Keep a memory's states before the next step, if a sequence begins with it.
-
-        :param states: tensors of shape (n_layers, n_envs, ...)
-        """
-        if self.sequence_length is not None and self.pos % self.sequence_length == 0:
-            self.states.append(states)
 
     def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor) -> None:
         """Fill in what :meth:`add` was not given in the first steps.
@@ -175,6 +173,15 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         self.values[steps] = values.cpu().numpy().reshape(-1, self.n_envs)
         self.log_probs[steps] = log_probs.cpu().numpy().reshape(-1, self.n_envs)
         self._rollout = None
+
+    def replace_log_probs(self, indices: th.Tensor, log_probs: th.Tensor) -> None:
+        """Replace log-probabilities of the full buffer.
+
+        :param indices: of transitions of :meth:`rollout`, int64, shape (batch,)
+        :param log_probs: shape (batch,)
+        """
+        # On the CPU these are the buffer's own arrays too
+        self.rollout().old_log_prob[indices] = log_probs
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Estimate advantages by GAE(lambda) and returns by TD(lambda), as SB3's method of that name.
@@ -280,6 +287,16 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         in_order = array.swapaxes(0, 1) if self.generator_ready else array
         return in_order.reshape(-1, *array.shape[2:])
 
+    def narrows(self, observations: PyTorchObs) -> bool:
+        """Whether the buffer's arrays cannot hold these observations, so that what it returns differs from them.
+
+        They have the observation space's dtype: of the floats that VecNormalize makes of uint8 observations, for one,
+        the fractions are lost, with SB3 too. float32 is enough for all, since the policy computes in it.
+
+        :param observations: as the policy is given them
+        """
+        return _narrows(self.observations, observations)
+
     def _store_observations(self, obs: Any) -> None:  # noqa: ANN401  # array or dict, as the subclass knows
         self.observations[self.pos] = obs.reshape(self.observations.shape[1:])
 
@@ -290,12 +307,21 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
 class PPOPlusDictRolloutBuffer(PPOPlusRolloutBuffer, DictRolloutBuffer):
     """The same for Dict observations, on SB3's ``DictRolloutBuffer``."""
 
+    def narrows(self, observations: Any) -> bool:  # noqa: ANN401  # a dict here
+        """See :meth:`PPOPlusRolloutBuffer.narrows`."""
+        return any(_narrows(stored, observations[key]) for key, stored in self.observations.items())
+
     def _store_observations(self, obs: Any) -> None:  # noqa: ANN401  # array or dict, as the subclass knows
         for key, stored in self.observations.items():
             stored[self.pos] = obs[key].reshape(stored.shape[1:])
 
     def _observation_tensors(self) -> PyTorchObs:
         return {key: self.to_torch(self._flat(obs), copy=False) for key, obs in self.observations.items()}
+
+
+def _narrows(stored: np.ndarray, given: Any) -> bool:  # noqa: ANN401  # a tensor
+    given_dtype = th.empty(0, dtype=given.dtype).numpy().dtype
+    return stored.dtype not in (np.float32, np.float64) and not np.can_cast(given_dtype, stored.dtype)
 
 
 def _discounted_sums(deltas: np.ndarray, decays: np.ndarray) -> np.ndarray:
@@ -314,6 +340,21 @@ def _discounted_sums(deltas: np.ndarray, decays: np.ndarray) -> np.ndarray:
         reach_decays[-reach:] = 0.0
         reach *= 2
     return sums.astype(np.float32)
+
+
+# SB3's and sb3-contrib's, of which ours do all
+_REPLACED_BUFFERS = (None, RolloutBuffer, DictRolloutBuffer, MaskableRolloutBuffer, MaskableDictRolloutBuffer)
+
+
+def plus_buffer_class(given: type[RolloutBuffer] | None, observation_space: spaces.Space[Any]) -> type[RolloutBuffer]:
+    """Return the class of a model's rollout buffer: ours, or one of the user's own.
+
+    :param given: the argument ``rollout_buffer_class``
+    :param observation_space: the observation space
+    """
+    if given is not None and given not in _REPLACED_BUFFERS:
+        return given
+    return PPOPlusDictRolloutBuffer if isinstance(observation_space, spaces.Dict) else PPOPlusRolloutBuffer
 
 
 def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:

@@ -1,6 +1,7 @@
 """What all tests share: one thread, as networks are small; no display; and no switch that a test leaves behind."""
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
@@ -12,9 +13,38 @@ from torch.distributions import Distribution
 from sb3_ppo_plus.fast import graphs
 
 # Their asserts say what they compared, as those of tests do
-pytest.register_assert_rewrite("environments", "models", "states")
+pytest.register_assert_rewrite("differential.comparing", "environments", "models", "states")
 
 th.set_num_threads(1)
+
+TESTS = Path(__file__).resolve().parent
+# Files and folders whose tests are marked "quick" (make quick). They test the core: the bits of SB3, the losses, the
+# gradient step, the policies, the buffers, and what users may pass.
+QUICK = (
+    "policies",
+    "saving/test_described_spaces.py",
+    "test_argument_checks.py",
+    "test_buffers.py",
+    "test_callback_hooks.py",
+    "test_invariants.py",
+    "test_logging.py",
+    "test_ppo_plus.py",
+    "test_sb3_equality.py",
+    "test_schedules.py",
+    "update",
+)
+# Tests in them whose names hold one of these words are not quick: compiling takes seconds
+NOT_QUICK = ("compile", "graph", "inductor")
+
+
+def pytest_collection_modifyitems(items):
+    missing = [part for part in QUICK if not (TESTS / part).exists()]
+    if missing:
+        raise pytest.UsageError(f"tests/conftest.py: QUICK names {', '.join(missing)}, which do not exist")
+    for item in items:
+        is_core = any(item.path.is_relative_to(TESTS / part) for part in QUICK)
+        if is_core and not any(word in item.name for word in NOT_QUICK):
+            item.add_marker("quick")
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,17 @@ import copy
 import numpy as np
 import pytest
 import torch as th
+from custom_parts import (
+    CustomPolicy,
+    HalfOptimized,
+    NoisyExtractor,
+    PartlyFrozenPolicy,
+    ScaledAdvantages,
+    ScaledDictAdvantages,
+    SometimesUsed,
+    TwoGroups,
+    UnshuffledBuffer,
+)
 from environments import (
     ACTION_SPACES,
     ASYMMETRIC,
@@ -19,10 +30,9 @@ from environments import (
 )
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule, set_random_seed
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
 from states import assert_same_training
@@ -87,13 +97,14 @@ def test_uncommon_boxes_of_actions(action_space):
     [
         BOX,
         spaces.Box(-1.0, 1.0, (3,), np.float64),
+        spaces.Box(-1.0, 1.0, (1,), np.float32),
         spaces.Box(-1.0, 1.0, (2, 3), np.float32),
         spaces.Discrete(5),
         spaces.MultiDiscrete([3, 4, 2]),
         spaces.MultiBinary(4),
         IMAGE,
     ],
-    ids=["float32", "float64", "matrix", "discrete", "multi_discrete", "multi_binary", "image"],
+    ids=["float32", "float64", "one number", "matrix", "discrete", "multi_discrete", "multi_binary", "image"],
 )
 def test_observation_spaces_of_mlp_policy(observation_space):
     assert_trains_alike(env=lambda: make_env(2, observation_space=observation_space))
@@ -322,110 +333,6 @@ def test_registered_names_stand_for_the_classes(names, classes):
 # The user's own classes
 
 
-class TwoHeads(nn.Module):
-    latent_dim_pi, latent_dim_vf = 6, 5
-
-    def __init__(self, features_dim):
-        super().__init__()
-        self.pi = nn.Sequential(nn.Linear(features_dim, 6), nn.ReLU())
-        self.vf = nn.Sequential(nn.Linear(features_dim, 5), nn.Tanh())
-
-    def forward(self, features):
-        return self.forward_actor(features), self.forward_critic(features)
-
-    def forward_actor(self, features):
-        return self.pi(features)
-
-    def forward_critic(self, features):
-        return self.vf(features)
-
-
-class CustomPolicy(ActorCriticPolicy):
-    """SB3's documentation shows such a one."""
-
-    def _build_mlp_extractor(self):
-        self.mlp_extractor = TwoHeads(self.features_dim)
-
-
-class NoisyExtractor(BaseFeaturesExtractor):
-    """Differs between training and evaluation mode, by dropout and batch norm."""
-
-    def __init__(self, observation_space):
-        super().__init__(observation_space, 8)
-        self.net = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Dropout(0.2))
-
-    def forward(self, observations):
-        return self.net(observations)
-
-
-class PartlyFrozenPolicy(CustomPolicy):
-    def _build(self, lr_schedule):
-        super()._build(lr_schedule)
-        self.mlp_extractor.pi[0].weight.requires_grad_(False)
-        self.unused = nn.Parameter(th.zeros(2))
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
-
-
-class SometimesUsed(ActorCriticPolicy):
-    """A parameter on which the loss depends in some minibatches only."""
-
-    def _build(self, lr_schedule):
-        super()._build(lr_schedule)
-        self.extra = nn.Parameter(th.zeros(1))
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
-
-    def evaluate_actions(self, obs, actions):
-        values, log_prob, entropy = super().evaluate_actions(obs, actions)
-        return (values + self.extra if obs[0, 0] > 0 else values), log_prob, entropy
-
-
-class HalfOptimized(ActorCriticPolicy):
-    """The optimiser has some of the parameters; the gradients of the others add up and count in the norm."""
-
-    def _build(self, lr_schedule):
-        super()._build(lr_schedule)
-        self.optimizer = self.optimizer_class(self.mlp_extractor.parameters(), lr=lr_schedule(1))
-
-
-class TwoGroups(ActorCriticPolicy):
-    """Settings of their own per group, but for the learning rate, which SB3 sets for all."""
-
-    def _build(self, lr_schedule):
-        super()._build(lr_schedule)
-        critic = [*self.mlp_extractor.value_net.parameters(), *self.value_net.parameters()]
-        actor = [parameter for parameter in self.parameters() if all(parameter is not other for other in critic)]
-        groups = [{"params": actor, "weight_decay": 0.1}, {"params": critic, "betas": (0.5, 0.9)}]
-        self.optimizer = self.optimizer_class(groups, lr=lr_schedule(1), **self.optimizer_kwargs)
-
-
-class UnshuffledBuffer(RolloutBuffer):
-    """Own order of minibatches, half of the rollout only."""
-
-    def get(self, batch_size=None):
-        samples = super().get(None)
-        whole = next(samples)
-        for start in range(0, len(whole.returns) // 2, batch_size):
-            yield type(whole)(*(field[start : start + batch_size] for field in whole))
-
-
-class ScaledAdvantages(RolloutBuffer):
-    """A constructor argument of its own, and its own advantages."""
-
-    def __init__(self, *args, scale=1.0, **kwargs):
-        self.scale = scale
-        super().__init__(*args, **kwargs)
-
-    def compute_returns_and_advantage(self, last_values, dones):
-        super().compute_returns_and_advantage(last_values, dones)
-        self.advantages *= self.scale
-
-
-class ScaledDictAdvantages(DictRolloutBuffer):
-    def compute_returns_and_advantage(self, last_values, dones):
-        super().compute_returns_and_advantage(last_values, dones)
-        self.advantages *= 3.0
-
-
 @pytest.mark.parametrize(
     "policy", [CustomPolicy, PartlyFrozenPolicy, SometimesUsed, HalfOptimized, TwoGroups, ActorCriticPolicy]
 )
@@ -596,6 +503,18 @@ def reset_the_optimizer(model):
 )
 def test_training_goes_on_alike_after_the_user_changes(change):
     assert_continues_alike(change)
+
+
+def test_training_goes_on_alike_under_another_default_dtype():
+    def change(model):
+        # So that the flat parameters are made anew
+        freeze_a_bias(model)
+        th.set_default_dtype(th.float64)
+
+    try:
+        assert_continues_alike(change)
+    finally:
+        th.set_default_dtype(th.float32)
 
 
 @pytest.mark.parametrize(

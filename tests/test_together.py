@@ -173,4 +173,4 @@ def test_compiled_and_eager_gtrxl_give_the_same_losses():
     for before, after in zip(eager, compiled, strict=True):
         for name in ("train/loss", "train/value_loss", "train/entropy_loss", "train/grad_norm"):
             assert after[name] == pytest.approx(before[name], rel=1e-4, abs=1e-5), name
-    assert model._gradient_step.n_compilations == 1
+    assert model._execution.gradient_step.n_compilations == 1

@@ -18,27 +18,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import memory_envs  # noqa: F401  # registers TMaze-v0 and CueAndMask-v0
-import rl_zoo3.import_envs  # noqa: F401  # registers CartPoleNoVel-v1 and the like
 import torch as th
 import yaml
 from sb3_contrib.common.maskable.utils import is_masking_supported
 from stable_baselines3 import PPO
-from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize, unwrap_vec_normalize
+from zoo_envs import ZooEnvs
 
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.schedules import make_schedule
 from sb3_ppo_plus.zoo import hyperparams_file
-
-
-def make_env(env_id: str, n_envs: int, seed: int, normalize: dict[str, Any], frame_stack: int) -> VecEnv:
-    """Build the env as the RL Zoo does."""
-    env = make_vec_env(env_id, n_envs=n_envs, seed=seed)
-    if normalize:
-        env = VecNormalize(env, **normalize)
-    return VecFrameStack(env, frame_stack) if frame_stack > 1 else env
 
 
 def run(seed: int, *, env_id: str, algo: str, steps: int | None, variant: str | None, compile: bool) -> dict[str, Any]:
@@ -50,10 +39,8 @@ def run(seed: int, *, env_id: str, algo: str, steps: int | None, variant: str | 
         hyperparams["policy_kwargs"] = {
             name: value for name, value in hyperparams["policy_kwargs"].items() if not name.startswith("memory")
         }
-    n_timesteps = steps or int(hyperparams.pop("n_timesteps"))
-    hyperparams.pop("n_timesteps", None)
-    n_envs, frame_stack = int(hyperparams.pop("n_envs", 1)), int(hyperparams.pop("frame_stack", 1))
-    normalize = {"gamma": hyperparams.get("gamma", 0.99)} if hyperparams.pop("normalize", False) else {}
+    n_timesteps = steps or int(hyperparams["n_timesteps"])
+    envs = ZooEnvs.take_from(hyperparams, env_id)
     if algo == "ppo":
         # SB3's PPO knows no schedules by string
         scheduled = {"learning_rate", "clip_range"} & hyperparams.keys()
@@ -61,16 +48,13 @@ def run(seed: int, *, env_id: str, algo: str, steps: int | None, variant: str | 
     elif compile:
         hyperparams["compile"] = True
     policy = hyperparams.pop("policy")
-    env = make_env(env_id, n_envs, seed, normalize, frame_stack)
+    env = envs.for_training(seed)
     model = {"ppo": PPO, "ppo_plus": PPOPlus}[algo](policy, env, seed=seed, device="cpu", **hyperparams)
     started = time.perf_counter()
     model.learn(n_timesteps)
     seconds = time.perf_counter() - started
 
-    eval_env = make_env(env_id, 1, 10_000 + seed, normalize, frame_stack)
-    statistics, of_training = unwrap_vec_normalize(eval_env), unwrap_vec_normalize(env)
-    if statistics is not None and of_training is not None:
-        statistics.obs_rms, statistics.training, statistics.norm_reward = of_training.obs_rms, False, False
+    eval_env = envs.for_evaluation(env, seed=10_000 + seed, outermost=None)
     predictor = model.masked(eval_env) if is_masking_supported(eval_env) else model
     score, std = evaluate_policy(predictor, eval_env, n_eval_episodes=20, deterministic=True)
     return {

@@ -1,32 +1,58 @@
-"""Says which worker of a SubprocVecEnv has died, where SB3 has but an EOFError."""
+"""Names the worker of a SubprocVecEnv that has died. SB3 alone raises an EOFError without a message."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import DeadWorkerError
 
-# What SB3 lets through where a worker's end of the pipe is closed
+# What SB3 raises when a worker has closed its end of the pipe
 BROKEN_PIPES = (EOFError, ConnectionError)
-# A worker closes its pipe before its process has ended
+# In seconds: a worker closes its pipe a little before its process ends
 MAX_WAIT = 2.0
 
 
-def dead_worker_error(env: VecEnv | None, callback: BaseCallback | None) -> DeadWorkerError | None:
-    """Describe the dead workers among the environments of a training.
+@contextmanager
+def naming_dead_workers(envs: Callable[[], Iterable[object]]) -> Iterator[None]:
+    """Raise :class:`DeadWorkerError` in place of SB3's error about a broken pipe.
 
-    :param env: the training environment
-    :param callback: the training's callbacks, which may have an ``eval_env``
+    :param envs: returns the vectorised environments in use; other objects are ignored
+    :raises DeadWorkerError: if a pipe is broken and a worker of these environments is dead
+    """
+    try:
+        yield
+    except BROKEN_PIPES as error:
+        dead = dead_worker_error(envs())
+        if dead is None:
+            raise
+        raise dead from error
+
+
+def eval_envs_of(callback: BaseCallback | None) -> list[object]:
+    """Return the environments on which callbacks evaluate.
+
+    :param callback: the callback of ``learn``, with all callbacks inside it; None: no callback
+    :return: ``eval_env`` of each callback; None for a callback without one
+    """
+    children = [] if callback is None else iterate_callbacks(callback)
+    return [getattr(child, "eval_env", None) for child in children]
+
+
+def dead_worker_error(envs: Iterable[object]) -> DeadWorkerError | None:
+    """Make an error that names the dead workers of some environments.
+
+    :param envs: vectorised environments; other objects are ignored
     :return: the error to raise, or None where every worker is alive
     """
-    envs = [env, *(getattr(child, "eval_env", None) for child in (iterate_callbacks(callback) if callback else ()))]
-    subprocess_envs = [each.unwrapped for each in envs if isinstance(each, VecEnv)]
+    subprocess_envs = [base_of(each) for each in envs if isinstance(each, VecEnv)]
     dead = [text for each in subprocess_envs if isinstance(each, SubprocVecEnv) for text in _dead_workers(each)]
     return DeadWorkerError("; ".join(dict.fromkeys(dead))) if dead else None
 

@@ -14,12 +14,12 @@ from sb3_ppo_plus.fast.flat_updates import UPDATES
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS, CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
-from sb3_ppo_plus.tensor_places import tensor_places, tensors_of
 from sb3_ppo_plus.torch_private import has_gradient_hooks
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup
 from sb3_ppo_plus.update.gradient_step import Objective, PolicyEvaluation
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
+from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
 Tensors = dict[str, Any]
 

@@ -23,14 +23,3 @@ __all__ = [
     "MultiInputLstmPolicy",
     "MultiInputPolicy",
 ]
-
-# A saved model names its policy's class by module: this one, in which every release finds it
-for _policy_class in (
-    ActorCriticPlusPolicy,
-    ActorCriticPlusCnnPolicy,
-    MultiInputActorCriticPlusPolicy,
-    MlpLstmPolicy,
-    CnnLstmPolicy,
-    MultiInputLstmPolicy,
-):
-    _policy_class.__module__ = __name__

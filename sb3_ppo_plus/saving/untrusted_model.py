@@ -1,4 +1,4 @@
-"""Loading models without trust: from their plain description and tensors, never by unpickling or importing by name."""
+"""Loads models without trust: from a plain description and tensors. Nothing is unpickled, or imported by its name."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import pathlib
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch as th
+from stable_baselines3 import PPO
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces, get_device, get_system_info
 from torch.nn.modules.module import (
@@ -17,11 +18,10 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from sb3_ppo_plus.attributes import COUNTERS, FLAGS
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.saving.described_spaces import decode_space
 from sb3_ppo_plus.saving.model_description import (
-    COUNTERS,
-    FLAGS,
     FORMAT,
     LEFT_OUT,
     Tables,
@@ -39,13 +39,10 @@ from sb3_ppo_plus.saving.state_dict_checks import (
     check_policy_state,
     n_bytes,
 )
-from sb3_ppo_plus.saving.strict_json import get, parse, short
-
-if TYPE_CHECKING:
-    from sb3_ppo_plus.saving.saved_ppo import SavedPPO
+from sb3_ppo_plus.strict_json import get, parse, short
 
 DESCRIPTION = "ppo_plus.json"
-# What SB3 and PPOPlus write, most of which is never read without trust
+# All members that SB3 and PPOPlus write; without trust, most of them are never used
 MEMBERS = {
     DESCRIPTION,
     "data",
@@ -56,17 +53,17 @@ MEMBERS = {
     "system_info.txt",
 }
 MAX_MEMBERS = 20
-# No state dicts; the second before SB3 0.9
+# These hold no state dict; the second is older than SB3 0.9
 PYTORCH_VARIABLES = ("pytorch_variables.pth", "tensors.pth")
 MAX_ENVS = 2**20
-# Extractors that a policy builds and replaces need some memory beyond what the file holds
+# A policy builds some extractors only to replace them: the file does not hold their tensors
 SPARE_BYTES, SPARE_TENSORS = 2**26, 100
 
-Model = TypeVar("Model", bound="SavedPPO")
+Model = TypeVar("Model", bound=PPO)
 File = str | pathlib.Path | io.BufferedIOBase
 
 
-def add_description(archive: io.BytesIO, model: SavedPPO, exclude: Iterable[str]) -> None:
+def add_description(archive: io.BytesIO, model: PPO, exclude: Iterable[str]) -> None:
     """Add a model's plain description to the zip that SB3's ``save`` wrote.
 
     :param archive: the zip, changed in place
@@ -81,21 +78,24 @@ def load_without_trust(
     cls: type[Model],
     path: File,
     env: GymEnv | None,
-    *,
     device: th.device | str,
     allow: Iterable[type] | None,
-    print_system_info: bool,
     replaced: dict[str, Any],
+    *,
+    print_system_info: bool,
 ) -> Model:
-    """Load a model from its description and its tensors.
+    """Load a model from its plain description and its tensors.
+
+    A value without a plain description is an error. ``tensorboard_log`` and the compiler's options are not taken from
+    the file.
 
     :param cls: class of the model
     :param path: the file
-    :param env: environment to train in; None: none
+    :param env: environment to train in, or None
     :param device: device of the model
     :param allow: classes that the description may name, see :func:`closed_tables`
-    :param print_system_info: print on what system the model was saved
-    :param replaced: constructor arguments that the file's give way to
+    :param replaced: arguments of the constructor that replace those of the file
+    :param print_system_info: whether to print on what system the model was saved
     :raises UntrustedFileError: if the file is damaged or hostile, or its description has gaps
     :raises ValueError: if ``env`` has other spaces
     """
@@ -124,22 +124,22 @@ def load_without_trust(
     except UntrustedFileError as error:
         raise UntrustedFileError(f"{path}: {error}") from error
     except Exception as error:
-        # Values of the right type may still be refused anywhere below
+        # The constructors of policies and networks may still refuse values of the right type
         raise UntrustedFileError(
             f"the model that {path} describes cannot be built: {type(error).__name__}: {error}"
         ) from error
 
 
 def read_parameters(path: File, device: th.device | str) -> dict[str, Any]:
-    """Read the state dicts of a model that PPOPlus or SB3 saved, and nothing else.
+    """Read only the state dicts of a model that PPOPlus or SB3 saved.
 
     :param path: the file
     :param device: device of the tensors
-    :return: by name, as "policy" and "policy.optimizer"
-    :raises UntrustedFileError: for another kind of file, or tensors that need unpickling
+    :return: state dicts by name, such as "policy" and "policy.optimizer"
+    :raises UntrustedFileError: for another kind of file, and for tensors that need unpickling
     """
     with opened_model(path) as file:
-        # A subclass may have saved others
+        # Any name is allowed, since a subclass may save further state dicts
         members = read_members(file, str(path), lambda name: True, MAX_MEMBERS)
     names = [name for name in members if name.endswith(".pth") and name not in PYTORCH_VARIABLES]
     return {
@@ -148,7 +148,7 @@ def read_parameters(path: File, device: th.device | str) -> dict[str, Any]:
     }
 
 
-def _arguments(cls: type[SavedPPO], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(cls: type[PPO], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:
     """Return the constructor arguments that a description and the caller give."""
     written = get(description, "format", str, DESCRIPTION)
     if written != FORMAT:
@@ -158,9 +158,9 @@ def _arguments(cls: type[SavedPPO], description: object, tables: Tables, replace
     if unknown:
         raise UntrustedFileError(f"{DESCRIPTION}: {cls.__name__} has no arguments {short(unknown)}")
     if isinstance(described.get("compile"), dict) and "compile" not in replaced:
-        # One of them is the compiler's command
+        # One of these options is the command of a program to run
         raise UntrustedFileError(
-            f"{DESCRIPTION}: compile: options of torch.compile are not taken from a file; give yours"
+            f"{DESCRIPTION}: compile: options of torch.compile are not taken from a file; give your own"
         )
     decoded = {name: decode(value, tables, (name,)) for name, value in described.items() if name not in replaced}
     policy = decode(get(description, "policy", dict, DESCRIPTION), tables, ("policy",))
@@ -181,34 +181,37 @@ def _build(
     cls: type[Model],
     description: object,
     arguments: dict[str, Any],
-    env: Any,  # noqa: ANN401  # None where there is none, which the constructor does not declare
+    env: Any,  # noqa: ANN401  # None too, which the constructor does not declare
     device: th.device,
     members: Mapping[str, bytes],
 ) -> Model:
     policy_state = load_tensors(members[POLICY_FILE], POLICY_FILE, device)
     optimizer_state = load_tensors(members[OPTIMIZER_FILE], OPTIMIZER_FILE, device)
-    model = cls(env=env, device=device, _init_setup_model=False, **arguments)
+    model: Any = cls(env=env, device=device, _init_setup_model=False, **arguments)
     if env is None:
         model.observation_space, model.action_space = _spaces(description)
         model.n_envs = get(description, "n_envs", int, DESCRIPTION)
         if not 0 < model.n_envs <= MAX_ENVS:
             raise UntrustedFileError(f"n_envs must be in [1, {MAX_ENVS}], got {model.n_envs}")
-    _set_state(model, description)
+    _set_counters_and_flags(model, description)
     max_bytes = 2 * n_bytes(policy_state, POLICY_FILE) + SPARE_BYTES
     with _limited_tensors(2 * len(policy_state) + SPARE_TENSORS, max_bytes):
         model._setup_model()
     check_policy_state(policy_state, model.policy)
     optimizer_state = check_optimizer_groups(optimizer_state, model.get_parameters()["policy.optimizer"])
-    split = model._learning_rate_groups.split_state_dict(model.policy.optimizer, optimizer_state)
-    check_optimizer_entries(split, model.policy.optimizer)
+    check_optimizer_entries(
+        model._coefficients.groups(model).split_state_dict(model.policy.optimizer, optimizer_state),
+        model.policy.optimizer,
+    )
     model.set_parameters({"policy": policy_state, "policy.optimizer": optimizer_state}, device=device)
     if model.use_sde:
-        # As SB3's load, for the exploration matrix to be on the right device
+        # As SB3's load does, so that the exploration matrix is on the right device
         model.policy.reset_noise()
-    return model
+    built: Model = model
+    return built
 
 
-def _set_state(model: SavedPPO, description: object) -> None:
+def _set_counters_and_flags(model: PPO, description: object) -> None:
     counters = get(description, "counters", dict, DESCRIPTION)
     for name in COUNTERS:
         value = get(counters, name, int, "counters")
@@ -226,7 +229,10 @@ def _set_state(model: SavedPPO, description: object) -> None:
 
 @contextmanager
 def _limited_tensors(max_tensors: int, max_bytes: int) -> Iterator[None]:
-    """Stop the construction of a network that is larger than the file's: numbers in a description cost nothing."""
+    """Stop the construction of a network that is larger than the file's tensors.
+
+    A few bytes of JSON could ask for any amount of memory.
+    """
     n_tensors = total = 0
 
     def count(module: th.nn.Module, name: str, tensor: th.Tensor | None) -> None:

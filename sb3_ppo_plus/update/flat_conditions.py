@@ -1,4 +1,4 @@
-"""When a step on flat parameters is the step that SB3 takes."""
+"""The conditions under which a step on flat parameters equals the step that SB3 takes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.optim import optimizer as torch_optimizer
 from sb3_ppo_plus.torch_private import has_accumulation_hooks, has_step_hooks
 from sb3_ppo_plus.update.flat_parameters import ALIGNMENT
 
-# Elementwise in parameters and state, so that a flat step equals the separate ones; not so for subclasses
+# Their steps are elementwise in parameters and state, so a flat step equals separate ones. Subclasses may differ
 FLATTENED_OPTIMIZERS = (Adam, AdamW, SGD, RMSprop)
 _ZERO_GRAD = Optimizer.zero_grad
 _CLIP_GRAD_NORM = th.nn.utils.clip_grad_norm_
@@ -23,11 +23,11 @@ _CLIP_GRAD_NORM = th.nn.utils.clip_grad_norm_
 def obstacle_to_flat_steps(
     policy: th.nn.Module, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]
 ) -> str | None:
-    """Find out what a flat step of the optimiser would miss, as a clause for a warning; None: nothing.
+    """Return why a flat step would differ from the optimiser's own step, as a clause for a warning; None: it would not.
 
-    :param policy: whose parameters are stepped
-    :param optimizer: the policy's
-    :param parameters: the policy's
+    :param policy: the policy
+    :param optimizer: the policy's optimiser
+    :param parameters: the policy's parameters
     """
     name = type(optimizer).__name__
     if type(optimizer) not in FLATTENED_OPTIMIZERS:
@@ -50,11 +50,11 @@ def obstacle_to_flat_steps(
 
 def _has_methods_of_torch(optimizer: Optimizer) -> bool:
     kind = type(optimizer)
-    # PyTorch's learning-rate schedulers wrap the method of the instance
+    # PyTorch's learning-rate schedulers replace ``step`` of the instance by a wrapper
     if {"step", "zero_grad"} & vars(optimizer).keys() or kind.zero_grad is not _ZERO_GRAD:
         return False
     step: Any = kind.step
-    # What PyTorch itself wraps around a step lies in one module
+    # PyTorch's own wrappers of ``step`` are all defined in one module
     while hasattr(step, "__wrapped__"):
         if step.__globals__ is not vars(torch_optimizer):
             return False
@@ -68,10 +68,10 @@ def _are_plain(parameters: Sequence[th.nn.Parameter]) -> bool:
     return all(
         type(parameter) is th.nn.Parameter
         and ((parameter.dtype is th.float32 and parameter.device == device) or not parameter.requires_grad)
-        # Else BLAS rounds in another way, after load_from_vector for one
+        # BLAS rounds differently in memory that is not aligned, such as after load_from_vector
         and parameter.data_ptr() % (4 * ALIGNMENT) == 0
-        # Other processes may be reading it at any time
-        and not (device.type == "cpu" and parameter.is_shared())  # type: ignore[no-untyped-call]  # torch leaves it so
+        # Other processes may read shared memory at any time
+        and not (device.type == "cpu" and parameter.is_shared())  # type: ignore[no-untyped-call]  # untyped in torch
         for parameter in parameters
     )
 

@@ -129,8 +129,8 @@ LEARNED_FEATURES = ("Dict, separate extractors", "CNN", "Transformer")
 def test_compiled_training_equals_eager_training_to_rounding(case: str) -> None:
     eager, compiled = trained(case, compile=False), trained(case, compile=True)
     is_short = CASES[case][3].get("batch_size") == 24
-    assert compiled._gradient_step.n_compilations == 1 + is_short
-    assert compiled._compiled_actor.n_compilations == (1 if case in LEARNED_FEATURES else 2)
+    assert compiled._execution.gradient_step.n_compilations == 1 + is_short
+    assert compiled._execution.compiled_actor.n_compilations == (1 if case in LEARNED_FEATURES else 2)
     # Autocast rounds each product to 8 bits, in whatever order the compiler chose
     tolerance = 5e-4 if case == "bf16" else 2e-5
     moved = (parameters(eager) - parameters(build_case(case, compile=False))).abs().max()
@@ -155,7 +155,12 @@ def test_nothing_is_compiled_after_the_first_update() -> None:
 
     class Count(BaseCallback):
         def on_update_end(self) -> bool:
-            counts.append((self.model._gradient_step.n_compilations, self.model._compiled_actor.n_compilations))
+            counts.append(
+                (
+                    self.model._execution.gradient_step.n_compilations,
+                    self.model._execution.compiled_actor.n_compilations,
+                )
+            )
             evaluate_policy(self.model, make_env(3, observation_space=VECTOR, action_space=DISCRETE), n_eval_episodes=3)
             return True
 
@@ -201,7 +206,7 @@ def test_a_policy_that_no_graph_can_hold_trains_eagerly_after_one_warning(policy
     eager = build(policy).learn(96)
     with pytest.warns(UserWarning, match="compile=True: .* runs eagerly") as caught:
         compiled = build(policy, compile=True).learn(96)
-    assert compiled._gradient_step.n_compilations == 0
+    assert compiled._execution.gradient_step.n_compilations == 0
     assert len([warning for warning in caught if "compile=True" in str(warning.message)]) == 1
     if policy is BranchesOnValues:
         assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
@@ -274,7 +279,7 @@ def test_a_change_of_the_policy_between_updates_reaches_the_graphs() -> None:
     )
     assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
     # One for the policy of each of the three updates
-    assert compiled._gradient_step.n_compilations == 3
+    assert compiled._execution.gradient_step.n_compilations == 3
 
 
 def test_a_hook_on_a_parameter_keeps_the_step_eager_and_its_effect() -> None:
@@ -347,7 +352,7 @@ def test_what_is_changed_on_the_optimizer_reaches_the_graphs(
     eager, compiled = (
         build(compile=compile, **settings).learn(5 * 32, callback=ChangeOptimizer(change)) for compile in (False, True)
     )
-    assert compiled._gradient_step.n_compilations > 0
+    assert compiled._execution.gradient_step.n_compilations > 0
     assert (parameters(eager) - parameters(compiled)).abs().max() < 1e-4
     assert [group["lr"] for group in compiled.policy.optimizer.param_groups] == [
         group["lr"] for group in eager.policy.optimizer.param_groups
@@ -362,7 +367,7 @@ def test_settings_that_change_with_every_update_are_not_compiled_again_and_again
     eager = build().learn(7 * 32, callback=ChangeOptimizer(change))
     with pytest.warns(UserWarning, match="settings of the optimizer change again and again"):
         compiled = build(compile=True).learn(7 * 32, callback=ChangeOptimizer(change))
-    assert compiled._gradient_step.n_compilations == MAX_COMPILATIONS
+    assert compiled._execution.gradient_step.n_compilations == MAX_COMPILATIONS
     assert (parameters(eager) - parameters(compiled)).abs().max() < 2e-5
 
 
@@ -372,7 +377,7 @@ def test_a_setting_that_is_a_tensor_is_told_from_another_by_all_its_digits() -> 
         optimizer.param_groups[0]["weight_decay"] = th.tensor(0.1 + 1e-6 * (n_rollouts % 2))
 
     compiled = build(compile=True).learn(3 * 32, callback=ChangeOptimizer(change))
-    assert compiled._gradient_step.n_compilations == 3
+    assert compiled._execution.gradient_step.n_compilations == 3
 
 
 @pytest.mark.usefixtures("graphs_without_code")

@@ -29,7 +29,7 @@ def test_every_graph_is_found_in_pytorchs_cache_the_second_time() -> None:
     build().learn(64)
     counters.clear()
     model = build().learn(64)
-    n_graphs = model._gradient_step.n_compilations + model._compiled_actor.n_compilations
+    n_graphs = model._execution.gradient_step.n_compilations + model._execution.compiled_actor.n_compilations
     assert n_graphs == 3
     found = {name: n for name, n in counters["inductor"].items() if name.startswith("fxgraph_cache")}
     assert found == {"fxgraph_cache_hit": n_graphs}
@@ -43,7 +43,7 @@ from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.fast import replays
 replays.RECORD_AFTER = 2
 model = PPOPlus("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128)
-assert model._gradient_step.recordings.n_recordings == 1
+assert model._execution.gradient_step.recordings.n_recordings == 1
 assert "torch._inductor.compile_fx" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -56,7 +56,7 @@ def test_a_compiled_model_is_pickled_without_its_graphs_and_trains_on() -> None:
     for one in (model, twin):
         one.set_random_seed(1)
         one.learn(64)
-    assert twin._gradient_step.n_compilations == 1
+    assert twin._execution.gradient_step.n_compilations == 1
     # Its first step is eager once more
     assert_close(model, twin)
 
@@ -70,5 +70,5 @@ def test_weights_of_another_layout_than_the_graphs_were_compiled_for_get_graphs_
         weight.data = weight.data.t().contiguous().t()
         # Flat steps make it contiguous
         model.learn(64)
-    assert models[1]._compiled_actor.n_compilations == 4
+    assert models[1]._execution.compiled_actor.n_compilations == 4
     assert_close(*models)

@@ -16,7 +16,7 @@ from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.fast import replays
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS
-from sb3_ppo_plus.fast.policy_changes import PartsWatch, has_hooks
+from sb3_ppo_plus.fast.policy_changes import hindrance
 from sb3_ppo_plus.fast.replayed_actor import RecordedActor
 from sb3_ppo_plus.fast.tracing import trace
 
@@ -218,7 +218,7 @@ class RunningMean(BaseFeaturesExtractor):
 @pytest.mark.parametrize("extractor", [Noise, RunningMean])
 def test_parts_with_noise_or_a_state_are_called_as_often_as_with_sb3(extractor):
     model = assert_compiled_follows_sb3(policy_kwargs={"features_extractor_class": extractor})
-    assert model._compiled_actor.n_compilations == 1
+    assert model._execution.compiled_actor.n_compilations == 1
 
 
 class Appending(FlattenExtractor):
@@ -290,37 +290,12 @@ def test_hooks_of_all_kinds_are_found():
     policy = build().policy
     for register in ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"):
         handle = getattr(policy.value_net, f"register_{register}")(lambda *_: None)
-        assert has_hooks(policy), register
+        assert hindrance(policy) is not None, register
         handle.remove()
-        assert not has_hooks(policy)
+        assert hindrance(policy) is None
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert has_hooks(policy)
+    assert hindrance(policy) is not None
     handle.remove()
-
-
-def test_a_watch_notices_what_is_put_in_or_replaced():
-    policy = build().policy
-
-    def own_method():
-        policy.value_net.forward = lambda features: features
-
-    def hook():
-        policy.action_net.register_forward_pre_hook(lambda *_: None)
-
-    def module():
-        policy.mlp_extractor.policy_net[1] = nn.ReLU()
-
-    def parameter():
-        policy.log_std = nn.Parameter(policy.log_std.detach().clone())
-
-    def first_module():
-        policy.mlp_extractor.policy_net[0].add_module("new", nn.Tanh())
-
-    for change in (hook, module, parameter, own_method, first_module):
-        watch = PartsWatch(policy)
-        assert not watch.has_changed()
-        change()
-        assert watch.has_changed(), change.__name__
 
 
 # Layouts, which graphs compile in
@@ -378,7 +353,7 @@ def clear_state(model):
 @pytest.mark.parametrize("change", [auxiliary_step, clear_state])
 def test_steps_and_resets_of_the_users_own_compile_nothing_anew(change):
     model = assert_compiled_follows_sb3(5, callback=changing(change, between=True), learning_rate=1e-4)
-    assert model._gradient_step.n_compilations == 1
+    assert model._execution.gradient_step.n_compilations == 1
 
 
 def freeze(model, *, is_frozen):
@@ -395,10 +370,10 @@ def test_layers_that_were_frozen_are_stepped_flat_again():
         freeze(model, is_frozen=False).learn(ROLLOUT * 2)
     assert_same_training(*models[:2])
     for model in models[1:]:
-        assert sum(model._gradient_step.has_gradient) == len(list(model.policy.parameters()))
+        assert sum(model._execution.gradient_step.has_gradient) == len(list(model.policy.parameters()))
         # Adam has counted other numbers of steps for the two parts
-        assert len(model._gradient_step._flat.groups) == 2
-    assert models[2]._gradient_step.n_compilations == 3
+        assert len(model._execution.gradient_step._flat.groups) == 2
+    assert models[2]._execution.gradient_step.n_compilations == 3
     assert_close(models[0], models[2])
 
 
@@ -414,7 +389,7 @@ def test_a_first_minibatch_that_is_not_finite_keeps_nothing_from_being_compiled(
 
     model = build(compile=True, on_non_finite="skip", max_skipped=100).learn(ROLLOUT * 2, Poison())
     assert model._skipped_steps == 12
-    assert model._gradient_step.n_compilations == 1
+    assert model._execution.gradient_step.n_compilations == 1
 
 
 # Again and again
@@ -432,10 +407,10 @@ def test_a_policy_that_changes_again_and_again_is_replayed_after_one_warning(mon
                 self.model.policy.n_seen = self.num_timesteps
 
     model = assert_compiled_follows_sb3(MAX_COMPILATIONS + 3, callback=CountSteps, warns=1)
-    assert model._gradient_step.n_compilations == MAX_COMPILATIONS
-    assert isinstance(model._gradient_step, CompiledGradientStep)
-    assert model._gradient_step.recordings.n_recordings == 1
-    assert isinstance(model._actor_for(model.env, model.rollout_buffer), RecordedActor)
+    assert model._execution.gradient_step.n_compilations == MAX_COMPILATIONS
+    assert isinstance(model._execution.gradient_step, CompiledGradientStep)
+    assert model._execution.gradient_step.recordings.n_recordings == 1
+    assert isinstance(model._execution.actor_for(model, model.rollout_buffer), RecordedActor)
 
 
 def test_settings_of_the_distribution_reach_the_graphs():
@@ -498,5 +473,5 @@ def test_settings_of_parts_reach_the_graphs(change):
         model.learn(ROLLOUT)
         change(model.policy.features_extractor)
         model.learn(ROLLOUT * 2)
-    assert models[1]._gradient_step.n_compilations == 2
+    assert models[1]._execution.gradient_step.n_compilations == 2
     assert_close(*models)

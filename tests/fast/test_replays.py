@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
 from sb3_ppo_plus.fast import replays
 from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, RECORD_AFTER, can_record, record
-from sb3_ppo_plus.policies.torch_switches import without_argument_validation
+from sb3_ppo_plus.update.argument_validation import without_argument_validation
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
 
@@ -37,7 +37,10 @@ def build(algorithm=PPOPlus, action_space="discrete", policy="MlpPolicy", **sett
 
 
 def n_recordings(model):
-    return model._recorded_actor.recordings.n_recordings, model._gradient_step.recordings.n_recordings
+    return (
+        model._execution.replayed_actor.recordings.n_recordings,
+        model._execution.gradient_step.recordings.n_recordings,
+    )
 
 
 # What is recorded
@@ -385,7 +388,7 @@ def test_the_order_of_dict_observations_does_not_matter():
     assert n_recordings(model)[0] == 1
     observations = {"a": th.ones(2, 3), "b": -th.ones(2, 3)}
     model.policy.set_training_mode(False)
-    actor = model._recorded_actor
+    actor = model._execution.replayed_actor
     actor.begin_rollout()
     values = [actor.act(dict(order), None, {})[1] for order in (observations.items(), [*observations.items()][::-1])]
     assert th.equal(*values)
@@ -394,7 +397,7 @@ def test_the_order_of_dict_observations_does_not_matter():
 
 def test_an_observation_out_of_range_raises_what_sb3_raises():
     model = PPOPlus("MlpPolicy", make_env(2, observation_space=spaces.Discrete(5)), **SETTINGS).learn(64)
-    actor = model._recorded_actor
+    actor = model._execution.replayed_actor
     assert n_recordings(model)[0] == 1
     model.policy.set_training_mode(False)
     actor.begin_rollout()

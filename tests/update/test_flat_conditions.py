@@ -39,7 +39,7 @@ def test_there_is_no_obstacle_by_default(optimizer_class):
 def test_by_default_steps_are_flat(optimizer_class):
     kwargs = POLICY_KWARGS | {"optimizer_class": optimizer_class}
     model = PPOPlus("MlpPolicy", make_env(), n_steps=16, batch_size=8, device="cpu", policy_kwargs=kwargs).learn(32)
-    assert model._gradient_step.has_gradient == [True] * len(list(model.policy.parameters()))
+    assert model._execution.gradient_step.has_gradient == [True] * len(list(model.policy.parameters()))
 
 
 def wrap_on_class(policy, monkeypatch):

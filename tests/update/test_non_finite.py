@@ -1,4 +1,4 @@
-"""NaN and infinity are noticed before they do harm: in environments, in the loss, in the gradient."""
+"""NaN and infinity in environments, losses and gradients are noticed before they do harm."""
 
 import copy
 import math
@@ -19,10 +19,10 @@ SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device":
 
 
 class OwnAdam(th.optim.Adam):
-    """Not flattened."""
+    """An Adam whose steps are not flat, because it is a subclass."""
 
 
-# With the two environments that build makes, the graphs are those that other tests have compiled
+# The two environments that build makes give the shapes of graphs that other tests have compiled
 COMPILED = {"compile": True, "n_steps": 16, "policy_kwargs": {"net_arch": [8]}}
 WAYS = {
     "flat": {},
@@ -34,7 +34,7 @@ WAYS = {
 
 
 def spoil(model, **values):
-    """Replace values of the rollout buffer at its first transition, before each update that they are given for."""
+    """Replace values of the rollout buffer's first transition, before each update for which they are given."""
     train = type(model).train
 
     def spoiled():
@@ -69,7 +69,7 @@ def test_no_parameter_and_no_moment_is_touched_by_a_step_on_nan(way):
         model.learn(32, reset_num_timesteps=False)
     assert_same_bits(tensors_of(model), before)
     assert all(th.isfinite(value).all() for value in model.policy.state_dict().values())
-    # And the model can be used further
+    # The model can be trained further
     model.learn(32, reset_num_timesteps=False)
     assert any(not th.equal(value, before[f"policy.{name}"]) for name, value in model.policy.state_dict().items())
 
@@ -85,8 +85,8 @@ def test_a_skipped_step_is_left_out_and_counted(way):
             assert math.isfinite(log[f"train/{name}"]), name
 
 
-def test_skipping_is_the_same_as_not_having_the_minibatch():
-    """In updates of one minibatch per epoch, a spoiled update must leave everything as no update would."""
+def test_an_update_whose_only_minibatch_is_skipped_changes_no_parameter():
+    """With one minibatch per epoch, a spoiled update takes no step."""
     first = spoil(build(batch_size=32, on_non_finite="skip"), returns=(1, np.inf))
     second = build(batch_size=32)
     first.learn(32)
@@ -119,15 +119,15 @@ def test_a_gradient_that_overflows_is_named():
 @pytest.mark.parametrize("max_skipped", [0, 3, 4])
 def test_too_many_in_a_row_are_an_error(max_skipped):
     model = spoil(build(batch_size=32, on_non_finite="skip", max_skipped=max_skipped), returns=(None, np.nan))
-    # Two in each update; the third update begins with the fifth
+    # Each update skips two steps, so the third update begins with the fifth
     with pytest.raises(NonFiniteError, match=rf"the {max_skipped + 1}th in a row, and max_skipped={max_skipped}"):
         model.learn(320)
     assert model.num_timesteps == 32 * (max_skipped // 2 + 1)
 
 
-def test_a_good_step_ends_the_row():
+def test_a_good_step_resets_the_number_of_skips_in_a_row():
     model = spoil(build(on_non_finite="skip", max_skipped=1), returns=(None, np.nan))
-    # In each epoch one of two minibatches is spoiled; a row of two may occur where the last and the first are
+    # In each epoch, one of two minibatches is spoiled. Two follow each other if one is last and the next is first
     model.max_skipped = 2
     model.learn(160)
     assert model._skipped_steps == 10

@@ -1,0 +1,118 @@
+"""How a model acts and takes its steps: in compiled graphs, by replays, or eagerly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.logger import Logger
+
+from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
+from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
+from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
+from sb3_ppo_plus.fast.policy_changes import hindrance
+from sb3_ppo_plus.fast.replayed_actor import RecordedActor
+from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
+from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+from sb3_ppo_plus.rollout.actor import RolloutActor
+from sb3_ppo_plus.rollout.memory_actor import MemoryActor
+from sb3_ppo_plus.update.gradient_step import GradientStep
+
+
+class Execution:
+    """The actor and the gradient step of a model, which are made when they are needed and kept.
+
+    Both follow what users change: another policy, and the model's attribute ``compile``.
+
+    :param grad_scaler: scales the loss and unscales the gradients under float16
+    :param verbose: 1: print what was compiled
+    """
+
+    def __init__(self, grad_scaler: th.amp.GradScaler, verbose: int) -> None:
+        self.grad_scaler = grad_scaler
+        self.reporter = CompilationReporter(verbose)
+        self.gradient_step: GradientStep | None = None
+        self.compiled_actor: CompiledActor | None = None
+        self.replayed_actor: RecordedActor | None = None
+
+    def step_for(self, model: PlusModel) -> GradientStep:
+        """Return what takes the gradient steps of a model.
+
+        :param model: the model
+        """
+        policy, step = model.policy, self.gradient_step
+        options = getattr(policy, "memory_options", None)
+        # An LSTM or GRU cuts sequences at episode starts, elsewhere in each minibatch: no graph of fixed shapes
+        is_compiled = model.compile is not False and (options is None or options.kind == "gtrxl")
+        if step is None or step.policy is not policy or isinstance(step, CompiledGradientStep) != is_compiled:
+            if is_compiled:
+                step = CompiledGradientStep(policy, self.grad_scaler, inductor_options(model.compile), self.reporter)
+            else:
+                step = RecordedGradientStep(policy, self.grad_scaler)
+            self.gradient_step = step
+        return step
+
+    def actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:
+        """Return what chooses the actions of a rollout, ready for its first step.
+
+        :param model: the model
+        :param rollout_buffer: the buffer of the rollout
+        """
+        actor = self._actor_for(model, rollout_buffer)
+        actor.begin_rollout(rollout_buffer)
+        return actor
+
+    def _actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:
+        policy = model.policy
+        if getattr(policy, "memory_options", None) is not None:
+            assert isinstance(policy, ActorCriticPlusPolicy)
+            return MemoryActor(policy, model._last_states, rollout_buffer.n_envs)
+        actor = None if model.compile is False else self._compiled_actor_for(model, rollout_buffer)
+        if actor is not None:
+            return actor
+        if self.replayed_actor is None or self.replayed_actor.policy is not policy:
+            self.replayed_actor = RecordedActor(policy)
+        return self.replayed_actor
+
+    def _compiled_actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> CompiledActor | None:
+        policy = model.policy
+        if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not can_act_alone(policy):
+            own = type(policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
+            self.reporter.failed("acting", f"{own.__name__} has methods of its own, which need all at each step")
+            return None
+        reason = hindrance(policy)
+        if reason is not None:
+            self.reporter.failed("acting", reason)
+            return None
+        if self.compiled_actor is None or self.compiled_actor.policy is not policy:
+            self.compiled_actor = CompiledActor(policy, inductor_options(model.compile), self.reporter)
+        return None if self.compiled_actor.has_given_up else self.compiled_actor
+
+    def log_to(self, logger: Logger, model: PlusModel) -> None:
+        """Record how long compilations have taken, if the model compiles.
+
+        :param logger: SB3's logger
+        :param model: the model
+        """
+        if model.compile is not False:
+            logger.record("time/compile_seconds", self.reporter.seconds)
+
+    def state(self, model: PlusModel) -> dict[str, Any]:
+        """Return what the next steps depend on: plain values, and tensors of the scaler of gradients.
+
+        :param model: the model
+        """
+        return {"grad_scaler": self.grad_scaler.state_dict(), "has_gradient": self.step_for(model).has_gradient}
+
+    def set_state(self, model: PlusModel, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state` has returned.
+
+        :param model: the model
+        :param state: may hold more
+        """
+        self.grad_scaler.load_state_dict(state["grad_scaler"])
+        if state["has_gradient"] is not None:
+            self.step_for(model).flatten(state["has_gradient"])

@@ -1,0 +1,52 @@
+"""The current ``learn`` of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_plus.envs.restarting_env import RestartCounter
+
+
+@dataclass
+class Run:
+    """What belongs to one ``learn`` and is not saved with the model.
+
+    :param callback: the callback that holds all others; None outside ``learn``
+    :param continuation: state from a checkpoint, which the next ``continue_learning`` puts back
+    :param restart_counter: counts restarts of the environments
+    :param was_asked_to_stop: whether ``on_update_end`` of a callback has returned False
+    """
+
+    callback: BaseCallback | None = None
+    continuation: dict[str, Any] | None = None
+    restart_counter: RestartCounter | None = None
+    was_asked_to_stop: bool = False
+
+    def log_restarts(self, env: VecEnv, logger: Logger) -> None:
+        """Log the number of restarts so far, if any environment can restart.
+
+        :param env: the training environment
+        :param logger: the model's logger
+        """
+        if self.restart_counter is None or self.restart_counter.env is not env:
+            self.restart_counter = RestartCounter(env)
+        n_restarts = self.restart_counter.count()
+        if n_restarts is not None:
+            logger.record("rollout/env_restarts", n_restarts)
+
+
+def as_callbacks(callback: MaybeCallback) -> list[BaseCallback]:
+    """Turn the argument ``callback`` of ``learn`` into a list.
+
+    :param callback: None, a callback, a function, or a list of callbacks
+    """
+    if callback is None:
+        return []
+    given = callback if isinstance(callback, list) else [callback]
+    return [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in given]

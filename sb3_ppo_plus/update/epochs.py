@@ -1,0 +1,84 @@
+"""The passes of an update over the rollout, and the log of them."""
+
+from __future__ import annotations
+
+import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import explained_variance
+
+from sb3_ppo_plus.buffers import minibatches
+from sb3_ppo_plus.update.argument_validation import without_argument_validation
+from sb3_ppo_plus.update.gradient_step import GradientStep, Objective
+from sb3_ppo_plus.update.history import UpdateHistory
+from sb3_ppo_plus.update.losses import LossCoefficients
+
+
+def run_epochs(
+    gradient_step: GradientStep, objective: Objective, rollout_buffer: RolloutBuffer, n_epochs: int, batch_size: int
+) -> UpdateHistory:
+    """Take a step on every minibatch of the rollout, ``n_epochs`` times, each time in another random order.
+
+    The update stops at the first minibatch on which the limit of approx_kl forbids a step.
+
+    :param gradient_step: takes the steps
+    :param objective: the objective of the update
+    :param rollout_buffer: the full buffer
+    :param n_epochs: number of passes
+    :param batch_size: transitions per minibatch
+    :return: the metrics of all minibatches
+    """
+    history = UpdateHistory()
+    gradient_step.begin_update()
+    try:
+        with without_argument_validation():
+            while history.n_epochs_done < n_epochs and not history.was_stopped:
+                _run_epoch(gradient_step, objective, rollout_buffer, batch_size, history)
+    finally:
+        gradient_step.end_update()
+    return history
+
+
+def _run_epoch(
+    gradient_step: GradientStep,
+    objective: Objective,
+    rollout_buffer: RolloutBuffer,
+    batch_size: int,
+    history: UpdateHistory,
+) -> None:
+    history.begin_epoch()
+    for minibatch in minibatches(rollout_buffer, batch_size):
+        metrics, was_allowed = gradient_step(objective, minibatch)
+        history.metrics.append(metrics)
+        if not was_allowed:
+            history.was_stopped = True
+            return
+    history.n_epochs_done += 1
+
+
+def log_update(
+    logger: Logger,
+    history: UpdateHistory,
+    coefficients: LossCoefficients,
+    policy: ActorCriticPolicy,
+    rollout_buffer: RolloutBuffer,
+) -> None:
+    """Log what SB3's ``PPO.train`` logs of an update, and the values of the coefficients.
+
+    :param logger: SB3's logger
+    :param history: the history of the update
+    :param coefficients: the coefficients' values in the update
+    :param policy: the policy after the update
+    :param rollout_buffer: the rollout of the update
+    """
+    for name, value in history.logged().items():
+        logger.record(f"train/{name}", value)
+    values, returns = rollout_buffer.values.flatten(), rollout_buffer.returns.flatten()
+    logger.record("train/explained_variance", explained_variance(values, returns))
+    log_std = getattr(policy, "log_std", None)
+    if log_std is not None:
+        logger.record("train/std", th.exp(log_std).mean().item())
+    for name, value in coefficients._asdict().items():
+        if value is not None:
+            logger.record(f"train/{name}", value)
