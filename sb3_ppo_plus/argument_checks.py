@@ -184,6 +184,8 @@ def helps_with_keywords(
                     raise TypeError(_unknown_keyword(type(args[0]).__name__, name, known, policy_arguments))
             constructor(*args, **kwargs)
 
+        # For those who look at the constructor without following wrappers
+        checked.__signature__ = inspect.signature(constructor)  # type: ignore[attr-defined]  # every function may have one
         return checked
 
     return decorate

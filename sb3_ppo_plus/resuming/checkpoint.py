@@ -103,7 +103,7 @@ class TrainingCheckpoint(BaseCallback):
 
     @property
     def _learn_callback(self) -> BaseCallback:
-        run: Run = self._ppo_plus._run
+        run: Run = self._ppo_plus._current_run
         assert run.callback is not None
         return run.callback
 

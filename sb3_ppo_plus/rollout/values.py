@@ -19,26 +19,26 @@ class RolloutValues:
     reward, as in SB3. Nothing is added when an episode terminates.
 
     :param actor: predicts the values
-    :param gamma: discount factor
     :param check_output: refuses terminal observations that are not finite
     """
 
-    def __init__(self, actor: RolloutActor, gamma: float, check_output: EnvOutputCheck) -> None:
+    def __init__(self, actor: RolloutActor, check_output: EnvOutputCheck) -> None:
         self._actor = actor
-        self._gamma = gamma
         self._check_output = check_output
         self._steps: list[int] = []
         self._indices: list[int] = []
+        self._gammas: list[float] = []
         self._observations: list[Any] = []
 
     def bootstrap_timeouts(
-        self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], step: int
+        self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], gamma: float, step: int
     ) -> None:
         """Add to rewards the values of the episodes that a step has truncated.
 
         :param rewards: rewards of the step, shape (n_envs,); changed in place
         :param dones: which episodes ended with the step, shape (n_envs,)
         :param infos: infos of the step
+        :param gamma: discount factor; a callback may change it from step to step
         :param step: index of the step in the rollout
         :raises NonFiniteError: for a terminal observation that is not finite
         """
@@ -51,9 +51,10 @@ class RolloutValues:
             if value is None:
                 self._steps.append(step)
                 self._indices.append(index)
+                self._gammas.append(gamma)
                 self._observations.append(observation)
             else:
-                rewards[index] += self._gamma * value
+                rewards[index] += gamma * value
 
     def finish(self, rollout_buffer: RolloutBuffer) -> None:
         """Write the values and log-probabilities of steps, and add the values of timeouts to the rewards.
@@ -66,5 +67,5 @@ class RolloutValues:
             rollout_buffer.set_evaluation(*evaluation)
         if self._observations:
             values = self._actor.terminal_values(self._observations)
-            rollout_buffer.rewards[self._steps, self._indices] += self._gamma * values
+            rollout_buffer.rewards[self._steps, self._indices] += np.array(self._gammas) * values
         self._actor.end_rollout()
