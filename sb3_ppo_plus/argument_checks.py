@@ -1,12 +1,16 @@
-"""Checks of the constructor's plain arguments, which SB3 mostly leaves to whatever they break later."""
+"""Checks of the constructor's arguments, which SB3 mostly leaves to whatever they break later, and help with names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
 
@@ -14,6 +18,7 @@ from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 
 ON_NON_FINITE = ("raise", "skip")
 MAX_SEED = 2**32 - 1
+Parameters = ParamSpec("Parameters")
 
 
 class _Kind(NamedTuple):
@@ -52,7 +57,7 @@ _KINDS = {
 def check_types(arguments: dict[str, Any]) -> dict[str, Any]:
     """Check the types of a constructor's arguments, and the range of one that SB3's constructor divides by.
 
-    :param arguments: by name; others than the plain ones are passed over
+    :param arguments: by name, with the algorithm as ``self``; others than the plain ones are passed over
     :return: the arguments
     :raises TypeError: names the argument, its value and what is allowed
     :raises ValueError: the same
@@ -63,6 +68,8 @@ def check_types(arguments: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, kind.types) or (is_flag and kind is not _FLAG):
             raise TypeError(f"{name} must be {kind.described}, got {value!r}")
     policy = arguments["policy"]
+    if isinstance(policy, str):
+        _check_policy_name(policy, arguments["self"])
     if isinstance(policy, type) and not issubclass(policy, BasePolicy):
         raise TypeError(f"policy must be a policy's name or class, got {policy!r}")
     buffer_class = arguments["rollout_buffer_class"]
@@ -108,3 +115,86 @@ def check_ranges(algorithm: object) -> None:
             f"amp={amp!r} needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, "
             f"got {buffer_class}"
         )
+
+
+def did_you_mean(given: object, allowed: Iterable[str]) -> str:
+    """Ask for the end of an error's message whether the nearest of the allowed names was meant.
+
+    :param given: the name that is not allowed; upper and lower case are alike
+    :param allowed: the names that are
+    :return: "; did you mean 'NAME'?", or an empty string where no name is near
+    """
+    nearest = _nearest_name(given, allowed)
+    return "" if nearest is None else f"; did you mean {nearest!r}?"
+
+
+def _nearest_name(given: object, allowed: Iterable[str]) -> str | None:
+    by_lower_case = {name.lower(): name for name in allowed}
+    nearest = difflib.get_close_matches(str(given).lower(), by_lower_case, n=1)
+    return by_lower_case[nearest[0]] if nearest else None
+
+
+def _check_policy_name(name: str, algorithm: BaseAlgorithm) -> None:
+    """Check that an algorithm knows a policy's name, unless a subclass of the user's finds policies in its own way."""
+    aliases = algorithm.policy_aliases
+    finds_as_sb3 = type(algorithm)._get_policy_from_name is BaseAlgorithm._get_policy_from_name
+    if finds_as_sb3 and name not in aliases:
+        raise ValueError(
+            f"Policy {name!r} unknown: policy must be a policy class or one of {sorted(aliases)}"
+            f"{did_you_mean(name, aliases)}"
+        )
+
+
+def accepted_names(cls: type) -> list[str]:
+    """Names of the arguments that a constructor takes, with those that it passes on to the next class by **kwargs."""
+    names: dict[str, None] = {}
+    for part in cls.__mro__:
+        if "__init__" not in vars(part):
+            continue
+        constructor = vars(part)["__init__"]
+        names |= dict.fromkeys(own_parameters(constructor))
+        if all(each.kind is not each.VAR_KEYWORD for each in inspect.signature(constructor).parameters.values()):
+            break
+    return list(names)
+
+
+def own_parameters(constructor: Callable[..., None]) -> list[str]:
+    """Names of the parameters that a constructor itself declares, without ``self``, ``*args`` and ``**kwargs``."""
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    return [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+
+
+def helps_with_keywords(
+    policy_arguments: Collection[str],
+) -> Callable[[Callable[Parameters, None]], Callable[Parameters, None]]:
+    """Decorate a constructor, whose error for an unknown keyword then says which one was meant, or where it belongs.
+
+    ``inspect.signature`` still shows the constructor's own parameters.
+
+    :param policy_arguments: what belongs in ``policy_kwargs``
+    """
+
+    def decorate(constructor: Callable[Parameters, None]) -> Callable[Parameters, None]:
+        known = inspect.signature(constructor).parameters
+
+        @functools.wraps(constructor)
+        def checked(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
+            for name in kwargs:
+                if name not in known:
+                    raise TypeError(_unknown_keyword(type(args[0]).__name__, name, known, policy_arguments))
+            constructor(*args, **kwargs)
+
+        return checked
+
+    return decorate
+
+
+def _unknown_keyword(owner: str, name: str, known: Iterable[str], policy_arguments: Collection[str]) -> str:
+    message = f"{owner}() got an unexpected keyword argument {name!r}"
+    if name in policy_arguments:
+        return f"{message}: it is an argument of the policy, give it in policy_kwargs={{{name!r}: ...}}"
+    public = [each for each in known if not each.startswith("_") and each != "self"]
+    nearest = _nearest_name(name, [*policy_arguments, *public])
+    if nearest is None:
+        return message
+    return f"{message}; did you mean {nearest!r}{'' if nearest in public else ' in policy_kwargs'}?"

@@ -1,6 +1,6 @@
-"""What each attribute of a PPOPlus model is: the one table that saving, checkpoints and loading without trust read.
+"""What each attribute of a PPOPlus model is. Saving, checkpoints and loading without trust read this one table.
 
-A test fails for an attribute that is not in it.
+A test fails for an attribute that is not in the table.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ ARGUMENTS = (
     *("tensorboard_log", "verbose", "seed", "critic_learning_rate", "pessimistic_value_clip", "action_masking"),
     *("amp", "compile", "on_non_finite", "max_skipped"),
 )
-"""The constructor's arguments, as given or as SB3 keeps them. Saved with the model, and described."""
+"""The constructor's arguments, as given or as SB3 keeps them. Saved with the model, and in its plain description."""
 
 MADE_FROM_ARGUMENTS = ("observation_space", "action_space", "n_envs", "lr_schedule", "action_noise", "start_time")
-"""Made from the arguments and the environment. Saved with the model, as SB3 does."""
+"""Made from the arguments and the environment. Saved with the model, as in SB3."""
 
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start"),
     *("_n_updates", "_episode_num", "_skipped_steps", "_skipped_in_a_row"),
 )
-"""Integers from 0 on that training counts. Saved with the model, described, and part of a checkpoint's state."""
+"""Counters of training, from 0 on. Saved with the model, in its plain description, and in a checkpoint's state."""
 
 PROGRESS = (
     *("_current_progress_remaining", "_last_episode_starts", "_last_obs", "_last_original_obs"),
     *("ep_info_buffer", "ep_success_buffer"),
 )
-"""What else training changes. Saved with the model, as SB3 does, and part of a checkpoint's state."""
+"""Other attributes that training changes. Saved with the model, as in SB3, and in a checkpoint's state."""
 
 PROGRESS_OF_LEARN = ("_last_states", "_log_interval", "_n_iterations", "_tb_log_name")
-"""Where the present ``learn`` is. Part of a checkpoint's state; a saved model does not hold it."""
+"""How far the present ``learn`` is. Saved in a checkpoint's state, but not with the model."""
 
 FLAGS = ("_built_for_masks", "_was_given_masks")
-"""True, False or, before it is known, None. Saved with the model, and described."""
+"""True or False, or None before it is known. Saved with the model, and in its plain description."""
 
 RUNTIME = (
     *("_coefficients", "_execution", "_mask_use", "_run", "last_checkpoint"),
     *("policy", "device", "env", "rollout_buffer", "_vec_normalize_env", "_logger", "_custom_logger"),
 )
-"""What a model works with. Not saved: ``_setup_model``, ``learn`` or ``resume`` make it anew."""
+"""Objects that a model works with. Not saved: ``_setup_model``, ``learn`` or ``resume`` makes them again."""
 
 ATTRIBUTES = {
     "argument": ARGUMENTS,
@@ -60,17 +60,17 @@ ATTRIBUTES = {
     "flag": FLAGS,
     "runtime": RUNTIME,
 }
-"""All attributes, by what they are."""
+"""All attributes, by kind."""
 
 TRAINING_STATE = tuple(sorted((*COUNTERS, *PROGRESS, *PROGRESS_OF_LEARN)))
-"""What a checkpoint holds of the model beside its parameters: plain values."""
+"""The attributes that a checkpoint holds, as plain values, beside the model's parameters."""
 
 NOT_SAVED = (*PROGRESS_OF_LEARN, *RUNTIME)
-"""What ``save`` leaves out."""
+"""The attributes that ``save`` leaves out."""
 
 
 class PlusModel(Protocol):
-    """The attributes of a PPOPlus that its parts read and change. They are given the model at each call."""
+    """The attributes of a PPOPlus that its parts read and change. Each call passes the model to them."""
 
     TRAINING_STATE: ClassVar[tuple[str, ...]]
     action_masking: bool | None

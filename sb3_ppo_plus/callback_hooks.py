@@ -1,4 +1,4 @@
-"""The hooks at the end of an update and at any end of ``learn``, which SB3's callbacks lack."""
+"""Hooks of callbacks that SB3 lacks: at the end of an update, and at the end of ``learn`` even after an exception."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, Event
 
 
 def iterate_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
-    """Yield ``callback`` and every callback inside it, in SB3's lists and event callbacks."""
+    """Yield a callback and every callback inside it, in SB3's lists and event callbacks.
+
+    :param callback: the callback
+    """
     yield callback
     children = callback.callbacks if isinstance(callback, CallbackList) else []
     if isinstance(callback, EventCallback):
@@ -18,20 +21,26 @@ def iterate_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
         yield from iterate_callbacks(child)
 
 
-def notify_update_end(callback: BaseCallback) -> bool:
+def notify_update_end(callback: BaseCallback | None) -> bool:
     """Call ``on_update_end() -> bool`` of every callback that has it.
 
-    :return: False where one of them returned False, which stops training
+    :param callback: the callback of ``learn``, with others inside; None outside of ``learn``
+    :return: False if one of them returned False, which stops training
     """
+    if callback is None:
+        return True
     children = [child for child in iterate_callbacks(callback) if hasattr(child, "on_update_end")]
-    # A checkpoint holds what the other callbacks have done
+    # Checkpoints come last, because they hold what the other callbacks have done
     children.sort(key=lambda child: getattr(child, "comes_last", False))
     answers = [child.on_update_end() for child in children]
     return all(answer is not False for answer in answers)
 
 
 def notify_learn_end(callback: BaseCallback) -> None:
-    """Call ``on_learn_end()`` of every callback that has it, the last one first; also after an exception."""
+    """Call ``on_learn_end()`` of every callback that has it, in reverse order.
+
+    :param callback: the callback of ``learn``, with others inside
+    """
     for child in reversed(list(iterate_callbacks(callback))):
         if hasattr(child, "on_learn_end"):
             child.on_learn_end()

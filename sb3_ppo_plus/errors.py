@@ -1,10 +1,10 @@
-"""The errors that PPOPlus raises beside ValueError and TypeError."""
+"""Errors that PPOPlus raises, besides ValueError and TypeError."""
 
 from __future__ import annotations
 
 
 class UntrustedFileError(ValueError):
-    """A file cannot be loaded without trust: it is damaged or hostile, or it holds what only pickle can describe."""
+    """A file cannot be loaded without trust: it is damaged or hostile, or holds what only pickle can store."""
 
 
 class DeadWorkerError(RuntimeError):
@@ -12,20 +12,20 @@ class DeadWorkerError(RuntimeError):
 
 
 class NonFiniteError(FloatingPointError):
-    """A number that training depends on is NaN or infinite; no step was taken on it."""
+    """A number that training depends on is NaN or infinite. No optimiser step has used it."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or none could be read."""
+    """A checkpoint could not be written, or no valid checkpoint was found."""
 
 
 class InvalidCheckpointError(CheckpointError):
-    """A checkpoint is torn or was altered."""
+    """A checkpoint is incomplete, or its files were changed after it was written."""
 
 
 class WrapperStackError(ValueError):
-    """The environment is wrapped in another way than the one that was saved."""
+    """The number of environments, or their wrappers, differ from the saved ones."""
 
 
 class PlainStateError(TypeError):
-    """A value that is neither plain nor made of plain values."""
+    """A value cannot be saved in a checkpoint: it is not a plain value, or it contains one that is not."""

@@ -1,4 +1,4 @@
-"""Feature extractors: a Transformer over frames, the IMPALA residual CNN, one extractor per key of a Dict."""
+"""Feature extractors: a Transformer over frames, the residual CNN of IMPALA, and one extractor per key of a Dict."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,12 +12,14 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_ppo_plus.argument_checks import did_you_mean
+
 POOLINGS = ("mean", "last", "cls")
 MIN_IMAGE_SIZE = 7
 
 
 def _check_positive_int(name: str, value: object) -> int:
-    """Return ``value`` as an int, or raise a ValueError when it is not an integer of at least 1."""
+    """Return ``value`` as an int; raise ValueError unless it is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
     return int(value)
@@ -26,7 +28,7 @@ def _check_positive_int(name: str, value: object) -> int:
 class _EncoderBlock(nn.Module):
     """One pre-norm block: self-attention, then a GELU MLP, each added to the stream (Xiong et al. 2020, fig. 1b).
 
-    ``nn.TransformerEncoderLayer`` takes other kernels under ``no_grad`` in eval mode; here rollout and update agree.
+    ``nn.TransformerEncoderLayer`` has other kernels under ``no_grad`` in eval mode: rollout and update would differ.
     """
 
     def __init__(self, d_model: int, n_heads: int, d_feedforward: int, dropout: float) -> None:
@@ -44,8 +46,8 @@ class _EncoderBlock(nn.Module):
         """Mix the tokens.
 
         :param tokens: ``(batch, n_tokens, d_model)``
-        :param attendable: ``(batch, 1, 1, n_tokens)`` bool, False where no token may look; None: everywhere allowed
-        :param only_last: compute the last token alone (it still looks at all of them), when nothing else will be read
+        :param attendable: ``(batch, 1, 1, n_tokens)`` bool, True for tokens that may be attended to; None: all of them
+        :param only_last: compute the last token only, which still attends to all; for the last block of some poolings
         :return: ``(batch, n_tokens or 1, d_model)``
         """
         batch, n_tokens, d_model = tokens.shape
@@ -64,23 +66,24 @@ class _EncoderBlock(nn.Module):
 class TransformerExtractor(BaseFeaturesExtractor):
     """Pre-norm Transformer encoder over the frames of an observation, with learned positions and a final norm.
 
-    Observations are a Box of shape ``(L, D)``, one token per row; or flat, ``(seq_len * D,)``, as VecFrameStack leaves
-    them (oldest frame first); or flat without ``seq_len``, a single token. Leading all-zero frames are the padding of a
-    young frame stack: no token attends to them, pooling leaves them out. The newest frame, and any zero frame after a
-    non-zero one, is real. Normalise inside the stack, ``VecFrameStack(VecNormalize(env))``, to keep the padding zero.
+    Observations are a Box of shape ``(L, D)``, one token per row; or flat, ``(seq_len * D,)``, as VecFrameStack returns
+    them (oldest frame first); or flat without ``seq_len``, which makes one token. A frame stack begins an episode with
+    frames of zeros. No token attends to these leading zero frames, and pooling leaves them out. The newest frame is
+    always real, and so is a zero frame after a non-zero one. Normalise inside the stack,
+    ``VecFrameStack(VecNormalize(env))``, so that the padding stays zero.
 
-    It trains alike under SB3's orthogonal initialisation (gain sqrt(2)) and PyTorch's: query, key and value share one
-    matrix, so the attention logits begin with a deviation below 1, and pre-norm bounds what each block adds.
+    It trains equally well under SB3's orthogonal initialisation (gain sqrt(2)) and PyTorch's. Query, key and value
+    share one matrix, so the attention logits begin with a deviation below 1. Pre-norm limits what each block adds.
 
     :param observation_space: Box of one or two dimensions
-    :param seq_len: frames in a flat observation (divides its size), or L; None: L, or one token when flat
+    :param seq_len: frames in a flat observation (divides its size), or L; None: L, or 1 for a flat observation
     :param d_model: width of a token and of the output (``features_dim``); a multiple of ``n_heads``
-    :param n_heads: attention heads
-    :param n_layers: encoder blocks
-    :param pooling: "mean" over the real frames, "last" (the newest frame's token) or "cls" (a learned token of its own)
-    :param dropout: in [0, 1); above 0 the first log-ratio of an update is no longer 0, since only ``train`` drops
+    :param n_heads: number of attention heads
+    :param n_layers: number of encoder blocks
+    :param pooling: "mean" over the real frames, "last" (the newest frame's token) or "cls" (an extra, learned token)
+    :param dropout: in [0, 1); above 0, the first log-ratio of an update is not 0, because only ``train`` applies it
     :param d_feedforward: hidden width of the blocks' MLPs; None: ``4 * d_model``
-    :raises ValueError: for an argument out of these ranges, or a space of another kind
+    :raises ValueError: for an argument outside these ranges, or a space of another kind
     """
 
     def __init__(
@@ -106,10 +109,12 @@ class TransformerExtractor(BaseFeaturesExtractor):
         n_frames, frame_dim = _sequence_shape(observation_space, seq_len)
         super().__init__(observation_space, features_dim=d_model)
         self.seq_len, self.frame_dim, self.pooling = n_frames, frame_dim, pooling
+        self.lacks_seq_len = seq_len is None and len(observation_space.shape or ()) == 1
 
         self.embedding = nn.Linear(frame_dim, d_model)
-        # Of norm 1, like the embedding of a normalised frame: smaller, and the norms would erase its magnitude.
-        # Registered before it is drawn: loading without trust stops at what is too large
+        # Positions have norm 1, like the embedding of a normalised frame. If they were smaller, the layer norms would
+        # erase the frame's magnitude. They are registered before they are drawn, so that loading without trust can stop
+        # where they are too large
         self.positions = nn.Parameter(th.empty(n_frames, d_model))
         with th.no_grad():
             self.positions.copy_(th.randn(n_frames, d_model) * d_model**-0.5)
@@ -127,7 +132,7 @@ class TransformerExtractor(BaseFeaturesExtractor):
         return self.encode(frames, real_frames(frames))
 
     def encode(self, frames: th.Tensor, is_real: th.Tensor) -> th.Tensor:
-        """Encode frames, leaving out those that are padding.
+        """Encode frames, without those that are padding.
 
         :param frames: ``(batch, seq_len, frame_dim)``, oldest first
         :param is_real: ``(batch, seq_len)`` bool, False where a frame is padding, True for the newest
@@ -149,7 +154,7 @@ class TransformerExtractor(BaseFeaturesExtractor):
 
 
 def _sequence_shape(space: gym.Space[Any], seq_len: int | None) -> tuple[int, int]:
-    """Return (number of tokens, size of one) of an observation, or raise a ValueError that says what is allowed."""
+    """Return an observation's number of tokens and the size of one; raise ValueError if they do not fit the space."""
     if not isinstance(space, spaces.Box) or len(space.shape) not in (1, 2):
         raise ValueError(f"observation_space must be a Box of shape (L, D) or (D,) for a Transformer, got {space}")
     if seq_len is not None:
@@ -165,7 +170,7 @@ def _sequence_shape(space: gym.Space[Any], seq_len: int | None) -> tuple[int, in
 
 
 def real_frames(frames: th.Tensor) -> th.Tensor:
-    """Tell real frames from the zero frames with which a frame stack begins an episode.
+    """Find the frames that are not the zero frames with which a frame stack begins an episode.
 
     :param frames: ``(batch, L, D)``, oldest first
     :return: ``(batch, L)`` bool: True from the first non-zero frame on, and always for the newest
@@ -185,7 +190,11 @@ class _ResidualBlock(nn.Module):
         self.conv_out = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, images: th.Tensor) -> th.Tensor:
-        """Return images of the same shape, ``(batch, channels, height, width)``."""
+        """Add the residual to images.
+
+        :param images: ``(batch, channels, height, width)``
+        :return: ``(batch, channels, height, width)``
+        """
         residual: th.Tensor = self.conv_out(F.relu(self.conv_in(F.relu(images))))
         return images + self.scale * residual
 
@@ -193,14 +202,15 @@ class _ResidualBlock(nn.Module):
 class ImpalaCNN(BaseFeaturesExtractor):
     """Residual CNN of IMPALA (Espeholt et al. 2018, fig. 3, right, without its LSTM), for images from 7x7 up.
 
-    Each of the n residual branches is scaled by 1/sqrt(n): under SB3's orthogonal initialisation (gain sqrt(2))
-    unscaled ones each double the variance, and features of 84x84 images, so the first values too, are near 20.
+    Each of the n residual branches is scaled by 1/sqrt(n). Without the scale, each would double the variance under
+    SB3's orthogonal initialisation (gain sqrt(2)). The features of 84x84 images, and so the first values, would be near
+    20.
 
     :param observation_space: channel-first image, ``(channels, height, width)``
     :param features_dim: size of the output
     :param channels: channels of each section; each section halves the image
-    :param normalized_image: as in SB3's ``NatureCNN``: the image is already scaled, don't check dtype and bounds
-    :raises ValueError: for a space that is no channel-first image of at least 7x7, or sizes below 1
+    :param normalized_image: the image is already scaled, so dtype and bounds are not checked; as in SB3's ``NatureCNN``
+    :raises ValueError: for a space other than channel-first images of at least 7x7, or sizes below 1
     """
 
     def __init__(
@@ -216,7 +226,7 @@ class ImpalaCNN(BaseFeaturesExtractor):
         if not is_image_space(observation_space, normalized_image=normalized_image):
             raise ValueError(
                 "observation_space must be an image (Box of 3 dimensions, uint8 in [0, 255]) for ImpalaCNN, got "
-                f"{observation_space}; for images scaled already, pass normalized_image=True"
+                f"{observation_space}; for images that are scaled already, pass normalized_image=True"
             )
         assert isinstance(observation_space, spaces.Box)
         n_channels, height, width = observation_space.shape
@@ -258,10 +268,10 @@ class MultiInputExtractor(CombinedExtractor):
 
     :param observation_space: Dict of observations
     :param cnn_output_dim: output size of SB3's NatureCNN, for images that are not named
-    :param normalized_image: as in SB3; passed on to the CNNs among ``extractors`` too
-    :param extractors: per key a registered name, a class, or ``{"class": name or class, **its arguments}``;
-        the other keys get what SB3 gives them. None or empty: exactly SB3's CombinedExtractor
-    :raises ValueError: for a key that the observation lacks, an unknown name, an extractor that doesn't suit its key
+    :param normalized_image: images are already scaled, as in SB3; also given to the CNNs among ``extractors``
+    :param extractors: for each key a registered name, a class, or ``{"class": name or class, **its arguments}``.
+        Other keys get SB3's extractors. None or empty: exactly SB3's CombinedExtractor
+    :raises ValueError: for a key that the observation lacks, an unknown name, an extractor that does not fit its key
     :raises TypeError: for an entry of another type
     """
 
@@ -281,14 +291,14 @@ class MultiInputExtractor(CombinedExtractor):
             key: _build_extractor(key, spec, observation_space.spaces[key], normalized_image)
             for key, spec in extractors.items()
         }
-        # SB3 must not see the named keys: its NatureCNN fails on small images.
+        # SB3 must not see the named keys, because its NatureCNN fails on small images
         others = spaces.Dict({key: space for key, space in observation_space.spaces.items() if key not in named})
         super().__init__(others if named else observation_space, cnn_output_dim, normalized_image=normalized_image)
         if named:
             self._observation_space = observation_space
             self._features_dim += sum(extractor.features_dim for extractor in named.values())
             built = {**dict(self.extractors.items()), **named}
-            # In the order of the space, as SB3 concatenates.
+            # SB3 concatenates in the order of the space
             self.extractors = nn.ModuleDict({key: built[key] for key in observation_space.spaces})
 
 
@@ -324,13 +334,17 @@ def resolve_features_extractor(value: str | type[BaseFeaturesExtractor]) -> type
     """Return the extractor class that a name stands for; a class passes through.
 
     :param value: a key of ``FEATURES_EXTRACTORS``, or a subclass of SB3's BaseFeaturesExtractor
+    :return: the class
     :raises ValueError: for an unknown name
     :raises TypeError: for anything else
     """
     if isinstance(value, str):
         if value not in FEATURES_EXTRACTORS:
             names = ", ".join(FEATURES_EXTRACTORS)
-            raise ValueError(f"features_extractor_class must be a class or one of {names}, got {value!r}")
+            raise ValueError(
+                f"features_extractor_class must be a class or one of {names}, got {value!r}"
+                f"{did_you_mean(value, FEATURES_EXTRACTORS)}"
+            )
         return FEATURES_EXTRACTORS[value]
     if not (isinstance(value, type) and issubclass(value, BaseFeaturesExtractor)):
         raise TypeError(f"features_extractor_class must be a name or a BaseFeaturesExtractor class, got {value!r}")

@@ -22,11 +22,11 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus import attributes
-from sb3_ppo_plus.argument_checks import check_ranges, check_types
+from sb3_ppo_plus.argument_checks import check_ranges, check_types, helps_with_keywords
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
+from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
-from sb3_ppo_plus.envs.stack_order import warn_if_stacked_inside_normalize
 from sb3_ppo_plus.envs.workers import eval_envs_of, naming_dead_workers
 from sb3_ppo_plus.fast.execution import Execution
 from sb3_ppo_plus.fast.graphs import inductor_options
@@ -35,7 +35,7 @@ from sb3_ppo_plus.masking.usage import MaskUse
 from sb3_ppo_plus.policies.actor_critic import PLUS_POLICY_OF, POLICY_ALIASES, MlpPolicy, predict_with_masks
 from sb3_ppo_plus.policies.bounded_distributions import SquashedGaussianDistribution, explaining_infinite_bounds
 from sb3_ppo_plus.policies.bounds import env_actions
-from sb3_ppo_plus.policies.names import explaining_dict_keys, resolve_policy_kwargs
+from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, explaining_dict_keys, resolve_policy_kwargs
 from sb3_ppo_plus.policies.remembering import set_sequence_length
 from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint
 from sb3_ppo_plus.resuming.run import Run, as_callbacks
@@ -46,46 +46,45 @@ from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
 from sb3_ppo_plus.update.epochs import log_update, run_epochs
 from sb3_ppo_plus.update.gradient_step import Objective, recompute_log_prob, resolve_amp
 from sb3_ppo_plus.update.losses import METRICS
-from sb3_ppo_plus.update.non_finite import check_steps
+from sb3_ppo_plus.update.non_finite import check_epsilon, check_steps
 
 
 class PPOPlus(PPO):
     """Proximal Policy Optimization (Schulman et al. 2017), bit for bit SB3's PPO by default.
 
-    The parameters of SB3's PPO come first, with its names, order, meaning and defaults. Those that are described here
-    take more than in SB3, or are new and keyword-only.
+    The parameters of SB3's PPO come first, with its names, order, meaning and defaults. The parameters below accept
+    more than in SB3, or are new and keyword-only.
 
-    :param policy: "MlpPolicy", "CnnPolicy", "MultiInputPolicy" ("MlpLstmPolicy" ... with an LSTM), or an
-        ``ActorCriticPolicy`` class
+    :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"; "MlpLstmPolicy", "CnnLstmPolicy" or
+        "MultiInputLstmPolicy" for an LSTM; or an ``ActorCriticPolicy`` class
     :param env: environment, or the id of a registered one
     :param learning_rate: number, schedule, callable of progress_remaining, or string such as "lin_3e-4"
-    :param clip_range: as ``learning_rate``
-    :param clip_range_vf: as ``learning_rate``, or None: no clipping of the value function
-    :param ent_coef: as ``learning_rate``
-    :param vf_coef: as ``learning_rate``
-    :param policy_kwargs: SB3's, where ``features_extractor_class``, ``activation_fn`` and ``optimizer_class`` may be
-        registered names too; plus ``action_dist``, ``action_dist_kwargs``, ``memory`` and ``memory_kwargs``
-        (:class:`ActorCriticPlusPolicy`)
-    :param critic_learning_rate: learning rate of the parameters that only the critic uses; None: as the actor's
-    :param pessimistic_value_clip: with ``clip_range_vf``, take the larger of the clipped and the unclipped error;
-        False: SB3's form, which is also what a model saved by SB3 keeps
-    :param action_masking: mask invalid actions: None: where the action space is Discrete, MultiDiscrete or MultiBinary
-        and every environment has a method ``action_masks()`` or the observations a key ``action_mask``; True: an error
-        where they have not; False: never
-    :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA
-    :param compile: the fast path: True, or a dict of torch.compile's options. Same semantics, float32 rounding apart.
-        With a memory it is the gradient step of "gtrxl" that is compiled; the rest runs eagerly
-    :param on_non_finite: where a loss or its gradient is NaN or infinite, no step is taken; "raise": an error then says
-        which term it is; "skip": training goes on, and ``train/skipped_steps`` counts
-    :param max_skipped: with "skip", an error at more than so many in a row
+    :param clip_range: in any form that ``learning_rate`` may have
+    :param clip_range_vf: in any form that ``learning_rate`` may have; None: no clipping of the value function
+    :param ent_coef: in any form that ``learning_rate`` may have
+    :param vf_coef: in any form that ``learning_rate`` may have
+    :param policy_kwargs: arguments of the policy, see :class:`ActorCriticPlusPolicy`. ``features_extractor_class``,
+        ``activation_fn`` and ``optimizer_class`` may be registered names, ``net_arch`` "tiny", "small" or "medium"
+    :param critic_learning_rate: learning rate of the parameters that only the critic uses; None: ``learning_rate``
+    :param pessimistic_value_clip: True: with ``clip_range_vf``, take the larger of the clipped and the unclipped error;
+        False: SB3's form, which a model saved by SB3 keeps
+    :param action_masking: mask invalid actions. None: if actions are discrete, and every environment has a method
+        ``action_masks()`` or the observations have a key ``action_mask``; True: an error if not; False: never
+    :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA; False: none
+    :param compile: True, or a dict of torch.compile's options: compiled code, which is faster and differs by float32
+        rounding only. With a memory, only the gradient step of "gtrxl" is compiled
+    :param on_non_finite: if a loss or its gradient is NaN or infinite, no step is taken. "raise": an error names the
+        term; "skip": training goes on, and ``train/skipped_steps`` counts such steps
+    :param max_skipped: with "skip", how many steps may be skipped in a row before an error is raised
     :raises ValueError: for a value that is not allowed, before the first environment step
-    :raises TypeError: for an argument of the wrong type, or one that a custom policy class lacks
+    :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
     """
 
     policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = POLICY_ALIASES
     TRAINING_STATE: ClassVar[tuple[str, ...]] = attributes.TRAINING_STATE
-    """Attributes of plain values that a checkpoint holds; a subclass adds what changes during training."""
+    """Attributes that a checkpoint holds, as plain values. A subclass adds its own that training changes."""
 
+    @helps_with_keywords(POLICY_ARGUMENTS)
     def __init__(
         self,
         policy: str | type[ActorCriticPolicy],
@@ -164,7 +163,7 @@ class PPOPlus(PPO):
             with explaining_dict_keys(self.observation_space):
                 super()._setup_model()
         finally:
-            # Kept as given: names, not classes, are saved and compared by load
+            # As the user gave them: ``save`` writes and ``load`` compares names, not classes
             self.policy_kwargs = given
         self._coefficients.groups(self)
         scaler = th.amp.GradScaler(self.device.type, enabled=resolve_amp(self.amp, self.device) is th.float16)
@@ -172,7 +171,7 @@ class PPOPlus(PPO):
         set_sequence_length(self.rollout_buffer, self.policy, self.batch_size)
         if isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
             self.rollout_buffer.advantages_by_scan = self.compile is not False
-        warn_if_stacked_inside_normalize(self.env, self.policy)
+        check_frames(self.env, self.policy, is_new=self.num_timesteps == 0)
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = MlpPolicy.__name__) -> None:
         super()._maybe_recommend_cpu(mlp_class_name)
@@ -180,9 +179,9 @@ class PPOPlus(PPO):
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """Collect ``n_rollout_steps`` steps of each env; SB3's ``OnPolicyAlgorithm.collect_rollouts``.
+        """Collect ``n_rollout_steps`` steps of each env; parameters as in SB3's ``OnPolicyAlgorithm.collect_rollouts``.
 
-        :return: False where a callback ended training
+        :return: False if a callback ended training
         """
         assert self._last_obs is not None, "No previous observation was provided"
         if self._run.was_asked_to_stop:
@@ -215,14 +214,14 @@ class PPOPlus(PPO):
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             check_output(new_obs, rewards, n_steps)
             self.num_timesteps += env.num_envs
-            # Callbacks read SB3's and sb3-contrib's names of these variables
+            # Callbacks read these variables by the names that they have in SB3 and sb3-contrib
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
             self._update_info_buffer(infos, dones)
             later.bootstrap_timeouts(rewards, dones, infos, n_steps)
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
-            # A rollout buffer of the user's takes what SB3's takes
+            # A user's own rollout buffer takes only what SB3's takes
             extras = (context, states) if states is not None else (context,) if context else ()
             rollout_buffer.add(*last, *extras)  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
             n_steps += 1
@@ -230,7 +229,7 @@ class PPOPlus(PPO):
             self._last_episode_starts = dones
             self._last_states = actor.states
         later.finish(rollout_buffer)
-        values = actor.last_values(obs_as_tensor(self._last_obs, self.device), dones)  # type: ignore[arg-type]  # as above
+        values = actor.last_values(obs_as_tensor(self._last_obs, self.device), dones)  # type: ignore[arg-type]  # not None in a rollout
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         self._run.log_restarts(env, self.logger)
@@ -261,11 +260,9 @@ class PPOPlus(PPO):
         log_update(self.logger, history, objective.coefficients, self.policy, self.rollout_buffer)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/update_seconds", time.perf_counter() - started)
-        if self.compile is not False:
-            self._execution.log_to(self.logger)
+        self._execution.log_to(self.logger, self)
         self._n_iterations += 1
-        if self._run.callback is not None:
-            self._run.was_asked_to_stop = not notify_update_end(self._run.callback)
+        self._run.was_asked_to_stop = not notify_update_end(self._run.callback)
 
     def learn(
         self,
@@ -276,12 +273,13 @@ class PPOPlus(PPO):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> Self:
-        """Train for ``total_timesteps`` environment steps; SB3's ``learn``.
+        """Train for ``total_timesteps`` environment steps; parameters as in SB3's ``learn``.
 
-        Callbacks that have a method ``on_update_end() -> bool`` are called after each update; False stops training.
+        A callback's ``on_update_end() -> bool``, if it has one, is called after each update; False stops training.
         With action masks, every ``EvalCallback`` whose environment offers masks evaluates ``self.masked(eval_env)``.
 
-        :raises NonFiniteError: where an observation, reward, loss or gradient is NaN or infinite, see ``on_non_finite``
+        :raises NonFiniteError: if an observation, reward, loss or gradient is NaN or infinite, see ``on_non_finite``
+        :raises ValueError: for an optimiser with eps=0 and a Transformer, whose updates would be NaN
         :raises DeadWorkerError: if a worker of a SubprocVecEnv has died
         """
         self._run.continuation = None
@@ -292,35 +290,37 @@ class PPOPlus(PPO):
     def resume(
         cls, save_path: str | pathlib.Path, env: GymEnv, device: th.device | str = "auto", **load_arguments: Any
     ) -> Self:
-        """Load the newest valid checkpoint of a run, for :meth:`continue_learning` to finish it.
+        """Load the newest valid checkpoint of a run. :meth:`continue_learning` then finishes the run.
 
-        A checkpoint that is damaged is skipped with a warning. Its ``model.zip`` is unpickled unless ``trusted=False``.
+        A damaged checkpoint is skipped with a warning. The file ``model.zip`` is unpickled unless ``trusted=False``.
 
-        :param save_path: as given to :class:`TrainingCheckpoint`; or the directory of one checkpoint
-        :param env: as many environments as before, wrapped in the same way. Those without ``get_resume_state()`` begin
-            anew, after a warning
-        :param load_arguments: further arguments of :meth:`load`
-        :raises CheckpointError: where there is no valid checkpoint
-        :raises WrapperStackError: a ValueError, for other wrappers or another number of environments, naming both
+        :param save_path: the ``save_path`` of :class:`TrainingCheckpoint`, or the directory of one checkpoint
+        :param env: as many environments as before, with the same wrappers. An environment without
+            ``get_resume_state()`` starts a new episode, with a warning
+        :param device: device on which the model runs
+        :param load_arguments: other arguments of :meth:`load`
+        :raises CheckpointError: if there is no valid checkpoint
+        :raises WrapperStackError: a ValueError, for other wrappers or another number of environments; it names both
         """
         return load_checkpoint(cls, save_path, env, device, **load_arguments)
 
     def continue_learning(self, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:
-        """Finish the ``learn`` that was interrupted, with its total, schedules, logs and parameters, bit for bit.
+        """Finish the ``learn`` that was interrupted, bit for bit as it would have gone on.
 
-        :param callback: the same callbacks as before; those that were made anew go on from the checkpoint's state
+        :param callback: the callbacks of that ``learn``; new objects of their classes get the checkpoint's state
         :param progress_bar: display a progress bar
         :raises ValueError: for a model that has never learned
         """
         if self._total_timesteps == 0:
             raise ValueError("there is no learn to continue: call learn, or resume from a checkpoint")
-        # dump_logs knows better which iterations are meant
+        # SB3 calls dump_logs at every iteration, and dump_logs chooses by the true interval
         log_interval = None if self._log_interval is None else 1
         callbacks = [*as_callbacks(callback), Continuation(self)]
         remaining = self._total_timesteps - self.num_timesteps
         return self._learn(remaining, callbacks, log_interval, self._tb_log_name, False, progress_bar)
 
     def _learn(self, *arguments: Any) -> Self:
+        check_epsilon(self.policy)
         self._run.was_asked_to_stop = False
         try:
             with naming_dead_workers(lambda: [self.env, *eval_envs_of(self._run.callback)]):
@@ -332,7 +332,7 @@ class PPOPlus(PPO):
                 evaluate_without_masks(callback, self)
 
     def dump_logs(self, iteration: int = 0) -> None:
-        """Write the log; SB3's ``dump_logs``, with iterations counted from the beginning of a run that was resumed."""
+        """Write the log, as SB3's ``dump_logs``; in a resumed run, iterations count from the run's beginning."""
         if iteration > 0:
             iteration = self._n_iterations + 1
             if self._log_interval is None or iteration % self._log_interval != 0:
@@ -353,11 +353,11 @@ class PPOPlus(PPO):
         deterministic: bool = False,
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Choose actions; SB3's ``predict``.
+        """Choose actions; the other parameters are those of SB3's ``predict``.
 
         :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
-        :raises ValueError: for masks of a wrong size, or where no action is valid
-        :raises TypeError: for masks that the policy class does not take
+        :raises ValueError: for masks of a wrong size or without a valid action
+        :raises TypeError: for a policy class that takes no masks
         """
         if action_masks is not None:
             return predict_with_masks(self.policy, observation, state, episode_start, deterministic, action_masks)
@@ -367,20 +367,20 @@ class PPOPlus(PPO):
 
     @property
     def needs_masks(self) -> bool:
-        """Whether the model was trained with masks that it does not find among the observations."""
+        """Whether the model was trained with masks that the observations do not hold."""
         return self._was_given_masks and not getattr(self.policy, "has_mask_key", False)
 
     def masked(self, env: GymEnv) -> MaskedPredictor:
-        """Return this model with a ``predict`` that asks ``env`` for masks, for SB3's ``evaluate_policy`` and the like.
+        """Return this model with a ``predict`` that asks ``env`` for masks, as for SB3's ``evaluate_policy``.
 
-        :param env: the environment that is acted in: a VecEnv, or a single environment
-        :raises ValueError: if it has neither a method ``action_masks()`` nor masks among its observations
+        :param env: the environment in which the model acts: a VecEnv, or a single environment
+        :raises ValueError: if it has neither a method ``action_masks()`` nor masks in its observations
         """
         return MaskedPredictor(self, env)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout overshoots total_timesteps, and SB3's schedules go below 0 with it
+        # The last rollout may end after total_timesteps, where SB3's progress_remaining is below 0
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _setup_lr_schedule(self) -> None:
@@ -390,7 +390,7 @@ class PPOPlus(PPO):
         self._coefficients.update_learning_rates(self, optimizers)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """Return the state dicts of policy and optimiser, the latter in SB3's order whatever its groups are."""
+        """Return the state dicts of policy and optimiser; the optimiser's is in SB3's order, without split groups."""
         return self._coefficients.grouped_as_saved(self, super().get_parameters())
 
     def set_parameters(
@@ -399,9 +399,9 @@ class PPOPlus(PPO):
         exact_match: bool = True,
         device: th.device | str = "auto",
     ) -> None:
-        """Load state dicts, or a file of PPOPlus or SB3's PPO; the file need not be trusted, nothing is unpickled.
+        """Load state dicts, or the file of a model. Any file is safe, because nothing is unpickled.
 
-        :param load_path_or_dict: path of a saved model, or state dicts as :meth:`get_parameters` returns them
+        :param load_path_or_dict: file that PPOPlus or SB3's PPO saved, or state dicts that :meth:`get_parameters` gave
         :raises UntrustedFileError: a ValueError, for a file that is damaged or hostile
         """
         parameters = load_path_or_dict
@@ -423,16 +423,16 @@ class PPOPlus(PPO):
         allow: Iterable[type] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Load a model that PPOPlus or SB3's PPO saved; SB3's ``load``.
+        """Load a model that PPOPlus or SB3's PPO saved; the other parameters are those of SB3's ``load``.
 
         A model of SB3's PPO keeps SB3's form of value clipping unless ``pessimistic_value_clip`` is given.
 
-        :param trusted: True: as SB3, which runs whatever code the file holds. False: nothing is unpickled or imported
-            by name, see :func:`sb3_ppo_plus.saving.untrusted_model.load_without_trust`
-        :param allow: with ``trusted=False``, classes of your own that the file may name
+        :param trusted: True: as in SB3, code in the file is run. False: nothing is unpickled or imported by name, see
+            :func:`sb3_ppo_plus.saving.untrusted_model.load_without_trust`
+        :param allow: with ``trusted=False``, your own classes that the file may name
         :param kwargs: constructor arguments to change
-        :raises TypeError: for a keyword that is no argument of the constructor, or a class that ``allow`` can't hold
-        :raises UntrustedFileError: a ValueError, with ``trusted=False``: for what is damaged, hostile or not plain
+        :raises TypeError: for a keyword that the constructor does not have, or a class that ``allow`` cannot hold
+        :raises UntrustedFileError: a ValueError, if ``trusted=False`` and the file is damaged, hostile or not plain
         """
         replaced = loading_arguments(cls, path, custom_objects, kwargs, trusted=trusted, allow=allow)
         if trusted:
@@ -440,7 +440,7 @@ class PPOPlus(PPO):
         return load_without_trust(cls, path, env, device, allow, replaced, print_system_info=print_system_info)
 
     def save(self, path: File, exclude: Iterable[str] | None = None, include: Iterable[str] | None = None) -> None:
-        """Save the model in a zip as SB3's ``save``, with a plain description for loading without trust."""
+        """Save the model in a zip as SB3 does, with a plain description for loading without trust."""
         archive = io.BytesIO()
         with policies_named_by_package():
             super().save(archive, exclude, include)

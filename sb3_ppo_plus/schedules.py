@@ -35,18 +35,18 @@ def _check_number(
 
 
 def _elapsed(progress_remaining: float) -> float:
-    """Return the share of training that is over, in [0, 1], from any ``progress_remaining``."""
+    """Return the share of training that is done, in [0, 1]; ``progress_remaining`` is clamped."""
     return 1.0 - min(max(float(progress_remaining), 0.0), 1.0)
 
 
 def _between(value: float, first: float, second: float) -> float:
-    """Clip ``value`` to the interval that two numbers span, as rounding may step over its edge."""
+    """Clip ``value`` to the interval between two numbers, because rounding may step over its ends."""
     return min(max(value, min(first, second)), max(first, second))
 
 
 @dataclass(frozen=True)
 class _Anchored(ABC):
-    """What all schedules share: a finite value to start from."""
+    """Base of all schedules: one that has a finite ``value``."""
 
     value: float
 
@@ -61,13 +61,13 @@ class _Anchored(ABC):
         number = _check_number(
             type(self).__name__, argument, getattr(self, argument), above_zero=above_zero, at_most_one=at_most_one
         )
-        # A frozen dataclass is set through object; an int or a numpy number becomes a plain float here.
+        # The dataclass is frozen, so object sets its field. An int or a numpy number becomes a plain float
         object.__setattr__(self, argument, number)
 
 
 @dataclass(frozen=True)
 class Constant(_Anchored):
-    """The same value throughout.
+    """A constant value.
 
     :param value: the value
     :raises ValueError: if it is NaN or infinite (TypeError: not a number)
@@ -80,10 +80,10 @@ class Constant(_Anchored):
 
 @dataclass(frozen=True)
 class Linear(_Anchored):
-    """A straight line from ``value`` to ``end``; the same numbers as SB3's ``LinearSchedule`` gives.
+    """A straight line from ``value`` to ``end``, equal to SB3's ``LinearSchedule``.
 
     :param value: value at progress 1
-    :param end: value once ``end_fraction`` of training is over, and from then on
+    :param end: value after ``end_fraction`` of training
     :param end_fraction: share of training, in (0, 1], after which ``end`` is reached
     :raises ValueError: if an argument is NaN, infinite or outside its range (TypeError: not a number)
     """
@@ -99,7 +99,7 @@ class Linear(_Anchored):
     def __call__(self, progress_remaining: float) -> float:
         """Return the value at ``progress_remaining``, which is clamped to [0, 1]."""
         step = _elapsed(progress_remaining) * (self.end - self.value) / self.end_fraction
-        # Past end_fraction the line would go on beyond ``end``.
+        # After end_fraction, the line would go on beyond ``end``
         return _between(self.value + step, self.value, self.end)
 
 
@@ -151,7 +151,7 @@ class WarmupCosine(_Anchored):
 
 @dataclass(frozen=True)
 class Exponential(_Anchored):
-    """A geometric interpolation from ``value`` to ``end``: equal steps of progress multiply it by equal factors.
+    """A geometric interpolation from ``value`` to ``end``: equal steps of progress multiply the value by equal factors.
 
     :param value: value at progress 1, above 0
     :param end: value at progress 0, above 0
@@ -173,26 +173,26 @@ class Exponential(_Anchored):
 def _half_cosine(value: float, end: float, elapsed: float) -> float:
     """Return the point at ``elapsed`` in [0, 1] of the half cosine period from ``value`` to ``end``."""
     weight = 0.5 * (1.0 + math.cos(math.pi * elapsed))
-    # Two weights rather than one difference: both ends are met exactly.
+    # With two weights instead of one difference, both ends are exact
     return _between(weight * value + (1.0 - weight) * end, value, end)
 
 
 _STRING_FORMS = '"3e-4", "lin_3e-4", "lin_3e-4_1e-5", "cos_3e-4", "cos_3e-4_1e-5", "warmup_cos_3e-4", '
-_STRING_FORMS += '"warmup_cos_3e-4_1e-5", "exp_3e-4_1e-5" (shape_start_end, end 0 where it is left out)'
+_STRING_FORMS += '"warmup_cos_3e-4_1e-5", "exp_3e-4_1e-5" (shape_start_end; without an end it is 0)'
 
 
 def make_schedule(value: object, name: str = "schedule", *, minimum: float = 0.0) -> Schedule:
-    """Turn what a user may give for a coefficient into a schedule.
+    """Turn a coefficient, in any form that a user may give, into a schedule.
 
     :param value: a number, a schedule, any callable of progress_remaining, or a string: a number or one of
         ``lin_START``, ``lin_START_END``, ``cos_START``, ``cos_START_END``, ``warmup_cos_START``,
         ``warmup_cos_START_END``, ``exp_START_END``
     :param name: the coefficient's name, for error messages
     :param minimum: the smallest value allowed
-    :return: the schedule; callables come wrapped by SB3's ``FloatSchedule``, so that they return plain floats
-    :raises TypeError: if ``value`` is none of these
-    :raises ValueError: if it is an unknown string, or gives NaN, an infinity or less than ``minimum``; a callable is
-        tried at progress 1 only, as SB3 does; see :func:`schedule_value` for the rest
+    :return: the schedule; SB3's ``FloatSchedule`` wraps other callables, so that they return plain floats
+    :raises TypeError: for a value of another type
+    :raises ValueError: for an unknown string, or a schedule that gives NaN, an infinity or less than ``minimum``. A
+        callable is tried at progress 1 only, as in SB3; :func:`schedule_value` checks its later values
     """
     schedule: Schedule
     if isinstance(value, str):
@@ -214,9 +214,9 @@ def make_schedule(value: object, name: str = "schedule", *, minimum: float = 0.0
 
 
 def _checked(schedule: Schedule, given: object, name: str, minimum: float) -> Schedule:
-    """Return ``schedule`` if the values that can be known beforehand are allowed; raise ValueError otherwise."""
+    """Return ``schedule`` if the values that are known before training are allowed; raise ValueError otherwise."""
     if isinstance(schedule, _Anchored):
-        # Every schedule of ours stays between these two (a warm-up's 0 is on purpose).
+        # All values of our schedules lie between these two. Only a warm-up begins at 0, which is always allowed
         values = [schedule.value, getattr(schedule, "end", schedule.value)]
     else:
         values = [_evaluate(schedule, 1.0, name)]
@@ -253,7 +253,7 @@ def _parse(text: str, name: str) -> Schedule:
 
 
 def _evaluate(schedule: Schedule, progress_remaining: float, name: str) -> float:
-    """Return a schedule's value as a float, and name the coefficient if it is no number."""
+    """Return a schedule's value as a float; raise an error that names the coefficient if it is not a number."""
     try:
         return float(schedule(progress_remaining))
     except (TypeError, ValueError) as error:
@@ -264,7 +264,7 @@ def _evaluate(schedule: Schedule, progress_remaining: float, name: str) -> float
 
 
 def schedule_value(schedule: Schedule, progress_remaining: float, name: str) -> float:
-    """Evaluate a coefficient's schedule and refuse a value that no coefficient may have.
+    """Return the value of a coefficient's schedule; refuse a value that no coefficient may have.
 
     :param schedule: the schedule
     :param progress_remaining: 1 at the start of training, 0 at its end

@@ -56,13 +56,13 @@ def assert_same_bits(value, other, name=""):
         np.testing.assert_array_equal(value, other, name, strict=True)
 
 
-def described(state):
-    """The plain description of a state, with its arrays."""
+def encoded(state):
+    """The JSON of a state, and the bytes of its arrays."""
     writer = PlainStateWriter()
-    return writer.describe(state), writer.arrays()
+    return writer.encode(state), writer.arrays()
 
 
 def written_and_read(state):
     """What a file makes of a state."""
-    description, arrays = described(state)
-    return PlainStateReader(arrays).build(json.loads(json.dumps(description)))
+    text, arrays = encoded(state)
+    return PlainStateReader(arrays).build(json.loads(json.dumps(text)))

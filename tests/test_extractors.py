@@ -13,7 +13,7 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecMonitor, VecNormalize
 from torch import nn
 
-from sb3_ppo_plus.envs.stack_order import warn_if_stacked_inside_normalize
+from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.extractors import (
     FEATURES_EXTRACTORS,
     ImpalaCNN,
@@ -87,7 +87,7 @@ def test_defaults_are_mean_pooling_64_features_4_heads_2_layers_no_dropout():
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_flat_stack_and_the_sequence_that_it_holds_give_equal_features(pooling):
+def test_a_flat_stack_and_the_sequence_in_it_give_equal_features(pooling):
     flat, sequence = transformer(box(18), seq_len=6, pooling=pooling), transformer(box(6, 3), pooling=pooling)
     frames = th.randn(4, 6, 3)
     th.testing.assert_close(flat(frames.reshape(4, 18)), sequence(frames), rtol=0, atol=0)
@@ -114,7 +114,7 @@ def test_tokens_are_the_frames_of_sb3s_vec_frame_stack_oldest_first():
 def test_the_order_of_the_frames_matters(pooling):
     extractor = transformer(box(6, 3), pooling=pooling)
     frames = th.randn(4, 6, 3)
-    swapped = frames[:, [1, 0, 2, 3, 4, 5]]  # the newest stays, so that "last" can tell by positions alone
+    swapped = frames[:, [1, 0, 2, 3, 4, 5]]  # the newest stays, so "last" sees only the positions
     assert (extractor(frames) - extractor(swapped)).abs().max() > 1e-3
 
 
@@ -263,7 +263,7 @@ def test_rollout_and_update_compute_the_same_features(pooling, d_model):
         assert (extractor(observations) - update).abs().max() < 1e-6
 
 
-def test_dropout_drops_in_training_only():
+def test_dropout_acts_only_in_training():
     extractor = transformer(box(6, 3), dropout=0.5)
     frames = th.randn(4, 6, 3)
     assert not th.equal(extractor(frames), extractor(frames))
@@ -336,7 +336,7 @@ def test_transformer_learns_the_difference_of_the_two_newest_frames(pooling, ort
         optimizer.step()
     frames = th.randn(1024, 4)
     error = (head(extractor(frames)).squeeze(1) - (frames[:, 3] - frames[:, 2])).square().mean()
-    assert error < 0.3  # the target's variance is 2; blind to positions, 2/3 at best
+    assert error < 0.3  # the target's variance is 2; without positions, 2/3 is the best possible
 
 
 @pytest.mark.parametrize("shape", [(3, 7, 7), (4, 84, 84)])
@@ -379,7 +379,7 @@ def test_impala_takes_scaled_images_with_normalized_image():
 # --- Dict observations
 
 
-def test_combined_without_extractors_is_sb3s_bit_for_bit():
+def test_combined_without_extractors_equals_sb3s_bit_for_bit():
     space = spaces.Dict({"vector": box(4), "image": image(3, 64, 64), "code": spaces.Discrete(3)})
     built = []
     for extractor_class in (CombinedExtractor, MultiInputExtractor):
@@ -485,7 +485,7 @@ def _log_ratio(model: PPO) -> th.Tensor:
 # --- Names and errors
 
 
-def test_names_and_classes_resolve():
+def test_names_resolve_to_classes_and_classes_to_themselves():
     assert set(FEATURES_EXTRACTORS) == {"transformer", "impala_cnn", "nature_cnn", "flatten", "combined"}
     assert resolve_features_extractor("transformer") is TransformerExtractor
     assert resolve_features_extractor("nature_cnn") is NatureCNN
@@ -521,7 +521,7 @@ def test_names_and_classes_resolve():
         (dict_space(), {}, "observation_space must be a Box .*Dict"),
     ],
 )
-def test_transformer_rejects(space, kwargs, message):
+def test_transformer_refuses_arguments_that_do_not_fit(space, kwargs, message):
     with pytest.raises(ValueError, match=message):
         TransformerExtractor(space, **kwargs)
 
@@ -538,7 +538,7 @@ def test_transformer_rejects(space, kwargs, message):
         (image(3, 9, 9), {"channels": ()}, r"channels .*got \(\)"),
     ],
 )
-def test_impala_rejects(space, kwargs, message):
+def test_impala_refuses_arguments_that_do_not_fit(space, kwargs, message):
     with pytest.raises(ValueError, match=message):
         ImpalaCNN(space, **kwargs)
 
@@ -555,7 +555,7 @@ def test_impala_rejects(space, kwargs, message):
         ({"vector": "impala_cnn"}, ValueError, "observation_space must be an image"),
     ],
 )
-def test_multi_input_rejects(extractors, error, message):
+def test_multi_input_refuses_extractors_that_do_not_fit(extractors, error, message):
     with pytest.raises(error, match=message):
         MultiInputExtractor(dict_space(), extractors=extractors)
 
@@ -570,7 +570,7 @@ def stacked_env() -> VecFrameStack:
 @pytest.mark.parametrize("wrap", [lambda env: env, VecMonitor])
 def test_normalising_a_frame_stack_warns(wrap):
     with pytest.warns(UserWarning, match=r"VecFrameStack\(VecNormalize\(env\)\)"):
-        warn_if_stacked_inside_normalize(wrap(VecNormalize(wrap(stacked_env()))))
+        check_frames(wrap(VecNormalize(wrap(stacked_env()))), transformer(box(12), seq_len=4), is_new=True)
 
 
 @pytest.mark.parametrize(
@@ -587,4 +587,4 @@ def test_any_other_order_does_not_warn(build):
     env = build()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_if_stacked_inside_normalize(env)
+        check_frames(env, transformer(box(12), seq_len=4), is_new=True)

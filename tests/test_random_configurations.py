@@ -3,22 +3,23 @@
 More of them: ``python tests/random_configurations.py --help``.
 """
 
+import numpy as np
 import pytest
 from differential.comparing import difference_from_sb3, difference_of_compiled, shrunk
 from differential.sampling import sample
 from random_configurations import main
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.fast import compiled_step, replays
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor
 from sb3_ppo_plus.fast.policy_changes import PartsWatch
+from sb3_ppo_plus.rollout.values import RolloutValues
 from sb3_ppo_plus.update import losses
-from sb3_ppo_plus.update.flat_parameters import FlatGroup, FlatParameters
+from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.learning_rates import LearningRateGroups
 
-TRIES = 40
+RANDOM = [sample(seed) for seed in range(40)]
 
 
 @pytest.mark.parametrize("seed", range(75))
@@ -58,7 +59,7 @@ def discount_otherwise(monkeypatch):
 
 
 def bootstrap_nothing(monkeypatch):
-    monkeypatch.setattr(PPOPlus, "_bootstrap_timeouts", lambda *arguments: None)
+    monkeypatch.setattr(RolloutValues, "bootstrap_timeouts", lambda *arguments: None)
 
 
 def keep_the_first_learning_rate(monkeypatch):
@@ -70,8 +71,8 @@ def replay_past_hooks(monkeypatch):
     monkeypatch.setattr(PartsWatch, "has_changed", lambda watch: False)
 
 
-def keep_flat_parameters_that_were_replaced(monkeypatch):
-    monkeypatch.setattr(FlatGroup, "is_current", lambda group: True)
+def step_what_was_frozen(monkeypatch):
+    monkeypatch.setattr(FlatParameters, "still_fits", lambda *arguments: True)
 
 
 def draw_a_random_number_more(monkeypatch):
@@ -84,22 +85,26 @@ def draw_a_random_number_more(monkeypatch):
     monkeypatch.setattr(PPOPlusRolloutBuffer, "reset", reset_and_draw)
 
 
+HOOKED = {"seed": 0, "record_after": 0, "changes": [["step", 12, "hook a forward pass", 0]]}
+FROZEN = {"seed": 0, "learns": [[3, True]], "changes": [["start", 1, "freeze a parameter", 0]]}
+
+
 @pytest.mark.parametrize(
-    "break_it",
+    ("break_it", "configurations"),
     [
-        scale_value_loss,
-        clip_gradients_otherwise,
-        discount_otherwise,
-        bootstrap_nothing,
-        keep_the_first_learning_rate,
-        replay_past_hooks,
-        keep_flat_parameters_that_were_replaced,
-        draw_a_random_number_more,
+        (scale_value_loss, RANDOM),
+        (clip_gradients_otherwise, RANDOM),
+        (discount_otherwise, RANDOM),
+        (bootstrap_nothing, RANDOM),
+        (keep_the_first_learning_rate, RANDOM),
+        (draw_a_random_number_more, RANDOM),
+        (replay_past_hooks, [HOOKED]),
+        (step_what_was_frozen, [FROZEN]),
     ],
 )
-def test_the_comparison_with_sb3_notices(break_it, monkeypatch):
+def test_the_comparison_with_sb3_notices(break_it, configurations, monkeypatch):
     break_it(monkeypatch)
-    assert any(difference_from_sb3(sample(seed)) for seed in range(TRIES))
+    assert any(map(difference_from_sb3, configurations))
 
 
 def step_too_far(monkeypatch):
@@ -117,19 +122,21 @@ def keep_graphs_after_a_change(monkeypatch):
 
 
 def forget_timeouts(monkeypatch):
-    finish = CompiledActor.finish
-
-    def finish_without(actor, *arguments):
-        actor._timeouts = []
-        finish(actor, *arguments)
-
-    monkeypatch.setattr(CompiledActor, "finish", finish_without)
+    monkeypatch.setattr(CompiledActor, "terminal_values", lambda actor, observations: np.zeros(len(observations)))
 
 
-@pytest.mark.parametrize("break_it", [step_too_far, keep_graphs_after_a_change, forget_timeouts])
-def test_the_comparison_with_eager_training_notices(break_it, monkeypatch):
+REPLACED = {"seed": 0, "changes": [["step", 12, "replace activations", 0]]}
+TIMEOUTS = {"seed": 0, "max_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("break_it", "configuration"),
+    [(step_too_far, TIMEOUTS), (keep_graphs_after_a_change, REPLACED), (forget_timeouts, TIMEOUTS)],
+)
+def test_the_comparison_with_eager_training_notices(break_it, configuration, monkeypatch):
+    assert difference_of_compiled(configuration) is None
     break_it(monkeypatch)
-    assert any(difference_of_compiled(sample(seed, compiled=True)) for seed in range(TRIES))
+    assert difference_of_compiled(configuration) is not None
 
 
 def test_the_command_counts_what_agrees_and_prints_what_differs(monkeypatch, capsys):
@@ -139,7 +146,7 @@ def test_the_command_counts_what_agrees_and_prints_what_differs(monkeypatch, cap
     configuration = "{'seed': 0, 'max_steps': 1}"
     assert main(["--run", configuration]) == 1
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{configuration}\nrewards")
+    assert printed.startswith(f"{configuration}\nthe buffer's rewards")
 
 
 def test_shrinking_keeps_what_makes_a_configuration_fail():

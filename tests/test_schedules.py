@@ -55,7 +55,7 @@ our_schedules = st.one_of(
     ],
 )
 def test_values_at_the_start_in_the_middle_and_at_the_end(schedule, start, middle, end):
-    # Both ends are exact, so that an end of 0 is 0 and not 1e-20.
+    # Both ends are exact: an end of 0 is 0, and not 1e-20
     assert (schedule(1.0), schedule(0.0)) == (start, end)
     assert schedule(0.5) == pytest.approx(middle, rel=1e-12)
 
@@ -66,11 +66,11 @@ def test_progress_beyond_its_range_gives_the_nearest_end(schedule):
     assert schedule(1.7) == schedule(1.0)
 
 
-def test_a_quarter_of_the_way_down_the_cosine():
+def test_after_a_quarter_of_training_the_cosine_has_its_closed_form_value():
     assert Cosine(2.0, 1.0)(0.75) == pytest.approx(1.0 + 0.5 * (1 + math.cos(math.pi / 4)))
 
 
-def test_the_warm_up_rises_in_a_line_to_the_value_and_the_cosine_takes_over_there():
+def test_the_warm_up_is_a_line_to_the_value_where_the_cosine_begins():
     schedule = WarmupCosine(1.0, warmup_fraction=0.1, end=0.2)
     assert schedule(0.95) == pytest.approx(0.5)
     assert schedule(0.9) == pytest.approx(1.0)
@@ -90,7 +90,7 @@ def test_values_lie_between_value_and_end(schedule, progress):
 
 
 @given(value=positive, end=positive)
-def test_curves_meet_both_of_their_ends_exactly(value, end):
+def test_curves_have_exact_values_at_both_ends(value, end):
     for schedule in (Cosine(value, end), Exponential(value, end)):
         assert (schedule(1.0), schedule(0.0)) == (value, end)
     assert WarmupCosine(value, 0.1, end)(0.0) == end
@@ -102,7 +102,7 @@ def test_warm_up_values_lie_between_zero_and_the_larger_of_value_and_end(value, 
 
 
 @given(value=finite, end=finite, one=st.floats(0, 1), other=st.floats(0, 1))
-def test_a_schedule_never_turns_back(value, end, one, other):
+def test_a_schedule_only_rises_or_only_falls(value, end, one, other):
     early, late = max(one, other), min(one, other)
     for schedule in (Linear(value, end), Cosine(value, end), Exponential(value + 1e-9, end + 1e-9)):
         step = (schedule(late) - schedule(early)) * (1 if end >= value else -1)
@@ -149,7 +149,7 @@ def test_arguments_out_of_range_are_named_with_what_is_allowed(make, message):
 
 
 @pytest.mark.parametrize("bad", [True, None, "1", [1], 1j])
-def test_a_schedule_of_something_else_than_a_number_is_a_type_error(bad):
+def test_arguments_other_than_numbers_are_a_type_error(bad):
     with pytest.raises(TypeError, match="Linear: value must be a finite number, got "):
         Linear(bad)
 
@@ -179,12 +179,12 @@ def test_numbers_and_strings_become_schedules(given_value, expected):
 
 
 @pytest.mark.parametrize("schedule", [*EXAMPLES, FloatSchedule(0.1)], ids=repr)
-def test_a_ready_schedule_stays_as_it_is(schedule):
+def test_a_schedule_object_is_returned_unchanged(schedule):
     assert make_schedule(schedule) is schedule
 
 
 @pytest.mark.parametrize("returned", [np.float32(0.25), np.float64(0.25), np.array(0.25), 0.25])
-def test_a_callable_of_the_users_returns_plain_floats(returned):
+def test_a_users_own_callable_returns_plain_floats(returned):
     schedule = make_schedule(lambda progress: returned * progress)
     assert type(schedule(1.0)) is float
     assert schedule(0.5) == 0.125
@@ -203,14 +203,14 @@ def test_a_schedule_that_goes_below_the_minimum_is_refused(given_value):
         make_schedule(given_value, "clip_range")
 
 
-def test_the_minimum_is_the_callers_choice():
+def test_the_caller_chooses_the_minimum():
     assert make_schedule(0.5, minimum=0.5) == Constant(0.5)
     assert make_schedule("lin_1_-1", minimum=-1) == Linear(1, -1)
     with pytest.raises(ValueError, match=r"at least 0\.5 throughout, got 0\.4"):
         make_schedule(0.4, minimum=0.5)
 
 
-def test_the_zero_at_which_a_warm_up_starts_is_not_below_a_minimum():
+def test_a_warm_up_may_start_at_zero_below_the_minimum():
     assert make_schedule(WarmupCosine(1.0, end=0.5), minimum=0.1)(1.0) == 0.0
 
 
@@ -254,7 +254,7 @@ def test_schedule_value_is_the_schedules_value():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1e-9])
-def test_schedule_value_refuses_what_no_coefficient_may_be(bad):
+def test_schedule_value_refuses_values_that_no_coefficient_may_have(bad):
     schedule = make_schedule(lambda progress: 0.1 if progress > 0.5 else bad)
     assert schedule_value(schedule, 0.6, "clip_range") == 0.1
     with pytest.raises(ValueError, match=r"clip_range must be finite and not negative.*progress_remaining=0\.4") as e:

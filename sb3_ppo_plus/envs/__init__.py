@@ -1,1 +1,1 @@
-"""What environments need: restarts, dead workers, checks of their output."""
+"""Environments: restarts, dead workers, masks from infos, checks of their output and of their wrappers."""

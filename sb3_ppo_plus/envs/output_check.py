@@ -21,16 +21,19 @@ class EnvOutputCheck:
         self._normalize = unwrap_vec_normalize(env)
 
     def __call__(self, observations: Any, rewards: np.ndarray | None, step: int) -> None:  # noqa: ANN401  # array or dict
-        """Check what an environment's ``step`` or ``reset`` has returned.
+        """Check what ``step`` or ``reset`` of the vectorised environment has returned.
 
-        :param observations: shape (n_envs, *observation shape), or a dict of such
+        :param observations: shape (n_envs, *observation shape), or a dict of such arrays
         :param rewards: shape (n_envs,); None after a reset
-        :param step: step of the rollout, for the message
-        :raises NonFiniteError: names environment and step, and the raw value where a VecNormalize keeps it
+        :param step: index of the step in the rollout, for the message
+        :raises NonFiniteError: for NaN or infinity; the message names the environment and the step, and the value
+            before normalisation where there is a VecNormalize
         """
         normalize = self._normalize
         if rewards is not None:
-            self._check("reward", rewards, None if normalize is None else normalize.old_reward, step)
+            # VecEnvs of other packages may return a list
+            array = rewards if isinstance(rewards, np.ndarray) else np.asarray(rewards)
+            self._check("reward", array, None if normalize is None else normalize.old_reward, step)
         raw: Any = None if normalize is None else normalize.old_obs
         if not isinstance(observations, dict):
             self._check("observation", observations, raw, step)
@@ -43,32 +46,33 @@ class EnvOutputCheck:
 
         :param observation: ``infos[index]["terminal_observation"]``
         :param index: index of the environment
-        :param step: step of the rollout
-        :raises NonFiniteError: as above
+        :param step: index of the step in the rollout, for the message
+        :raises NonFiniteError: for NaN or infinity; the message names the environment and the step
         """
         for array in observation.values() if isinstance(observation, dict) else (observation,):
             if not np.isfinite(array).all():
                 raise NonFiniteError(f"the terminal observation of env {index} at step {step} is {array}")
 
     def _check(self, name: str, array: np.ndarray, raw: Any, step: int) -> None:  # noqa: ANN401  # array, dict or None
-        # One product is the cheapest check; it may overflow, so that _raise_at looks closer
+        # A dot product is the cheapest check. It may overflow although all numbers are finite: _raise_at finds out
         if array.dtype.kind == "f" and not math.isfinite(np.vdot(array, array)):
             self._raise_at(name, array, raw, step)
-        # A VecNormalize that does not learn turns infinity into the bound at which it clips
+        # VecNormalize may clip infinity to a finite number, so the value before it is checked too
         if isinstance(raw, np.ndarray) and raw.dtype.kind == "f" and not math.isfinite(np.vdot(raw, raw)):
             self._raise_at(name, array, raw, step)
 
-    def _raise_at(self, name: str, array: np.ndarray, raw: Any, step: int) -> None:  # noqa: ANN401  # as above
+    def _raise_at(self, name: str, array: np.ndarray, raw: Any, step: int) -> None:  # noqa: ANN401  # array, dict or None
         where = tuple(next(iter(np.argwhere(~np.isfinite(array))), ()))
         text = ""
         if isinstance(raw, np.ndarray):
-            # Running statistics spread one environment's value over all
+            # Running statistics spread one environment's NaN to all: the value before them shows where it came from
             raw_where = tuple(next(iter(np.argwhere(~np.isfinite(raw))), ()))
             if raw_where:
                 where = raw_where if raw.shape == array.shape else (raw_where[0], *where[1:])
             if where:
                 text = f"; before VecNormalize it is {raw[where] if raw.shape == array.shape else raw[where[0]]}"
         if not where:
+            # All numbers are finite, only the dot product was too large
             return
         position = f" at position {tuple(map(int, where[1:]))}" if len(where) > 1 else ""
         raise NonFiniteError(

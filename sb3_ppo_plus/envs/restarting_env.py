@@ -1,4 +1,4 @@
-"""A wrapper that builds an environment anew when it fails, and the count of it for the log."""
+"""A wrapper that replaces an environment when it fails, and a counter of these restarts for the log."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_plus.envs.questions import attributes_of, indices_of_wrapped
+
 
 class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
-    """Survives exceptions in ``step`` and ``reset`` of an environment, by building it anew.
+    """Replaces an environment by a new one when its ``step`` or ``reset`` raises an exception.
 
-    A failed step ends the episode as truncated, with the last observation before it, reward 0 and
-    ``info["env_restarted"] = True``; ``info["env_error"]`` says what went wrong. The seed of a new environment follows
-    from the last one that ``reset`` was given. Put ``Monitor`` outside: ``Monitor(RestartingEnv(make_env))``, as
+    A step that fails ends the episode as truncated. It returns the last observation before it, reward 0,
+    ``info["env_restarted"] = True`` and the error's text as ``info["env_error"]``. A new environment gets a new seed,
+    drawn from the last seed given to ``reset``. Put ``Monitor`` outside: ``Monitor(RestartingEnv(make_env))``, as
     ``make_vec_env(lambda: RestartingEnv(make_env))`` does.
+
+    It cannot be an ``env_wrapper`` of the RL Zoo, which gets an environment that exists already. Register an id whose
+    entry point returns it: ``gymnasium.register(id, lambda **kwargs: RestartingEnv(lambda: MyEnv(**kwargs)))``.
 
     :param make_env: builds the environment
     :param max_restarts: restarts allowed within ``window``; one more failure raises the environment's own error
-    :param window: length of time over which restarts are counted, in seconds; None: all of them
+    :param window: time in seconds over which restarts are counted; None: all restarts count
+    :raises TypeError: for a ``make_env`` that is no function
     :raises ValueError: for a negative ``max_restarts``, or a ``window`` that is not above 0
     """
 
@@ -34,7 +40,11 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         self, make_env: Callable[[], gym.Env[Any, Any]], max_restarts: int = 10, window: float | None = 3600.0
     ) -> None:
         if not callable(make_env):
-            raise TypeError(f"make_env must be a function that builds an environment, got {make_env!r}")
+            raise TypeError(
+                f"make_env must be a function that builds an environment, got {make_env!r}. As env_wrapper of the RL "
+                "Zoo, which is given an environment, RestartingEnv cannot build another: register an id whose "
+                "entry_point returns RestartingEnv(make_env)"
+            )
         if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < 0:
             raise ValueError(f"max_restarts must be an integer of at least 0, got {max_restarts!r}")
         if window is not None and not window > 0:
@@ -50,7 +60,11 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         self._is_new = False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode, in a new environment where this one fails; ``info["env_restarted"]`` then says so."""
+        """Begin an episode. If that fails, begin it in a new environment, with ``info["env_restarted"] = True``.
+
+        :param seed: seed of the environment, from which the seeds of later ones are drawn
+        :param options: passed to the environment
+        """
         if seed is not None:
             self._seeds = np.random.default_rng(seed)
         elif self._is_new:
@@ -67,10 +81,13 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         self._last_observation = copy.deepcopy(observation)
         return observation, {**info, "env_restarted": True} if has_failed else info
 
-    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401  # as the env takes it
-        """Take a step; if it fails, end the episode as truncated and build the environment anew."""
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401  # of any space
+        """Take a step. If it fails, end the episode as truncated and replace the environment.
+
+        :param action: an action of the environment's action space
+        """
         if self._last_observation is None:
-            # No episode is under way: the caller's fault, not the environment's
+            # There is no episode: the error is the caller's mistake, and a new environment would not help
             return self.env.step(action)
         try:
             observation, reward, terminated, truncated, info = self.env.step(action)
@@ -83,11 +100,11 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
         return observation, reward, terminated, truncated, info
 
     def _restart(self, error: Exception) -> None:
-        """Replace the environment, again and again if need be, until there have been too many failures."""
+        """Replace the environment. Building it may fail too: try again until there were too many restarts."""
         with suppress(Exception):
             self.env.close()
         while True:
-            # Not monotonic(), whose zero is another on another machine, where training may be resumed
+            # Not monotonic(): training may be resumed on another machine, where its zero is a different moment
             now = time.time()
             while self._times and not 0 <= now - self._times[0] <= self.window:
                 self._times.popleft()
@@ -105,7 +122,7 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
             except Exception as another:
                 error = another
         if (env.observation_space, env.action_space) != (self.env.observation_space, self.env.action_space):
-            raise ValueError(f"make_env returned an environment of other spaces: {env}") from error
+            raise ValueError(f"make_env returned an environment with other spaces: {env}") from error
         self.env = env
         self._is_new = True
 
@@ -114,19 +131,17 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
 
 
 class RestartCounter:
-    """Counts the restarts in a vectorised environment, if it has any RestartingEnv.
+    """Counts the restarts of all RestartingEnvs in a vectorised environment.
 
     :param env: the vectorised environment
     """
 
     def __init__(self, env: VecEnv) -> None:
         self.env = env
-        self._indices: list[int] = []
-        # VecEnvs of others may lack it
-        with suppress(AttributeError, NotImplementedError):
-            is_wrapped = env.env_is_wrapped(RestartingEnv)
-            self._indices = [index for index, is_restarting in enumerate(is_wrapped) if is_restarting]
+        self._indices = indices_of_wrapped(env, RestartingEnv)
 
     def count(self) -> int | None:
-        """Restarts so far; None where no environment could restart."""
-        return sum(self.env.get_attr("n_restarts", self._indices)) if self._indices else None
+        """Return the number of restarts so far; None if no environment can restart."""
+        counts = attributes_of(self.env, "n_restarts", self._indices) if self._indices else None
+        # A VecEnv that claims to have every wrapper returns other things than numbers
+        return sum(counts) if counts is not None and all(isinstance(count, int) for count in counts) else None

@@ -1,4 +1,4 @@
-"""Says which worker of a SubprocVecEnv has died, where SB3 has but an EOFError."""
+"""Names the worker of a SubprocVecEnv that has died. SB3 alone raises an EOFError without a message."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import DeadWorkerError
 
-# What SB3 lets through where a worker's end of the pipe is closed
+# What SB3 raises when a worker has closed its end of the pipe
 BROKEN_PIPES = (EOFError, ConnectionError)
-# A worker closes its pipe before its process has ended
+# In seconds: a worker closes its pipe a little before its process ends
 MAX_WAIT = 2.0
 
 
 @contextmanager
 def naming_dead_workers(envs: Callable[[], Iterable[object]]) -> Iterator[None]:
-    """Raise :class:`DeadWorkerError` where SB3 raises no more than that a pipe is broken.
+    """Raise :class:`DeadWorkerError` in place of SB3's error about a broken pipe.
 
-    :param envs: gives the vectorised environments in use
+    :param envs: returns the vectorised environments in use; other objects are ignored
+    :raises DeadWorkerError: if a pipe is broken and a worker of these environments is dead
     """
     try:
         yield
@@ -37,19 +39,20 @@ def naming_dead_workers(envs: Callable[[], Iterable[object]]) -> Iterator[None]:
 def eval_envs_of(callback: BaseCallback | None) -> list[object]:
     """Return the environments on which callbacks evaluate.
 
-    :param callback: with all callbacks inside it
+    :param callback: the callback of ``learn``, with all callbacks inside it; None: no callback
+    :return: ``eval_env`` of each callback; None for a callback without one
     """
     children = [] if callback is None else iterate_callbacks(callback)
     return [getattr(child, "eval_env", None) for child in children]
 
 
 def dead_worker_error(envs: Iterable[object]) -> DeadWorkerError | None:
-    """Describe the dead workers among the environments of a training.
+    """Make an error that names the dead workers of some environments.
 
-    :param envs: vectorised environments; anything else is passed over
+    :param envs: vectorised environments; other objects are ignored
     :return: the error to raise, or None where every worker is alive
     """
-    subprocess_envs = [each.unwrapped for each in envs if isinstance(each, VecEnv)]
+    subprocess_envs = [base_of(each) for each in envs if isinstance(each, VecEnv)]
     dead = [text for each in subprocess_envs if isinstance(each, SubprocVecEnv) for text in _dead_workers(each)]
     return DeadWorkerError("; ".join(dict.fromkeys(dead))) if dead else None
 

@@ -12,13 +12,13 @@ import torch as th
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
 Settings = Mapping[str, Any]
-State = dict[str, th.Tensor]
-Update = Callable[[Settings, th.Tensor, th.Tensor, State, th.Tensor], tuple[th.Tensor, State]]
+OptimizerState = dict[str, th.Tensor]
+Update = Callable[[Settings, th.Tensor, th.Tensor, OptimizerState, th.Tensor], tuple[th.Tensor, OptimizerState]]
 
 
 def adam(
-    settings: Settings, parameters: th.Tensor, gradient: th.Tensor, state: State, learning_rate: th.Tensor
-) -> tuple[th.Tensor, State]:
+    settings: Settings, parameters: th.Tensor, gradient: th.Tensor, state: OptimizerState, learning_rate: th.Tensor
+) -> tuple[th.Tensor, OptimizerState]:
     """Adam and AdamW (Kingma and Ba 2015, algorithm 1; Loshchilov and Hutter 2019); ``torch.optim.adam.adam``.
 
     :param settings: the parameter group's settings, by torch.optim's names
@@ -49,8 +49,8 @@ def adam(
 
 
 def sgd(
-    settings: Settings, parameters: th.Tensor, gradient: th.Tensor, state: State, learning_rate: th.Tensor
-) -> tuple[th.Tensor, State]:
+    settings: Settings, parameters: th.Tensor, gradient: th.Tensor, state: OptimizerState, learning_rate: th.Tensor
+) -> tuple[th.Tensor, OptimizerState]:
     """Stochastic gradient descent; ``torch.optim.sgd.sgd``. Parameters and result as in :func:`adam`."""
     momentum, weight_decay = settings["momentum"], settings["weight_decay"]
     gradient = -gradient if settings["maximize"] else gradient
@@ -64,8 +64,8 @@ def sgd(
 
 
 def rmsprop(
-    settings: Settings, parameters: th.Tensor, gradient: th.Tensor, state: State, learning_rate: th.Tensor
-) -> tuple[th.Tensor, State]:
+    settings: Settings, parameters: th.Tensor, gradient: th.Tensor, state: OptimizerState, learning_rate: th.Tensor
+) -> tuple[th.Tensor, OptimizerState]:
     """RMSprop (Tieleman and Hinton 2012); ``torch.optim.rmsprop.rmsprop``. Parameters and result as in :func:`adam`."""
     alpha, weight_decay = settings["alpha"], settings["weight_decay"]
     gradient = -gradient if settings["maximize"] else gradient

@@ -6,19 +6,21 @@ from typing import Any
 
 import numpy as np
 from sb3_contrib.common.maskable.callbacks import MaskableEvalCallback
-from sb3_contrib.common.maskable.utils import get_action_masks, is_masking_supported
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, get_action_masks, is_masking_supported
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.envs.questions import has_attribute
 from sb3_ppo_plus.masking.usage import offers_masks
 from sb3_ppo_plus.policies.masks import MASK_KEY, has_mask_key
 
 
 class MaskedPredictor:
-    """A model whose ``predict`` asks an environment for masks; everything else is the model's.
+    """A model whose ``predict`` asks an environment for action masks. All other attributes are the model's.
 
-    Masks among the observations are taken from there.
+    If the observations hold the masks, they are taken from the observations.
 
     :param model: a PPOPlus model
     :param env: the environment that it acts in: a VecEnv, or a single environment
@@ -26,7 +28,8 @@ class MaskedPredictor:
     """
 
     def __init__(self, model: Any, env: GymEnv) -> None:  # noqa: ANN401  # PPOPlus, whose module imports this one
-        if not has_mask_key(env.observation_space) and not is_masking_supported(env):
+        has_method = has_attribute(env, EXPECTED_METHOD_NAME) if isinstance(env, VecEnv) else is_masking_supported(env)
+        if not has_mask_key(env.observation_space) and not has_method:
             raise ValueError(
                 "masked(env) needs a method action_masks() of env (sb3_contrib's ActionMasker adds one) or an "
                 f"observation key {MASK_KEY!r}, got {env}"
@@ -41,7 +44,15 @@ class MaskedPredictor:
         deterministic: bool = False,
         action_masks: np.ndarray | None = None,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Choose actions, see ``PPOPlus.predict``; the environment is asked where no ``action_masks`` are given."""
+        """Choose actions as ``PPOPlus.predict`` does, with the environment's masks if none are given.
+
+        :param observation: of one environment or of several, or a dict of such arrays
+        :param state: state of the policy's memory, if it has one
+        :param episode_start: where an episode begins, shape (n_envs,)
+        :param deterministic: whether to choose the most likely actions
+        :param action_masks: True where an action is valid; None: ask the environment
+        :return: actions, and the next state of the memory
+        """
         model, env = vars(self)["_model"], vars(self)["_env_with_masks"]
         if action_masks is None and not has_mask_key(env.observation_space):
             action_masks = get_action_masks(env)
@@ -54,7 +65,7 @@ class MaskedPredictor:
         return prediction
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever the model has
-        # An object that is being copied has nothing yet
+        # copy.copy asks a new object for attributes before it has any
         if "_model" not in vars(self):
             raise AttributeError(name)
         return getattr(vars(self)["_model"], name)
@@ -64,22 +75,26 @@ class MaskedPredictor:
 
 
 def evaluate_with_masks(callback: BaseCallback, model: Any) -> None:  # noqa: ANN401  # PPOPlus
-    """Have every ``EvalCallback`` in ``callback`` predict with the masks of its environment, if that offers any.
+    """Let every ``EvalCallback`` predict with the masks of its environment, if it offers any.
 
     sb3-contrib's ``MaskableEvalCallback`` asks for masks by itself.
 
-    :param callback: with everything inside it, see ``callbacks.iterate_callbacks``
-    :param model: the model that trains
+    :param callback: the callback of ``learn``, with all callbacks inside it
+    :param model: the model that is trained
     """
     for child in iterate_callbacks(callback):
         if not isinstance(child, EvalCallback) or isinstance(child, MaskableEvalCallback):
             continue
         if offers_masks(child.eval_env, model.action_space):
-            child.model = MaskedPredictor(model, child.eval_env)  # type: ignore[assignment]  # all that EvalCallback uses
+            child.model = MaskedPredictor(model, child.eval_env)  # type: ignore[assignment]  # no BaseAlgorithm
 
 
 def evaluate_without_masks(callback: BaseCallback, model: Any) -> None:  # noqa: ANN401  # PPOPlus
-    """Undo :func:`evaluate_with_masks`."""
+    """Undo :func:`evaluate_with_masks`.
+
+    :param callback: the callback of ``learn``, with all callbacks inside it
+    :param model: the model that is trained
+    """
     for child in iterate_callbacks(callback):
         if isinstance(child, EvalCallback):
             child.model = model

@@ -1,7 +1,7 @@
 """Where action masks come from, and what they must be.
 
-An environment offers them by a method ``action_masks()``, as sb3-contrib's MaskablePPO asks for it, or under the key
-``action_mask`` of Dict observations, as PettingZoo and RLlib do. True, or 1, marks a valid action.
+An environment offers masks in one of two ways: by a method ``action_masks()``, as for sb3-contrib's MaskablePPO, or
+under the key ``action_mask`` of Dict observations, as in PettingZoo and RLlib. True or 1 marks a valid action.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from sb3_ppo_plus.policies.masks import MASK_KEY, check_masks, has_mask_key
 
 
 class ActionMaskSource:
-    """Asks for the masks of each step of a rollout.
+    """Gets the action masks of each step of a rollout.
 
     :param env: the training environment
     :param action_space: its action space
-    :param policy: which will be given the masks, unless it takes them out of the observations by itself
+    :param policy: the policy that uses the masks; it may find them among the observations by itself
     """
 
     def __init__(self, env: VecEnv, action_space: spaces.Space[Any], policy: BasePolicy) -> None:
@@ -39,19 +39,19 @@ class ActionMaskSource:
         self._policy_finds_them = self._in_observations and bool(getattr(policy, "has_mask_key", False))
 
     def ask(self, observations: Any, step: int) -> np.ndarray:  # noqa: ANN401  # array or dict
-        """Ask for the masks of a step.
+        """Get the masks of a step.
 
-        :param observations: before the step
-        :param step: steps done in this rollout, for the message of an error
+        :param observations: those before the step
+        :param step: index of the step in the rollout, for the message of an error
         :return: bool, shape (n_envs, mask size)
         :raises ValueError: for masks of a wrong shape, or where an environment has no valid action
         """
         if self._in_observations:
-            # A copy: they are kept for longer than a VecEnv may keep its observations
+            # A copy: the VecEnv may write its next observations into this array
             masks = np.array(observations[MASK_KEY])
         else:
             masks = _stacked(self._ask_envs(), self._shape[1], step)
-        # At each step, so that few operations must do for what is as it should be
+        # This runs at each step, so valid masks pass by a few fast operations. Searching bytes is faster than all()
         if masks.dtype == np.bool_ and masks.shape == self._shape:
             has_choice = np.logical_or.reduceat(masks, self._starts, axis=1)
             if b"\0" not in has_choice.tobytes():
@@ -64,10 +64,10 @@ class ActionMaskSource:
         return [env.get_wrapper_attr(EXPECTED_METHOD_NAME)() for env in self._envs]
 
     def context(self, masks: np.ndarray) -> dict[str, th.Tensor]:
-        """Make keyword arguments for the policy.
+        """Make the policy's keyword arguments.
 
         :param masks: as :meth:`ask` returned them
-        :return: none where the policy finds the masks among the observations
+        :return: ``action_masks`` on the policy's device; empty if the policy finds the masks among the observations
         """
         if self._policy_finds_them:
             return {}
@@ -76,7 +76,11 @@ class ActionMaskSource:
 
 
 def envs_of(env: VecEnv) -> list[gym.Env[Any, Any]] | None:
-    """Find the environments to which ``env_method`` does no more than call their method; None: it may do more."""
+    """Return the environments whose methods may be called directly, in place of ``env_method``, which is slower.
+
+    :param env: the outermost vectorised environment
+    :return: None if they run in other processes, or if a wrapper has its own ``env_method``
+    """
     while isinstance(env, VecEnvWrapper) and type(env).env_method is VecEnvWrapper.env_method:
         env = env.venv
     if isinstance(env, DummyVecEnv) and type(env).env_method is DummyVecEnv.env_method:
@@ -88,7 +92,7 @@ def _stacked(given: list[Any], size: int, step: int) -> np.ndarray:
     try:
         masks = np.array(given)
     except ValueError:
-        # They have several shapes
+        # The masks do not all have one shape
         masks = np.empty(0)
     if masks.size == len(given) * size:
         return masks

@@ -1,4 +1,4 @@
-"""Whether a model uses action masks."""
+"""Decides whether a model uses action masks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME, is_masking_supported
+from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+from sb3_ppo_plus.envs.questions import has_attribute
 from sb3_ppo_plus.masking.sources import ActionMaskSource, envs_of
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.policies.masked_distributions import MASKABLE_SPACES, mask_sizes
@@ -20,30 +21,32 @@ from sb3_ppo_plus.policies.masks import MASK_KEY, has_mask_key
 
 
 def offers_masks(env: VecEnv, action_space: spaces.Space[Any]) -> bool:
-    """Whether every environment offers masks, of a space that can be masked."""
+    """Whether every environment offers action masks, and its actions can be masked.
+
+    :param env: the outermost vectorised environment
+    :param action_space: its action space
+    """
     if not isinstance(action_space, MASKABLE_SPACES):
         return False
     if has_mask_key(env.observation_space):
         return True
-    try:
-        # Attributes of that name have been something else than methods; those in subprocesses are not looked at
-        is_offered = is_masking_supported(env)
-        return is_offered and all(callable(each.get_wrapper_attr(EXPECTED_METHOD_NAME)) for each in envs_of(env) or ())
-    except NotImplementedError:
-        # A VecEnv need not know its environments' attributes
-        return False
+    # An attribute of this name need not be a method. Those in subprocesses cannot be looked at
+    return has_attribute(env, EXPECTED_METHOD_NAME) and all(
+        callable(each.get_wrapper_attr(EXPECTED_METHOD_NAME)) for each in envs_of(env) or ()
+    )
 
 
 def decide_masking(
     action_masking: bool | None, env: VecEnv, action_space: spaces.Space[Any], obstacle: Exception | None
 ) -> bool:
-    """Whether the masks of an environment are to be used.
+    """Decide whether to use the masks of an environment.
 
     :param action_masking: PPOPlus's argument
     :param env: the training environment
     :param action_space: its action space
-    :param obstacle: why the model cannot take masks; raised if they are required, otherwise a warning if there are any
-    :raises ValueError: if masks are required and not offered, or masks among the observations are none
+    :param obstacle: why the model cannot take masks, or None. If masks are required, it is raised. Otherwise it is
+        warned of, if the environment offers masks
+    :raises ValueError: if masks are required and not offered, or if those among the observations are not valid masks
     """
     if action_masking is False:
         return False
@@ -58,7 +61,8 @@ def decide_masking(
         if action_masking:
             raise obstacle
         warnings.warn(
-            f"The environments offer action masks, which are not used: {obstacle}. action_masking=False is silent.",
+            f"The environments offer action masks, which are not used: {obstacle}. "
+            "action_masking=False turns this warning off.",
             stacklevel=2,
         )
         return False
@@ -68,7 +72,10 @@ def decide_masking(
 
 
 def takes_masks(policy_class: type[Any]) -> bool:
-    """Whether a policy class has the argument ``action_masks`` where rollout and update give it."""
+    """Whether ``forward`` and ``evaluate_actions`` of a policy class take ``action_masks``.
+
+    :param policy_class: class of the policy
+    """
     methods = (policy_class.forward, policy_class.evaluate_actions)
     return all("action_masks" in inspect.signature(method).parameters for method in methods)
 
@@ -76,19 +83,22 @@ def takes_masks(policy_class: type[Any]) -> bool:
 def check_mask_key(env: VecEnv, action_space: spaces.Space[Any]) -> None:
     """Check the masks among the observations of an environment.
 
-    :raises ValueError: if they have not the size of the action space's masks, or are normalised, or all there is
+    :param env: the training environment, with the observation key
+    :param action_space: its action space
+    :raises ValueError: if their size is not that of the action space's masks, if a VecNormalize changes them, or if
+        the observations hold nothing else
     """
     assert isinstance(env.observation_space, spaces.Dict)
     if len(env.observation_space.spaces) == 1:
         raise ValueError(
             f"observations must hold more than the mask, which is no feature, got {env.observation_space}; "
-            "action_masking=False takes it for one"
+            "with action_masking=False it is a feature"
         )
     shape, size = env.observation_space[MASK_KEY].shape, sum(mask_sizes(action_space))
     if shape is None or int(np.prod(shape)) != size:
         raise ValueError(
             f"the observation key {MASK_KEY!r} must hold a mask of shape ({size},) for {action_space}, got "
-            f"{env.observation_space[MASK_KEY]}; action_masking=False takes it for a feature"
+            f"{env.observation_space[MASK_KEY]}; with action_masking=False it is a feature"
         )
     while isinstance(env, VecEnvWrapper):
         if isinstance(env, VecNormalize) and env.norm_obs and MASK_KEY in (env.norm_obs_keys or ()):
@@ -100,7 +110,7 @@ def check_mask_key(env: VecEnv, action_space: spaces.Space[Any]) -> None:
 
 
 def obstacle_to_masks(model: PlusModel) -> Exception | None:
-    """Return why a model cannot take masks, as an error to raise; None: it can.
+    """Return why a model cannot take masks, as an error to raise; None if it can.
 
     :param model: the model
     """
@@ -108,16 +118,16 @@ def obstacle_to_masks(model: PlusModel) -> Exception | None:
     if not takes_masks(policy_class):
         return TypeError(f"{policy_class.__name__}'s forward and evaluate_actions lack action_masks")
     if buffer_class is None or not issubclass(buffer_class, PPOPlusRolloutBuffer):
-        return TypeError(f"{buffer_class} stores none; subclass PPOPlusRolloutBuffer instead")
+        return TypeError(f"{buffer_class} stores no masks; subclass PPOPlusRolloutBuffer instead")
     if isinstance(model.action_space, spaces.MultiBinary) and model._built_for_masks is False:
         return ValueError("a model with MultiBinary actions that was built without masks has no logits for them")
     return None
 
 
 class MaskUse:
-    """Whether a model uses the masks of its environment: decided once for each environment.
+    """Decides once for each environment whether a model uses its masks.
 
-    An environment without masks takes its time to say so.
+    Asking an environment takes time.
     """
 
     def __init__(self) -> None:
@@ -126,10 +136,12 @@ class MaskUse:
         self._has_warned = False
 
     def decide(self, env: VecEnv, model: PlusModel) -> bool:
-        """Decide as :func:`decide_masking`, which has the errors.
+        """Decide whether a model uses the masks of an environment, by :func:`decide_masking`.
 
         :param env: the training environment
         :param model: the model
+        :raises ValueError: see :func:`decide_masking`
+        :raises TypeError: if masks are required and the policy or the rollout buffer does not take them
         """
         if self._env is not env:
             obstacle = obstacle_to_masks(model)
@@ -138,9 +150,9 @@ class MaskUse:
         return self._is_used
 
     def builds_for_masks(self, model: PlusModel) -> bool:
-        """Whether the policy of a model is, or is to be, built for masks.
+        """Whether the policy of a model must be built for masks.
 
-        :param model: the model; a saved one knows how its policy was built
+        :param model: the model; one that was saved knows how its policy was built
         """
         uses_masks = model.action_masking is True if model.env is None else self.decide(model.env, model)
         if model._built_for_masks is not None:
@@ -148,7 +160,7 @@ class MaskUse:
         return uses_masks and issubclass(model.policy_class, ActorCriticPlusPolicy)
 
     def source(self, env: VecEnv, model: PlusModel) -> ActionMaskSource | None:
-        """Return where the masks of a rollout come from; None: the model uses none.
+        """Return the source of a rollout's masks; None if the model uses no masks.
 
         :param env: the training environment
         :param model: the model
@@ -159,12 +171,12 @@ class MaskUse:
         return ActionMaskSource(env, model.action_space, model.policy)
 
     def warn_of_no_masks(self) -> None:
-        """Warn, once, that a model that was trained with masks predicts without."""
+        """Warn once that the model was trained with masks and now predicts without masks."""
         if self._has_warned:
             return
         self._has_warned = True
         warnings.warn(
-            "This model was trained with action masks and now predicts without: give predict(action_masks=...), or "
-            "use model.masked(env), which asks env for them",
+            "This model was trained with action masks and now predicts without them: call "
+            "predict(..., action_masks=...), or use model.masked(env), which asks env for them",
             stacklevel=3,
         )

@@ -40,11 +40,13 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_ppo_plus.extractors import ImpalaCNN
 from sb3_ppo_plus.policies.bounded_distributions import BoundedDistribution, make_action_distribution
-from sb3_ppo_plus.policies.lean_distributions import LeanDiagGaussianDistribution
+from sb3_ppo_plus.policies.lean_distributions import LeanDiagGaussianDistribution, follow_replaced_methods
 from sb3_ppo_plus.policies.masked_distributions import apply_masks, make_maskable_distribution, mask_sizes
 from sb3_ppo_plus.policies.masks import check_masks, has_mask_key, split_off_mask, without_mask_key
 from sb3_ppo_plus.policies.memory import State
+from sb3_ppo_plus.policies.net_arch import resolve_net_arch
 from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS, MemoryOptions, RememberingPolicy
+from sb3_ppo_plus.policies.state_use import state_use_of
 
 MaybeMasks = th.Tensor | np.ndarray | None
 
@@ -55,16 +57,16 @@ class ActorCriticPlusPolicy(RememberingPolicy):
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate as a function of progress_remaining
-    :param action_dist: distribution of Box actions: "gaussian" (SB3's; gSDE with ``use_sde``), "squashed_gaussian" or
-        "beta"
+    :param action_dist: distribution of Box actions: "gaussian" (SB3's, or gSDE with ``use_sde``), "squashed_gaussian"
+        or "beta"
     :param action_dist_kwargs: keyword arguments of that distribution, e.g. ``{"deterministic": "mode"}`` for "beta"
-    :param action_masking: built to be trained with masks: sb3-contrib's distribution of MultiBinary actions, and the
-        observation key ``action_mask`` holds masks and is no feature. PPOPlus sets it
-    :param memory: None, "lstm", "gru" or "gtrxl": a memory over time between the features and the heads
-    :param memory_kwargs: see :class:`MemoryOptions`; the arguments of sb3-contrib's recurrent policies are understood
-    :param features_extractor_class: SB3's parameter; the default is the subclass's
-    :param kwargs: SB3's further parameters
-    :raises ValueError: for an unknown ``action_dist``, or one that does not fit the action space
+    :param action_masking: True: the policy is built for masks. MultiBinary actions have sb3-contrib's distribution, and
+        the observation key ``action_mask`` holds masks and is no feature. PPOPlus sets this
+    :param memory: a memory over time between the features and the heads: "lstm", "gru" or "gtrxl"; None: no memory
+    :param memory_kwargs: see :class:`MemoryOptions`. The arguments of sb3-contrib's recurrent policies work too
+    :param features_extractor_class: SB3's parameter; None: ``default_features_extractor_class``
+    :param kwargs: SB3's other parameters
+    :raises ValueError: for a value that is not allowed, or an ``action_dist`` that does not fit the action space
     """
 
     default_features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor
@@ -84,20 +86,22 @@ class ActorCriticPlusPolicy(RememberingPolicy):
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         **kwargs: Any,
     ) -> None:
-        of_contrib = {name: kwargs.pop(name) for name in CONTRIB_KWARGS if name in kwargs}
-        self.memory_options = MemoryOptions.resolve(memory or self.default_memory, memory_kwargs, of_contrib)
+        if "net_arch" in kwargs:
+            kwargs["net_arch"] = resolve_net_arch(kwargs["net_arch"])
+        contrib_kwargs = {name: kwargs.pop(name) for name in CONTRIB_KWARGS if name in kwargs}
+        self.memory_options = MemoryOptions.resolve(memory or self.default_memory, memory_kwargs, contrib_kwargs)
         self.action_masking = action_masking
         self.has_mask_key = action_masking and has_mask_key(observation_space)
         self._predict_context: dict[str, Any] = {}
         extractor_class = features_extractor_class or self.default_features_extractor_class
         if issubclass(extractor_class, ImpalaCNN):
-            # What SB3 does for NatureCNN by its name: no hidden layers behind it, no check of [0, 255] where not scaled
+            # SB3 does this for NatureCNN only: no hidden layers follow it, and unscaled images are not checked
             kwargs.setdefault("net_arch", [])
             if not kwargs.get("normalize_images", True):
                 extractor_kwargs = kwargs.get("features_extractor_kwargs") or {}
                 kwargs["features_extractor_kwargs"] = {**extractor_kwargs, "normalized_image": True}
         if action_dist != "gaussian" and kwargs.get("use_sde", False):
-            raise ValueError(f"use_sde=True goes with action_dist='gaussian' only, got action_dist={action_dist!r}")
+            raise ValueError(f"use_sde=True needs action_dist='gaussian', got action_dist={action_dist!r}")
         self.action_dist_name = action_dist
         self.action_dist_kwargs = action_dist_kwargs
         super().__init__(
@@ -117,7 +121,7 @@ class ActorCriticPlusPolicy(RememberingPolicy):
         if type(self.action_dist) is DiagGaussianDistribution:
             self.action_dist = LeanDiagGaussianDistribution(self.action_dist.action_dim)
         if self.action_masking or isinstance(self.action_dist, CategoricalDistribution | MultiCategoricalDistribution):
-            # Without masks it is SB3's own
+            # Without masks it acts as SB3's distribution
             self.action_dist = make_maskable_distribution(self.action_space)
         super()._build(lr_schedule)
 
@@ -130,21 +134,21 @@ class ActorCriticPlusPolicy(RememberingPolicy):
         }
 
     def make_features_extractor(self) -> BaseFeaturesExtractor:
-        """Create a features extractor, of all observations but the mask."""
+        """Create an extractor of the observations without the mask."""
         if not self.has_mask_key:
             return super().make_features_extractor()
         return self.features_extractor_class(without_mask_key(self.observation_space), **self.features_extractor_kwargs)
 
     @property
     def squash_output(self) -> bool:
-        """Whether stored actions are in other units than the env's: SB3 then calls :meth:`unscale_action` on them."""
+        """Whether stored actions are not in the env's units, so that SB3 calls :meth:`unscale_action` on them."""
         return super().squash_output or isinstance(self.action_dist, BoundedDistribution)
 
     def unscale_action(self, scaled_action: np.ndarray) -> np.ndarray:
-        """Convert stored actions to the env's units, never outside its bounds (where rounding may lead SB3's).
+        """Convert stored actions to the env's units, within its bounds. SB3's method may round beyond them.
 
-        :param scaled_action: stored actions, shape (n_envs, *action shape): in [-1, 1] of gSDE with ``squash_output``,
-            in (0, 1) of Beta, any real number (before the tanh) of the squashed Gaussian
+        :param scaled_action: stored actions, shape (n_envs, *action shape): in [-1, 1] for gSDE with ``squash_output``,
+            in (0, 1) for "beta", any real number (before the tanh) for "squashed_gaussian"
         """
         assert isinstance(self.action_space, spaces.Box)
         low, high = self.action_space.low, self.action_space.high
@@ -163,11 +167,11 @@ class ActorCriticPlusPolicy(RememberingPolicy):
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """Choose actions and predict values; matches SB3's ``ActorCriticPolicy.forward``.
 
-        :param obs: observations, shape (batch, *observation shape), or a dict of such
-        :param deterministic: the most probable actions instead of samples
-        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
-        :param states: of a memory, before the step; None: each observation begins an episode
-        :param episode_starts: where the states are reset first, shape (batch,); None: nowhere
+        :param obs: observations, shape (batch, *observation shape), or a dict of them
+        :param deterministic: choose the most probable actions instead of samples
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all actions are valid
+        :param states: the memory's states before the step; None: each observation begins an episode
+        :param episode_starts: True where the states are reset before the step, shape (batch,); None: nowhere
         :return: stored actions (batch, *action shape), values (batch, 1), log probability (batch,)
         """
         return self.forward_step(obs, deterministic, action_masks, states, episode_starts)[:3]
@@ -180,7 +184,7 @@ class ActorCriticPlusPolicy(RememberingPolicy):
         states: RNNStates | None = None,
         episode_starts: th.Tensor | None = None,
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor, RNNStates | None]:
-        """As :meth:`forward`, and return the states after the step too."""
+        """Choose actions and predict values, see :meth:`forward`; return the memory's states after the step too."""
         values, distribution, states = self._evaluate(obs, action_masks, states, episode_starts)
         actions = distribution.get_actions(deterministic=deterministic)
         log_prob = distribution.log_prob(actions)
@@ -196,15 +200,15 @@ class ActorCriticPlusPolicy(RememberingPolicy):
     ) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Evaluate stored actions under the current policy; matches SB3's ``ActorCriticPolicy.evaluate_actions``.
 
-        With a memory the batch may consist of sequences, one after the other: as many as ``states`` are for.
+        With a memory the batch may be sequences of equal length, one after another. ``states`` says how many.
 
-        :param obs: observations, shape (batch, *observation shape), or a dict of such
+        :param obs: observations, shape (batch, *observation shape), or a dict of them
         :param actions: stored actions, shape (batch, action dim), or (batch,) for Discrete
-        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
-        :param states: of a memory, at the start of each sequence; None: each observation begins an episode
-        :param episode_starts: where the states are reset first, shape (batch,); None: nowhere
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all actions are valid
+        :param states: the memory's states before each sequence; None: each observation begins an episode
+        :param episode_starts: True where the states are reset before the step, shape (batch,); None: nowhere
         :return: values (batch, 1), log probability (batch,), entropy (batch,) or None where there is no closed form;
-            all in float32, under autocast too
+            always in float32, even under autocast
         """
         values, distribution, _ = self._evaluate(obs, action_masks, states, episode_starts)
         with _without_autocast(values.device):
@@ -213,10 +217,10 @@ class ActorCriticPlusPolicy(RememberingPolicy):
     def value_and_distribution(
         self, obs: PyTorchObs, action_masks: MaybeMasks = None
     ) -> tuple[th.Tensor, Distribution]:
-        """Values, shape (batch, 1), and action distributions of observations, from one pass of shared layers.
+        """Return values, shape (batch, 1), and action distributions of observations; shared layers run once.
 
-        :param obs: observations, shape (batch, *observation shape), or a dict of such
-        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
+        :param obs: observations, shape (batch, *observation shape), or a dict of them
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all actions are valid
         """
         return self._evaluate(obs, action_masks, None, None)[:2]
 
@@ -248,12 +252,12 @@ class ActorCriticPlusPolicy(RememberingPolicy):
         states: RNNStates | None = None,
         episode_starts: th.Tensor | None = None,
     ) -> Distribution:
-        """Action distributions of observations; matches SB3's ``ActorCriticPolicy.get_distribution``.
+        """Return the action distributions of observations; matches SB3's ``ActorCriticPolicy.get_distribution``.
 
-        :param obs: observations, shape (batch, *observation shape), or a dict of such
-        :param action_masks: True where an action is valid, shape (batch, mask size); None: all are
-        :param states: see :meth:`evaluate_actions`
-        :param episode_starts: likewise
+        :param obs: observations, shape (batch, *observation shape), or a dict of them
+        :param action_masks: True where an action is valid, shape (batch, mask size); None: all actions are valid
+        :param states: the memory's states before each sequence; None: each observation begins an episode
+        :param episode_starts: True where the states are reset before the step, shape (batch,); None: nowhere
         """
         return self._distribution_and_state(obs, action_masks, states.pi if states else None, episode_starts)[0]
 
@@ -268,11 +272,11 @@ class ActorCriticPlusPolicy(RememberingPolicy):
     def predict_values(
         self, obs: PyTorchObs, states: RNNStates | None = None, episode_starts: th.Tensor | None = None
     ) -> th.Tensor:
-        """Values of observations, shape (batch, 1); matches SB3's ``ActorCriticPolicy.predict_values``.
+        """Return the values of observations, shape (batch, 1); matches SB3's ``ActorCriticPolicy.predict_values``.
 
-        :param obs: observations, shape (batch, *observation shape), or a dict of such
-        :param states: see :meth:`evaluate_actions`
-        :param episode_starts: likewise
+        :param obs: observations, shape (batch, *observation shape), or a dict of them
+        :param states: the memory's states before each sequence; None: each observation begins an episode
+        :param episode_starts: True where the states are reset before the step, shape (batch,); None: nowhere
         """
         obs, _ = self._split_off_mask(obs, None)
         if self.memory_options is None:
@@ -293,13 +297,16 @@ class ActorCriticPlusPolicy(RememberingPolicy):
         """Choose actions in the env's units; matches SB3's ``BasePolicy.predict``.
 
         :param observation: observations of one or of n_envs environments
-        :param state: of the actor's memory, as the last call returned it; None: each observation begins an episode
-        :param episode_start: where the state is reset first, shape (n_envs,); None: nowhere
-        :param deterministic: the most probable actions instead of samples
+        :param state: the state of the actor's memory that the last call returned; None: each observation begins an
+            episode. One warning is given if two calls in a row lack it, see :class:`StateUse`
+        :param episode_start: True where the state is reset before the step, shape (n_envs,); None: nowhere
+        :param deterministic: choose the most probable actions instead of samples
         :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
-        :return: the actions and the state after them; without a memory, the state is returned as it is
-        :raises ValueError: for masks of a wrong size, or where no action is valid, or a state of a wrong shape
+        :return: the actions, and the state after them; without a memory, ``state`` itself
+        :raises ValueError: for masks of a wrong size or without a valid action, or a state of a wrong shape
         """
+        if self.memory_options is not None:
+            state_use_of(self).note(observation, state, episode_start)
         self._predict_context = {"state": state, "episode_start": episode_start}
         if action_masks is not None:
             masks = check_masks(np.asarray(action_masks), mask_sizes(self.action_space))
@@ -328,8 +335,8 @@ class ActorCriticPlusPolicy(RememberingPolicy):
     def _split_off_mask(self, obs: PyTorchObs, action_masks: MaybeMasks) -> tuple[PyTorchObs, MaybeMasks]:
         if not self.has_mask_key:
             return obs, action_masks
-        obs, from_observation = split_off_mask(obs)
-        return obs, from_observation if action_masks is None else action_masks
+        obs, observed_masks = split_off_mask(obs)
+        return obs, observed_masks if action_masks is None else action_masks
 
     def _masked_distribution(self, latent_pi: th.Tensor, action_masks: MaybeMasks) -> Distribution:
         distribution = self._get_action_dist_from_latent(latent_pi)
@@ -340,8 +347,12 @@ class ActorCriticPlusPolicy(RememberingPolicy):
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
         # A copy: tensors with a gradient would stay on SB3's shared object, where deepcopy trips on them. Without one
-        # it is shared as in SB3, whose users read policy.action_dist after predict and forward
-        distribution = copy(self.action_dist) if th.is_grad_enabled() else self.action_dist
+        # it is shared as in SB3, whose users read policy.action_dist after predict and forward. A method that a user
+        # has wrapped is bound to the shared object and would pass a copy by
+        is_copied = th.is_grad_enabled() and not has_own_methods(self.action_dist)
+        distribution = copy(self.action_dist) if is_copied else self.action_dist
+        if not self.action_masking:
+            follow_replaced_methods(distribution)
         # bf16 logits would put errors of 1e-2 into the log-ratio
         with _without_autocast(latent_pi.device):
             outputs = self.action_net(latent_pi.float())
@@ -350,6 +361,11 @@ class ActorCriticPlusPolicy(RememberingPolicy):
             if isinstance(distribution, DiagGaussianDistribution):
                 return distribution.proba_distribution(outputs, self.log_std)
             return distribution.proba_distribution(action_logits=outputs)
+
+
+def has_own_methods(part: object) -> bool:
+    """Whether a method of an object was replaced on the instance."""
+    return any(callable(getattr(type(part), name, None)) for name in vars(part))
 
 
 class ActorCriticPlusCnnPolicy(ActorCriticPlusPolicy):
@@ -365,19 +381,19 @@ class MultiInputActorCriticPlusPolicy(ActorCriticPlusPolicy):
 
 
 class MlpLstmPolicy(ActorCriticPlusPolicy):
-    """The policy with an LSTM by default: sb3-contrib's ``RecurrentActorCriticPolicy``."""
+    """The policy with an LSTM: sb3-contrib's ``RecurrentActorCriticPolicy``."""
 
     default_memory = "lstm"
 
 
 class CnnLstmPolicy(ActorCriticPlusCnnPolicy):
-    """The policy for images with an LSTM by default: sb3-contrib's ``RecurrentActorCriticCnnPolicy``."""
+    """The policy for images with an LSTM: sb3-contrib's ``RecurrentActorCriticCnnPolicy``."""
 
     default_memory = "lstm"
 
 
 class MultiInputLstmPolicy(MultiInputActorCriticPlusPolicy):
-    """The policy for Dict observations with an LSTM by default: sb3-contrib's, ``RecurrentMultiInput...``."""
+    """The policy for Dict observations with an LSTM: sb3-contrib's ``RecurrentMultiInputActorCriticPolicy``."""
 
     default_memory = "lstm"
 
@@ -395,7 +411,7 @@ POLICY_ALIASES: dict[str, type[BasePolicy]] = {
     "MultiInputLstmPolicy": MultiInputLstmPolicy,
 }
 
-# A model saved by SB3 or sb3-contrib names their classes
+# Our policy in place of a class of SB3 or sb3-contrib: a model that they saved names such a class
 PLUS_POLICY_OF: dict[type[Any], type[ActorCriticPlusPolicy]] = {
     ActorCriticPolicy: ActorCriticPlusPolicy,
     ActorCriticCnnPolicy: ActorCriticPlusCnnPolicy,
@@ -417,17 +433,17 @@ def predict_with_masks(
     deterministic: bool,
     action_masks: np.ndarray,
 ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-    """Call ``predict`` of a policy with masks; the parameters are those of :meth:`ActorCriticPlusPolicy.predict`.
+    """Call a policy's ``predict`` with masks; see :meth:`ActorCriticPlusPolicy.predict` for the parameters.
 
-    :raises TypeError: for a policy of another class that takes no masks
+    :raises TypeError: for a policy class whose ``predict`` takes no masks
     """
     if "action_masks" not in inspect.signature(policy.predict).parameters:
         raise TypeError(f"{type(policy).__name__}.predict has no action_masks")
-    return policy.predict(observation, state, episode_start, deterministic, action_masks)  # type: ignore[call-arg]  # just asked
+    return policy.predict(observation, state, episode_start, deterministic, action_masks)  # type: ignore[call-arg]  # its signature has action_masks
 
 
 def _without_autocast(device: th.device) -> AbstractContextManager[Any]:
-    # Entering a context costs microseconds at each step: only where autocast is on
+    # Entering a context costs microseconds at each step, so it is entered only where autocast is on
     if th.is_autocast_enabled(device.type):
         return th.autocast(device.type, enabled=False)
     return nullcontext()

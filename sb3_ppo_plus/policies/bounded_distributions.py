@@ -1,10 +1,10 @@
 """Action distributions for bounded Box spaces.
 
-They subclass SB3's ``DiagGaussianDistribution``, as SB3's ``ActorCriticPolicy`` builds and feeds only classes it knows.
+They subclass SB3's ``DiagGaussianDistribution``, because SB3's ``ActorCriticPolicy`` accepts only classes it knows.
 
-Each keeps a *stored action* whose density is exact (a squashed Gaussian's u before the tanh, Beta's x in (0, 1)): the
-policy and the rollout buffer hold it, and ``to_bounds`` turns it into the environment's units. Densities are those of
-the action before the affine map to the bounds, whose constant Jacobian cancels in every probability ratio.
+The policy and the rollout buffer hold a *stored action*, whose density is exact: the squashed Gaussian's u before the
+tanh, or Beta's x in (0, 1). ``to_bounds`` turns it into the environment's units. Densities are those of the action
+before the affine map to the bounds, because the map's constant Jacobian cancels in every probability ratio.
 """
 
 import inspect
@@ -28,14 +28,16 @@ from torch import nn
 from torch.distributions import Beta, Normal
 from torch.nn import functional as F
 
+from sb3_ppo_plus.argument_checks import did_you_mean
+
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
-"""Range of the squashed Gaussian's log standard deviation; below it, float32 log-probabilities lose their digits."""
+"""Range of the squashed Gaussian's log standard deviation; below it, float32 log-probabilities lose precision."""
 
 BETA_EPSILON = 1e-6
 """Beta's stored actions stay this far inside (0, 1): its log density is infinite at 0 and 1."""
 
 BETA_MAX_CONCENTRATION = 1e4
-"""Upper bound of alpha and beta: a standard deviation of 1/283 of the range, as narrow as ``LOG_STD_MIN`` makes it."""
+"""Upper bound of alpha and beta: the standard deviation is then 1/283 of the range, about that of ``LOG_STD_MIN``."""
 
 
 class BoundedDistribution(DiagGaussianDistribution):
@@ -46,7 +48,11 @@ class BoundedDistribution(DiagGaussianDistribution):
 
     @abstractmethod
     def to_unit_interval(self, actions: np.ndarray) -> np.ndarray:
-        """Map stored actions, elementwise, to [0, 1] in float64."""
+        """Map stored actions, elementwise, to [0, 1].
+
+        :param actions: stored actions, any shape
+        :return: float64, in the shape of ``actions``
+        """
 
     def to_bounds(self, actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Map stored actions to the environment's units.
@@ -57,9 +63,9 @@ class BoundedDistribution(DiagGaussianDistribution):
         :return: actions within [low, high], in the shape of ``actions`` and the dtype of ``low``
         """
         fraction = self.to_unit_interval(actions)
-        # Two products, not low + (high - low) * fraction: the difference of the widest bounds overflows.
+        # Two products, because high - low would overflow for the widest bounds
         scaled = low.astype(np.float64) * (1.0 - fraction) + high.astype(np.float64) * fraction
-        # Rounding to the space's dtype may step over a bound.
+        # Rounding to the space's dtype may step over a bound
         bounded: np.ndarray = np.clip(scaled.astype(low.dtype), low, high)
         return bounded
 
@@ -87,7 +93,7 @@ class SquashedGaussianDistribution(BoundedDistribution):
         :param latent_dim: size of the policy net's last layer
         :param log_std_init: initial log standard deviation, in [``LOG_STD_MIN``, ``LOG_STD_MAX``]
         :return: a linear layer with action_dim outputs, and log_std of shape (action_dim,)
-        :raises ValueError: if ``log_std_init`` is outside that range, where the clamp leaves it no gradient
+        :raises ValueError: if ``log_std_init`` is outside that range, where the clamp would leave it no gradient
         """
         if not LOG_STD_MIN <= log_std_init <= LOG_STD_MAX:
             raise ValueError(
@@ -120,10 +126,10 @@ class SquashedGaussianDistribution(BoundedDistribution):
     def entropy(self, noise: th.Tensor | None = None) -> th.Tensor:
         """Return an unbiased estimate of the entropy of tanh(u), differentiable in mean and log_std.
 
-        The entropy is the Gaussian's plus E[log(1 - tanh(u)^2)], the latter estimated by reparametrised samples.
+        It is the entropy of u plus E[log(1 - tanh(u)^2)], where reparametrised samples estimate the second term.
 
         :param noise: standard normal numbers of shape (entropy_samples, batch, action_dim), see :meth:`entropy_noise`;
-            None draws them here
+            None: they are drawn here
         :return: shape (batch,)
         """
         mean, std = self.distribution.loc, self.distribution.scale
@@ -134,16 +140,20 @@ class SquashedGaussianDistribution(BoundedDistribution):
         return sum_independent_dims(gaussian + slope)
 
     def entropy_noise(self, batch_size: int, device: th.device | str = "cpu") -> th.Tensor:
-        """Draw the noise of one entropy estimate, apart from it for the sake of compiled code.
+        """Draw the noise of one entropy estimate.
 
         :param batch_size: number of states
-        :param device: where to put it
+        :param device: device of the result
         :return: standard normal float32 numbers, shape (entropy_samples, batch_size, action_dim)
         """
         return th.randn(self.entropy_samples, batch_size, self.action_dim, device=device)
 
     def to_unit_interval(self, actions: np.ndarray) -> np.ndarray:
-        """Map u to (1 + tanh(u)) / 2, in float64."""
+        """Map u to (1 + tanh(u)) / 2.
+
+        :param actions: u, any shape
+        :return: float64, in the shape of ``actions``
+        """
         return 0.5 * (1.0 + np.tanh(actions.astype(np.float64)))
 
 
@@ -151,16 +161,16 @@ class BetaDistribution(BoundedDistribution):
     """Independent Beta distributions with alpha, beta = 1 + softplus(net outputs); the stored action is x in (0, 1).
 
     Both parameters are above 1, so each density has a single peak (Chou et al. 2017, Improving Stochastic Policy
-    Gradients ... using the Beta Distribution, section 4). They are bounded by ``BETA_MAX_CONCENTRATION``, and
-    ``log_prob`` and ``entropy`` are computed in float64: both are small differences of large lgamma values, and in
-    float32 they err by 1e-3 from alpha = 1000 and by 1e-2 from 10000.
+    Gradients ... using the Beta Distribution, section 4). They are at most ``BETA_MAX_CONCENTRATION``. ``log_prob``
+    and ``entropy`` are small differences of large lgamma values, so they are computed in float64. In float32 they
+    would be wrong by 1e-3 from alpha = 1000, and by 1e-2 from 10000.
 
     :param action_dim: number of action dimensions
     :param deterministic: deterministic action, "mean" or "mode"
-    :raises ValueError: if ``deterministic`` is neither
+    :raises ValueError: for another ``deterministic``
     """
 
-    distribution: Beta  # type: ignore[assignment]  # SB3 declares Normal; nothing of it beyond the base class is used
+    distribution: Beta  # type: ignore[assignment]  # SB3 declares a Normal, but only uses what Beta has too
 
     def __init__(self, action_dim: int, deterministic: str = "mean") -> None:
         super().__init__(action_dim)
@@ -168,13 +178,13 @@ class BetaDistribution(BoundedDistribution):
             raise ValueError(f'deterministic must be "mean" or "mode", got {deterministic!r}')
         self.deterministic = deterministic
 
-    def proba_distribution_net(  # type: ignore[override]  # SB3 declares a log_std; None keeps it out of the parameters
+    def proba_distribution_net(  # type: ignore[override]  # SB3 declares that log_std is returned; Beta has none
         self, latent_dim: int, log_std_init: float = 0.0
     ) -> tuple[nn.Module, None]:
         """Create the layer whose outputs become alpha and beta.
 
         :param latent_dim: size of the policy net's last layer
-        :param log_std_init: not used, part of SB3's protocol
+        :param log_std_init: not used; SB3's policy passes it
         :return: a linear layer with 2 * action_dim outputs, and None in place of log_std
         """
         return nn.Linear(latent_dim, 2 * self.action_dim), None
@@ -182,8 +192,8 @@ class BetaDistribution(BoundedDistribution):
     def proba_distribution(self, mean_actions: th.Tensor, log_std: th.Tensor | None = None) -> Self:
         """Set the parameters.
 
-        :param mean_actions: the net's outputs, shape (batch, 2 * action_dim): those of alpha, then those of beta
-        :param log_std: not used, part of SB3's protocol
+        :param mean_actions: the net's outputs, shape (batch, 2 * action_dim): alpha's, then beta's
+        :param log_std: not used; SB3's policy passes it
         :return: self
         """
         concentrations = (1.0 + F.softplus(mean_actions.double())).clamp(max=BETA_MAX_CONCENTRATION)
@@ -194,7 +204,7 @@ class BetaDistribution(BoundedDistribution):
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """Return the log density at stored actions.
 
-        :param actions: x, clamped to the range of samples, shape (batch, action_dim)
+        :param actions: x, shape (batch, action_dim); clamped to the range of samples
         :return: float32, shape (batch,)
         """
         return super().log_prob(_inside_unit_interval(actions).double()).float()
@@ -215,29 +225,33 @@ class BetaDistribution(BoundedDistribution):
         return _inside_unit_interval(self.distribution.rsample())
 
     def mode(self) -> th.Tensor:
-        """Return the deterministic action, mean or mode as chosen; the mode tends to 1/2 as alpha and beta tend to 1.
+        """Return the mean or the mode, as ``deterministic`` says. As alpha and beta tend to 1, the mode tends to 1/2.
 
         :return: float32 in [``BETA_EPSILON``, 1 - ``BETA_EPSILON``], shape (batch, action_dim)
         """
         if self.deterministic == "mean":
             return _inside_unit_interval(self.distribution.mean)
-        # The uniform distribution's peak is 0/0 without the small number.
+        # Without the small number, the mode of the uniform distribution would be 0/0
         above_alpha = self.distribution.concentration1 - 1.0 + 1e-9
         above_beta = self.distribution.concentration0 - 1.0 + 1e-9
         return _inside_unit_interval(above_alpha / (above_alpha + above_beta))
 
     def to_unit_interval(self, actions: np.ndarray) -> np.ndarray:
-        """Return x itself, in float64 and kept within [0, 1]."""
+        """Return x, clipped to [0, 1].
+
+        :param actions: x, any shape
+        :return: float64, in the shape of ``actions``
+        """
         return np.clip(actions.astype(np.float64), 0.0, 1.0)
 
 
 def _at_least_float32(tensor: th.Tensor) -> th.Tensor:
-    """Raise half precision, as under autocast, to float32."""
+    """Convert half precision, which autocast makes, to float32."""
     return tensor.to(th.promote_types(tensor.dtype, th.float32))
 
 
 def _log_tanh_slope(u: th.Tensor) -> th.Tensor:
-    """Return log(1 - tanh(u)^2) in a form that neither overflows nor rounds to log(0)."""
+    """Return log(1 - tanh(u)^2), computed so that it neither overflows nor becomes log(0)."""
     return 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
 
 
@@ -256,27 +270,28 @@ ACTION_DISTRIBUTIONS: dict[str, type[DiagGaussianDistribution]] = {
 def make_action_distribution(
     action_space: spaces.Space[Any], action_dist: str = "gaussian", action_dist_kwargs: Mapping[str, Any] | None = None
 ) -> Distribution:
-    """Build the action distribution that a policy asks for by name.
+    """Build the action distribution with a given name.
 
     :param action_space: the action space
-    :param action_dist: a key of ``ACTION_DISTRIBUTIONS``; "gaussian" stands for SB3's choice for the space, which is
-        the diagonal Gaussian for a Box; the others need a Box with finite bounds
+    :param action_dist: a key of ``ACTION_DISTRIBUTIONS``. "gaussian" is SB3's choice for the space: the diagonal
+        Gaussian for a Box. The others need a Box with finite bounds
     :param action_dist_kwargs: keyword arguments of the distribution's constructor
     :return: the distribution
-    :raises ValueError: on an unknown name, or a space that the distribution cannot serve
-    :raises TypeError: on an unknown keyword argument
+    :raises ValueError: for an unknown name, or a space that does not fit the distribution
+    :raises TypeError: for an unknown keyword argument
     """
     kwargs = dict(action_dist_kwargs or {})
     if not isinstance(action_dist, str) or action_dist not in ACTION_DISTRIBUTIONS:
         names = ", ".join(f'"{name}"' for name in ACTION_DISTRIBUTIONS)
-        raise ValueError(f"action_dist must be one of {names}, got {action_dist!r}")
+        question = did_you_mean(action_dist, ACTION_DISTRIBUTIONS)
+        raise ValueError(f"action_dist must be one of {names}, got {action_dist!r}{question}")
     distribution_class = ACTION_DISTRIBUTIONS[action_dist]
     allowed = [name for name in inspect.signature(distribution_class).parameters if name != "action_dim"]
     unknown = [name for name in kwargs if name not in allowed]
     if unknown:
         raise TypeError(
             f'action_dist_kwargs of action_dist="{action_dist}" may hold {", ".join(allowed) or "nothing"}, '
-            f"got {', '.join(map(repr, unknown))}"
+            f"got {', '.join(map(repr, unknown))}{did_you_mean(unknown[0], allowed)}"
         )
     if not issubclass(distribution_class, BoundedDistribution):
         return make_proba_distribution(action_space)
@@ -286,11 +301,11 @@ def make_action_distribution(
 
 @contextmanager
 def explaining_infinite_bounds(algorithm: object, policy_kwargs: Mapping[str, Any] | None) -> Iterator[None]:
-    """Raise the error of :func:`make_action_distribution`, which names a remedy, in place of SB3's assertion.
+    """Replace SB3's assertion about bounds by the error of :func:`make_action_distribution`, which names a remedy.
 
-    :param algorithm: SB3's algorithm, which has its ``action_space`` when SB3's constructor looks at the bounds
+    :param algorithm: the algorithm; SB3's constructor sets its ``action_space`` before it checks the bounds
     :param policy_kwargs: PPOPlus's argument
-    :raises ValueError: for a distribution of ours that does not fit a Box
+    :raises ValueError: if the chosen distribution does not fit a Box
     """
     try:
         yield
@@ -313,7 +328,7 @@ def _check_bounded(action_space: spaces.Space[Any], action_dist: str) -> None:
         )
     if not (np.isfinite(action_space.low).all() and np.isfinite(action_space.high).all()):
         raise ValueError(
-            f'action_dist="{action_dist}" needs finite bounds to fill, got {action_space}; declare the range that the '
+            f'action_dist="{action_dist}" needs finite bounds, got {action_space}; declare the range that the '
             "environment really uses, e.g. gymnasium.wrappers.TransformAction(env, lambda action: action, "
             'gymnasium.spaces.Box(low, high)), or use action_dist="gaussian"'
         )

@@ -1,4 +1,4 @@
-"""Gated Transformer-XL: attention over the last steps of the episode, as a memory (``memory.py``)."""
+"""Gated Transformer-XL: a memory (see ``memory.py``) that attends to the last steps of the episode."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from sb3_ppo_plus.policies.memory import State, reset
 class GTrXLMemory(nn.Module):
     """Gated Transformer-XL (Parisotto et al. 2019, "GTrXL": TrXL-I with GRU gating).
 
-    Each step attends to itself and to the ``memory_length`` steps before it in its episode, layer by layer, so that
-    the state is the last inputs of each layer. No gradient flows into the state (Dai et al. 2019, section 3.2).
+    In each layer, a step attends to itself and to the ``memory_length`` steps before it in its episode. The state is
+    therefore the last inputs of each layer. No gradient flows into the state (Dai et al. 2019, section 3.2).
 
     :param features_dim: size of the features
     :param hidden_size: width of a token and of the output; a multiple of ``n_heads``
-    :param n_layers: layers
-    :param n_heads: attention heads
-    :param memory_length: steps to which a layer looks back
-    :param gate_bias: b_g of the gates: the larger, the closer is each layer to the identity at first
+    :param n_layers: number of layers
+    :param n_heads: number of attention heads
+    :param memory_length: number of steps to which a layer looks back
+    :param gate_bias: b_g of the gates; the larger it is, the closer each layer is to the identity at first
     :param d_feedforward: hidden width of each layer's MLP; None: 4 * hidden_size
+    :raises ValueError: if ``hidden_size`` is not a multiple of ``n_heads``
     """
 
     def __init__(
@@ -46,30 +47,31 @@ class GTrXLMemory(nn.Module):
         self.layers = nn.ModuleList(
             _Layer(hidden_size, n_heads, gate_bias, d_feedforward or 4 * hidden_size) for _ in range(n_layers)
         )
-        # Registered before it is computed: loading without trust stops at what is too large
+        # Registered before it is computed, so that loading without trust can stop where it is too large
         encoding = th.empty(memory_length + 1, hidden_size)
         self.register_buffer("distance_encoding", encoding, persistent=False)
         encoding.copy_(sinusoidal_encoding(th.arange(memory_length + 1), hidden_size))
 
     def initial_state(self, n_envs: int) -> State:
-        """See :meth:`Memory.initial_state`.
+        """Return the state in which an episode begins, see :meth:`Memory.initial_state`.
 
-        :return: the last inputs of each layer, (n_layers, n_envs, memory_length, hidden_size), newest last, and how
-            many of them belong to the episode, (1, n_envs, 1)
+        :param n_envs: number of environments
+        :return: the last inputs of each layer, shape (n_layers, n_envs, memory_length, hidden_size), newest last, and
+            how many of them belong to the episode, shape (1, n_envs, 1)
         """
         weight = self.embedding.weight
         inputs = weight.new_zeros(len(self.layers), n_envs, self.memory_length, self.output_dim)
         return inputs, weight.new_zeros(1, n_envs, 1)
 
     def step(self, features: th.Tensor, state: State, episode_starts: th.Tensor) -> tuple[th.Tensor, State]:
-        """See :meth:`Memory.step`."""
+        """Take one step of every env; parameters as in :meth:`Memory.step`."""
         memory, n_remembered = reset(state, episode_starts)
         outputs, inputs = self._run(features.unsqueeze(1), memory, n_remembered[0])
         new_memory = th.cat([memory[:, :, 1:], th.stack(inputs)], dim=2)
         return outputs.squeeze(1), (new_memory, (n_remembered + 1).clamp(max=self.memory_length))
 
     def sequence(self, features: th.Tensor, state: State, episode_starts: th.Tensor) -> th.Tensor:
-        """See :meth:`Memory.sequence`."""
+        """Take all steps of sequences at once; parameters as in :meth:`Memory.sequence`."""
         memory, n_remembered = reset(state, episode_starts[:, 0])
         return self._run(features, memory, steps_before(episode_starts, n_remembered[0]))[0]
 
@@ -77,13 +79,14 @@ class GTrXLMemory(nn.Module):
         """Run the layers.
 
         :param features: shape (batch, length, features_dim)
-        :param memory: of each layer, shape (n_layers, batch, memory_length, hidden_size)
-        :param n_before: steps before each in its episode that memory and sequence hold, shape (batch, length)
-        :return: outputs, shape (batch, length, hidden_size), and the inputs of each layer, of the same shape
+        :param memory: earlier inputs of each layer, shape (n_layers, batch, memory_length, hidden_size)
+        :param n_before: for each step, how many earlier steps of its episode are known, shape (batch, length)
+        :return: outputs, and the inputs of each layer; all of shape (batch, length, hidden_size)
         """
         length, n_blocks, block_size = features.shape[1], 1, features.shape[1]
         if length > self.memory_length:
-            # Queries in blocks, each with the keys that it may reach: work and memory grow with length, not its square
+            # Each block of queries gets only the keys that it may attend to. So the cost grows with the length of the
+            # sequence, not with its square
             block_size = self.memory_length
             n_blocks = -(-length // block_size)
         padding = n_blocks * block_size - length
@@ -121,22 +124,27 @@ class _Layer(nn.Module):
 
 
 class GRUGate(nn.Module):
-    """Gating in place of a residual sum (Parisotto et al. 2019, section 3.2, "Gated-Recurrent-Unit-type gating").
+    """Gating instead of a residual sum (Parisotto et al. 2019, section 3.2, "Gated-Recurrent-Unit-type gating").
 
     :param size: width
-    :param bias: b_g, by which the gate is biased to let ``x`` through
+    :param bias: b_g; the larger it is, the more of ``x`` passes at first
     """
 
     def __init__(self, size: int, bias: float) -> None:
         super().__init__()
-        # W_r, W_z, W_g and U_r, U_z in one matrix each
+        # One matrix for each input: W_r, W_z, W_g for y; U_r, U_z for x; U_g for r * x. Saved models have these names
         self.of_y = nn.Linear(size, 3 * size, bias=False)
         self.of_x = nn.Linear(size, 2 * size, bias=False)
         self.of_reset_x = nn.Linear(size, size, bias=False)
         self.bias = nn.Parameter(th.full((size,), float(bias)))
 
     def forward(self, x: th.Tensor, y: th.Tensor) -> th.Tensor:
-        """Mix the stream ``x`` with the output ``y`` of a submodule, both of shape (..., size)."""
+        """Mix the stream with the output of a submodule.
+
+        :param x: the stream, shape (..., size)
+        :param y: the submodule's output, shape (..., size)
+        :return: shape (..., size)
+        """
         y_reset, y_update, y_candidate = self.of_y(y).chunk(3, dim=-1)
         x_reset, x_update = self.of_x(x).chunk(2, dim=-1)
         update = th.sigmoid(y_update + x_update - self.bias)
@@ -160,26 +168,26 @@ class _RelativeAttention(nn.Module):
         self.distance_bias = nn.Parameter(th.zeros(n_heads, 1, hidden_size // n_heads))
 
     def forward(self, context: th.Tensor, distance_encoding: th.Tensor, visible: th.Tensor) -> th.Tensor:
-        """Attend from the steps after the memory.
+        """Let the steps that follow the memory attend to the memory and to each other.
 
         :param context: memory and steps, shape (batch, memory_length + n_blocks * block_size, hidden_size)
-        :param distance_encoding: of distances 0 to memory_length, shape (memory_length + 1, hidden_size)
-        :param visible: see :func:`visible_keys`
+        :param distance_encoding: encodings of distances 0 to memory_length, shape (memory_length + 1, hidden_size)
+        :param visible: what :func:`visible_keys` returns
         :return: shape (batch, n_blocks * block_size, hidden_size)
         """
         n_blocks, block_size, n_keys = visible.shape[1:]
         memory_length = n_keys - block_size
         query = self._by_head(self.query(context[:, memory_length:]))
         query = query.reshape(*query.shape[:2], n_blocks, block_size, -1)
-        # (batch, heads, blocks, keys, size of a head)
+        # Both have the shape (batch, heads, blocks, keys, size of a head)
         key, value = (
             self._by_head(part).unfold(2, n_keys, block_size).transpose(-1, -2)
             for part in (self.key(context), self.value(context))
         )
         distance_key = self._by_head(self.distance_key(distance_encoding).unsqueeze(0)).unsqueeze(2)
-        of_content = (query + self.content_bias.unsqueeze(1)) @ key.transpose(-1, -2)
-        of_distance = (query + self.distance_bias.unsqueeze(1)) @ distance_key.transpose(-1, -2)
-        scores = (of_content + by_key(of_distance)) * query.shape[-1] ** -0.5
+        content_scores = (query + self.content_bias.unsqueeze(1)) @ key.transpose(-1, -2)
+        distance_scores = (query + self.distance_bias.unsqueeze(1)) @ distance_key.transpose(-1, -2)
+        scores = (content_scores + by_key(distance_scores)) * query.shape[-1] ** -0.5
         weights = scores.masked_fill(~visible.unsqueeze(1), -th.inf).softmax(dim=-1)
         mixed: th.Tensor = self.out((weights @ value).permute(0, 2, 3, 1, 4).flatten(3).flatten(1, 2))
         return mixed
@@ -189,10 +197,10 @@ class _RelativeAttention(nn.Module):
 
 
 def steps_before(episode_starts: th.Tensor, n_remembered: th.Tensor) -> th.Tensor:
-    """Count the steps before each step in its episode, as far back as the memory at the sequence's start.
+    """Count, for each step, the earlier steps of its episode that the sequence or the memory holds.
 
     :param episode_starts: bool, shape (n_sequences, length)
-    :param n_remembered: steps in the memory at the sequence's start, shape (n_sequences, 1)
+    :param n_remembered: number of steps in the memory at the sequence's start, shape (n_sequences, 1)
     :return: int64, shape (n_sequences, length)
     """
     times = th.arange(episode_starts.shape[1], device=episode_starts.device)
@@ -201,11 +209,12 @@ def steps_before(episode_starts: th.Tensor, n_remembered: th.Tensor) -> th.Tenso
 
 
 def visible_keys(n_before: th.Tensor, memory_length: int) -> th.Tensor:
-    """Mark what each step may attend to: itself, and the steps before it in its episode, at most ``memory_length``.
+    """Mark what each step may attend to: itself and at most ``memory_length`` steps before it in its episode.
 
-    :param n_before: steps before each in its episode, shape (batch, n_blocks, block_size)
-    :return: bool, shape (batch, n_blocks, block_size, memory_length + block_size): the keys of a block are its own
-        steps and the ``memory_length`` before them
+    :param n_before: number of earlier steps in each step's episode, shape (batch, n_blocks, block_size)
+    :param memory_length: number of steps to look back
+    :return: bool, shape (batch, n_blocks, block_size, memory_length + block_size). The keys of a block are the
+        ``memory_length`` steps before it and its own steps
     """
     block_size = n_before.shape[-1]
     queries = th.arange(block_size, device=n_before.device).unsqueeze(1)
@@ -214,24 +223,24 @@ def visible_keys(n_before: th.Tensor, memory_length: int) -> th.Tensor:
     return (distances >= 0) & (distances <= n_before.clamp(max=memory_length).unsqueeze(-1))
 
 
-def by_key(of_distance: th.Tensor) -> th.Tensor:
-    """Bring scores by distance into the order of the keys (the "relative shift" of Dai et al. 2019, appendix B).
+def by_key(distance_scores: th.Tensor) -> th.Tensor:
+    """Put scores of distances into the order of the keys (the "relative shift" of Dai et al. 2019, appendix B).
 
-    :param of_distance: shape (..., block_size, memory_length + 1), for distances 0 to memory_length
-    :return: shape (..., block_size, memory_length + block_size); 0 where a key is at no such distance
+    :param distance_scores: scores of distances 0 to memory_length, shape (..., block_size, memory_length + 1)
+    :return: shape (..., block_size, memory_length + block_size); 0 where a key has another distance
     """
-    block_size, n_distances = of_distance.shape[-2:]
+    block_size, n_distances = distance_scores.shape[-2:]
     n_keys = n_distances - 1 + block_size
-    # Rows one longer than n_keys, cut into rows of n_keys: each begins one key later than the one above
-    padded = F.pad(of_distance.flip(-1), (0, block_size)).flatten(-2)
-    return padded[..., : block_size * n_keys].view(*of_distance.shape[:-1], n_keys)
+    # The padded rows have n_keys + 1 elements. Cut again into rows of n_keys, each row shifts by one key more
+    padded = F.pad(distance_scores.flip(-1), (0, block_size)).flatten(-2)
+    return padded[..., : block_size * n_keys].view(*distance_scores.shape[:-1], n_keys)
 
 
 def sinusoidal_encoding(positions: th.Tensor, size: int) -> th.Tensor:
     """Encode positions by sines and cosines (Vaswani et al. 2017, section 3.5).
 
     :param positions: shape (n,)
-    :param size: of each encoding
+    :param size: size of each encoding
     :return: shape (n, size)
     """
     frequencies = 10_000 ** (-th.arange(0, size, 2) / size)

@@ -1,8 +1,8 @@
 """Categorical distributions whose invalid actions have probability 0, on SB3's classes.
 
-They are SB3's own until masks are applied. The arithmetic is that of sb3-contrib's maskable distributions: normalise
-the logits, mask them, normalise again (in compiled graphs only once). The lowest number of the dtype stands in place of
--1e8, which overflows in half precision; in float32 it gives the same bits.
+Until masks are applied, they act as SB3's. The arithmetic is that of sb3-contrib's maskable distributions: normalise
+the logits, mask them, normalise again (in compiled graphs only once). A masked logit is the lowest number of the dtype.
+sb3-contrib takes -1e8, which overflows in half precision; in float32 both give equal bits.
 """
 
 from __future__ import annotations
@@ -26,30 +26,33 @@ class MaskableCategoricalDistribution(LeanCategoricalDistribution):
     _masks: th.Tensor | None = None
 
     def set_logits(self, action_logits: th.Tensor) -> None:
-        """Set the parameters; see ``LeanCategoricalDistribution``."""
+        """Set the parameters without a check, and forget the masks.
+
+        :param action_logits: unnormalised log-probabilities, shape (batch, action_dim)
+        """
         self._masks = None
         super().set_logits(action_logits)
 
     def apply_masking(self, masks: th.Tensor | np.ndarray) -> None:
-        """Give the invalid actions probability 0, besides those to which earlier masks gave it.
+        """Give the invalid actions probability 0. Actions that earlier masks forbade stay invalid.
 
         :param masks: True where an action is valid, shape (batch, n) or (batch * n,)
         """
         logits = self.logits
         given = _as_masks(masks, logits.shape, logits.device)
-        # Not by proba_distribution, whose check that all are finite adds them up
+        # Not by proba_distribution: its check adds up all logits, and the sum of masked ones overflows
         self.set_logits(th.where(given, logits, th.finfo(logits.dtype).min))
         self._masks = given
 
     def total(self) -> th.Tensor:
-        """Sum of the valid actions' log-probabilities, finite where all are, 0-dim."""
+        """Return the sum of the valid actions' log-probabilities, 0-dim. It is not finite if one of them is not."""
         return super().total() if self._masks is None else th.where(self._masks, self._logits, 0.0).sum()
 
     def entropy(self) -> th.Tensor:
-        """Entropy of the choice among the valid actions, shape (batch,)."""
+        """Return the entropy of the choice among the valid actions, shape (batch,)."""
         if self._masks is None:
             return super().entropy()
-        # Else a float16 loss's scale times the lowest number, an invalid action's gradient, overflows
+        # masked_fill keeps the lowest number out of the gradient: times the scale of a float16 loss it overflows
         return -(self._logits * self._probabilities()).masked_fill(~self._masks, 0.0).sum(-1)
 
 
@@ -60,10 +63,10 @@ class MaskableMultiCategoricalDistribution(LeanMultiCategoricalDistribution):
     parts: Sequence[MaskableCategoricalDistribution] = ()
 
     def apply_masking(self, masks: th.Tensor | np.ndarray) -> None:
-        """Give the invalid choices probability 0, besides those to which earlier masks gave it.
+        """Give the invalid choices probability 0. Choices that earlier masks forbade stay invalid.
 
-        :param masks: True where a choice is valid, shape (batch, sum of nvec) or flat: those of the first action, then
-            those of the second, ...
+        :param masks: True where a choice is valid, shape (batch, sum of nvec) or flat: the choices of the first action,
+            then those of the second, and so on
         """
         logits = self.parts[0].logits
         given = _as_masks(masks, th.Size((len(logits), sum(self.action_dims))), logits.device)
@@ -72,10 +75,12 @@ class MaskableMultiCategoricalDistribution(LeanMultiCategoricalDistribution):
 
 
 class MaskableBernoulliDistribution(MaskableMultiCategoricalDistribution):
-    """MultiBinary actions as pairs of choices (0, 1), as sb3-contrib has them: two logits for each binary action.
+    """MultiBinary actions as choices between 0 and 1, with two logits for each action, as in sb3-contrib.
 
     :param action_dim: number of binary actions
     """
+
+    sb3_class = None
 
     def __init__(self, action_dim: int) -> None:
         super().__init__([2] * action_dim)
@@ -88,6 +93,7 @@ def make_maskable_distribution(action_space: spaces.Space[Any]) -> MaskableDistr
     """Build the maskable distribution of an action space.
 
     :param action_space: Discrete, MultiDiscrete or MultiBinary of one dimension
+    :return: the distribution, without masks as yet
     :raises ValueError: for any other space
     """
     sizes = mask_sizes(action_space)
@@ -99,9 +105,10 @@ def make_maskable_distribution(action_space: spaces.Space[Any]) -> MaskableDistr
 
 
 def mask_sizes(action_space: spaces.Space[Any]) -> list[int]:
-    """Return the numbers of choices of each action, of which a mask holds the sum.
+    """Return the number of choices of each action. Their sum is the size of a mask.
 
-    :param action_space: Discrete: [n]; MultiDiscrete: nvec; MultiBinary: [2] * n, since 0 and 1 are masked apart
+    :param action_space: Discrete, MultiDiscrete or MultiBinary of one dimension
+    :return: for Discrete [n], for MultiDiscrete nvec, for MultiBinary [2] * n, since 0 and 1 are masked separately
     :raises ValueError: for a space that cannot be masked
     """
     if isinstance(action_space, spaces.Discrete):
@@ -118,13 +125,14 @@ def mask_sizes(action_space: spaces.Space[Any]) -> list[int]:
 def apply_masks(distribution: Distribution, masks: th.Tensor | np.ndarray) -> None:
     """Apply masks to a policy's distribution.
 
-    :param masks: see ``apply_masking`` of the distributions here
-    :raises ValueError: for a distribution that takes none, or masks of a wrong size
+    :param distribution: the distribution
+    :param masks: True where an action is valid, see ``apply_masking`` of the distribution's class
+    :raises ValueError: for a distribution that takes no masks, or masks of a wrong size
     """
     if not isinstance(distribution, MaskableDistribution):
         raise ValueError(
             f"action_masks were given to a policy with a {type(distribution).__name__}, which takes none; allowed: "
-            "Discrete and MultiDiscrete actions, and MultiBinary ones of a model with action_masking=True"
+            "Discrete and MultiDiscrete actions, and MultiBinary actions of a model with action_masking=True"
         )
     distribution.apply_masking(masks)
 

@@ -1,7 +1,7 @@
 """Memories over time: LSTM and GRU, with exact resets at episode starts inside a sequence; GTrXL is in ``gtrxl.py``.
 
-A memory turns features into outputs and carries a state from step to step: a tuple of tensors whose second dimension is
-that of the environments, as ``nn.LSTM`` has it. ``step`` and ``sequence`` compute the same function.
+A memory turns features into outputs and carries a state from step to step. The state is a tuple of tensors whose second
+dimension is that of the environments, as in ``nn.LSTM``. ``step`` and ``sequence`` compute the same function.
 """
 
 from __future__ import annotations
@@ -19,19 +19,22 @@ State = tuple[th.Tensor, ...]
 
 
 class Memory(Protocol):
-    """What the policy asks of a memory."""
+    """The attributes and methods that the policy needs of a memory."""
 
     output_dim: int
 
     def initial_state(self, n_envs: int) -> State:
-        """Return the state in which an episode begins, all zeros."""
+        """Return the state in which an episode begins: all zeros.
+
+        :param n_envs: number of environments
+        """
 
     def step(self, features: th.Tensor, state: State, episode_starts: th.Tensor) -> tuple[th.Tensor, State]:
         """Take one step of every env.
 
         :param features: shape (n_envs, features_dim)
-        :param state: before the step
-        :param episode_starts: bool, shape (n_envs,): the env's state is reset first
+        :param state: the state before the step
+        :param episode_starts: bool, shape (n_envs,): True where the env's state is reset before the step
         :return: outputs, shape (n_envs, output_dim), and the state after the step
         """
 
@@ -39,19 +42,19 @@ class Memory(Protocol):
         """Take all steps of some sequences at once.
 
         :param features: shape (n_sequences, length, features_dim)
-        :param state: before the first step, as if each sequence were an env
-        :param episode_starts: bool, shape (n_sequences, length): the state is reset before these steps
+        :param state: the state before the first step, with a sequence in place of each env
+        :param episode_starts: bool, shape (n_sequences, length): True where the state is reset before the step
         :return: outputs, shape (n_sequences, length, output_dim)
         """
 
 
 class Segments(NamedTuple):
-    """The parts of some sequences between episode starts, longest first.
+    """Parts of sequences, cut at episode starts, longest first.
 
     :param starts: index of each segment's first step in the flattened sequences, shape (n_segments,)
-    :param lengths: steps, shape (n_segments,)
+    :param lengths: number of steps of each segment, shape (n_segments,)
     :param sequences: the sequence to which each segment belongs, shape (n_segments,)
-    :param continues: whether the segment goes on with the episode from before its sequence, shape (n_segments,)
+    :param continues: whether the segment's episode began before its sequence, shape (n_segments,)
     """
 
     starts: np.ndarray
@@ -74,10 +77,12 @@ class Segments(NamedTuple):
         return cls(starts, lengths[order], starts // begins.shape[1], ~episode_starts.reshape(-1)[starts])
 
     def buckets(self) -> list[slice]:
-        """Group segments of similar lengths, to be padded to the longest of their group.
+        """Group segments of similar lengths, which will be padded to the longest of their group.
 
-        Cuts wherever the padding saved outweighs a further group. Measured on a CPU, forward and backward of an LSTM
-        cost what a group of n segments of length T has of ``30 + T + T * n``.
+        A group of n segments of length T costs about ``30 + T + T * n``, as measured for an LSTM's forward and backward
+        pass on a CPU. A group is split where that saves cost.
+
+        :return: slices of the segments, which cover all of them
         """
         found, todo = [], [slice(0, len(self.starts))]
         while todo:
@@ -93,9 +98,11 @@ class Segments(NamedTuple):
 
 
 def reset(state: State, episode_starts: th.Tensor) -> State:
-    """Set the state of some envs to exactly zero, whatever it was.
+    """Set the state of some envs to exactly zero, even where it was NaN.
 
-    :param episode_starts: bool, shape (n_envs,)
+    :param state: the state of all envs
+    :param episode_starts: bool, shape (n_envs,): True where the state is reset
+    :return: the new state; ``state`` is not changed
     """
     return tuple(
         th.where(episode_starts.view(1, -1, *[1] * (part.dim() - 2)), th.zeros_like(part), part) for part in state
@@ -107,11 +114,12 @@ class LSTMMemory(nn.LSTM):
 
     :param features_dim: size of the features
     :param hidden_size: size of the output and of each layer's two states
-    :param n_layers: layers
+    :param n_layers: number of layers
     :param bias: as in ``nn.LSTM``
-    :param dropout: between layers, as in ``nn.LSTM``; above 0 the first log-ratio of an update is no longer 0
-    :param forget_bias: added to the bias of the forget gates at first: with 1 the memory begins longer (Jozefowicz et
-        al. 2015, section 2.2), which decides whether a cue from dozens of steps before is learned at all
+    :param dropout: between layers, as in ``nn.LSTM``; above 0, the first log-ratio of an update is not 0
+    :param forget_bias: is added to the initial bias of the forget gates. With 1, the memory reaches further back at
+        first (Jozefowicz et al. 2015, section 2.2). Without it, a cue from dozens of steps before may never be learned
+    :raises ValueError: for a ``forget_bias`` with ``bias=False``
     """
 
     def __init__(
@@ -130,15 +138,19 @@ class LSTMMemory(nn.LSTM):
                 raise ValueError(f"memory_kwargs: forget_bias={forget_bias!r} needs bias=True, got False")
             with th.no_grad():
                 for layer in range(n_layers):
-                    # Gates are input, forget, cell, output
+                    # PyTorch's order of gates: input, forget, cell, output
                     getattr(self, f"bias_hh_l{layer}")[hidden_size : 2 * hidden_size] += forget_bias
 
     def initial_state(self, n_envs: int) -> State:
-        """See :meth:`Memory.initial_state`: hidden and cell state, both (n_layers, n_envs, hidden_size)."""
+        """Return the hidden and the cell state in which an episode begins: all zeros.
+
+        :param n_envs: number of environments
+        :return: two tensors of shape (n_layers, n_envs, hidden_size)
+        """
         return _zeros(self, n_envs), _zeros(self, n_envs)
 
     def step(self, features: th.Tensor, state: State, episode_starts: th.Tensor) -> tuple[th.Tensor, State]:
-        """See :meth:`Memory.step`."""
+        """Take one step of every env; parameters as in :meth:`Memory.step`."""
         hidden, cell = reset(state, episode_starts)
         new_hidden, new_cell = [], []
         for layer in range(self.num_layers):
@@ -149,7 +161,7 @@ class LSTMMemory(nn.LSTM):
         return features, (th.stack(new_hidden), th.stack(new_cell))
 
     def sequence(self, features: th.Tensor, state: State, episode_starts: th.Tensor) -> th.Tensor:
-        """See :meth:`Memory.sequence`."""
+        """Take all steps of sequences at once; parameters as in :meth:`Memory.sequence`."""
         return _run_segments(self, features, state, episode_starts)
 
 
@@ -158,9 +170,9 @@ class GRUMemory(nn.GRU):
 
     :param features_dim: size of the features
     :param hidden_size: size of the output and of each layer's state
-    :param n_layers: layers
+    :param n_layers: number of layers
     :param bias: as in ``nn.GRU``
-    :param dropout: between layers, as in ``nn.GRU``; above 0 the first log-ratio of an update is no longer 0
+    :param dropout: between layers, as in ``nn.GRU``; above 0, the first log-ratio of an update is not 0
     """
 
     def __init__(
@@ -170,11 +182,15 @@ class GRUMemory(nn.GRU):
         self.output_dim = hidden_size
 
     def initial_state(self, n_envs: int) -> State:
-        """See :meth:`Memory.initial_state`: the hidden state, (n_layers, n_envs, hidden_size)."""
+        """Return the hidden state in which an episode begins: all zeros.
+
+        :param n_envs: number of environments
+        :return: one tensor of shape (n_layers, n_envs, hidden_size)
+        """
         return (_zeros(self, n_envs),)
 
     def step(self, features: th.Tensor, state: State, episode_starts: th.Tensor) -> tuple[th.Tensor, State]:
-        """See :meth:`Memory.step`."""
+        """Take one step of every env; parameters as in :meth:`Memory.step`."""
         (hidden,) = reset(state, episode_starts)
         new_hidden = []
         for layer in range(self.num_layers):
@@ -184,7 +200,7 @@ class GRUMemory(nn.GRU):
         return features, (th.stack(new_hidden),)
 
     def sequence(self, features: th.Tensor, state: State, episode_starts: th.Tensor) -> th.Tensor:
-        """See :meth:`Memory.sequence`."""
+        """Take all steps of sequences at once; parameters as in :meth:`Memory.sequence`."""
         return _run_segments(self, features, state, episode_starts)
 
 
@@ -201,7 +217,7 @@ def _biases(rnn: nn.RNNBase, layer: int) -> tuple[th.Tensor | None, th.Tensor | 
 def _run_segments(rnn: nn.RNNBase, features: th.Tensor, state: State, episode_starts: th.Tensor) -> th.Tensor:
     """Run all segments between episode starts side by side: no loop over time, and no gradient across a start."""
     segments = Segments.between(episode_starts.cpu().numpy())
-    # On the CPU only an LSTM has a kernel for a whole sequence, and not for a packed one
+    # On the CPU only an LSTM has a kernel for whole sequences, and that kernel takes no packed ones
     is_padded = isinstance(rnn, nn.LSTM) and features.device.type == "cpu"
     groups = segments.buckets() if is_padded else [slice(0, len(segments.starts))]
     positions = np.empty(episode_starts.numel(), np.int64)
@@ -210,7 +226,7 @@ def _run_segments(rnn: nn.RNNBase, features: th.Tensor, state: State, episode_st
         starts, lengths = segments.starts[group], segments.lengths[group]
         times = np.arange(lengths[0])[:, None]
         is_real = times < lengths
-        # Padding repeats the first step: whatever it is, it comes after all that is read
+        # Padding repeats the first step. Its value does not matter, because it comes after all steps that are read
         steps = np.where(is_real, starts + times, starts)
         to_device = partial(th.as_tensor, device=features.device)
         sequences, continues = to_device(segments.sequences[group]), to_device(segments.continues[group])

@@ -11,8 +11,10 @@ from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
+from sb3_ppo_plus.argument_checks import accepted_names, did_you_mean
 from sb3_ppo_plus.extractors import resolve_features_extractor
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "tanh": nn.Tanh,
@@ -28,6 +30,12 @@ OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
     "sgd": th.optim.SGD,
     "rmsprop": th.optim.RMSprop,
 }
+_GIVEN_BY_SB3 = {"observation_space", "action_space", "lr_schedule"}
+#: Names that ``policy_kwargs`` may hold
+POLICY_ARGUMENTS = [
+    *(name for name in accepted_names(ActorCriticPlusPolicy) if name not in _GIVEN_BY_SB3),
+    *CONTRIB_KWARGS,
+]
 
 
 def resolve_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -36,9 +44,17 @@ def resolve_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: dict[st
     :param policy_class: the class that will take them
     :param policy_kwargs: as the user gave them; not changed
     :raises ValueError: for a name that is not registered
-    :raises TypeError: for an argument of ours that ``policy_class`` lacks, or a value that is neither name nor class
+    :raises TypeError: for an argument that ``policy_class`` does not take, or a value that is neither name nor class
     """
     resolved = dict(policy_kwargs)
+    if policy_class.__init__ is ActorCriticPlusPolicy.__init__:
+        # A subclass with a constructor of its own may take further arguments
+        for name in resolved:
+            if name not in POLICY_ARGUMENTS:
+                raise TypeError(
+                    f"policy_kwargs: {policy_class.__name__} has no argument {name!r}"
+                    f"{did_you_mean(name, POLICY_ARGUMENTS)}"
+                )
     if not issubclass(policy_class, ActorCriticPlusPolicy):
         lacking = sorted({"action_dist", "action_dist_kwargs", "memory", "memory_kwargs"} & resolved.keys())
         if lacking:
@@ -76,7 +92,10 @@ def explaining_dict_keys(observation_space: spaces.Space[Any]) -> Iterator[None]
 def _from_table(name: str, value: object, table: Mapping[str, type], base: type) -> object:
     if isinstance(value, str):
         if value not in table:
-            raise ValueError(f"policy_kwargs: {name}={value!r} is unknown; allowed: a class or one of {sorted(table)}")
+            raise ValueError(
+                f"policy_kwargs: {name}={value!r} is unknown; allowed: a class or one of {sorted(table)}"
+                f"{did_you_mean(value, table)}"
+            )
         return table[value]
     if isinstance(value, type) and not issubclass(value, base):
         raise TypeError(f"policy_kwargs: {name} must be a subclass of {base.__name__} or a name, got {value!r}")

@@ -1,4 +1,4 @@
-"""A policy's memory: its options, its modules, and where it stands between the features and the heads."""
+"""A policy's memory: its options, its modules, and its place between the features and the heads."""
 
 from __future__ import annotations
 
@@ -16,31 +16,32 @@ from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
+from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.policies.gtrxl import GTrXLMemory
 from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, Memory, State
 
 MEMORIES: dict[str, type[Any]] = {"lstm": LSTMMemory, "gru": GRUMemory, "gtrxl": GTrXLMemory}
 _SIZES = ("hidden_size", "n_layers")
-_OF_KIND = {
+_KIND_OPTIONS = {
     "lstm": (*_SIZES, "bias", "dropout", "forget_bias"),
     "gru": (*_SIZES, "bias", "dropout"),
     "gtrxl": (*_SIZES, "n_heads", "memory_length", "gate_bias", "d_feedforward"),
 }
-_OF_ALL = ("shared", "critic", "sequence_length")
+_COMMON_OPTIONS = ("shared", "critic", "sequence_length")
 CONTRIB_KWARGS = ("lstm_hidden_size", "n_lstm_layers", "shared_lstm", "enable_critic_lstm", "lstm_kwargs")
 
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What ``memory`` and ``memory_kwargs`` say.
+    """The options that ``memory`` and ``memory_kwargs`` give.
 
     :param kind: "lstm", "gru" or "gtrxl"
-    :param shared: one memory for actor and critic: True; "actor": only the actor trains it, as sb3-contrib's
-        ``shared_lstm``. False: each its own
-    :param critic: where it is not shared, whether the critic has a memory; False: a linear layer in its place
+    :param shared: True: actor and critic share one memory; "actor": they share it, but only the actor trains it, as
+        with sb3-contrib's ``shared_lstm``; False: each has its own
+    :param critic: without a shared memory, whether the critic has one; False: it has a linear layer instead
     :param sequence_length: see :func:`resolve_sequence_length`
-    :param sizes: further arguments of the memory's class
+    :param sizes: other arguments of the memory's class
     """
 
     kind: str
@@ -53,39 +54,49 @@ class MemoryOptions:
     def resolve(
         cls, memory: str | None, memory_kwargs: dict[str, Any] | None, contrib_kwargs: dict[str, Any]
     ) -> MemoryOptions | None:
-        """Validate the arguments of a policy; None without a memory.
+        """Validate the arguments of a policy.
 
         :param memory: None, "lstm", "gru" or "gtrxl"
         :param memory_kwargs: fields of this class, and arguments of the memory's class
-        :param contrib_kwargs: those of ``CONTRIB_KWARGS`` that were given
+        :param contrib_kwargs: the arguments among ``CONTRIB_KWARGS`` that were given
+        :return: the options; None: there is no memory
         :raises ValueError: for a value that is not allowed
         """
         if memory is not None and memory not in MEMORIES:
-            raise ValueError(f"policy_kwargs: memory must be None or one of {sorted(MEMORIES)}, got {memory!r}")
+            raise ValueError(
+                f"policy_kwargs: memory must be None or one of {sorted(MEMORIES)}, got {memory!r}"
+                f"{did_you_mean(memory, MEMORIES)}"
+            )
         if contrib_kwargs and memory != "lstm":
-            raise ValueError(f"policy_kwargs: {sorted(contrib_kwargs)} go with memory='lstm', got memory={memory!r}")
+            raise ValueError(f"policy_kwargs: {sorted(contrib_kwargs)} need memory='lstm', got memory={memory!r}")
         if memory is None:
             if memory_kwargs:
                 raise ValueError(f"policy_kwargs: memory_kwargs={memory_kwargs!r} need a memory, got memory=None")
             return None
         given = {**_from_contrib(contrib_kwargs), **(memory_kwargs or {})}
-        allowed = (*_OF_ALL, *_OF_KIND[memory])
+        allowed = (*_COMMON_OPTIONS, *_KIND_OPTIONS[memory])
         unknown = sorted(given.keys() - set(allowed))
         if unknown:
-            raise ValueError(f"memory_kwargs has {unknown}; allowed for memory={memory!r}: {sorted(allowed)}")
+            raise ValueError(
+                f"memory_kwargs has {unknown}; allowed for memory={memory!r}: {sorted(allowed)}"
+                f"{did_you_mean(unknown[0], allowed)}"
+            )
         for name, value in given.items():
             _check_option(name, value)
-        of_all = {name: given.pop(name) for name in _OF_ALL if name in given}
-        return cls(memory, **of_all, sizes=given)
+        common = {name: given.pop(name) for name in _COMMON_OPTIONS if name in given}
+        return cls(memory, **common, sizes=given)
 
     def make(self, features_dim: int) -> Any:  # noqa: ANN401  # an nn.Module that is a Memory too
-        """Build one memory."""
+        """Build one memory.
+
+        :param features_dim: size of the features
+        """
         return MEMORIES[self.kind](features_dim, **self.sizes)
 
     def as_kwargs(self) -> dict[str, Any]:
-        """Return the arguments ``memory`` and ``memory_kwargs`` from which the same options resolve."""
-        of_all = {name: getattr(self, name) for name in _OF_ALL}
-        return {"memory": self.kind, "memory_kwargs": {**of_all, **self.sizes}}
+        """Return the arguments ``memory`` and ``memory_kwargs`` that give these options."""
+        common = {name: getattr(self, name) for name in _COMMON_OPTIONS}
+        return {"memory": self.kind, "memory_kwargs": {**common, **self.sizes}}
 
     @property
     def output_dim(self) -> int:
@@ -136,11 +147,11 @@ def _check_option(name: str, value: object) -> None:
 
 
 def resolve_sequence_length(sequence_length: int | None, n_steps: int, batch_size: int) -> int:
-    """Length of the sequences into which each environment's part of a rollout is cut.
+    """Return the length of the sequences into which each environment's part of a rollout is cut.
 
-    :param sequence_length: a number of steps; None: min(n_steps, batch_size); -1: n_steps, whole environments
+    :param sequence_length: a number of steps; None: min(n_steps, batch_size); -1: n_steps, so that nothing is cut
     :param n_steps: steps per environment and rollout
-    :param batch_size: transitions per minibatch, of which there are ``batch_size // sequence_length`` sequences
+    :param batch_size: transitions per minibatch, which has ``batch_size // sequence_length`` sequences
     :raises ValueError: for sequences longer than a rollout or a minibatch
     """
     if sequence_length is None:
@@ -148,8 +159,8 @@ def resolve_sequence_length(sequence_length: int | None, n_steps: int, batch_siz
     if sequence_length == -1:
         if batch_size < n_steps:
             raise ValueError(
-                f"sequence_length=-1 puts whole sequences of n_steps={n_steps} into minibatches, of which there would "
-                f"be more than environments: batch_size must be at least n_steps, got batch_size={batch_size}"
+                f"sequence_length=-1 makes sequences of n_steps={n_steps} steps, which must fit into a minibatch: "
+                f"batch_size must be at least n_steps, got batch_size={batch_size}"
             )
         return n_steps
     if sequence_length > min(n_steps, batch_size):
@@ -160,12 +171,12 @@ def resolve_sequence_length(sequence_length: int | None, n_steps: int, batch_siz
 
 
 def set_sequence_length(rollout_buffer: RolloutBuffer, policy: ActorCriticPolicy, batch_size: int) -> None:
-    """Have a rollout buffer cut the rollout into sequences, if the policy has a memory.
+    """Tell a rollout buffer to cut rollouts into sequences, if the policy has a memory.
 
     :param rollout_buffer: the buffer
     :param policy: the policy
     :param batch_size: transitions per minibatch
-    :raises ValueError: for a buffer that cannot, or sequences longer than a rollout or a minibatch
+    :raises ValueError: for a buffer that cannot do this, or sequences longer than a rollout or a minibatch
     """
     options: MemoryOptions | None = getattr(policy, "memory_options", None)
     if options is None:
@@ -181,16 +192,16 @@ def set_sequence_length(rollout_buffer: RolloutBuffer, policy: ActorCriticPolicy
 
 
 class RememberingPolicy(ActorCriticPolicy):
-    """SB3's ``ActorCriticPolicy`` with a memory between the features and the heads, if ``memory_options`` say so.
+    """SB3's ``ActorCriticPolicy`` with a memory between the features and the heads, if ``memory_options`` is set.
 
-    The modules have the names and shapes of sb3-contrib's RecurrentActorCriticPolicy where there is an LSTM.
+    With an LSTM, the modules have the names and shapes of sb3-contrib's RecurrentActorCriticPolicy.
     """
 
     memory_options: MemoryOptions | None = None
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        of_memory = {} if self.memory_options is None else self.memory_options.as_kwargs()
-        return {**super()._get_constructor_parameters(), **of_memory}
+        memory_arguments = {} if self.memory_options is None else self.memory_options.as_kwargs()
+        return {**super()._get_constructor_parameters(), **memory_arguments}
 
     def _build_mlp_extractor(self) -> None:
         if self.memory_options is None:
@@ -217,25 +228,29 @@ class RememberingPolicy(ActorCriticPolicy):
                 self.critic = nn.Linear(self.features_dim, options.output_dim)
         kwargs = dict(self.optimizer_kwargs)
         if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and not {"fused", "foreach"} & kwargs.keys():
-            # A memory has many parameters, over which the separate operations of a step pass ten times
+            # A memory has many parameters, and a step that is not fused goes over them about ten times
             kwargs["fused"] = True
-        # As in sb3-contrib: after the heads, which so begin with the parameters that they have without a memory
+        # As in sb3-contrib, the memory is made after the heads, which thus begin as they do without one. The optimiser
+        # that SB3 has made by then lacks the memory's parameters
         self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **kwargs)  # type: ignore[call-arg]  # torch's base class takes no lr
 
     @property
     def actor_memory(self) -> Memory | None:
-        """The actor's memory, which may be the critic's too."""
+        """The actor's memory, which the critic may share; None: the policy has no memory."""
         options = self.memory_options
         return None if options is None else getattr(self, f"{options.kind}_actor")
 
     @property
     def critic_memory(self) -> Memory | None:
-        """The critic's own memory."""
+        """The critic's own memory; None: it has none."""
         options = self.memory_options
         return None if options is None else getattr(self, f"{options.kind}_critic", None)
 
     def initial_states(self, n_envs: int) -> RNNStates:
-        """States in which episodes begin: all zeros; ``vf`` is empty where the critic has no memory of its own."""
+        """Return the states in which episodes begin: all zeros. ``vf`` is empty if the critic has no own memory.
+
+        :param n_envs: number of environments
+        """
         actor, critic = self.actor_memory, self.critic_memory
         return RNNStates(
             () if actor is None else actor.initial_state(n_envs), () if critic is None else critic.initial_state(n_envs)
@@ -251,7 +266,7 @@ class RememberingPolicy(ActorCriticPolicy):
     def _remember_critic(
         self, features: th.Tensor, states: RNNStates | None, episode_starts: th.Tensor | None
     ) -> tuple[th.Tensor, State]:
-        """Pass the critic's features through the memory that it uses, its own or the actor's."""
+        """Pass the critic's features through its own memory, a shared one, or the layer that it has instead."""
         memory = self.critic_memory
         if memory is not None:
             return _pass_through(memory, features, None if states is None else states.vf, episode_starts)
@@ -267,7 +282,7 @@ class RememberingPolicy(ActorCriticPolicy):
         states: RNNStates | None,
         episode_starts: th.Tensor | None,
     ) -> tuple[th.Tensor, th.Tensor, RNNStates]:
-        """Pass the features of actor and critic through their memories, a shared one once."""
+        """Pass the features of actor and critic through their memories; a shared memory runs once."""
         latent_pi, pi = self._remember_actor(pi_features, None if states is None else states.pi, episode_starts)
         if self.memory_options is not None and self.memory_options.shared:
             return latent_pi, self._shared_latent(latent_pi), RNNStates(pi, ())
@@ -278,10 +293,10 @@ class RememberingPolicy(ActorCriticPolicy):
         is_actors = self.memory_options is not None and self.memory_options.shared == "actor"
         return latent.detach() if is_actors else latent
 
-    def _check_state(self, state: Any, n_envs: int) -> State | None:  # noqa: ANN401  # whatever predict was given
+    def _check_state(self, state: Any, n_envs: int) -> State | None:  # noqa: ANN401  # a user may give anything
         """Turn the state that ``predict`` was given into tensors.
 
-        :raises ValueError: for a state that is none of this memory for so many environments
+        :raises ValueError: for a state that does not fit this memory and this number of environments
         """
         memory = self.actor_memory
         if state is None or memory is None:
@@ -300,19 +315,19 @@ class RememberingPolicy(ActorCriticPolicy):
 def _pass_through(
     memory: Memory, features: th.Tensor, state: State | None, episode_starts: th.Tensor | None
 ) -> tuple[th.Tensor, State]:
-    """Take one step of every env, or all steps of sequences: as many as the state has envs.
+    """Take one step of every env, or all steps of sequences. The state says how many envs or sequences there are.
 
     :param features: shape (batch, features_dim), sequence by sequence
-    :param state: before the first step; None: that in which an episode begins
-    :param episode_starts: shape (batch,); None: no episode begins
-    :return: outputs, shape (batch, output_dim), in float32, and the state after a step; nothing after sequences
+    :param state: the state before the first step; None: each observation begins an episode
+    :param episode_starts: True where the state is reset before the step, shape (batch,); None: nowhere
+    :return: outputs, float32, shape (batch, output_dim), and the state after a step; after sequences, an empty tuple
     """
     if state is None:
         state = memory.initial_state(len(features))
     n_sequences = state[0].shape[1]
     if episode_starts is None:
         episode_starts = th.zeros(len(features), dtype=th.bool, device=features.device)
-    # Under autocast too: errors would add up from step to step
+    # In float32 even under autocast: otherwise errors would add up from step to step
     with th.autocast(features.device.type, enabled=False):
         features = features.float()
         if n_sequences == len(features):

@@ -1,4 +1,4 @@
-"""The state of callbacks: their own ``get_state`` and ``set_state``, and what SB3's callbacks count."""
+"""The state of callbacks: what their ``get_state()`` returns, and what SB3's own callbacks count."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from stable_baselines3.common.callbacks import (
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
 from sb3_ppo_plus.resuming.vec_env_state import set_vec_env_state, vec_env_state
 
-State = dict[str, Any]
+CallbackState = dict[str, Any]
 
 SB3_ATTRIBUTES: dict[type[BaseCallback], tuple[str, ...]] = {
     EvalCallback: (
@@ -36,27 +36,36 @@ SB3_ATTRIBUTES: dict[type[BaseCallback], tuple[str, ...]] = {
 }
 
 
-def callback_states(callback: BaseCallback) -> dict[str, State]:
-    """Copy the state of ``callback`` and of every callback inside it.
+def callback_states(callback: BaseCallback) -> dict[str, CallbackState]:
+    """Copy the state of a callback and of every callback inside it.
 
-    Each counts its calls. SB3's own keep their attributes, EvalCallback the environments that it evaluates on, where
-    they have ``get_resume_state``. Any other has the state that its ``get_state()`` returns.
+    For each callback this is the number of its calls. For SB3's own callbacks it is also their attributes, see
+    :data:`SB3_ATTRIBUTES`. For an EvalCallback it is also the state of its environments, if they have
+    ``get_resume_state``. For a callback with ``get_state`` and ``set_state`` it is also what ``get_state()`` returns.
 
-    :return: plain values by name
+    :param callback: the callback of ``learn``
+    :return: plain values, by the callback's class and its number among those of its class
     """
-    return {key: _state_of(child) for key, child in _named(callback)}
+    return {key: _copied_state(child) for key, child in _named(callback)}
 
 
-def set_callback_states(callback: BaseCallback, states: dict[str, State]) -> None:
-    """Put back what :func:`callback_states` has returned; warn of a saved callback that is not there any more."""
+def set_callback_states(callback: BaseCallback, states: dict[str, CallbackState]) -> None:
+    """Put back what :func:`callback_states` has returned. Warn of saved callbacks that are missing now.
+
+    :param callback: the callback of ``learn``
+    :param states: what was saved
+    """
     children = dict(_named(callback))
+    # The number of calls alone is no loss
     missing = [key for key, state in states.items() if key not in children and len(state) > 1]
     if missing:
-        warnings.warn(f"callbacks of the checkpoint are not given, their state is dropped: {missing}", stacklevel=2)
+        warnings.warn(
+            f"the checkpoint holds the state of callbacks that were not given; it is dropped: {missing}", stacklevel=2
+        )
     for key in states.keys() & children.keys():
         child, state = children[key], states[key]
         child.n_calls = state["n_calls"]
-        for name in _attributes_of(child):
+        for name in _sb3_attributes(child):
             if name in state.get("attributes", {}):
                 setattr(child, name, state["attributes"][name])
         if "own" in state and hasattr(child, "set_state"):
@@ -65,11 +74,12 @@ def set_callback_states(callback: BaseCallback, states: dict[str, State]) -> Non
             _set_eval_env_state(child, state.get("eval_env"))
 
 
-def _set_eval_env_state(callback: EvalCallback, state: State | None) -> None:
+def _set_eval_env_state(callback: EvalCallback, state: CallbackState | None) -> None:
     if state is None or not set_vec_env_state(callback.eval_env, state):
         warnings.warn(
             f"the environments of {type(callback).__name__} have no get_resume_state() and set_resume_state(state), or "
-            "had none: they begin anew, and its results may differ. ResumableEnv gives both to many",
+            "had none when they were saved: their episodes begin anew, and the evaluation's results may differ. "
+            "ResumableEnv gives many environments both methods",
             stacklevel=2,
         )
 
@@ -77,20 +87,24 @@ def _set_eval_env_state(callback: EvalCallback, state: State | None) -> None:
 def _named(callback: BaseCallback) -> Iterator[tuple[str, BaseCallback]]:
     seen: Counter[str] = Counter()
     for child in iterate_callbacks(callback):
-        # learn makes lists of its own
+        # learn puts callbacks into further lists, which must not change the names
         if type(child) is not CallbackList:
             name = type(child).__name__
             seen[name] += 1
             yield f"{name} {seen[name]}", child
 
 
-def _attributes_of(callback: BaseCallback) -> list[str]:
-    return [name for cls, names in SB3_ATTRIBUTES.items() if isinstance(callback, cls) for name in names]
+def _sb3_attributes(callback: BaseCallback) -> list[str]:
+    names: list[str] = []
+    for cls, class_names in SB3_ATTRIBUTES.items():
+        if isinstance(callback, cls):
+            names.extend(class_names)
+    return names
 
 
-def _state_of(callback: BaseCallback) -> State:
-    state: State = {"n_calls": callback.n_calls}
-    names = _attributes_of(callback)
+def _copied_state(callback: BaseCallback) -> CallbackState:
+    state: CallbackState = {"n_calls": callback.n_calls}
+    names = _sb3_attributes(callback)
     if names:
         state["attributes"] = {name: getattr(callback, name) for name in names}
     if hasattr(callback, "get_state") and hasattr(callback, "set_state"):

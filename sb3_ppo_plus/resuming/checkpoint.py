@@ -1,4 +1,4 @@
-"""Checkpoints of a training run, written at the end of an update, from which it goes on bit for bit."""
+"""The callback that writes checkpoints of a training run."""
 
 from __future__ import annotations
 
@@ -25,23 +25,26 @@ from sb3_ppo_plus.resuming.training_state import (
 class TrainingCheckpoint(BaseCallback):
     """Writes checkpoints of a training run, from which ``PPOPlus.resume(save_path, env)`` continues it exactly.
 
-    A checkpoint is a directory in ``save_path``, written at the end of an update, after the last one too. It holds
-    everything that the rest of the run depends on; of the environments what they tell, see :class:`ResumableEnv`, and
-    of callbacks what ``get_state()`` returns, where they have this and ``set_state(state)``.
+    A checkpoint is a directory in ``save_path``. It is written at the end of an update, also of the last one. It holds
+    everything that the rest of the run depends on. Environments are part of it if they have ``get_resume_state()`` and
+    ``set_resume_state(state)``, see :class:`ResumableEnv`. Callbacks of your own are part of it if they have
+    ``get_state()`` and ``set_state(state)``.
 
-    With ``on_signal``, SIGTERM and SIGINT (Ctrl-C) have a checkpoint written at the end of the update, where ``learn``
-    then returns; a second SIGINT interrupts at once. SIGUSR1 has one written, and learning goes on. The handlers are
-    in place during ``learn``, if it runs in the main thread. Workers of a SubprocVecEnv ignore SIGINT and SIGTERM from
-    then on, which often reach all processes; forked ones ignore SIGINT only.
+    With ``on_signal``, SIGTERM or SIGINT (Ctrl-C) ends training after the current update: a checkpoint is written, and
+    ``learn`` returns. A second SIGINT interrupts at once. After SIGUSR1 a checkpoint is written too, and learning goes
+    on. The handlers are in place during ``learn``, if it runs in the main thread. Such signals often reach all
+    processes, so the workers of a SubprocVecEnv ignore SIGINT and SIGTERM from then on; forked workers ignore only
+    SIGINT.
 
-    :param save_freq: least number of timesteps, of all environments together, from one checkpoint to the next; with 1
-        there is one after every update
-    :param save_path: directory of the checkpoints; made where it is missing
-    :param keep_last: so many valid checkpoints are kept, older ones are removed
-    :param on_signal: handle signals
+    :param save_freq: smallest number of timesteps between two checkpoints, counted over all environments; 1: a
+        checkpoint after every update
+    :param save_path: directory of the checkpoints; it is created if it is missing
+    :param keep_last: number of valid checkpoints to keep; older ones are removed
+    :param on_signal: whether to handle signals
     :param verbose: 1: print a line for each checkpoint
-    :raises ValueError: for numbers below 1
-    :raises CheckpointError: during training, where a checkpoint cannot be written; the model stays usable
+    :raises TypeError: for a ``save_freq`` or ``keep_last`` that is no integer
+    :raises ValueError: for a ``save_freq`` or ``keep_last`` below 1
+    :raises CheckpointError: during training, if a checkpoint cannot be written; the model stays usable
     """
 
     comes_last = True
@@ -65,7 +68,7 @@ class TrainingCheckpoint(BaseCallback):
         self.keep_last = keep_last
         self.on_signal = on_signal
         self.received_signal: signal.Signals | None = None
-        """SIGTERM or SIGINT, if one has come since ``learn`` began, whatever has ended it."""
+        """SIGTERM or SIGINT, if one arrived during the last ``learn``, even if something else ended it first."""
         self._n_saved_at = 0
         self._signals = SignalFlags()
 
@@ -77,15 +80,15 @@ class TrainingCheckpoint(BaseCallback):
     def _on_training_start(self) -> None:
         self.received_signal = None
         self._n_saved_at = self.model.num_timesteps
-        # Whatever cannot be saved is said now, not hours later
+        # Find out now what cannot be saved, not hours later
         unsaved: list[str] = []
         checkpoint_files(self._ppo_plus, self._learn_callback, unsaved)
         if unsaved:
             warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
         if self.model.num_timesteps == 0 and checkpoint_directories(self.save_path):
             warnings.warn(
-                f"{self.save_path} holds checkpoints of an earlier run, which this one's will replace; "
-                "PPOPlus.resume(save_path, env) would continue it",
+                f"{self.save_path} holds checkpoints of an earlier run. This run's checkpoints will replace them. "
+                "PPOPlus.resume(save_path, env) would continue the earlier run",
                 stacklevel=2,
             )
         if self.on_signal and self._signals.install():
@@ -108,25 +111,25 @@ class TrainingCheckpoint(BaseCallback):
         return True
 
     def on_update_end(self) -> bool:
-        """Write a checkpoint where it is time, a signal has come, or training is over.
+        """Write a checkpoint if ``save_freq`` steps are done, a signal has arrived, or training is over.
 
-        :return: False where a signal asks to stop
+        :return: False if a signal asks to stop
         """
         model = self._ppo_plus
         is_due = model.num_timesteps - self._n_saved_at >= self.save_freq
         is_over = model.num_timesteps >= model._total_timesteps
         is_requested = self._signals.take_request()
-        # Asked last: whatever stops training has been saved, even if the signal comes only now
+        # Read last: a signal may arrive during these lines, and one that stops training must have a checkpoint written
         self.received_signal = self._signals.stop
         if is_due or is_over or is_requested or self.received_signal is not None:
             self.save()
         return self.received_signal is None
 
     def save(self) -> Path:
-        """Write a checkpoint now; only between two updates is it a state that can be continued.
+        """Write a checkpoint now. A run can be continued only from a checkpoint written between two updates.
 
         :return: its directory
-        :raises CheckpointError: where it cannot be written
+        :raises CheckpointError: if it cannot be written
         """
         model = self._ppo_plus
         files = checkpoint_files(model, self._learn_callback)
@@ -139,7 +142,7 @@ class TrainingCheckpoint(BaseCallback):
         return directory
 
     def on_learn_end(self) -> None:
-        """Put back the signal handlers; called however ``learn`` ends."""
+        """Put back the signal handlers. PPOPlus calls this even if ``learn`` ends with an exception."""
         self._signals.remove()
-        # Also where something else has ended it first: whoever sent the signal waits for the program to end
+        # Also if something else has ended learn: the sender of the signal expects the program to end
         self.received_signal = self._signals.stop

@@ -1,7 +1,7 @@
 """Checkpoint directories: written atomically, verified when read, rotated.
 
 ``SAVE_PATH/checkpoint_000017_204800_steps/`` holds files and their ``manifest.json``. It is written under a hidden
-name, synced to the disk and renamed last, so that a directory of that name is whole, or was damaged afterwards.
+name, synced to the disk, and renamed last. So a directory with its final name is complete, unless it was damaged later.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 import torch as th
 
 from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
+from sb3_ppo_plus.strict_json import parse
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -36,9 +37,9 @@ _PACKAGES = ("gymnasium", "numpy", "sb3-ppo-plus", "stable-baselines3", "torch")
 class Checkpoint:
     """A checkpoint that was read and verified.
 
-    :param directory: where it lies
+    :param directory: its directory
     :param files: contents by file name
-    :param manifest: what it says about itself: num_timesteps, created, versions, files
+    :param manifest: contents of ``manifest.json``: format, num_timesteps, created, versions, files
     """
 
     directory: Path
@@ -47,13 +48,13 @@ class Checkpoint:
 
 
 def write_checkpoint(save_path: Path, files: dict[str, bytes], num_timesteps: int) -> Path:
-    """Write a checkpoint: all of it, or nothing that would be taken for one.
+    """Write a complete checkpoint, or leave nothing that looks like one.
 
-    :param save_path: directory of the checkpoints
+    :param save_path: directory of the checkpoints; it is created if it is missing
     :param files: contents by file name
-    :param num_timesteps: for its name and its manifest
+    :param num_timesteps: number in its name and its manifest
     :return: its directory
-    :raises CheckpointError: where the system refuses, as on a full disk; earlier checkpoints are as they were
+    :raises CheckpointError: if the system refuses, for example on a full disk; earlier checkpoints are as they were
     """
     try:
         save_path.mkdir(parents=True, exist_ok=True)
@@ -75,25 +76,27 @@ def write_checkpoint(save_path: Path, files: dict[str, bytes], num_timesteps: in
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint at {num_timesteps} steps could not be written to {save_path}: {error}. Earlier "
-            "checkpoints are as they were, and so is the model: continue_learning() goes on from here"
+            "checkpoints are as they were. The model is intact too: continue_learning() goes on from here"
         ) from error
     return directory
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
-    """Read a checkpoint and verify sizes and hashes.
+    """Read a checkpoint, and verify the sizes and hashes of its files.
 
-    :raises InvalidCheckpointError: for one that is torn or altered, saying where
+    :param directory: its directory
+    :raises InvalidCheckpointError: if it is incomplete or altered; the message names the file
     """
     try:
         text = (directory / MANIFEST).read_bytes()
-        manifest = json.loads(text)["manifest"]
+        manifest = parse(text, str(directory / MANIFEST))["manifest"]
         if text != _sealed(manifest):
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} was altered")
         if manifest["format"] != FORMAT:
             raise InvalidCheckpointError(f"{directory}: format {manifest['format']}, this version reads {FORMAT}")
         files = {}
         for name, expected in manifest["files"].items():
+            # Path(name).name: a name in the manifest must not lead out of the directory
             files[name] = (directory / Path(name).name).read_bytes()
             if len(files[name]) != expected["size"]:
                 raise InvalidCheckpointError(
@@ -111,8 +114,8 @@ def read_checkpoint(directory: Path) -> Checkpoint:
 def newest_checkpoint(save_path: str | Path) -> Checkpoint | None:
     """Read the newest valid checkpoint, and warn of each newer one that is not valid.
 
-    :param save_path: directory of the checkpoints, or of a single one
-    :return: None where there is none
+    :param save_path: directory of the checkpoints, or the directory of one checkpoint
+    :return: None if there is no valid checkpoint
     """
     save_path = Path(save_path)
     single = [save_path] if (save_path / MANIFEST).exists() else []
@@ -125,7 +128,10 @@ def newest_checkpoint(save_path: str | Path) -> Checkpoint | None:
 
 
 def checkpoint_directories(save_path: Path) -> list[Path]:
-    """Directories of the checkpoints, valid or not, the newest first."""
+    """List the directories of the checkpoints, valid or not, the newest first.
+
+    :param save_path: directory of the checkpoints
+    """
     if not save_path.is_dir():
         return []
     named = [path for path in save_path.iterdir() if _NAME.fullmatch(path.name)]
@@ -133,15 +139,22 @@ def checkpoint_directories(save_path: Path) -> list[Path]:
 
 
 def rotate(save_path: Path, keep_last: int) -> None:
-    """Remove what is older than the ``keep_last`` newest valid checkpoints; warn where the system refuses."""
+    """Remove all checkpoints that are older than the newest valid ones. Warn if the system refuses.
+
+    :param save_path: directory of the checkpoints
+    :param keep_last: number of valid checkpoints to keep
+    """
     directories = checkpoint_directories(save_path)
+    if len(directories) <= keep_last:
+        # None is old enough, valid or not: spare the time of reading their files
+        return
     n_valid = 0
-    for directory in directories if len(directories) > keep_last else []:
+    for directory in directories:
         if n_valid < keep_last:
             n_valid += _is_valid(directory)
             continue
         try:
-            # A name that is no checkpoint's, in one step: removing takes many
+            # Removing takes many steps. Renamed first, a half-removed directory does not look like a checkpoint
             removed = _hidden(directory, "removed")
             os.rename(directory, removed)
             shutil.rmtree(removed)
@@ -150,7 +163,10 @@ def rotate(save_path: Path, keep_last: int) -> None:
 
 
 def remove_leftovers(save_path: Path) -> None:
-    """Remove what a process that was killed while it wrote or removed a checkpoint has left behind."""
+    """Remove unfinished and half-removed checkpoints that a killed process has left.
+
+    :param save_path: directory of the checkpoints
+    """
     for path in save_path.iterdir():
         if _LEFTOVER.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
@@ -158,7 +174,7 @@ def remove_leftovers(save_path: Path) -> None:
 
 @cache
 def versions() -> dict[str, str]:
-    """What the bits of a training run depend on, apart from its own state."""
+    """Return the versions and the kind of machine on which the last bits of a training run depend."""
     return {
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},
@@ -204,7 +220,7 @@ def _manifest(files: dict[str, bytes], num_timesteps: int) -> bytes:
 
 
 def _sealed(manifest: object) -> bytes:
-    # Every byte of the file follows from the manifest, so that any change shows
+    # The manifest determines every byte of its file, so that any change of the file is noticed
     seal = _sha256(json.dumps(manifest, sort_keys=True).encode())
     return json.dumps({"manifest": manifest, "sha256": seal}, indent=1, sort_keys=True).encode() + b"\n"
 
@@ -217,6 +233,7 @@ def _write_file(path: Path, content: bytes) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o666)
     try:
         remaining = memoryview(content)
+        # os.write may write only a part
         while remaining:
             remaining = remaining[os.write(file, remaining) :]
         os.fsync(file)
@@ -225,7 +242,7 @@ def _write_file(path: Path, content: bytes) -> None:
 
 
 def _sync_directory(directory: Path) -> None:
-    # Windows has no such thing
+    # Windows cannot sync directories
     if os.name == "posix":
         descriptor = os.open(directory, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""States of random-number generators: the global ones of a process, and those of objects and spaces."""
+"""States of random-number generators: the global ones of a process, and those in objects and spaces."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-State = dict[str, Any]
+GeneratorState = dict[str, Any]
 
 BIT_GENERATORS = {
     cls.__name__: cls
@@ -25,20 +25,26 @@ BIT_GENERATORS = {
 Generator = np.random.Generator | np.random.RandomState | random.Random
 
 
-def global_generator_states() -> State:
-    """States of the global generators of Python, NumPy and PyTorch, those of CUDA included where it is in use."""
+def global_generator_states() -> dict[str, Any]:
+    """Copy the states of the global generators of Python, NumPy and PyTorch, and of CUDA if it is in use.
+
+    :return: states under "python", "numpy", "torch" and "cuda"
+    """
     states = {
         "python": _python_state(random.getstate()),
         "numpy": np.random.get_state(legacy=False),
         "torch": th.get_rng_state(),
     }
-    if th.cuda.is_available() and th.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    if th.cuda.is_available() and th.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch gives it no types
         states["cuda"] = th.cuda.get_rng_state_all()
     return states
 
 
-def set_global_generator_states(states: State) -> None:
-    """Put the generators back; those of CUDA only as far as there are as many devices."""
+def set_global_generator_states(states: dict[str, Any]) -> None:
+    """Put back the states of the global generators. States of CUDA devices that are missing here are left out.
+
+    :param states: what :func:`global_generator_states` has returned
+    """
     random.setstate(_python_tuple(states["python"]))
     np.random.set_state(states["numpy"])
     th.set_rng_state(states["torch"])
@@ -47,8 +53,11 @@ def set_global_generator_states(states: State) -> None:
             th.cuda.set_rng_state(state, device)
 
 
-def generator_state(generator: Generator) -> State:
-    """State of a NumPy ``Generator`` or ``RandomState``, or of a ``random.Random``."""
+def generator_state(generator: Generator) -> GeneratorState:
+    """Copy the state of a generator.
+
+    :param generator: a NumPy ``Generator`` or ``RandomState``, or a ``random.Random``
+    """
     if isinstance(generator, random.Random):
         return {"random": _python_state(generator.getstate())}
     if isinstance(generator, np.random.RandomState):
@@ -56,12 +65,12 @@ def generator_state(generator: Generator) -> State:
     return {"generator": generator.bit_generator.state}
 
 
-def restored_generator(existing: object, state: State) -> Generator:
-    """Give ``existing`` the state, or make another generator where its kind is not the one that was saved.
+def restored_generator(existing: object, state: GeneratorState) -> Generator:
+    """Put a saved state into a generator, or into a new one if the generator is of another kind.
 
-    :param existing: any object
+    :param existing: the generator, or any other object in its place
     :param state: what :func:`generator_state` has returned
-    :return: ``existing``, since other objects may share it, or the new generator
+    :return: ``existing`` if it is of the saved kind, since other objects may share it; otherwise the new generator
     :raises ValueError: for a kind of generator that NumPy does not have
     """
     if "random" in state:
@@ -84,7 +93,7 @@ def restored_generator(existing: object, state: State) -> Generator:
 
 def _python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:
     version, internal, gauss_next = state
-    # An array: 625 numbers in JSON take their time
+    # As an array: 625 numbers are slow to write as JSON
     return version, np.array(internal), gauss_next
 
 
@@ -93,26 +102,33 @@ def _python_tuple(state: tuple[Any, ...]) -> tuple[Any, ...]:
     return version, tuple(internal.tolist()), gauss_next
 
 
-def space_generator_states(space: spaces.Space[Any]) -> list[State | None]:
-    """States of the generators of a space and of the spaces inside it; None for one that was never used."""
+def space_generator_states(space: spaces.Space[Any]) -> list[GeneratorState | None]:
+    """Copy the states of the generators of a space and of the spaces inside it.
+
+    :param space: the space
+    :return: a state for each generator; None for a generator that was never used
+    """
     return [None if part._np_random is None else generator_state(part._np_random) for part in _spaces_inside(space)]
 
 
-def set_space_generator_states(space: spaces.Space[Any], states: list[State | None]) -> None:
-    """Put back what :func:`space_generator_states` has returned.
+def set_space_generator_states(space: spaces.Space[Any], states: list[GeneratorState | None]) -> None:
+    """Put back the states of the generators of a space and of the spaces inside it.
 
-    :raises ValueError: for a space with another number of spaces inside it
+    :param space: the space
+    :param states: what :func:`space_generator_states` has returned
+    :raises ValueError: if the number of spaces inside it is not the saved one
     """
     parts = list(_spaces_inside(space))
     if len(parts) != len(states):
         raise ValueError(f"{space} has {len(parts)} random generators, the saved state is of {len(states)}")
     for part, state in zip(parts, states, strict=True):
-        part._np_random = None if state is None else restored_generator(part._np_random, state)  # type: ignore[assignment]  # a Generator's state
+        part._np_random = None if state is None else restored_generator(part._np_random, state)  # type: ignore[assignment]  # a Generator
 
 
 def _spaces_inside(space: spaces.Space[Any]) -> Iterator[spaces.Space[Any]]:
     yield space
     inner = getattr(space, "spaces", ())
+    # Attributes of Sequence and Graph
     names = ("feature_space", "node_space", "edge_space", "stack_feature_space")
     parts = [*(inner.values() if isinstance(inner, dict) else inner), *(getattr(space, name, None) for name in names)]
     for part in parts:

@@ -28,10 +28,10 @@ from sb3_ppo_plus.resuming.generator_state import (
 )
 from sb3_ppo_plus.resuming.plain_state import PlainStateWriter
 
-State = dict[str, tuple[str, Any]]
-"""By attribute: its kind, a key of :data:`KINDS`, and plain values."""
+ObjectState = dict[str, tuple[str, Any]]
+"""For each attribute its kind, which is a key of :data:`KINDS`, and plain values."""
 
-# How an object was made, what is inside it, what an Atari game can do
+# Attributes that are no state: how an object was made, what it wraps, what an Atari game can do
 NOT_STATE = {
     "_action_set",
     "_cached_spec",
@@ -46,7 +46,7 @@ NOT_STATE = {
     "spec",
     "venv",
 }
-# Rendering, and files of episodes' statistics
+# Modules whose objects are no state: they render, or write statistics of episodes to files
 NOT_STATE_MODULES = ("pygame", "gymnasium.envs.mujoco.mujoco_rendering", "stable_baselines3.common.monitor")
 # Objects whose attributes are their state
 TRANSPARENT = (RunningMeanStd, gymnasium.wrappers.utils.RunningMeanStd, StackedObservations)
@@ -55,9 +55,9 @@ TRANSPARENT = (RunningMeanStd, gymnasium.wrappers.utils.RunningMeanStd, StackedO
 class Kind(NamedTuple):
     """How one kind of attribute is saved.
 
-    :param applies: whether a value is of this kind
-    :param get: makes plain values of a value
-    :param put: takes the existing value and the saved one; returns the existing value, changed, or another
+    :param applies: tells whether a value is of this kind
+    :param get: turns a value into plain values
+    :param put: takes the existing value and the saved plain values; returns the existing value, changed, or a new one
     """
 
     applies: Callable[[Any], bool]
@@ -65,29 +65,31 @@ class Kind(NamedTuple):
     put: Callable[[Any, Any], Any]
 
 
-def object_state(owner: object, constant: Collection[str] = (), refused: list[str] | None = None) -> State:
-    """Copy what may change in ``owner``: plain attributes, random generators, also of spaces, MuJoCo, Atari.
+def object_state(owner: object, constant: Collection[str] = (), refused: list[str] | None = None) -> ObjectState:
+    """Copy what may change in an object: plain attributes, random generators (also of spaces), MuJoCo, Atari.
 
-    Running means and stacks of observations are part of it; functions, classes, modules and rendering are not.
+    Running means and stacks of observations are part of it. Functions, classes, modules and rendering are not.
 
     :param owner: an environment or a wrapper
     :param constant: names of further attributes to leave out
-    :param refused: takes a line about each attribute that cannot be saved; None: the first one is an error
-    :raises PlainStateError: for an attribute that cannot be saved, by name
+    :param refused: gets a line for each attribute that cannot be saved; None: the first of them is an error
+    :raises PlainStateError: if an attribute cannot be saved; the message names it
     """
-    of_class = {
-        name: value
-        for name in ("observation_space", "action_space")
-        if isinstance(value := inspect.getattr_static(type(owner), name, None), spaces.Space)
-    }
-    state: State = {}
-    for name, value in {**of_class, **vars(owner)}.items():
+    attributes: dict[str, Any] = {}
+    for name in ("observation_space", "action_space"):
+        # These may be attributes of the class, which vars() of an instance lacks
+        space = inspect.getattr_static(type(owner), name, None)
+        if isinstance(space, spaces.Space):
+            attributes[name] = space
+    attributes |= vars(owner)
+    state: ObjectState = {}
+    for name, value in attributes.items():
         if name in NOT_STATE or name in constant or _never_changes(value):
             continue
         kind = next(kind for kind in KINDS if KINDS[kind].applies(value))
         try:
             if kind == "plain":
-                PlainStateWriter().describe(value, f"{type(owner).__name__}.{name}")
+                PlainStateWriter().encode(value, f"{type(owner).__name__}.{name}")
             state[name] = (kind, KINDS[kind].get(value))
         except PlainStateError as error:
             if refused is None:
@@ -96,16 +98,18 @@ def object_state(owner: object, constant: Collection[str] = (), refused: list[st
     return state
 
 
-def set_object_state(owner: object, state: State) -> None:
-    """Put back what :func:`object_state` has returned.
+def set_object_state(owner: object, state: ObjectState) -> None:
+    """Put back the state of an object.
 
-    :raises ValueError: for what it never returns: a method, or an attribute of Python's own; and for an object inside
-        ``owner`` that is not there
+    :param owner: an environment or a wrapper
+    :param state: what :func:`object_state` has returned
+    :raises ValueError: for the name of a method or of a special attribute, which no state contains; and if ``owner``
+        lacks an object that the saved one had
     """
     for name, (kind, saved) in state.items():
         if name.startswith("__") or callable(inspect.getattr_static(type(owner), name, None)):
             raise ValueError(f"{type(owner).__name__}.{name} is no state")
-        # Not getattr: a wrapper of SB3 answers for what it wraps
+        # Not getattr: SB3's wrappers answer with attributes of what they wrap
         existing = vars(owner).get(name, inspect.getattr_static(type(owner), name, None))
         if existing is None and kind not in ("plain", "generator"):
             raise ValueError(f"{type(owner).__name__} has no {name}, as the saved one had: it was made in another way")
@@ -115,24 +119,29 @@ def set_object_state(owner: object, state: State) -> None:
 
 
 def mujoco_state(data: Any) -> dict[str, Any]:  # noqa: ANN401  # mujoco is an optional dependency
-    """Full integration state of an ``MjData``, and the derived arrays, which lag one step behind it after a step.
+    """Copy the integration state of an ``MjData``, and the arrays that MuJoCo derives from it.
 
-    Environments read those before their next step: Ant's reward is the change of the torso's lagging position.
+    After a step, the derived arrays still belong to the state before it. Environments read them before their next step:
+    Ant's reward is the change of the torso's position in these arrays.
+
+    :param data: an ``MjData``
     """
     mujoco = importlib.import_module("mujoco")
     integration = mujoco.mjtState.mjSTATE_INTEGRATION
     state = np.empty(mujoco.mj_stateSize(data.model, integration))
     mujoco.mj_getState(data.model, data, state, integration)
-    # One array for all: there are 120 of them in each environment
+    # The arrays are joined, since each environment has 120 of them
     derived = [getattr(data, name) for name in _derived_arrays()]
     sizes = np.array([array.nbytes for array in derived])
     return {"integration": state, "derived": b"".join(array.tobytes() for array in derived), "sizes": sizes}
 
 
-def set_mujoco_state(data: Any, state: dict[str, Any]) -> None:  # noqa: ANN401  # as above
-    """Put back what :func:`mujoco_state` has returned.
+def set_mujoco_state(data: Any, state: dict[str, Any]) -> None:  # noqa: ANN401  # mujoco is an optional dependency
+    """Put back the state of an ``MjData``.
 
-    :raises ValueError: for a state of another model
+    :param data: an ``MjData``
+    :param state: what :func:`mujoco_state` has returned
+    :raises ValueError: for the state of another model
     """
     mujoco = importlib.import_module("mujoco")
     integration = mujoco.mjtState.mjSTATE_INTEGRATION
@@ -144,7 +153,7 @@ def set_mujoco_state(data: Any, state: dict[str, Any]) -> None:  # noqa: ANN401 
     begin = 0
     for name, size in zip(_derived_arrays(), state["sizes"].tolist(), strict=True):
         array = getattr(data, name)
-        # What is as long as there are contacts is as MuJoCo finds it now
+        # The length of some arrays depends on the contacts. Where it differs, what mj_forward has found stays
         if array.nbytes == size:
             array[...] = np.frombuffer(state["derived"][begin : begin + size], array.dtype).reshape(array.shape)
         begin += size
@@ -155,17 +164,18 @@ def _derived_arrays() -> list[str]:
     mujoco = importlib.import_module("mujoco")
     data = mujoco.MjData(mujoco.MjModel.from_xml_string("<mujoco/>"))
     names = [name for name in dir(data) if isinstance(getattr(data, name), np.ndarray)]
-    # Those of constraints are as long as there are contacts, and no environment of Gymnasium reads them
+    # The length of constraints' arrays depends on the contacts, and no environment of Gymnasium reads them
     return [name for name in names if not name.startswith(("_", "efc_", "iefc_"))]
 
 
 def _never_changes(value: object) -> bool:
     if isinstance(value, EnvSpec | ModuleType | type) or (callable(value) and not isinstance(value, TRANSPARENT)):
         return True
+    # Such arrays are saved with the MjData that owns their memory
     is_view_of_mujoco = isinstance(value, np.ndarray) and type(_owner_of_memory(value)).__name__ == "PyCapsule"
-    return (
-        is_view_of_mujoco or _is_of("mujoco", "MjModel", value) or type(value).__module__.startswith(NOT_STATE_MODULES)
-    )
+    if is_view_of_mujoco or _is_instance("mujoco", "MjModel", value):
+        return True
+    return type(value).__module__.startswith(NOT_STATE_MODULES)
 
 
 def _owner_of_memory(array: np.ndarray) -> object:
@@ -175,8 +185,8 @@ def _owner_of_memory(array: np.ndarray) -> object:
     return owner
 
 
-def _is_of(module: str, name: str, value: object) -> bool:
-    # Optional dependencies: without them there are no such objects
+def _is_instance(module: str, name: str, value: object) -> bool:
+    # The modules are optional dependencies. While one is not imported, its objects cannot exist
     return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
 
 
@@ -188,39 +198,39 @@ def _are_transparent(value: object) -> bool:
     return isinstance(value, dict) and len(value) > 0 and all(isinstance(part, TRANSPARENT) for part in value.values())
 
 
-def _changed(change: Callable[[Any, Any], None]) -> Callable[[Any, Any], Any]:
-    def put(existing: Any, saved: Any) -> Any:  # noqa: ANN401  # of any kind
+def _in_place(change: Callable[[Any, Any], None]) -> Callable[[Any, Any], Any]:
+    def put(existing: Any, saved: Any) -> Any:  # noqa: ANN401  # a value of any kind
         change(existing, saved)
         return existing
 
     return put
 
 
-def _set_each(existing: dict[Any, Any], saved: dict[Any, State]) -> None:
+def _set_each(existing: dict[Any, Any], saved: dict[Any, ObjectState]) -> None:
     for key, state in saved.items():
         set_object_state(existing[key], state)
 
 
 KINDS = {
     "space": Kind(
-        lambda value: isinstance(value, spaces.Space), space_generator_states, _changed(set_space_generator_states)
+        lambda value: isinstance(value, spaces.Space), space_generator_states, _in_place(set_space_generator_states)
     ),
     "generator": Kind(
         lambda value: isinstance(value, np.random.Generator | np.random.RandomState | random.Random),
         generator_state,
         restored_generator,
     ),
-    "mujoco": Kind(lambda value: _is_of("mujoco", "MjData", value), mujoco_state, _changed(set_mujoco_state)),
+    "mujoco": Kind(lambda value: _is_instance("mujoco", "MjData", value), mujoco_state, _in_place(set_mujoco_state)),
     "atari": Kind(
-        lambda value: _is_of("ale_py", "ALEInterface", value),
+        lambda value: _is_instance("ale_py", "ALEInterface", value),
         lambda ale: ale.cloneState(include_rng=True).serialize(),
-        _changed(_set_atari_state),
+        _in_place(_set_atari_state),
     ),
-    "object": Kind(lambda value: isinstance(value, TRANSPARENT), object_state, _changed(set_object_state)),
+    "object": Kind(lambda value: isinstance(value, TRANSPARENT), object_state, _in_place(set_object_state)),
     "objects": Kind(
-        _are_transparent, lambda parts: {key: object_state(part) for key, part in parts.items()}, _changed(_set_each)
+        _are_transparent, lambda parts: {key: object_state(part) for key, part in parts.items()}, _in_place(_set_each)
     ),
-    # Copied both ways: the state may be used again
+    # Copied in both directions, so that a state can be put back several times
     "plain": Kind(lambda value: True, copy.deepcopy, lambda existing, saved: copy.deepcopy(saved)),
 }
-"""Kinds of attributes, the first that applies counts."""
+"""Kinds of attributes. The first kind that applies to a value is its kind."""

@@ -16,21 +16,19 @@ from sb3_ppo_plus.errors import PlainStateError
 Json = Any
 """What the ``json`` module writes and reads."""
 
-# Longer lists of floats, such as a Monitor's rewards, are arrays: exact, and ten times faster than JSON
+# Longer lists of floats, such as a Monitor's rewards, are written as arrays: exact, and ten times faster than JSON
 LONGEST_FLOAT_LIST = 8
 MAPPINGS = {dict: "$items", OrderedDict: "$ordered", Counter: "$counter"}
-
-
-# Memory of an array with strides, in sizes of its numbers
+# Largest memory of an array with gaps between its numbers, relative to the memory of the numbers alone
 LARGEST_GAPS = 8
 
 
 class PlainStateWriter:
-    """Describes values as JSON, and collects the bytes of their arrays.
+    """Turns plain values into JSON, and collects the bytes of their arrays.
 
-    Plain are None, bool, int, float, str, bytes; list, tuple, set, deque, dict, OrderedDict and Counter of plain
-    values; NumPy's arrays and scalars without Python objects; PyTorch's tensors; and sb3-contrib's RNNStates. Their
-    subclasses are not.
+    Plain values are None, bool, int, float, str, bytes; list, tuple, set, deque, dict, OrderedDict and Counter of plain
+    values; NumPy's arrays and scalars without Python objects; PyTorch's tensors; and sb3-contrib's RNNStates. Objects
+    of their subclasses are not plain.
     """
 
     def __init__(self) -> None:
@@ -38,15 +36,15 @@ class PlainStateWriter:
         self._n_bytes = 0
 
     def arrays(self) -> bytes:
-        """Return the bytes of all arrays described so far, one after the other."""
+        """Return the bytes of all arrays that were encoded so far, one after the other."""
         return b"".join(self._chunks)
 
-    def describe(self, value: object, name: str = "state") -> Json:
-        """Describe ``value``, which may change afterwards.
+    def encode(self, value: object, name: str = "state") -> Json:
+        """Turn a value into JSON, which does not change with the value later.
 
         :param value: the value
         :param name: what to call it in an error
-        :raises PlainStateError: for a value that is not plain, by its place
+        :raises PlainStateError: if it contains a value that is not plain; the message says where
         """
         kind = type(value)
         if value is None or kind in (bool, int, float, str):
@@ -56,13 +54,13 @@ class PlainStateWriter:
         if isinstance(value, th.Tensor):
             return {"$tensor": self._tensor(value.detach().cpu(), name)}
         if kind is bytes:
-            return {"$bytes": self._array(np.frombuffer(value, np.uint8), name)}  # type: ignore[call-overload]  # is bytes
+            return {"$bytes": self._array(np.frombuffer(value, np.uint8), name)}  # type: ignore[call-overload]  # bytes
         if kind is RNNStates:
-            return {"$rnn_states": [self.describe(part, name) for part in value]}  # type: ignore[attr-defined]  # kind says so
+            return {"$rnn_states": [self.encode(part, name) for part in value]}  # type: ignore[attr-defined]  # RNNStates
         if kind is list or kind is deque or kind is tuple or kind is set:
             return self._sequence(value, name)
         if kind in MAPPINGS:
-            return self._mapping(value, name)  # type: ignore[arg-type]  # kind says so
+            return self._mapping(value, name)  # type: ignore[arg-type]  # a mapping, by its kind
         raise PlainStateError(
             f"{name} is a {kind.__module__}.{kind.__qualname__}; allowed: None, numbers, strings, bytes, lists, "
             "tuples, sets, deques and dicts of such, NumPy arrays and PyTorch tensors"
@@ -71,7 +69,7 @@ class PlainStateWriter:
     def _sequence(self, value: Any, name: str) -> Json:  # noqa: ANN401  # list, deque, tuple or set
         if type(value) is list and len(value) > LONGEST_FLOAT_LIST and all(type(item) is float for item in value):
             return {"$floats": self._array(np.array(value), name)}
-        items = [self.describe(item, f"{name}[{index}]") for index, item in enumerate(value)]
+        items = [self.encode(item, f"{name}[{index}]") for index, item in enumerate(value)]
         if type(value) is list:
             return items
         if type(value) is deque:
@@ -80,16 +78,16 @@ class PlainStateWriter:
 
     def _mapping(self, value: dict[Any, Any], name: str) -> Json:
         if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
-            return {key: self.describe(item, f"{name}[{key!r}]") for key, item in value.items()}
+            return {key: self.encode(item, f"{name}[{key!r}]") for key, item in value.items()}
         return {
             MAPPINGS[type(value)]: [
-                [self.describe(key, f"{name}'s key {key!r}"), self.describe(item, f"{name}[{key!r}]")]
+                [self.encode(key, f"{name}'s key {key!r}"), self.encode(item, f"{name}[{key!r}]")]
                 for key, item in value.items()
             ]
         }
 
     def _tensor(self, tensor: th.Tensor, name: str) -> Json:
-        # NumPy has no bfloat16
+        # NumPy has no bfloat16: its bits are written as integers
         is_bfloat16 = tensor.dtype is th.bfloat16
         array = (tensor.view(th.int16) if is_bfloat16 else tensor).numpy()
         return {"dtype": "bfloat16" if is_bfloat16 else "", **self._array(array, name)}
@@ -98,16 +96,17 @@ class PlainStateWriter:
         if array.dtype.hasobject or array.dtype.names is not None:
             raise PlainStateError(f"{name} is an array of {array.dtype}; allowed: dtypes without objects or fields")
         self._chunks.append(array.tobytes())
-        description = {"type": array.dtype.str, "shape": list(array.shape), "offset": self._n_bytes}
+        encoded = {"type": array.dtype.str, "shape": list(array.shape), "offset": self._n_bytes}
         self._n_bytes += array.nbytes
-        # Transposed observations stay transposed: a convolution may round differently on another memory layout
+        # Transposed observations stay transposed: a convolution may round differently on another memory layout.
+        # An empty array of one more dimension tells the strides of the usual layout, and takes no memory
         strides = list(array.strides)
         is_in_order = array.strides == np.empty(0, array.dtype).reshape(0, *array.shape).strides[1:]
         if is_in_order or array.size == 0 or min(strides) <= 0:
-            return description
+            return encoded
         if _n_bytes(array.dtype, array.shape, strides) <= LARGEST_GAPS * array.nbytes:
-            description["strides"] = strides
-        return description
+            encoded["strides"] = strides
+        return encoded
 
 
 class PlainStateReader:
@@ -130,23 +129,24 @@ class PlainStateReader:
             **{tag: partial(self._mapping, kind) for kind, tag in MAPPINGS.items()},
         }
 
-    def build(self, description: Json) -> Any:  # noqa: ANN401  # whatever was described
-        """Build the value of a description; its arrays are copies.
+    def build(self, encoded: Json) -> Any:  # noqa: ANN401  # any plain value
+        """Build a value from its JSON. Its arrays are copies.
 
-        :raises ValueError: for a description that :class:`PlainStateWriter` does not make
+        :param encoded: what :meth:`PlainStateWriter.encode` has returned
+        :raises ValueError: for JSON of another form
         """
-        if isinstance(description, list):
-            return [self.build(item) for item in description]
-        if not isinstance(description, dict):
-            return description
-        tag = next(iter(description), "")
+        if isinstance(encoded, list):
+            return [self.build(item) for item in encoded]
+        if not isinstance(encoded, dict):
+            return encoded
+        tag = next(iter(encoded), "")
         if not tag.startswith("$"):
-            return {key: self.build(item) for key, item in description.items()}
+            return {key: self.build(item) for key, item in encoded.items()}
         if tag == "$deque":
-            return deque(map(self.build, description[tag]), description["maxlen"])
+            return deque(map(self.build, encoded[tag]), encoded["maxlen"])
         if tag not in self._builders:
             raise ValueError(f"unknown kind of value {tag!r} in the training state; allowed: {list(self._builders)}")
-        return self._builders[tag](description[tag])
+        return self._builders[tag](encoded[tag])
 
     def _mapping(self, kind: Callable[[], dict[Any, Any]], content: Json) -> dict[Any, Any]:
         mapping = kind()
@@ -180,5 +180,5 @@ class PlainStateReader:
 
 
 def _n_bytes(dtype: np.dtype[Any], shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Memory from the first to the last byte of an array that is not empty, with positive strides."""
+    """Return how many bytes an array spans. It must not be empty, and its strides must be positive."""
     return dtype.itemsize + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))

@@ -13,15 +13,15 @@ from sb3_ppo_plus.resuming.object_state import object_state, set_object_state
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
-    """Gives an environment ``get_resume_state`` and ``set_resume_state``, which :class:`TrainingCheckpoint` asks for.
+    """Gives an environment ``get_resume_state`` and ``set_resume_state``, which :class:`TrainingCheckpoint` calls.
 
-    For environments whose state is in plain attributes, such as Gymnasium's classic control and toy text, for MuJoCo's
-    and for Atari's. Put it outermost, as ``make_vec_env(env_id, wrapper_class=ResumableEnv)`` does: it answers for the
-    wrappers inside it, such as TimeLimit and Monitor, too. An environment or wrapper inside it that has both methods
-    itself is asked instead. What is changed in an ``MjModel`` after its creation is not saved.
+    It saves the plain attributes of an environment, as in Gymnasium's classic control and toy text, and the simulators
+    of MuJoCo and Atari. It does not save changes to an ``MjModel``. Put it outermost, as
+    ``make_vec_env(env_id, wrapper_class=ResumableEnv)`` does: then it also saves the wrappers inside it, such as
+    TimeLimit and Monitor. If an environment or a wrapper inside it has both methods itself, they are called instead.
 
     :param env: the environment
-    :param constant: names of attributes that never change, of kinds that cannot be saved
+    :param constant: names of attributes that cannot be saved, and need not be, since they never change
     """
 
     def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = ()) -> None:
@@ -30,27 +30,28 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         self.constant = tuple(constant)
 
     def get_resume_state(self) -> dict[str, Any]:
-        """Copy the state: of every layer from the outside in, and of the global random generators of this process.
+        """Copy the state of every layer, from the outside in, and of this process's global random generators.
 
-        :raises TypeError: for an attribute that cannot be saved, by name
+        :return: plain values
+        :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
-        layers = [(_name(layer), self._state_of(layer)) for layer in self._layers()]
+        layers = [(_name(layer), self._layer_state(layer)) for layer in self._layers()]
         return {"layers": layers, "generators": global_generator_states()}
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned.
 
-        :param state: it stays usable
-        :raises ValueError: for the state of other wrappers or of another environment, naming both
+        :param state: the state, which may be put back several times
+        :raises ValueError: for the state of other wrappers or of another environment; the message names both
         """
         layers = list(self._layers())
-        names, saved_names = [_name(layer) for layer in layers], [name for name, _ in state["layers"]]
+        names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
             saved_stack, stack = " of ".join(saved_names), " of ".join(names)
             raise ValueError(f"the saved state is of {saved_stack}, the environment is {stack}")
         for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
             if _has_own_methods(layer):
-                layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # just asked for
+                layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
             else:
                 set_object_state(layer, layer_state)
         set_global_generator_states(state["generators"])
@@ -62,9 +63,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             layer = layer.env
             yield layer
 
-    def _state_of(self, layer: gym.Env[Any, Any]) -> Any:  # noqa: ANN401  # plain values
+    def _layer_state(self, layer: gym.Env[Any, Any]) -> Any:  # noqa: ANN401  # plain values
         if _has_own_methods(layer):
-            return layer.get_resume_state()  # type: ignore[attr-defined]  # just asked for
+            return layer.get_resume_state()  # type: ignore[attr-defined]  # it has the method
         try:
             return object_state(layer, self.constant)
         except PlainStateError as error:
@@ -74,8 +75,19 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             ) from error
 
 
+def saved_name(name: str) -> str:
+    """Return the name under which a wrapper is saved.
+
+    A process that imports rl_zoo3 has a subclass in place of Gymnasium's TimeLimit. The two have one state, so that a
+    run of the RL Zoo can be resumed without it.
+
+    :param name: the name of the wrapper's class
+    """
+    return "TimeLimit" if name == "PatchedTimeLimit" else name
+
+
 def _name(layer: gym.Env[Any, Any]) -> str:
-    return type(layer).__name__
+    return saved_name(type(layer).__name__)
 
 
 def _has_own_methods(layer: gym.Env[Any, Any]) -> bool:

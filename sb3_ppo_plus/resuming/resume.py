@@ -34,11 +34,10 @@ Model = TypeVar("Model", bound=PPO)
 
 
 def latest_checkpoint(save_path: str | Path) -> Path | None:
-    """Directory of the newest valid checkpoint; None where there is none, so that training has to begin.
-
-    Warns of newer ones that are not valid.
+    """Return the directory of the newest valid checkpoint. Newer ones that are not valid are warned of.
 
     :param save_path: as given to :class:`TrainingCheckpoint`
+    :return: None if there is no valid checkpoint, so that training has to begin
     """
     checkpoint = newest_checkpoint(save_path)
     return None if checkpoint is None else checkpoint.directory
@@ -47,9 +46,15 @@ def latest_checkpoint(save_path: str | Path) -> Path | None:
 def load_checkpoint(
     cls: type[Model], save_path: str | Path, env: GymEnv, device: th.device | str, **kwargs: Any
 ) -> Model:
-    """Do the work of :meth:`PPOPlus.resume`, with its parameters.
+    """Load a checkpoint, as :meth:`PPOPlus.resume`.
 
+    :param cls: class of the model
+    :param save_path: directory of the checkpoints, or the directory of one checkpoint
+    :param env: the environments to go on with
+    :param device: device of the model
     :param kwargs: further arguments of ``PPOPlus.load``
+    :raises CheckpointError: if there is no valid checkpoint, or it cannot be resumed from
+    :raises WrapperStackError: if the number of environments, or their wrappers, differ from the saved ones
     """
     if env is None:
         raise TypeError("env must be the environments to go on with, got None")
@@ -62,18 +67,19 @@ def load_checkpoint(
 
 def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.device | str, **kwargs: Any) -> Model:
     if checkpoint.files.keys() != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
-        raise CheckpointError(f"{checkpoint.directory} holds {sorted(checkpoint.files)}, which is no training state")
+        raise CheckpointError(f"{checkpoint.directory} holds no training state, got {sorted(checkpoint.files)}")
     model: Any = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
     try:
-        state = read_state(checkpoint.files)
-        if not kwargs.get("trusted", True):
+        trusted = kwargs.get("trusted", True)
+        state = read_state(checkpoint.files, trusted)
+        if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
         goes_on = set_training_state(model, state)
         model._run.continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
     except (WrapperStackError, *BROKEN_PIPES):
         raise
     except Exception as error:
-        # Its hashes are right, so that somebody wrote it so, or the environments refuse their state
+        # The hashes are right: either somebody made up these files, or the environments refuse their state
         raise CheckpointError(
             f"{checkpoint.directory} cannot be resumed from: {type(error).__name__}: {error}"
         ) from error
@@ -87,14 +93,14 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
 
 def _check_log_name(name: str) -> None:
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"_tb_log_name must be a name in the folder of the logs, got {name!r}")
+        raise ValueError(f"_tb_log_name must be the name of a folder inside tensorboard_log, got {name!r}")
 
 
 def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
     if not goes_on:
         warnings.warn(
-            "the environments have no get_resume_state() and set_resume_state(state), or had none: they were reset, "
-            "their episodes begin anew. ResumableEnv gives both to many",
+            "the environments have no get_resume_state() and set_resume_state(state), or had none when they were "
+            "saved: they were reset, and their episodes begin anew. ResumableEnv gives many environments both methods",
             stacklevel=5,
         )
     now, then = versions(), checkpoint.manifest["versions"]
@@ -107,15 +113,17 @@ def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
 
 
 class Continuation(BaseCallback):
-    """Puts back the clock, the logs and the callbacks of the run that it continues, once ``learn`` has set them up.
+    """Puts back the clock, the logs and the state of the callbacks of a run that is continued.
 
-    :param model: the model, before its ``learn``
+    ``learn`` sets these up first.
+
+    :param model: the model, before ``learn``
     """
 
     def __init__(self, model: PlusModel) -> None:
         super().__init__()
         self._num_timesteps_at_start = model._num_timesteps_at_start
-        # Without a checkpoint's state it is the model itself that was interrupted, and so were its callbacks
+        # Without a checkpoint, this model itself was interrupted: its callbacks still have their state
         state = model._run.continuation or {"seconds": seconds_of_learning(model), "logger": pending_logs(model)}
         self._seconds: float = state["seconds"]
         self._logs: dict[str, Any] = state["logger"]
@@ -129,7 +137,7 @@ class Continuation(BaseCallback):
         restore_logs(model, self._logs)
         if self._callback_states is not None:
             set_callback_states(model._run.callback, self._callback_states)
-        # Once more: whoever made the callbacks may have drawn from them since resume
+        # For the second time: since resume, code that made the callbacks may have drawn random numbers
         if self._generators is not None:
             set_global_generator_states(self._generators)
 

@@ -1,4 +1,4 @@
-"""The present ``learn`` of a model."""
+"""The current ``learn`` of a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sb3_ppo_plus.envs.restarting_env import RestartCounter
 
 @dataclass
 class Run:
-    """What lasts as long as a ``learn``, or longer only by chance.
+    """What belongs to one ``learn`` and is not saved with the model.
 
-    :param callback: all callbacks of the run; None outside one
-    :param continuation: what a checkpoint holds of the run that the next ``continue_learning`` finishes
+    :param callback: the callback that holds all others; None outside ``learn``
+    :param continuation: state from a checkpoint, which the next ``continue_learning`` puts back
     :param restart_counter: counts restarts of the environments
     :param was_asked_to_stop: whether ``on_update_end`` of a callback has returned False
     """
@@ -29,7 +29,11 @@ class Run:
     was_asked_to_stop: bool = False
 
     def log_restarts(self, env: VecEnv, logger: Logger) -> None:
-        """Record the restarts of the environments so far, where one of them can restart."""
+        """Log the number of restarts so far, if any environment can restart.
+
+        :param env: the training environment
+        :param logger: the model's logger
+        """
         if self.restart_counter is None or self.restart_counter.env is not env:
             self.restart_counter = RestartCounter(env)
         n_restarts = self.restart_counter.count()
@@ -38,6 +42,11 @@ class Run:
 
 
 def as_callbacks(callback: MaybeCallback) -> list[BaseCallback]:
-    """Return what a user may give to ``learn`` as a list of callbacks."""
-    given = callback if isinstance(callback, list) else [] if callback is None else [callback]
+    """Turn the argument ``callback`` of ``learn`` into a list.
+
+    :param callback: None, a callback, a function, or a list of callbacks
+    """
+    if callback is None:
+        return []
+    given = callback if isinstance(callback, list) else [callback]
     return [one if isinstance(one, BaseCallback) else ConvertCallback(one) for one in given]

@@ -1,4 +1,4 @@
-"""Signals during training: what they ask for, and keeping them from worker processes."""
+"""Signals during training: flags that they set, and worker processes that ignore them."""
 
 from __future__ import annotations
 
@@ -13,26 +13,32 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
+from sb3_ppo_plus.envs.questions import base_of
+
 
 def keep_signals_from_workers(env: VecEnv) -> None:
-    """Have the worker processes ignore SIGINT and SIGTERM, of which SB3's die.
+    """Let the worker processes of a SubprocVecEnv ignore SIGINT and SIGTERM, which would end them.
 
-    A terminal sends the one to all processes, job schedulers the other. Workers that were forked keep SIGTERM: without
-    their main process they would not notice their end.
+    Terminals send SIGINT to all processes, and job schedulers send SIGTERM. Forked workers still end at SIGTERM, since
+    they do not notice when their main process has ended.
+
+    :param env: the outermost vectorised environment
     """
-    base = env.unwrapped
+    base = base_of(env)
     if not isinstance(base, SubprocVecEnv):
         return
     is_forked = getattr(base.processes[0], "_start_method", None) == "fork"
     for number in (signal.SIGINT,) if is_forked else (signal.SIGINT, signal.SIGTERM):
-        # A worker answers commands only; the argument of this harmless one is made by signal.signal on arrival
+        # Workers only take commands. This command does nothing, but unpickling its argument calls signal.signal
         base.env_method("__eq__", _Ignore(number))
     if not is_forked:
-        # When the program ends, multiprocessing would send them SIGTERM, and wait
+        # At the end of the program, multiprocessing sends workers SIGTERM, which they ignore, and waits for their end
         Finalize(base, _kill, [base.processes], exitpriority=0)
 
 
 class _Ignore:
+    """Makes the process that unpickles it ignore a signal."""
+
     def __init__(self, number: signal.Signals) -> None:
         self.number = number
 
@@ -42,13 +48,13 @@ class _Ignore:
 
 def _kill(processes: list[BaseProcess]) -> None:
     for process in processes:
-        # One that has ended long ago may have left its number to another
+        # The id of a process that has ended may belong to another process now
         if process.is_alive():
             process.kill()
 
 
 class SignalFlags:
-    """Takes note of signals instead of what they would do, in the main thread."""
+    """Flags that signals set, in place of their usual effect. Python handles signals in the main thread only."""
 
     def __init__(self) -> None:
         self.stop: signal.Signals | None = None
@@ -59,14 +65,14 @@ class SignalFlags:
     def install(self) -> bool:
         """Handle signals from now on, if this is the main thread.
 
-        :return: whether they are
+        :return: whether the handlers are in place
         """
         self.stop, self._is_requested, self._was_interrupted = None, False, False
         if threading.current_thread() is not threading.main_thread() or self._previous:
             return False
         for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
             number = getattr(signal, name, None)
-            # A handler that Python does not know could not be put back
+            # None is a handler that Python did not set and could not put back
             if number is not None and signal.getsignal(number) is not None:
                 self._previous[number] = signal.signal(number, self._note)
         return True
@@ -90,6 +96,6 @@ class SignalFlags:
         self.stop = signal.Signals(number)
         if number == signal.SIGINT:
             self._was_interrupted = True
-            # print may not be called again while it runs
+            # The signal may have interrupted a print, which does not allow a second one inside
             with contextlib.suppress(OSError):
                 os.write(2, b"\nStopping after this update, with a checkpoint; interrupt again to stop at once\n")

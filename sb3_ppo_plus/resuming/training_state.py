@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
 from sb3_ppo_plus.resuming.generator_state import (
@@ -24,11 +25,15 @@ from sb3_ppo_plus.resuming.generator_state import (
 )
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
+from sb3_ppo_plus.strict_json import Limits, parse
 from sb3_ppo_plus.trees import tree_map
 
-State = dict[str, Any]
+TrainingState = dict[str, Any]
 
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
+# Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
+# there may be many environments, with nested lists. Python itself reads at most 4300 digits
+UNTRUSTED_LIMITS = Limits(max_bytes=2**30, max_depth=128, max_digits=4300, allows_non_finite=True)
 GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
@@ -36,17 +41,17 @@ PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str] | None = None) -> dict[str, bytes]:
     """Copy the state of a training run between two updates.
 
-    ``model.zip`` is what ``model.save`` writes, without last observations and statistics. The rest is plain: the other
-    files hold no pickle.
+    ``model.zip`` is what ``model.save`` writes, without last observations and statistics. The other files hold plain
+    values, no pickle.
 
     :param model: the model
     :param callback: the callback of its ``learn``, with all callbacks inside it
-    :param unsaved: takes a line about everything that is left out
+    :param unsaved: gets a line for everything that is left out
     :return: contents by file name
-    :raises PlainStateError: for a state that is not plain, by name
+    :raises PlainStateError: if a state is not plain; the message names it
     """
     assert model.env is not None
-    state: State = {
+    state: TrainingState = {
         "attributes": {name: getattr(model, name) for name in model.TRAINING_STATE},
         "learning_rate_factors": model._coefficients.groups(model).factors,
         **model._execution.state(model),
@@ -56,30 +61,40 @@ def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str
         "gsde": _gsde_noise(model),
         "env": vec_env_state(model.env, unsaved),
         "callbacks": callback_states(callback),
-        # Last: the environments may draw from them while they are asked
+        # Last: the environments may draw random numbers when they are asked for their state
         "generators": global_generator_states(),
     }
     writer = PlainStateWriter()
-    text = json.dumps(writer.describe(state))
+    text = json.dumps(writer.encode(state))
     archive = io.BytesIO()
+    # The other files hold these already
     large = [name for name, value in state["attributes"].items() if not isinstance(value, int | float | str | None)]
     model.save(archive, exclude=large)
     return {MODEL_FILE: archive.getvalue(), STATE_FILE: text.encode(), ARRAYS_FILE: writer.arrays()}
 
 
-def read_state(files: dict[str, bytes]) -> State:
-    """Read what :func:`checkpoint_files` has written beside the model."""
-    state: State = PlainStateReader(files[ARRAYS_FILE]).build(json.loads(files[STATE_FILE]))
+def read_state(files: dict[str, bytes], trusted: bool) -> TrainingState:
+    """Read the state that :func:`checkpoint_files` has written beside the model.
+
+    :param files: contents by file name
+    :param trusted: False: a file that exceeds :data:`UNTRUSTED_LIMITS`, or has a key twice, is an error
+    :raises UntrustedFileError: for such a file, if it is not trusted
+    """
+    text = files[STATE_FILE]
+    encoded = json.loads(text) if trusted else parse(text, STATE_FILE, UNTRUSTED_LIMITS)
+    state: TrainingState = PlainStateReader(files[ARRAYS_FILE]).build(encoded)
     return state
 
 
-def set_training_state(model: PlusModel, state: State) -> bool:
+def set_training_state(model: PlusModel, state: TrainingState) -> bool:
     """Put back the state of a run into a model that was loaded from the checkpoint's ``model.zip``.
 
-    Logs and callbacks follow in :func:`PPOPlus.continue_learning`, which sets up both.
+    :meth:`PPOPlus.continue_learning` sets up logs and callbacks, and puts back their state.
 
-    :return: whether the episodes of the environments go on; otherwise all were reset
-    :raises WrapperStackError: for environments that are wrapped in another way, naming both
+    :param model: the model, with its environments
+    :param state: what :func:`read_state` has returned
+    :return: whether the episodes of the environments go on; otherwise all environments were reset
+    :raises WrapperStackError: if the number of environments, or their wrappers, differ from the saved ones
     """
     assert model.env is not None
     _check_attributes(model, state["attributes"])
@@ -95,24 +110,36 @@ def set_training_state(model: PlusModel, state: State) -> bool:
     goes_on = set_vec_env_state(model.env, state["env"])
     if not goes_on:
         _reset_envs(model)
-    # Last, since all of the above may draw from them
+    # Last, since everything before may draw random numbers
     set_global_generator_states(state["generators"])
     return goes_on
 
 
 def seconds_of_learning(model: PlusModel) -> float:
-    """Time since ``learn`` began, that before a resume included."""
+    """Return the seconds since ``learn`` began, including the time before a resume.
+
+    :param model: the model
+    """
     return (time.time_ns() - model.start_time) / 1e9
 
 
-def restore_logs(model: PlusModel, logs: State) -> None:
-    """Give the model's logger what waits for its next dump."""
+def restore_logs(model: PlusModel, logs: dict[str, Any]) -> None:
+    """Give a model's logger the values that wait for its next dump.
+
+    :param model: the model
+    :param logs: what :func:`pending_logs` has returned
+    """
     for name in PENDING_LOGS:
         getattr(model.logger, name).update(logs.get(name, {}))
 
 
-def pending_logs(model: PlusModel) -> State:
-    """What the last update has recorded and SB3 writes in the middle of the next, without figures and videos."""
+def pending_logs(model: PlusModel) -> dict[str, Any]:
+    """Copy the values that wait for the logger's next dump: SB3 writes those of an update during the next one.
+
+    Figures and videos are left out.
+
+    :param model: the model
+    """
     logger = getattr(model, "_logger", None)
     if logger is None:
         return {}
@@ -124,11 +151,11 @@ def pending_logs(model: PlusModel) -> State:
     }
 
 
-def _check_attributes(model: PlusModel, attributes: State) -> None:
-    """Refuse all but a model's training state: some attributes, such as the compiler's options, can run a program."""
+def _check_attributes(model: PlusModel, attributes: dict[str, Any]) -> None:
+    """Refuse attributes that are no training state: some, such as the compiler's options, can run a program."""
     names = set(model.TRAINING_STATE)
     if attributes.keys() != names:
-        raise ValueError(f"the training state must be of {sorted(names)}, got {sorted(attributes)}")
+        raise ValueError(f"the training state must hold {sorted(names)}, got {sorted(attributes)}")
     for name, value in attributes.items():
         existing = getattr(model, name)
         if isinstance(existing, int | float | str | deque) and not isinstance(value, type(existing) | None):
@@ -137,7 +164,7 @@ def _check_attributes(model: PlusModel, attributes: State) -> None:
 
 def _is_plain(value: object) -> bool:
     try:
-        PlainStateWriter().describe(value)
+        PlainStateWriter().encode(value)
     except PlainStateError:
         return False
     return True
@@ -158,7 +185,7 @@ def _reset_envs(model: PlusModel) -> None:
     """Begin new episodes, with other seeds than at the beginning of the run."""
     env = model.env
     assert env is not None
-    seeds = [seed for seed in (model.seed, *env.unwrapped._seeds) if seed is not None]
+    seeds = [seed for seed in (model.seed, *getattr(base_of(env), "_seeds", ())) if seed is not None]
     if seeds:
         env.seed((seeds[0] + model.num_timesteps) % 2**32)
     model._last_obs = reset_without_learning(env)

@@ -1,4 +1,4 @@
-"""The state of a vectorised environment: of its wrappers, and of each environment in it that can tell its own."""
+"""The state of a vectorised environment: of its wrappers, and of the environments that have ``get_resume_state``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
+from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
 from sb3_ppo_plus.errors import WrapperStackError
 from sb3_ppo_plus.resuming.object_state import object_state, set_object_state
-from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
+from sb3_ppo_plus.resuming.resumable_env import ResumableEnv, saved_name
 
-State = dict[str, Any]
+VecEnvState = dict[str, Any]
 
-# What SB3's VecEnv keeps for its next reset
+# Attributes that SB3's VecEnv keeps for its next reset; they are not saved
 FOR_NEXT_RESET = ("_options", "_seeds", "reset_infos")
 MONITOR_STATISTICS = ("episode_returns", "episode_lengths", "episode_times", "total_steps", "t_start")
-# State of the wrappers that Gymnasium and SB3 put around the method get_resume_state of an environment
+# State of the wrappers that Gymnasium and SB3 may put outside ResumableEnv, or around an environment's own methods
 WRAPPER_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "Monitor": ("rewards", "needs_reset", "current_reset_info", *MONITOR_STATISTICS),
     "OrderEnforcing": ("_has_reset",),
@@ -26,19 +27,19 @@ WRAPPER_ATTRIBUTES: dict[str, tuple[str, ...]] = {
 }
 
 
-def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> State:
+def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
     """Copy the state of a vectorised environment.
 
-    :param env: with all its wrappers; of those that are not SB3's plain attributes are saved, or what their own
-        ``get_resume_state()`` returns
-    :param unsaved: takes a line about everything that is left out
+    :param env: the outermost vectorised environment. A wrapper's state is what its own ``get_resume_state()`` returns,
+        or else its attributes
+    :param unsaved: gets a line for everything that is left out
     :return: plain values
     """
     unsaved = [] if unsaved is None else unsaved
-    base: Any = env.unwrapped
+    base = base_of(env)
     stack = _gymnasium_stack(env)
     outside = _outside_of_methods(stack)
-    state: State = {
+    state: VecEnvState = {
         "wrappers": [(type(wrapper).__name__, _wrapper_state(wrapper, unsaved)) for wrapper in _wrappers(env)],
         "n_envs": env.num_envs,
         "stack": stack,
@@ -53,20 +54,22 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> State:
             unsaved.extend(f"{name} is outside ResumableEnv: put ResumableEnv outermost" for name in unknown)
     for wrapper in outside:
         for name in WRAPPER_ATTRIBUTES.get(wrapper, ()):
-            # Where episodes begin anew, the statistics of past ones remain
+            # If the episodes cannot go on, only statistics of past episodes are of use
             if state["envs"] is not None or name in MONITOR_STATISTICS:
                 state["attributes"][name] = base.env_method("get_wrapper_attr", name)
     return state
 
 
-def set_vec_env_state(env: VecEnv, state: State) -> bool:
-    """Put back what :func:`vec_env_state` has returned; the environments are reset first if they can go on.
+def set_vec_env_state(env: VecEnv, state: VecEnvState) -> bool:
+    """Put back the state of a vectorised environment. Environments that can go on are reset first.
 
-    :return: whether the episodes go on; otherwise they begin anew, and the wrappers' statistics are as saved
-    :raises WrapperStackError: for other wrappers or another number of environments, naming both
+    :param env: the outermost vectorised environment
+    :param state: what :func:`vec_env_state` has returned
+    :return: whether the episodes go on; False: only the state of the wrappers was put back
+    :raises WrapperStackError: if the number of environments, or their wrappers, differ; the message names both
     """
     _check_same_stack(env, state)
-    base: Any = env.unwrapped
+    base = base_of(env)
     goes_on = False
     if state["vec_env"] is not None and _has_methods(type(base)):
         env.reset()
@@ -95,6 +98,7 @@ def set_vec_env_state(env: VecEnv, state: State) -> bool:
 def reset_without_learning(env: VecEnv) -> Any:  # noqa: ANN401  # SB3's VecEnvObs
     """Reset the environments, and leave the running means of VecNormalize as they are.
 
+    :param env: the outermost vectorised environment
     :return: the first observations
     """
     normalizers = [wrapper for wrapper in _wrappers(env) if isinstance(wrapper, VecNormalize) and wrapper.training]
@@ -121,41 +125,35 @@ def _wrapper_state(wrapper: VecEnvWrapper, unsaved: list[str]) -> Any:  # noqa: 
 
 
 def _has_methods(cls: type[Any]) -> bool:
-    # Of the class: instances of SB3's wrappers answer for what they wrap
+    # The class is asked, since an instance of SB3's wrappers has the methods of what it wraps
     return hasattr(cls, "get_resume_state") and hasattr(cls, "set_resume_state")
 
 
-def _envs_are_resumable(base: VecEnv) -> bool:
-    try:
-        return base.has_attr("get_resume_state") and base.has_attr("set_resume_state")
-    except (AttributeError, NotImplementedError):
-        # A VecEnv that holds no environments of Gymnasium
-        return False
+def _envs_are_resumable(base: Any) -> bool:  # noqa: ANN401  # a VecEnv, or what one of another package wraps
+    return has_attribute(base, "get_resume_state") and has_attribute(base, "set_resume_state")
 
 
 def _gymnasium_stack(env: VecEnv) -> list[list[str]]:
     """Names of the wrappers of each environment and its own, from the outside in; empty where there are none."""
-    try:
-        return [re.findall(r"<(\w+)", str(text)) for text in env.unwrapped.env_method("__str__")]
-    except (AttributeError, NotImplementedError):
-        return []
+    return [[*map(saved_name, re.findall(r"<(\w+)", text))] for text in names_of(base_of(env))]
 
 
 def _outside_of_methods(stack: list[list[str]]) -> list[str]:
-    """Names of the wrappers outside ResumableEnv; of all, where an environment has methods of its own."""
+    """Return the names of the wrappers outside ResumableEnv, or all names if there is no ResumableEnv."""
     names = stack[0] if stack else []
-    own = ResumableEnv.__name__
-    return names[: names.index(own)] if own in names else names
+    inner = ResumableEnv.__name__
+    return names[: names.index(inner)] if inner in names else names
 
 
-def _check_same_stack(env: VecEnv, state: State) -> None:
+def _check_same_stack(env: VecEnv, state: VecEnvState) -> None:
     if env.num_envs != state["n_envs"]:
         raise WrapperStackError(f"the checkpoint has {state['n_envs']} environments, env has {env.num_envs}")
     names, saved_names = [type(wrapper).__name__ for wrapper in _wrappers(env)], [name for name, _ in state["wrappers"]]
     if names != saved_names:
         raise WrapperStackError(f"the checkpoint's VecEnv wrappers are {saved_names}, those of env are {names}")
-    stack = _gymnasium_stack(env)
-    if stack != state["stack"]:
-        index = next((i for i, (a, b) in enumerate(zip(stack, state["stack"], strict=False)) if a != b), 0)
-        saved, given = (" of ".join(stacks[index]) if stacks else "none" for stacks in (state["stack"], stack))
+    stack, saved_stack = _gymnasium_stack(env), [[*map(saved_name, names)] for names in state["stack"]]
+    if stack != saved_stack:
+        index = next((i for i, (a, b) in enumerate(zip(stack, saved_stack, strict=False)) if a != b), 0)
+        saved = " of ".join(saved_stack[index]) if saved_stack else "none"
+        given = " of ".join(stack[index]) if stack else "none"
         raise WrapperStackError(f"the checkpoint's environment {index} is {saved}, that of env is {given}")

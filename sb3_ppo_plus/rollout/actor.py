@@ -14,12 +14,12 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_plus.trees import tree_map
 
-# Numbers in the observations of one forward pass after a rollout: 16 MiB of float32
+# How many numbers the observations of one forward pass after a rollout may have: 16 MiB of float32
 EVALUATION_CHUNK = 2**22
 
 
 class RolloutActor:
-    """Chooses the actions of a rollout and predicts the values that it needs, bit for bit as SB3 does.
+    """Chooses the actions of a rollout and predicts its values, bit for bit as SB3 does.
 
     :param policy: the policy
     """
@@ -30,8 +30,11 @@ class RolloutActor:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
 
-    def begin_rollout(self) -> None:
-        """Take note of whatever has changed since the last rollout."""
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
+        """Notice what has changed since the last rollout.
+
+        :param rollout_buffer: the buffer that stores the rollout; None: it is not known
+        """
 
     @th.no_grad()
     def act(
@@ -39,11 +42,11 @@ class RolloutActor:
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose the actions of one step.
 
-        :param observations: shape (n_envs, *observation shape), or a dict of such
-        :param episode_starts: which of them begin an episode, shape (n_envs,)
-        :param context: further keyword arguments of the policy, such as action_masks
+        :param observations: shape (n_envs, *observation shape), or a dict of them
+        :param episode_starts: True where an observation begins an episode, shape (n_envs,)
+        :param context: other keyword arguments of the policy, such as action_masks
         :return: stored actions, shape (n_envs, *action shape); values (n_envs, 1) and log-probabilities (n_envs,), or
-            None for both where :meth:`evaluate_later` computes them
+            None for both if :meth:`evaluate_later` computes them
         """
         actions, values, log_probs = self.policy(observations, **context)
         return actions, values, log_probs
@@ -53,22 +56,22 @@ class RolloutActor:
         observation: Any,  # noqa: ANN401  # array or dict
         index: int,
     ) -> th.Tensor | float | None:
-        """Predict the value of the observation with which an env's episode was truncated.
+        """Predict the value of the last observation of an env's truncated episode.
 
-        :param observation: as ``infos[index]["terminal_observation"]`` holds it
+        :param observation: ``infos[index]["terminal_observation"]``
         :param index: index of the env
         :return: the value; None: :meth:`terminal_values` predicts it at the end of the rollout
         """
-        # One at a time: in a batch the value may differ from SB3's in the last bit. And as a tensor: SB3's sum with the
-        # reward is in float32, also where a VecEnv's rewards are in float64
+        # One observation at a time, because in a batch the value's last bit may differ from SB3's. As a tensor, because
+        # SB3 adds it to the reward in float32, even if a VecEnv's rewards are float64
         return th.from_numpy(predict_values(self.policy, [observation]))[0]
 
     @th.no_grad()
     def last_values(self, observations: PyTorchObs, episode_starts: np.ndarray) -> th.Tensor:
         """Predict the values of the observations after the last step.
 
-        :param observations: shape (n_envs, *observation shape), or a dict of such
-        :param episode_starts: which of them begin an episode, shape (n_envs,)
+        :param observations: shape (n_envs, *observation shape), or a dict of them
+        :param episode_starts: True where an observation begins an episode, shape (n_envs,)
         :return: shape (n_envs, 1)
         """
         return self.policy.predict_values(observations)
@@ -76,32 +79,33 @@ class RolloutActor:
     def evaluate_later(self, rollout_buffer: RolloutBuffer) -> tuple[th.Tensor, th.Tensor] | None:
         """Compute the values and log-probabilities that :meth:`act` left out.
 
-        :param rollout_buffer: the full buffer, which is only read
+        :param rollout_buffer: the full buffer, which is not changed
         :return: values and log-probabilities of the first steps of the rollout, each of shape (steps * n_envs,) in the
-            order of ``PPOPlusRolloutBuffer.rollout``; None: :meth:`act` has left out none
+            order of ``PPOPlusRolloutBuffer.rollout``; None: :meth:`act` has computed all of them
         """
         return None
 
     def terminal_values(self, observations: list[Any]) -> np.ndarray:
-        """Predict the values that :meth:`terminal_value` has put off, in one batch.
+        """Predict the values for which :meth:`terminal_value` returned None, in one batch.
 
-        :param observations: as ``infos[i]["terminal_observation"]`` holds them
+        :param observations: the ``infos[i]["terminal_observation"]`` of these episodes
         :return: shape (len(observations),)
         """
         return predict_values(self.policy, observations)
 
     def end_rollout(self) -> None:
-        """Let go of what belongs to the rollout."""
+        """Release what belongs to the rollout."""
 
 
 @th.no_grad()
 def predict_values(
     policy: ActorCriticPolicy, observations: list[Any], predict: Callable[[PyTorchObs], th.Tensor] | None = None
 ) -> np.ndarray:
-    """Value predictions of single observations, in few large batches.
+    """Predict the values of single observations, in few large batches.
 
-    :param observations: as ``infos[i]["terminal_observation"]`` holds them
-    :param predict: instead of the policy's ``predict_values``
+    :param policy: the policy
+    :param observations: single observations, such as ``infos[i]["terminal_observation"]``
+    :param predict: called instead of the policy's ``predict_values``; None: the policy's
     :return: shape (len(observations),)
     """
     predict = predict or policy.predict_values
@@ -119,11 +123,17 @@ def _chunks(observations: PyTorchObs, n_observations: int) -> tuple[th.Tensor, .
 
 
 def rows_of_chunk(observations: PyTorchObs) -> int:
-    """Observations of one forward pass after a rollout, of which the memory is bounded."""
+    """Return how many observations one forward pass after a rollout takes, so that its memory is limited.
+
+    :param observations: shape (batch, *observation shape), or a dict of them
+    """
     numbers_each = sum(leaf[0].numel() for leaf in leaves_of(observations))
     return max(1, EVALUATION_CHUNK // numbers_each)
 
 
 def leaves_of(observations: PyTorchObs) -> list[th.Tensor]:
-    """Return the tensors of observations."""
+    """Return the tensors of observations.
+
+    :param observations: a tensor, or a dict of tensors
+    """
     return list(observations.values()) if isinstance(observations, dict) else [observations]

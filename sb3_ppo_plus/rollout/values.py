@@ -1,4 +1,4 @@
-"""The values that a rollout needs beyond those of its steps."""
+"""The values of truncated episodes, and the values that are computed after the rollout."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sb3_ppo_plus.rollout.actor import RolloutActor
 
 
 class RolloutValues:
-    """Bootstraps timeouts, and fills in what the actor has put off to the end of the rollout.
+    """Bootstraps timeouts, and writes what the actor computes after the rollout into the buffer.
 
-    An episode that a time limit has truncated gets the discounted value of its terminal observation added to its last
-    reward, as in SB3. A terminated episode gets nothing.
+    When a time limit truncates an episode, the discounted value of its terminal observation is added to its last
+    reward, as in SB3. Nothing is added when an episode terminates.
 
     :param actor: predicts the values
     :param gamma: discount factor
@@ -34,12 +34,12 @@ class RolloutValues:
     def bootstrap_timeouts(
         self, rewards: np.ndarray, dones: np.ndarray, infos: list[dict[str, Any]], step: int
     ) -> None:
-        """Add the values of the episodes that a step has truncated.
+        """Add to rewards the values of the episodes that a step has truncated.
 
-        :param rewards: of the step, shape (n_envs,); changed in place
+        :param rewards: rewards of the step, shape (n_envs,); changed in place
         :param dones: which episodes ended with the step, shape (n_envs,)
-        :param infos: of the step
-        :param step: of the rollout
+        :param infos: infos of the step
+        :param step: index of the step in the rollout
         :raises NonFiniteError: for a terminal observation that is not finite
         """
         for index in dones.nonzero()[0].tolist():
@@ -56,9 +56,9 @@ class RolloutValues:
                 rewards[index] += self._gamma * value
 
     def finish(self, rollout_buffer: RolloutBuffer) -> None:
-        """Fill in values and log-probabilities of steps, and values of timeouts.
+        """Write the values and log-probabilities of steps, and add the values of timeouts to the rewards.
 
-        :param rollout_buffer: full
+        :param rollout_buffer: the full buffer
         """
         evaluation = self._actor.evaluate_later(rollout_buffer)
         if evaluation is not None:

@@ -9,18 +9,19 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.saving.strict_json import DTYPES, decode_array, decode_shape, encode_array, get, short
+from sb3_ppo_plus.strict_json import DTYPES, decode_array, decode_shape, encode_array, get, short
 
 MAX_CHOICES = 2**31
-#: Of all members of a space together: a few bytes of JSON may ask for any amount of memory
+#: Numbers in all parts of a space together: a few bytes of JSON could ask for any amount of memory
 MAX_ELEMENTS = 2**24
 MAX_KEYS = 1000
 
 
 def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
-    """Describe a Box, Discrete, MultiDiscrete, MultiBinary or a Dict of these; not its generator.
+    """Turn a Box, Discrete, MultiDiscrete, MultiBinary or a Dict of these into JSON, without its random generator.
 
-    :raises ValueError: for another class, a subclass, or a Dict with keys that are no strings
+    :param space: the space
+    :raises ValueError: for another class or a subclass, and for a Dict whose keys are not all strings
     """
     description: dict[str, Any]
     if type(space) is spaces.Box:
@@ -37,23 +38,24 @@ def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
         members = [[key, encode_space(member)] for key, member in space.spaces.items()]
         description = {"space": "Dict", "spaces": members}
     else:
-        raise ValueError(f"a space of {type(space)} has no description, only gymnasium's own basic classes have one")
+        raise ValueError(f"a space of {type(space)} has no description, only Gymnasium's own basic classes have one")
     if decode_space(description, "space") != space:
-        raise ValueError(f"{space} has no faithful description")
+        raise ValueError(f"{space} has no description that gives an equal space")
     return description
 
 
 def _encode_bound(bound: np.ndarray) -> dict[str, Any]:
+    # Images have thousands of equal bounds: one number stands for all
     is_uniform = bound.size > 0 and bool(np.all(bound == bound.flat[0]))
     return encode_array(bound.reshape(-1)[0] if is_uniform else bound)
 
 
 def decode_space(description: object, name: str) -> spaces.Space[Any]:
-    """Build what :func:`encode_space` described.
+    """Build a space from the JSON of :func:`encode_space`.
 
     :param description: the JSON object
     :param name: what to call it in messages
-    :raises UntrustedFileError: for anything else, or more than 2**24 elements in all
+    :raises UntrustedFileError: for JSON of another form, and for more than 2**24 elements in all
     """
     return _decode(description, name, MAX_ELEMENTS)
 
@@ -67,7 +69,7 @@ def _decode(description: object, name: str, max_elements: int) -> spaces.Space[A
     except UntrustedFileError:
         raise
     except Exception as error:
-        # gymnasium asserts and raises all kinds of errors
+        # Gymnasium's constructors raise many types of errors
         raise UntrustedFileError(f"{name} is no valid {kind}: {error}") from error
 
 
@@ -87,7 +89,7 @@ def _box(description: dict[str, Any], name: str, max_elements: int) -> spaces.Sp
             raise UntrustedFileError(f"{name}: {which} must be {dtype} of shape () or {shape}, got {bound.shape}")
         bounds.append(np.broadcast_to(bound, shape))
     if not np.all(bounds[0] <= bounds[1]):
-        raise UntrustedFileError(f"{name}: low must nowhere be above high, or NaN")
+        raise UntrustedFileError(f"{name}: low must be at most high everywhere, and neither may be NaN")
     return spaces.Box(bounds[0], bounds[1], shape, dtype.type)
 
 

@@ -1,9 +1,8 @@
-"""A model's plain description: arguments, spaces and counters as JSON, classes by names from closed tables."""
+"""A model's plain description: arguments, spaces and counters as JSON. Classes are names from fixed tables."""
 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -12,28 +11,32 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
 from stable_baselines3.common.utils import ConstantSchedule, FloatSchedule, LinearSchedule
 from torch import nn
 from torch.optim import Optimizer
 
-from sb3_ppo_plus import buffers
+from sb3_ppo_plus.argument_checks import own_parameters
 from sb3_ppo_plus.attributes import COUNTERS, FLAGS
+from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.extractors import FEATURES_EXTRACTORS
 from sb3_ppo_plus.policies.names import ACTIVATIONS, OPTIMIZERS
 from sb3_ppo_plus.saving.described_spaces import encode_space
-from sb3_ppo_plus.saving.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine
+from sb3_ppo_plus.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 
 FORMAT = "sb3_ppo_plus.model/1"
-# Those of the loading machine, or described apart
+# Arguments that are not described: policy has its own entry, the others belong to the machine that loads
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
-ROLLOUT_BUFFERS = {
-    name: cls for name, cls in vars(buffers).items() if isinstance(cls, type) and issubclass(cls, RolloutBuffer)
+ROLLOUT_BUFFERS: dict[str, type[RolloutBuffer]] = {
+    "RolloutBuffer": RolloutBuffer,
+    "DictRolloutBuffer": DictRolloutBuffer,
+    "PPOPlusRolloutBuffer": PPOPlusRolloutBuffer,
+    "PPOPlusDictRolloutBuffer": PPOPlusDictRolloutBuffer,
 }
 # In this order: an extractor is a module too, but no activation
 _BASES: dict[str, type] = {
@@ -48,16 +51,21 @@ Tables = dict[str, dict[str, type]]
 
 
 def constructor_arguments(cls: type[PPO]) -> list[str]:
-    """Names of the arguments of a class's constructor; a subclass may pass the rest on by **kwargs."""
-    parts = [part for part in cls.__mro__[: cls.__mro__.index(PPO)] if "__init__" in vars(part)]
-    names = {name: None for part in parts for name in inspect.signature(vars(part)["__init__"]).parameters}
-    return [name for name in names if name not in ("self", "args", "kwargs", "_init_setup_model")]
+    """Return the names of the arguments of a constructor, and of those to which it may pass ``**kwargs``.
+
+    :param cls: class of the model
+    """
+    names: dict[str, None] = {}
+    for part in cls.__mro__[: cls.__mro__.index(PPO)]:
+        if "__init__" in vars(part):
+            names |= dict.fromkeys(own_parameters(vars(part)["__init__"]))
+    return [name for name in names if name != "_init_setup_model"]
 
 
 def closed_tables(cls: type[PPO], allow: Iterable[type] | None = None) -> Tables:
-    """Return the classes that a description may name, by the kind of field and by name.
+    """Return the classes that a description may name, by kind and by name.
 
-    :param cls: the algorithm, which has its own aliases of policies
+    :param cls: class of the model, which has its own table of policies
     :param allow: further classes: policies, features extractors, optimisers, rollout buffers, activations, or
         dataclasses that are schedules
     :raises TypeError: for anything else in ``allow``
@@ -91,18 +99,22 @@ def _full_name(cls: type) -> str:
 
 
 def describe(model: PPO, exclude: Iterable[str] = ()) -> bytes:
-    """Describe a model as JSON; what has no plain form is noted as such, so that only loading without trust fails.
+    """Describe a model as JSON.
+
+    A value without a plain form is described as unknown, so that saving works, and only loading without trust fails.
 
     :param model: the model
     :param exclude: names of attributes to leave out
     """
     tables = closed_tables(type(model))
+    # The other attributes have the names of their arguments
     attributes = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}
-    arguments = {
-        name: encode(getattr(model, attribute), tables, name)
-        for name in constructor_arguments(type(model))
-        if (attribute := attributes.get(name, name)) not in {*exclude, *LEFT_OUT} and hasattr(model, attribute)
-    }
+    left_out = {*exclude, *LEFT_OUT}
+    arguments = {}
+    for name in constructor_arguments(type(model)):
+        attribute = attributes.get(name, name)
+        if attribute not in left_out and hasattr(model, attribute):
+            arguments[name] = encode(getattr(model, attribute), tables, name)
     description = {
         "format": FORMAT,
         "policy": arguments.pop("policy"),
@@ -131,12 +143,12 @@ def _unknown(value: object) -> dict[str, Any]:
 
 
 def encode(value: Any, tables: Tables, field: str, depth: int = 0) -> Any:  # noqa: ANN401  # any argument, any JSON
-    """Give a value its plain form; members of an object tagged by "$" are what JSON lacks.
+    """Turn a value into JSON. An object with the key "$" stands for what JSON lacks, such as a tuple or a class.
 
     :param value: the value
     :param tables: see :func:`closed_tables`
-    :param field: argument, or key, that has this value
-    :param depth: nesting around it
+    :param field: name of the argument, or the key, that has this value
+    :param depth: number of lists and dicts around it
     """
     if isinstance(value, np.generic):
         value = value.item()
@@ -146,7 +158,7 @@ def encode(value: Any, tables: Tables, field: str, depth: int = 0) -> Any:  # no
         return value if len(str(value)) <= MAX_DIGITS else _unknown(value)
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else {"$": "number", "value": str(float(value))}
-    # The description adds levels of its own
+    # A third, since the description puts further levels around and between these
     if isinstance(value, list | tuple | dict) and depth < MAX_DEPTH // 3:
         if isinstance(value, dict):
             if "$" in value or not all(isinstance(key, str) for key in value):
@@ -160,7 +172,7 @@ def encode(value: Any, tables: Tables, field: str, depth: int = 0) -> Any:  # no
     return _encode_schedule(value, tables)
 
 
-def _encode_schedule(value: Any, tables: Tables) -> Any:  # noqa: ANN401  # as above
+def _encode_schedule(value: Any, tables: Tables) -> Any:  # noqa: ANN401  # any argument, any JSON
     if isinstance(value, FloatSchedule):
         return encode(value.value_schedule, tables, "schedule")
     if type(value) is ConstantSchedule:
@@ -178,18 +190,18 @@ def _encode_schedule(value: Any, tables: Tables) -> Any:  # noqa: ANN401  # as a
 
 
 def _kind_at(field: str) -> str:
-    """Which table a class comes from, by the argument or key that names it."""
-    # Entries of MultiInputExtractor's ``extractors`` are extractors by any key, or in "class"
+    """Return the kind of a class, by the argument or the key that has it."""
+    # MultiInputExtractor's ``extractors`` hold extractors under any key, and under "class" inside it
     return field if field in _BASES else "features_extractor_class"
 
 
 def decode(value: Any, tables: Tables, path: tuple[str, ...]) -> Any:  # noqa: ANN401  # the inverse of encode
-    """Read what :func:`encode` wrote; nothing is imported, classes come from the tables only.
+    """Read the JSON of :func:`encode`. Nothing is imported: classes come only from the tables.
 
     :param value: the JSON value
     :param tables: see :func:`closed_tables`
-    :param path: argument, and keys in it, that have this value
-    :raises UntrustedFileError: for a class that is not in the table of its field, or a value without a plain form
+    :param path: name of the argument, then the keys that lead to this value
+    :raises UntrustedFileError: for a class that is not in the table of its kind, and for a value without a plain form
     """
     name = ".".join(path)
     if isinstance(value, list):
@@ -204,7 +216,7 @@ def decode(value: Any, tables: Tables, path: tuple[str, ...]) -> Any:  # noqa: A
     if tag == "tuple":
         return tuple(decode(item, tables, path) for item in get(value, "items", list, name))
     if tag == "class":
-        return _look_up(tables, _field_of(path), get(value, "name", str, name), name)
+        return _look_up(tables, _kind_at_path(path), get(value, "name", str, name), name)
     if tag == "schedule" and len(path) == 1:
         arguments = decode(get(value, "arguments", dict, name), tables, (*path, "arguments"))
         schedule_class = _look_up(tables, "schedule", get(value, "name", str, name), name)
@@ -220,7 +232,8 @@ def decode(value: Any, tables: Tables, path: tuple[str, ...]) -> Any:  # noqa: A
     raise UntrustedFileError(f"{name}: {short(value)} is not allowed there")
 
 
-def _field_of(path: tuple[str, ...]) -> str:
+def _kind_at_path(path: tuple[str, ...]) -> str:
+    """Return the kind of a class at a place of the description. No class is allowed where it is not in the tables."""
     if len(path) == 1:
         return path[0]
     if path[0] != "policy_kwargs":
@@ -234,7 +247,7 @@ def _look_up(tables: Mapping[str, Mapping[str, type]], kind: str, wanted: str, n
         raise UntrustedFileError(f"{name}: a class is not allowed there, got {short(wanted)}")
     if wanted not in tables[kind]:
         raise UntrustedFileError(
-            f"{name} is the class {short(wanted)}, which is none of {', '.join(tables[kind])}; "
+            f"{name} is the class {short(wanted)}, which is not one of {', '.join(tables[kind])}; "
             "give the class itself to load() in allow=[...] if you want it"
         )
     return tables[kind][wanted]

@@ -15,6 +15,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.save_util import open_path
 
 from sb3_ppo_plus import policies
+from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.saving.model_description import constructor_arguments
 from sb3_ppo_plus.saving.safe_zip import opened_model
 from sb3_ppo_plus.saving.untrusted_model import add_description
@@ -34,12 +35,12 @@ def loading_arguments(
     trusted: bool,
     allow: Iterable[type] | None,
 ) -> dict[str, Any]:
-    """Arguments that replace those of a saved model, from what the user gave to ``load``.
+    """Return the arguments that replace those of a saved model, from what the user gave to ``load``.
 
     :param cls: class of the model
     :param path: the file
-    :param custom_objects: SB3's argument; without trust it replaces constructor's arguments too
-    :param kwargs: constructor's arguments to change
+    :param custom_objects: SB3's argument; without trust it replaces arguments of the constructor
+    :param kwargs: arguments of the constructor to replace
     :param trusted: whether the file may be unpickled
     :param allow: classes that a description may name
     :raises TypeError: for a keyword that is no argument of the constructor
@@ -48,7 +49,10 @@ def loading_arguments(
     allowed = set(constructor_arguments(cls)) - {"policy", "env"}
     unknown = sorted(kwargs.keys() - allowed)
     if unknown:
-        raise TypeError(f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}")
+        raise TypeError(
+            f"load() got unknown keyword arguments {unknown}; allowed: {sorted(allowed)}"
+            f"{did_you_mean(unknown[0], allowed)}"
+        )
     if not trusted:
         return {name: value for name, value in (custom_objects or {}).items() if name in allowed} | kwargs
     if allow is not None:
@@ -57,10 +61,10 @@ def loading_arguments(
 
 
 def values_of_other_releases(path: File) -> dict[str, Any]:
-    """Values of attributes that a saved model lacks, since SB3 or an older release wrote it.
+    """Return values of attributes that a saved model lacks, because SB3 or an older release wrote it.
 
     :param path: the file
-    :return: by name, such that the model goes on as where it was saved
+    :return: values by name; with them the model goes on as it would in the release that saved it
     """
     saved = _saved_attributes(path)
     values: dict[str, Any] = {"pessimistic_value_clip": False, "_built_for_masks": False}
@@ -101,7 +105,7 @@ def write_model(archive: io.BytesIO, path: File, model: PPO, exclude: Iterable[s
 
 
 def _saved_attributes(path: File) -> set[str]:
-    """Names of a saved model's attributes; none for a file that is no model, of which SB3's load tells more."""
+    """Return the names of a saved model's attributes. For other files there are none, and SB3's load has the error."""
     with opened_model(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:

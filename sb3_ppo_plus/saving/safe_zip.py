@@ -1,4 +1,4 @@
-"""Members of zip archives that are not to be trusted, read into memory; nothing is ever extracted."""
+"""Reads the members of untrusted zip archives into memory. Nothing is extracted to the disk."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch as th
 from stable_baselines3.common.save_util import open_path
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.saving.strict_json import short
+from sb3_ppo_plus.strict_json import short
 
-#: A policy has a few tensors, or a few hundred
+#: A policy has at most a few hundred
 MAX_TENSORS = 100_000
 
 _TENSOR_FILE = re.compile(
@@ -27,7 +27,7 @@ _TENSOR_FILE = re.compile(
 
 @contextmanager
 def opened_model(path: str | pathlib.Path | io.BufferedIOBase) -> Iterator[IO[bytes]]:
-    """Open a saved model as SB3's ``load`` does; a file that the caller opened stays open, and where it was.
+    """Open a saved model as SB3's ``load`` does. A file that the caller has opened stays open, at its position.
 
     :param path: the file, or its path, with or without ".zip"
     """
@@ -43,16 +43,17 @@ def opened_model(path: str | pathlib.Path | io.BufferedIOBase) -> Iterator[IO[by
 
 
 def read_members(file: IO[bytes], name: str, allows: Callable[[str], bool], max_members: int) -> dict[str, bytes]:
-    """Read a zip archive whose members are stored, not compressed, as SB3 and PyTorch write theirs.
+    """Read a zip archive whose members are not compressed: SB3 and PyTorch write such archives.
 
-    So no archive gives more than its own size.
+    So the contents are never larger than the file.
 
     :param file: the archive
     :param name: what to call it in messages
-    :param allows: whether a member may have this name
-    :param max_members: how many members there may be
-    :raises UntrustedFileError: for a damaged archive, an unknown name or one that occurs twice, and for members that
-        are compressed, encrypted, links or folders, or that overlap
+    :param allows: tells whether a member may have a name
+    :param max_members: largest number of members
+    :return: contents by name
+    :raises UntrustedFileError: if the archive is damaged, if a name is unknown or occurs twice, or if members are
+        compressed, encrypted, links or folders, or overlap
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -70,7 +71,7 @@ def read_members(file: IO[bytes], name: str, allows: Callable[[str], bool], max_
     except UntrustedFileError:
         raise
     except Exception as error:
-        # zipfile raises a dozen types at damaged archives
+        # zipfile raises a dozen types of errors for damaged archives
         raise UntrustedFileError(f"{name} is no readable zip archive: {type(error).__name__}: {error}") from error
 
 
@@ -83,6 +84,7 @@ def _check_members(infos: list[zipfile.ZipInfo], name: str, allows: Callable[[st
         seen.add(info.filename)
         if info.orig_filename != info.filename or not allows(info.filename):
             raise UntrustedFileError(f"{member} does not belong there")
+        # The upper half of these bits is the file's type in Unix; 0: unknown
         if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG):
             raise UntrustedFileError(f"{member} is a link or another special file")
         if info.flag_bits & 0x1:
@@ -91,14 +93,14 @@ def _check_members(infos: list[zipfile.ZipInfo], name: str, allows: Callable[[st
             raise UntrustedFileError(f"{member} is compressed, which neither SB3 nor PyTorch does")
 
 
-def load_tensors(data: bytes, name: str, device: th.device, *, allows_legacy: bool = False) -> Any:  # noqa: ANN401  # as the file has it; callers check
+def load_tensors(data: bytes, name: str, device: th.device, *, allows_legacy: bool = False) -> Any:  # noqa: ANN401  # callers check
     """Load what ``torch.save`` wrote, by ``torch.load(weights_only=True)`` on an archive whose members were checked.
 
     :param data: the file
     :param name: what to call it in messages
     :param device: where the tensors go
-    :param allows_legacy: take PyTorch's format before 1.6 too, which is no archive
-    :raises UntrustedFileError: for a damaged file, or one that holds more than tensors and plain containers
+    :param allows_legacy: whether PyTorch's format before version 1.6, which is no archive, is allowed
+    :raises UntrustedFileError: if the file is damaged, or holds more than tensors and plain containers
     """
     is_legacy = allows_legacy and not data.startswith(b"PK")
     file = io.BytesIO(data) if is_legacy else _checked_archive(data, name)
@@ -114,7 +116,7 @@ def _checked_archive(data: bytes, name: str) -> io.BytesIO:
     roots = {member.partition("/")[0] for member in members}
     if len(roots) != 1:
         raise UntrustedFileError(f"{name} holds files of {len(roots)} archives")
-    # Written again, so that PyTorch's own reader of zips sees exactly what was checked
+    # Written again, so that PyTorch's own zip reader sees exactly what was checked
     clean = io.BytesIO()
     with zipfile.ZipFile(clean, "w") as archive:
         for member, content in members.items():

@@ -1,4 +1,4 @@
-"""Checks of state dicts from files that are not to be trusted, against the model that is to take them."""
+"""Checks of state dicts from untrusted files, against the model that will load them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from torch.optim import Optimizer
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.policies.names import OPTIMIZERS
-from sb3_ppo_plus.saving.strict_json import short
+from sb3_ppo_plus.strict_json import short
 
 POLICY_FILE = "policy.pth"
 OPTIMIZER_FILE = "policy.optimizer.pth"
 
 
 def n_bytes(state: object, name: str) -> int:
-    """Size of the memory behind a state dict's tensors, counted once where they share it.
+    """Return the memory of a state dict's tensors in bytes. Memory that tensors share counts once.
 
+    :param state: the state dict
+    :param name: what to call it in messages
     :raises UntrustedFileError: if it is no dict of plain tensors by name
     """
     if not isinstance(state, dict):
@@ -41,19 +43,23 @@ def _check_plain(tensor: object, name: str) -> th.Tensor:
     assert isinstance(tensor, th.Tensor)
     if tensor.layout is not th.strided or tensor.is_quantized or tensor.device.type == "meta":
         raise UntrustedFileError(f"{name} is no dense tensor")
-    # A stride of 0 makes any shape out of one number
+    # With strides of 0, one number in memory can pass for a tensor of any size
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise UntrustedFileError(f"{name} has more elements than numbers")
     return tensor
 
 
 def check_policy_state(state: dict[str, th.Tensor], policy: ActorCriticPolicy) -> None:
-    """Check names, shapes and dtypes of a policy's tensors.
+    """Check the names, shapes and dtypes of a policy's tensors.
 
+    :param state: state dict from the file
+    :param policy: the policy that will load it
     :raises UntrustedFileError: if one differs from the policy's
     """
     expected = policy.state_dict()
-    for key in [*(expected.keys() - state.keys()), *(state.keys() - expected.keys())]:
+    different = [*(expected.keys() - state.keys()), *(state.keys() - expected.keys())]
+    if different:
+        key = different[0]
         raise UntrustedFileError(
             f"{POLICY_FILE} {'has no' if key in expected else 'has an unknown'} tensor {short(key)}"
         )
@@ -69,11 +75,11 @@ def _check_like(tensor: th.Tensor, own: th.Tensor, name: str) -> None:
 
 
 def check_optimizer_groups(state: object, expected: dict[str, Any]) -> dict[str, Any]:
-    """Check the groups and settings of an optimiser's state dict, which torch takes as they are.
+    """Check the groups and settings of an optimiser's state dict. PyTorch does not check them.
 
-    :param state: the state dict
-    :param expected: that of the model's own optimiser
-    :return: the state dict, with the own optimiser's settings where an older version of torch knew none
+    :param state: state dict from the file
+    :param expected: state dict of the model's own optimiser
+    :return: the state dict; settings that an older version of PyTorch did not have are those of ``expected``
     :raises UntrustedFileError: if it has other groups, or settings of other types
     """
     if not (isinstance(state, dict) and state.keys() == {"state", "param_groups"}):
@@ -106,10 +112,10 @@ def _is_like(value: object, own: object) -> bool:
 
 
 def check_optimizer_entries(state: dict[str, Any], optimizer: Optimizer) -> None:
-    """Check the tensors of an optimiser's state dict, which torch takes whatever their shapes are.
+    """Check the tensors of an optimiser's state dict. PyTorch does not check their shapes.
 
-    :param state: state dict that passed :func:`check_optimizer_groups`, in the groups of ``optimizer``
-    :param optimizer: the optimiser that is to take it
+    :param state: state dict that has passed :func:`check_optimizer_groups`, with the groups of ``optimizer``
+    :param optimizer: the optimiser that will load it
     :raises UntrustedFileError: if names, shapes or dtypes are not those that the optimiser makes itself
     """
     for group, own_group in zip(state["param_groups"], optimizer.param_groups, strict=True):
@@ -126,7 +132,7 @@ def check_optimizer_entries(state: dict[str, Any], optimizer: Optimizer) -> None
 
 
 def _entries_after_a_step(optimizer_class: type[Optimizer], group: dict[str, Any]) -> dict[str, Any] | None:
-    """State that torch's own optimiser keeps per parameter with these settings; None for other optimisers."""
+    """Return the state that an optimiser of PyTorch keeps for a parameter with these settings; None for others."""
     if optimizer_class not in OPTIMIZERS.values():
         return None
     parameter = th.nn.Parameter(th.zeros(1))
@@ -144,7 +150,9 @@ def _entries_after_a_step(optimizer_class: type[Optimizer], group: dict[str, Any
 
 def _check_entry(value: object, parameter: th.Tensor, key: object, name: str) -> None:
     tensor = _check_plain(value, name)
-    if tensor.shape not in ((), parameter.shape) or (key == "step") != (tensor.shape == () != parameter.shape):
+    # The count of steps is one number; all other entries have the shape of the parameter
+    is_one_number = tensor.shape == () and parameter.shape != ()
+    if tensor.shape not in ((), parameter.shape) or (key == "step") != is_one_number:
         raise UntrustedFileError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != (th.float32 if key == "step" else parameter.dtype):
         raise UntrustedFileError(f"{name} must be {parameter.dtype}, got {tensor.dtype}")

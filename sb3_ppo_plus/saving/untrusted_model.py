@@ -1,4 +1,4 @@
-"""Loading models without trust: from their plain description and tensors, never by unpickling or importing by name."""
+"""Loads models without trust: from a plain description and tensors. Nothing is unpickled, or imported by its name."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ from sb3_ppo_plus.saving.state_dict_checks import (
     check_policy_state,
     n_bytes,
 )
-from sb3_ppo_plus.saving.strict_json import get, parse, short
+from sb3_ppo_plus.strict_json import get, parse, short
 
 DESCRIPTION = "ppo_plus.json"
-# What SB3 and PPOPlus write, most of which is never read without trust
+# All members that SB3 and PPOPlus write; without trust, most of them are never used
 MEMBERS = {
     DESCRIPTION,
     "data",
@@ -53,10 +53,10 @@ MEMBERS = {
     "system_info.txt",
 }
 MAX_MEMBERS = 20
-# No state dicts; the second before SB3 0.9
+# These hold no state dict; the second is older than SB3 0.9
 PYTORCH_VARIABLES = ("pytorch_variables.pth", "tensors.pth")
 MAX_ENVS = 2**20
-# Extractors that a policy builds and replaces need some memory beyond what the file holds
+# A policy builds some extractors only to replace them: the file does not hold their tensors
 SPARE_BYTES, SPARE_TENSORS = 2**26, 100
 
 Model = TypeVar("Model", bound=PPO)
@@ -86,15 +86,16 @@ def load_without_trust(
 ) -> Model:
     """Load a model from its plain description and its tensors.
 
-    What the description lacks is an error. ``tensorboard_log`` and options of the compiler are not taken from it.
+    A value without a plain description is an error. ``tensorboard_log`` and the compiler's options are not taken from
+    the file.
 
     :param cls: class of the model
     :param path: the file
-    :param env: environment to train in; None: none
+    :param env: environment to train in, or None
     :param device: device of the model
     :param allow: classes that the description may name, see :func:`closed_tables`
-    :param print_system_info: print on what system the model was saved
-    :param replaced: constructor arguments that the file's give way to
+    :param replaced: arguments of the constructor that replace those of the file
+    :param print_system_info: whether to print on what system the model was saved
     :raises UntrustedFileError: if the file is damaged or hostile, or its description has gaps
     :raises ValueError: if ``env`` has other spaces
     """
@@ -123,22 +124,22 @@ def load_without_trust(
     except UntrustedFileError as error:
         raise UntrustedFileError(f"{path}: {error}") from error
     except Exception as error:
-        # Values of the right type may still be refused anywhere below
+        # The constructors of policies and networks may still refuse values of the right type
         raise UntrustedFileError(
             f"the model that {path} describes cannot be built: {type(error).__name__}: {error}"
         ) from error
 
 
 def read_parameters(path: File, device: th.device | str) -> dict[str, Any]:
-    """Read the state dicts of a model that PPOPlus or SB3 saved, and nothing else.
+    """Read only the state dicts of a model that PPOPlus or SB3 saved.
 
     :param path: the file
     :param device: device of the tensors
-    :return: by name, as "policy" and "policy.optimizer"
-    :raises UntrustedFileError: for another kind of file, or tensors that need unpickling
+    :return: state dicts by name, such as "policy" and "policy.optimizer"
+    :raises UntrustedFileError: for another kind of file, and for tensors that need unpickling
     """
     with opened_model(path) as file:
-        # A subclass may have saved others
+        # Any name is allowed, since a subclass may save further state dicts
         members = read_members(file, str(path), lambda name: True, MAX_MEMBERS)
     names = [name for name in members if name.endswith(".pth") and name not in PYTORCH_VARIABLES]
     return {
@@ -157,9 +158,9 @@ def _arguments(cls: type[PPO], description: object, tables: Tables, replaced: Ma
     if unknown:
         raise UntrustedFileError(f"{DESCRIPTION}: {cls.__name__} has no arguments {short(unknown)}")
     if isinstance(described.get("compile"), dict) and "compile" not in replaced:
-        # One of them is the compiler's command
+        # One of these options is the command of a program to run
         raise UntrustedFileError(
-            f"{DESCRIPTION}: compile: options of torch.compile are not taken from a file; give yours"
+            f"{DESCRIPTION}: compile: options of torch.compile are not taken from a file; give your own"
         )
     decoded = {name: decode(value, tables, (name,)) for name, value in described.items() if name not in replaced}
     policy = decode(get(description, "policy", dict, DESCRIPTION), tables, ("policy",))
@@ -180,7 +181,7 @@ def _build(
     cls: type[Model],
     description: object,
     arguments: dict[str, Any],
-    env: Any,  # noqa: ANN401  # None where there is none, which the constructor does not declare
+    env: Any,  # noqa: ANN401  # None too, which the constructor does not declare
     device: th.device,
     members: Mapping[str, bytes],
 ) -> Model:
@@ -192,7 +193,7 @@ def _build(
         model.n_envs = get(description, "n_envs", int, DESCRIPTION)
         if not 0 < model.n_envs <= MAX_ENVS:
             raise UntrustedFileError(f"n_envs must be in [1, {MAX_ENVS}], got {model.n_envs}")
-    _set_state(model, description)
+    _set_counters_and_flags(model, description)
     max_bytes = 2 * n_bytes(policy_state, POLICY_FILE) + SPARE_BYTES
     with _limited_tensors(2 * len(policy_state) + SPARE_TENSORS, max_bytes):
         model._setup_model()
@@ -204,13 +205,13 @@ def _build(
     )
     model.set_parameters({"policy": policy_state, "policy.optimizer": optimizer_state}, device=device)
     if model.use_sde:
-        # As SB3's load, for the exploration matrix to be on the right device
+        # As SB3's load does, so that the exploration matrix is on the right device
         model.policy.reset_noise()
     built: Model = model
     return built
 
 
-def _set_state(model: PPO, description: object) -> None:
+def _set_counters_and_flags(model: PPO, description: object) -> None:
     counters = get(description, "counters", dict, DESCRIPTION)
     for name in COUNTERS:
         value = get(counters, name, int, "counters")
@@ -228,7 +229,10 @@ def _set_state(model: PPO, description: object) -> None:
 
 @contextmanager
 def _limited_tensors(max_tensors: int, max_bytes: int) -> Iterator[None]:
-    """Stop the construction of a network that is larger than the file's: numbers in a description cost nothing."""
+    """Stop the construction of a network that is larger than the file's tensors.
+
+    A few bytes of JSON could ask for any amount of memory.
+    """
     n_tensors = total = 0
 
     def count(module: th.nn.Module, name: str, tensor: th.Tensor | None) -> None:

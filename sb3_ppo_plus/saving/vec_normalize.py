@@ -1,4 +1,4 @@
-"""VecNormalize's settings and statistics as plain JSON, where SB3 pickles them."""
+"""Saves VecNormalize's settings and statistics as plain JSON. SB3 pickles them."""
 
 from __future__ import annotations
 
@@ -14,47 +14,47 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.saving.strict_json import MAX_BYTES, decode_array, encode_array, get, parse, short
+from sb3_ppo_plus.strict_json import MAX_BYTES, decode_array, encode_array, get, parse, short
 
 FORMAT = "sb3_ppo_plus.vec_normalize/1"
 _FLAGS = ("training", "norm_obs", "norm_reward")
-# With the largest value allowed
+# Settings that are numbers, from 0 to the largest value allowed
 _NUMBERS = {"clip_obs": math.inf, "clip_reward": math.inf, "gamma": 1.0, "epsilon": math.inf}
 
 
 def save_vec_normalize(env: VecEnv, path: str | pathlib.Path) -> None:
-    """Save what ``VecNormalize.save`` saves, settings and statistics, as JSON.
+    """Save the settings and statistics of a VecNormalize as JSON, as ``VecNormalize.save`` does with pickle.
 
-    :param env: a VecNormalize, or a VecEnv that has one inside
+    :param env: a VecNormalize, or a VecEnv with a VecNormalize inside
     :param path: the file, which is replaced in one step
-    :raises ValueError: if there is no VecNormalize, or a subclass of it
+    :raises ValueError: if there is no VecNormalize, or if it is of a subclass
     """
     normalize = unwrap_vec_normalize(env)
     if type(normalize) is not VecNormalize:
         raise ValueError(f"env must be or contain a VecNormalize, got {env!r} with {normalize!r}")
-    description: dict[str, Any] = {"format": FORMAT}
-    description |= {name: bool(getattr(normalize, name)) for name in _FLAGS}
-    description |= {name: _encode_number(float(getattr(normalize, name))) for name in _NUMBERS}
-    description |= {"norm_obs_keys": normalize.norm_obs_keys, "ret_rms": _encode_statistics(normalize.ret_rms)}
+    content: dict[str, Any] = {"format": FORMAT}
+    content |= {name: bool(getattr(normalize, name)) for name in _FLAGS}
+    content |= {name: _encode_number(float(getattr(normalize, name))) for name in _NUMBERS}
+    content |= {"norm_obs_keys": normalize.norm_obs_keys, "ret_rms": _encode_statistics(normalize.ret_rms)}
     if normalize.norm_obs:
         rms: Any = normalize.obs_rms
-        is_dict = isinstance(rms, dict)
-        description["obs_rms"] = (
-            [[key, _encode_statistics(of_key)] for key, of_key in rms.items()] if is_dict else _encode_statistics(rms)
-        )
+        if isinstance(rms, dict):
+            content["obs_rms"] = [[key, _encode_statistics(statistics)] for key, statistics in rms.items()]
+        else:
+            content["obs_rms"] = _encode_statistics(rms)
     path = pathlib.Path(path)
     unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(description, indent=1, allow_nan=False))
+    unfinished.write_text(json.dumps(content, indent=1, allow_nan=False))
     os.replace(unfinished, path)
 
 
 def load_vec_normalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = False) -> VecNormalize:
-    """Wrap ``venv`` in the VecNormalize that was saved.
+    """Wrap environments in a VecNormalize that was saved.
 
-    :param path: a file of :func:`save_vec_normalize`, or of ``VecNormalize.save`` with ``trusted=True``
-    :param venv: the environment to wrap
-    :param trusted: True: ``VecNormalize.load``, which runs whatever code the file holds
-    :raises UntrustedFileError: if the file is damaged, or another kind of file
+    :param path: a file of :func:`save_vec_normalize`; with ``trusted=True`` a file of ``VecNormalize.save``
+    :param venv: the vectorised environment to wrap
+    :param trusted: True: use ``VecNormalize.load``, which runs any code that the file holds
+    :raises UntrustedFileError: if the file is damaged, or is another kind of file
     :raises ValueError: if the statistics do not fit the observations of ``venv``
     """
     if trusted:
@@ -62,22 +62,24 @@ def load_vec_normalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = F
     with open(path, "rb") as file:
         text = file.read(MAX_BYTES + 1)
     if text[:1] != b"{":
-        raise UntrustedFileError(f"{path} is no file of save_vec_normalize; VecNormalize.save's needs trusted=True")
-    description = parse(text, str(path))
-    written = get(description, "format", str, str(path))
+        raise UntrustedFileError(
+            f"{path} is no file of save_vec_normalize. A file of VecNormalize.save needs trusted=True"
+        )
+    content = parse(text, str(path))
+    written = get(content, "format", str, str(path))
     if written != FORMAT:
         raise UntrustedFileError(f"{path}: format must be {FORMAT!r}, got {short(written)}")
-    settings: dict[str, Any] = {name: get(description, name, bool, str(path)) for name in _FLAGS}
+    settings: dict[str, Any] = {name: get(content, name, bool, str(path)) for name in _FLAGS}
     for name, largest in _NUMBERS.items():
-        settings[name] = _decode_number(get(description, name, (int, float, str), str(path)), name, largest)
-    keys = get(description, "norm_obs_keys", (list, type(None)), str(path))
+        settings[name] = _decode_number(get(content, name, (int, float, str), str(path)), name, largest)
+    keys = get(content, "norm_obs_keys", (list, type(None)), str(path))
     observation_statistics: Any = None
     if settings["norm_obs"]:
         space = venv.observation_space
-        saved = get(description, "obs_rms", (list, dict), str(path))
+        saved = get(content, "obs_rms", (list, dict), str(path))
         observation_statistics = _observation_statistics(saved, keys, space, str(path))
     normalize = VecNormalize(venv, norm_obs_keys=keys, **settings)
-    normalize.ret_rms = _decode_statistics(get(description, "ret_rms", dict, str(path)), (), f"{path}: ret_rms")
+    normalize.ret_rms = _decode_statistics(get(content, "ret_rms", dict, str(path)), (), f"{path}: ret_rms")
     if settings["norm_obs"]:
         normalize.obs_rms = observation_statistics
     return normalize
@@ -115,7 +117,7 @@ def _decode_statistics(members: object, shape: tuple[int, ...], name: str) -> Ru
 def _observation_statistics(
     saved: object, keys: list[Any] | None, space: spaces.Space[Any], name: str
 ) -> RunningMeanStd | dict[str, RunningMeanStd]:
-    """Read the statistics of observations; their shapes must be those of ``space``."""
+    """Read the statistics of observations. Their shapes must be those of ``space``."""
     if not isinstance(space, spaces.Dict):
         if isinstance(saved, list) or keys is not None:
             raise ValueError(f"{name} was saved for Dict observations, but those of venv are {space}")
@@ -126,4 +128,7 @@ def _observation_statistics(
     unknown = [key for key, _ in saved if not isinstance(key, str) or key not in space.spaces]
     if unknown:
         raise ValueError(f"{name} has statistics of {short(unknown)}, which the observations of venv lack")
-    return {key: _decode_statistics(of_key, space[key].shape or (), f"{name}: {short(key)}") for key, of_key in saved}
+    return {
+        key: _decode_statistics(statistics, space[key].shape or (), f"{name}: {short(key)}")
+        for key, statistics in saved
+    }

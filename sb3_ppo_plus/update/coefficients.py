@@ -1,4 +1,4 @@
-"""The coefficients of an update, each a number, a schedule, or a schedule's string form such as "lin_3e-4"."""
+"""The coefficients of an update. Each is a number, a schedule, or a schedule's string form such as "lin_3e-4"."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Coefficient = float | str | Schedule
 
 
 class Coefficients:
-    """Values of a model's coefficients at this point of training, its learning rates among them.
+    """Values of a model's coefficients at this point of training, including its learning rates.
 
-    Users assign coefficients to the model's attributes. Each one is parsed when it is first seen, so that an
-    assignment counts from the next update on.
+    Users may assign coefficients to the model's attributes. A new value is parsed when an update first sees it, so an
+    assignment has effect from the next update on.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Coefficients:
         self._groups: LearningRateGroups | None = None
 
     def setup(self, model: PlusModel) -> None:
-        """Validate the coefficients of the loss, and give clip ranges the form in which SB3's PPO keeps them.
+        """Validate the coefficients of the loss, and turn clip ranges into the schedules that SB3's PPO keeps.
 
         :param model: the model
         :raises ValueError: for a value that is not allowed
@@ -89,9 +89,9 @@ class Coefficients:
         model.logger.record("train/critic_learning_rate", critic)
 
     def groups(self, model: PlusModel) -> LearningRateGroups:
-        """Return how the parameter groups of the optimiser that the policy has now follow the schedules.
+        """Return how the parameter groups of the policy's present optimiser follow the schedules.
 
-        :param model: the model; the critic's parameters get groups of their own if it has a ``critic_learning_rate``
+        :param model: the model; if it has a ``critic_learning_rate``, the critic's parameters get their own groups
         """
         optimizer = model.policy.optimizer
         if self._groups is None or self._groups.optimizer is not optimizer:
@@ -101,19 +101,19 @@ class Coefficients:
         return self._groups
 
     def grouped_as_saved(self, model: PlusModel, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Return state dicts where the optimiser's has the groups that the policy made, in SB3's order.
+        """Return state dicts in which the optimiser has the groups that the policy made, in SB3's order.
 
         :param model: the model
-        :param parameters: state dicts, as SB3's ``get_parameters`` returns them
+        :param parameters: state dicts that SB3's ``get_parameters`` returned
         """
         groups = self.groups(model)
         return {**parameters, "policy.optimizer": groups.state_dict(model.policy.optimizer)}
 
     def grouped_as_now(self, model: PlusModel, parameters: dict[str, Any]) -> dict[str, Any]:
-        """Return state dicts where the optimiser's has the groups that the policy's optimiser has now.
+        """Return state dicts in which the optimiser has the groups that the policy's optimiser has now.
 
         :param model: the model
-        :param parameters: state dicts, as :meth:`grouped_as_saved` returns them; the optimiser's may be missing
+        :param parameters: state dicts that :meth:`grouped_as_saved` returned; the optimiser's may be missing
         """
         if "policy.optimizer" not in parameters:
             return parameters

@@ -1,4 +1,4 @@
-"""The passes of an update over the rollout, and what was learned from them."""
+"""The passes of an update over the rollout, and the log of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import explained_variance
 
 from sb3_ppo_plus.buffers import minibatches
-from sb3_ppo_plus.policies.torch_switches import without_argument_validation
+from sb3_ppo_plus.update.argument_validation import without_argument_validation
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import LossCoefficients
@@ -18,13 +18,16 @@ from sb3_ppo_plus.update.losses import LossCoefficients
 def run_epochs(
     gradient_step: GradientStep, objective: Objective, rollout_buffer: RolloutBuffer, n_epochs: int, batch_size: int
 ) -> UpdateHistory:
-    """Step on every minibatch of the rollout, in ``n_epochs`` random orders, until the limit of approx_kl forbids it.
+    """Take a step on every minibatch of the rollout, ``n_epochs`` times, each time in another random order.
+
+    The update stops at the first minibatch on which the limit of approx_kl forbids a step.
 
     :param gradient_step: takes the steps
-    :param objective: of the update
-    :param rollout_buffer: full
+    :param objective: the objective of the update
+    :param rollout_buffer: the full buffer
     :param n_epochs: number of passes
     :param batch_size: transitions per minibatch
+    :return: the metrics of all minibatches
     """
     history = UpdateHistory()
     gradient_step.begin_update()
@@ -61,12 +64,12 @@ def log_update(
     policy: ActorCriticPolicy,
     rollout_buffer: RolloutBuffer,
 ) -> None:
-    """Record what SB3's ``PPO.train`` records of an update, and the values of the coefficients.
+    """Log what SB3's ``PPO.train`` logs of an update, and the values of the coefficients.
 
     :param logger: SB3's logger
-    :param history: of the update
-    :param coefficients: of the update
-    :param policy: after the update
+    :param history: the history of the update
+    :param coefficients: the coefficients' values in the update
+    :param policy: the policy after the update
     :param rollout_buffer: the rollout of the update
     """
     for name, value in history.logged().items():

@@ -1,10 +1,10 @@
-"""When a step on flat parameters is the step that SB3 takes."""
+"""The conditions under which a step on flat parameters equals the step that SB3 takes."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch as th
@@ -14,19 +14,21 @@ from torch.optim import optimizer as torch_optimizer
 from sb3_ppo_plus.torch_private import has_accumulation_hooks, has_step_hooks
 from sb3_ppo_plus.update.flat_parameters import ALIGNMENT
 
-# Elementwise in parameters and state, so that a flat step equals the separate ones; not so for subclasses
+# Their steps are elementwise in parameters and state, so a flat step equals separate ones. Subclasses may differ
 FLATTENED_OPTIMIZERS = (Adam, AdamW, SGD, RMSprop)
 _ZERO_GRAD = Optimizer.zero_grad
 _CLIP_GRAD_NORM = th.nn.utils.clip_grad_norm_
 
 
-def obstacle_to_flat_steps(policy: th.nn.Module, optimizer: Optimizer) -> str | None:
-    """Find out what a flat step of the optimiser would miss, as a clause for a warning; None: nothing.
+def obstacle_to_flat_steps(
+    policy: th.nn.Module, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]
+) -> str | None:
+    """Return why a flat step would differ from the optimiser's own step, as a clause for a warning; None: it would not.
 
-    :param policy: whose parameters are stepped
-    :param optimizer: the policy's
+    :param policy: the policy
+    :param optimizer: the policy's optimiser
+    :param parameters: the policy's parameters
     """
-    parameters = list(policy.parameters())
     name = type(optimizer).__name__
     if type(optimizer) not in FLATTENED_OPTIMIZERS:
         return f"{name} has no flat form here"
@@ -39,7 +41,7 @@ def obstacle_to_flat_steps(policy: th.nn.Module, optimizer: Optimizer) -> str | 
         return f"a hook on {name}'s step or on a parameter wants to be called"
     if not _are_plain(parameters):
         return "the parameters are not all float32 on one device, in memory of their own"
-    if _share_memory(_tensors_of(policy)):
+    if _share_memory(chain(parameters, policy.buffers(), _attributes_of(policy))):
         return "some parameters share their memory with other tensors of the policy"
     if not all(_is_plain_state(parameter, optimizer.state.get(parameter, {})) for parameter in parameters):
         return f"the state of {name} is not of the kind that its own steps make"
@@ -48,16 +50,17 @@ def obstacle_to_flat_steps(policy: th.nn.Module, optimizer: Optimizer) -> str | 
 
 def _has_methods_of_torch(optimizer: Optimizer) -> bool:
     kind = type(optimizer)
-    # PyTorch's learning-rate schedulers wrap the method of the instance
+    # PyTorch's learning-rate schedulers replace ``step`` of the instance by a wrapper
     if {"step", "zero_grad"} & vars(optimizer).keys() or kind.zero_grad is not _ZERO_GRAD:
         return False
     step: Any = kind.step
-    # What PyTorch itself wraps around a step lies in one module
+    # PyTorch's own wrappers of ``step`` are all defined in one module
     while hasattr(step, "__wrapped__"):
         if step.__globals__ is not vars(torch_optimizer):
             return False
         step = step.__wrapped__
-    return inspect.isfunction(step) and step.__globals__["__name__"] == kind.__module__
+    # AdamW's is Adam's
+    return inspect.isfunction(step) and step.__globals__["__name__"] in {base.__module__ for base in kind.__mro__}
 
 
 def _are_plain(parameters: Sequence[th.nn.Parameter]) -> bool:
@@ -65,19 +68,19 @@ def _are_plain(parameters: Sequence[th.nn.Parameter]) -> bool:
     return all(
         type(parameter) is th.nn.Parameter
         and ((parameter.dtype is th.float32 and parameter.device == device) or not parameter.requires_grad)
-        # Else BLAS rounds in another way, after load_from_vector for one
+        # BLAS rounds differently in memory that is not aligned, such as after load_from_vector
         and parameter.data_ptr() % (4 * ALIGNMENT) == 0
-        # Other processes may be reading it at any time
-        and not (device.type == "cpu" and parameter.is_shared())  # type: ignore[no-untyped-call]  # torch leaves it so
+        # Other processes may read shared memory at any time
+        and not (device.type == "cpu" and parameter.is_shared())  # type: ignore[no-untyped-call]  # untyped in torch
         for parameter in parameters
     )
 
 
-def _tensors_of(policy: th.nn.Module) -> Iterator[th.Tensor]:
-    yield from policy.parameters()
+def _attributes_of(policy: th.nn.Module) -> Iterator[th.Tensor]:
     for part in policy.modules():
-        yield from part.buffers(recurse=False)
-        yield from (value for value in vars(part).values() if isinstance(value, th.Tensor))
+        for value in vars(part).values():
+            if isinstance(value, th.Tensor):
+                yield value
 
 
 def _share_memory(tensors: Iterable[th.Tensor]) -> bool:

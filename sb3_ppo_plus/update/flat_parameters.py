@@ -1,8 +1,8 @@
-"""Parameters of an optimiser as parts of flat tensors while an update runs, so that one operation steps many of them.
+"""Parameters as parts of flat tensors during an update, so that one operation steps many of them.
 
-A step on one flat tensor is bit-identical to the steps on its parts and costs a fraction of their overhead. Between
-updates, parameters and optimiser state are in their own memory, as SB3 users know them. Nothing that users do to them
-then can pass by the flat tensors, since these are filled anew for each update.
+A step on one flat tensor is bit-identical to the steps on its parts, with much less overhead. Between updates,
+parameters and optimiser state are in their own memory, as SB3 users know them. Users may change them there, since the
+flat tensors are filled again at each update.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from torch.optim import SGD, Optimizer
 
 from sb3_ppo_plus.torch_private import copy_each, norm_of_each
 
-# In floats: 64 bytes, as PyTorch aligns every tensor. BLAS rounds differently on matrices that are not
+# In floats: 64 bytes, as PyTorch aligns every tensor. BLAS rounds differently on matrices that are not aligned
 ALIGNMENT = 16
 
 
 class _Shown(NamedTuple):
-    """One name of the optimiser's state while an update runs.
+    """One entry of the optimiser's state, such as a moment, during an update.
 
     :param own: each parameter's own tensor, which it gets back after the update
-    :param views: what stands in its place until then
+    :param views: the parts of the flat tensor that take its place until then
     """
 
     own: list[th.Tensor]
@@ -36,25 +36,25 @@ class FlatGroup:
     """Parameters of one group that have a gradient, and their optimiser state, as flat tensors.
 
     :param optimizer: the policy's optimiser
-    :param index: which of its parameter groups
-    :param parameters: those of the group that are flattened: they have taken the same number of steps
+    :param index: index of the parameter group
+    :param parameters: the group's parameters that are flattened; all have taken equally many steps
     """
 
     def __init__(self, optimizer: Optimizer, index: int, parameters: list[th.nn.Parameter]) -> None:
         self._visible = optimizer
         self.index = index
         self.parameters = parameters
-        # Whatever is computed in the padding between the parameters, nobody reads it
+        # Nobody reads the padding between the parameters
         self._sizes = [-(-parameter.numel() // ALIGNMENT) * ALIGNMENT for parameter in parameters]
         self.flat = th.zeros(sum(self._sizes), dtype=parameters[0].dtype, device=parameters[0].device)
         self.flat.grad = th.zeros_like(self.flat)
         self.gradients = self.views(self.flat.grad)
         self._views = self.views(self.flat)
-        self._pointers = [view.data_ptr() for view in self._views]
+        self._pointers: list[int] = []
         self._own: list[th.Tensor] = []
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
         self.optimizer = make_optimizer([{**optimizer.param_groups[index], "params": [self.flat]}])
-        # PyTorch wraps it for profilers, hooks and gradients of the step itself, none of which there are here
+        # Without PyTorch's wrapper for profilers, hooks and gradients of the step, which are not needed here
         self._step = inspect.unwrap(type(optimizer).step)
         self._entries: list[dict[str, Any]] = []
         self._shown: dict[str, _Shown] = {}
@@ -70,7 +70,7 @@ class FlatGroup:
 
     @property
     def has_state(self) -> bool:
-        """Whether there is all the state that a step reads: the optimiser makes it in its first step."""
+        """Whether all state that a step reads exists. The optimiser makes it in its first step."""
         return self._keeps_no_state or bool(self.state)
 
     @property
@@ -79,11 +79,14 @@ class FlatGroup:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the policy's optimiser has set for the group by now, the learning rate among it."""
+        """The present settings of the group in the policy's optimiser, such as the learning rate."""
         return {name: value for name, value in self._visible.param_groups[self.index].items() if name != "params"}
 
     def views(self, flat: th.Tensor) -> list[th.Tensor]:
-        """Return the parts of a flat tensor in the parameters' shapes."""
+        """Return the parts of a flat tensor in the parameters' shapes.
+
+        :param flat: shape of :attr:`flat`
+        """
         parts = zip(th.split(flat, self._sizes), self.parameters, strict=True)
         return [part[: parameter.numel()].view(parameter.shape) for part, parameter in parts]
 
@@ -94,6 +97,7 @@ class FlatGroup:
         copy_each(self._views, self._own)
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.data = view
+        self._pointers = [view.data_ptr() for view in self._views]
         old = self.optimizer.state.pop(self.flat, {})
         self._shown, self._counts_on_device, self._undecided = {}, False, None
         self._entries = [self._visible.state.get(parameter, {}) for parameter in self.parameters]
@@ -111,7 +115,7 @@ class FlatGroup:
                 state[name] = first
 
     def _moments_of(self, name: str) -> list[th.Tensor]:
-        """Return the parts of a flat tensor of the state, which are the same ones for as long as it is."""
+        """Return the parts of a flat tensor of the state. They are made once for each flat tensor."""
         flat = self.state[name]
         whole, moments = self._moments.get(name, (None, []))
         if whole is not flat:
@@ -126,7 +130,7 @@ class FlatGroup:
             entry[name] = view
 
     def _show_new_state(self) -> None:
-        """Give the parameters what the optimiser has made in its first step."""
+        """Give the parameters the state that the optimiser has made in its first step."""
         self._entries = [self._visible.state[parameter] for parameter in self.parameters]
         for name, value in self.state.items():
             if isinstance(value, th.Tensor) and name not in self._shown:
@@ -138,11 +142,11 @@ class FlatGroup:
 
     @th.no_grad()
     def give_back(self, *, has_gradients: bool) -> None:
-        """Leave parameters and state as separate steps would have left them, each in its own memory.
+        """Put parameters and state, as separate steps would leave them, back into their own memory.
 
-        What has been replaced since :meth:`borrow` stays so.
+        A tensor that was replaced since :meth:`borrow` is not changed.
 
-        :param has_gradients: whether there has been a step, so that the parameters have a gradient from it
+        :param has_gradients: whether a step was taken, from which the parameters keep a gradient
         """
         self._decide()
         copy_each(self._own, self._views)
@@ -174,15 +178,17 @@ class FlatGroup:
             self._show_new_state()
 
     def _take_step(self) -> None:
-        # Read anew, since whoever loads a state or follows a schedule may have replaced the group
+        # The group is read each time, because loading a state or following a schedule may have replaced it
         self.optimizer.param_groups[0] = {**self._visible.param_groups[self.index], "params": [self.flat]}
         self._step(self.optimizer)
 
     @th.no_grad()
     def step_where(self, is_allowed: th.Tensor) -> None:
-        """Let the optimiser take a step where ``is_allowed``, a 0-dim tensor whose value the host does not wait for.
+        """Let the optimiser take a step if a tensor is True, without waiting for the tensor's value.
 
-        The optimiser's counter of steps may be on the host, which learns of the value before the next step only.
+        The optimiser's counter of steps may be on the host, which reads the value only before the next step.
+
+        :param is_allowed: 0-dim, bool
         """
         self._decide()
         parameters = self.flat.clone()
@@ -196,7 +202,7 @@ class FlatGroup:
         self._undecided = _UndecidedStep(is_allowed, before)
 
     def _decide(self) -> None:
-        """Undo what the last :meth:`step_where` did on the host, where the step was not allowed."""
+        """Undo what the last :meth:`step_where` did on the host, if the step was not allowed."""
         undecided, self._undecided = self._undecided, None
         if undecided is None:
             return
@@ -211,7 +217,7 @@ class FlatGroup:
             self._show_new_state()
 
     def keep_step_with_parameters(self) -> None:
-        """Count steps on the parameters' device, for graphs that are not to wait for the host, which Adam counts on."""
+        """Count steps on the parameters' device. Adam counts on the host, for which graphs would have to wait."""
         if "step" in self.state:
             self._counts_on_device = True
             self.state["step"] = self.state["step"].to(self.flat.device)
@@ -220,8 +226,8 @@ class FlatGroup:
 class _UndecidedStep:
     """A step of which only the device knows whether it was allowed.
 
-    :param is_allowed: 0-dim tensor
-    :param before: the optimiser's state before it
+    :param is_allowed: 0-dim, bool
+    :param before: the optimiser's state before the step
     """
 
     def __init__(self, is_allowed: th.Tensor, before: dict[str, Any]) -> None:
@@ -229,7 +235,7 @@ class _UndecidedStep:
         self._is_allowed = is_allowed
         self._has_arrived: th.cuda.Event | None = None
         if is_allowed.is_cuda:
-            # When the host asks, before the next step, this has long arrived
+            # The host asks before the next step. By then the copy has long arrived
             self._is_allowed = is_allowed.to("cpu", non_blocking=True)
             self._has_arrived = th.cuda.Event()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             self._has_arrived.record(th.cuda.current_stream(is_allowed.device))
@@ -245,7 +251,7 @@ class FlatParameters:
 
     :param optimizer: the policy's optimiser
     :param parameters: the policy's parameters, in order
-    :param has_gradient: of each parameter, whether the loss depends on it
+    :param has_gradient: for each parameter, whether the loss depends on it
     """
 
     def __init__(
@@ -256,7 +262,7 @@ class FlatParameters:
         self._trainable = [parameter.requires_grad for parameter in parameters]
         self.has_gradient = list(has_gradient)
         self.groups = [FlatGroup(optimizer, index, alike) for index, alike in self._alike()]
-        self._shapes = [parameter.shape for parameter in parameters]
+        self._places = [(parameter.shape, parameter.device) for parameter in parameters]
         views = {
             id(parameter): view
             for group in self.groups
@@ -272,7 +278,7 @@ class FlatParameters:
     def _alike(self) -> list[tuple[int, list[th.nn.Parameter]]]:
         """Find the parameters that a flat tensor can hold together, with the index of their group.
 
-        They have taken the same number of steps: some may have been frozen for a while.
+        They have taken equally many steps. Parameters that were frozen for a while have taken fewer.
         """
         with_gradient = {id(p) for p, has in zip(self._all, self.has_gradient, strict=True) if has}
         parts: dict[Hashable, tuple[int, list[th.nn.Parameter]]] = {}
@@ -285,35 +291,42 @@ class FlatParameters:
                     parts.setdefault(key, (index, []))[1].append(parameter)
         return list(parts.values())
 
-    def fits_still(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
-        """Whether optimiser and parameters are those that this was built from, and nothing was frozen or freed."""
+    def still_fits(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
+        """Whether these flat parameters can still be used: nothing was replaced, frozen, freed or moved.
+
+        :param optimizer: the policy's optimiser now
+        :param parameters: the policy's parameters now, in order
+        """
         return (
             optimizer is self._optimizer
             and [*map(id, parameters)] == [*map(id, self._all)]
             and [parameter.requires_grad for parameter in parameters] == self._trainable
-            and [parameter.shape for parameter in parameters] == self._shapes
+            and [(parameter.shape, parameter.device) for parameter in parameters] == self._places
             and [(index, [*map(id, alike)]) for index, alike in self._alike()]
             == [(group.index, [*map(id, group.parameters)]) for group in self.groups]
         )
 
     @property
     def has_state(self) -> bool:
-        """Whether there is all the state that a step reads."""
+        """Whether all state that a step reads exists."""
         return all(group.has_state for group in self.groups)
 
     def fits(self, gradients: Sequence[th.Tensor | None]) -> bool:
-        """Whether the same parameters as before have a gradient."""
+        """Whether the parameters that have a gradient are those for which this was built.
+
+        :param gradients: gradient of each parameter; None: the loss does not depend on it
+        """
         return [gradient is not None for gradient in gradients] == self.has_gradient
 
     def borrow(self) -> None:
-        """See :meth:`FlatGroup.borrow`."""
+        """Fill the flat tensors, see :meth:`FlatGroup.borrow`."""
         self._is_borrowed, self.has_stepped = True, False
         self._param_groups, self._n_groups = self._optimizer.param_groups, len(self._optimizer.param_groups)
         for group in self.groups:
             group.borrow()
 
     def give_back(self) -> None:
-        """See :meth:`FlatGroup.give_back`; a second time this does nothing."""
+        """Put parameters and state back, see :meth:`FlatGroup.give_back`. A second call does nothing."""
         if not self._is_borrowed:
             return
         self._is_borrowed = False
@@ -321,9 +334,9 @@ class FlatParameters:
             group.give_back(has_gradients=self.has_stepped)
 
     def was_touched(self, optimizer: Optimizer) -> bool:
-        """Whether something was replaced since :meth:`borrow`, by a hook of the user's.
+        """Whether a user's hook has replaced something since :meth:`borrow`.
 
-        :param optimizer: the policy's optimiser by now
+        :param optimizer: the policy's optimiser now
         """
         return (
             optimizer is not self._optimizer
@@ -333,24 +346,24 @@ class FlatParameters:
         )
 
     def keep_steps_with_parameters(self) -> None:
-        """See :meth:`FlatGroup.keep_step_with_parameters`."""
+        """Count steps on the parameters' device, see :meth:`FlatGroup.keep_step_with_parameters`."""
         for group in self.groups:
             group.keep_step_with_parameters()
 
     def step(self, gradients: list[th.Tensor], max_grad_norm: float, loss: th.Tensor) -> th.Tensor:
         """Clip the gradients and let the optimiser take a step, with the operations of ``clip_grad_norm_`` in order.
 
-        No step is taken where the loss or a gradient is not finite.
+        No step is taken if the loss or a gradient is not finite.
 
         :param gradients: gradient of each parameter that has one, in the policy's order
-        :param max_grad_norm: the gradients are scaled down to this norm where theirs is larger
-        :param loss: the loss
+        :param max_grad_norm: if the norm of the gradients is larger, they are scaled down to it
+        :param loss: the loss, 0-dim
         :return: norm of the gradients before clipping
         """
         if not self.has_stepped:
             self.show_gradients()
         copy_each(self._gradients, gradients)
-        # Norms of the copies: autograd's own gradients may be strided, and are then summed in another order
+        # The norms are those of the copies: autograd's gradients may be strided, which changes the order of the sum
         grad_norm: th.Tensor = th.linalg.vector_norm(th.stack(norm_of_each(self._gradients)))
         is_on_host = grad_norm.device.type == "cpu"
         if is_on_host and not (math.isfinite(grad_norm.item()) and math.isfinite(loss.item())):
@@ -367,7 +380,7 @@ class FlatParameters:
         return grad_norm
 
     def show_gradients(self) -> None:
-        """Have the parameters show the flat gradients, or none where the loss does not depend on them."""
+        """Let each parameter's ``grad`` be its part of the flat gradients; None: the loss does not depend on it."""
         for parameter in self._all:
             parameter.grad = None
         for group in self.groups:

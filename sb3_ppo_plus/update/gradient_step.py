@@ -11,21 +11,23 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
-from sb3_ppo_plus.tensor_places import tensor_places
 from sb3_ppo_plus.update.flat_conditions import obstacle_to_flat_steps
 from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
+from sb3_ppo_plus.update.tensor_places import tensor_places
 
-# Numbers in a policy beyond which they no longer fit the caches, and copying gradients costs more than flat steps gain
+# With more numbers in a policy, they do not fit the caches, and copying gradients takes longer than flat steps save
 MAX_FLAT_ON_CPU = 2**20
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
 
 
 def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
-    """Translate the ``amp`` argument into the dtype of autocast; None where it is off.
+    """Translate the ``amp`` argument into the dtype of autocast; None: autocast is off.
 
-    :raises ValueError: for a value that is not allowed, or "fp16" on another device than CUDA
+    :param amp: False, True, "bf16" or "fp16"
+    :param device: device of the policy
+    :raises ValueError: for a value that is not allowed, or "fp16" on a device other than CUDA
     """
     if amp is False:
         return None
@@ -40,14 +42,14 @@ def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is the same for every minibatch of an update.
+    """The settings of an update, for all its minibatches.
 
     :param coefficients: values of the loss's coefficients
     :param normalize_advantage: normalise the advantages of each minibatch
     :param pessimistic_value_clip: see :func:`sb3_ppo_plus.update.losses.value_loss`
-    :param max_grad_norm: the gradient is scaled down to this norm where it is larger
-    :param kl_limit: no step is taken where approx_kl exceeds this; None: no limit
-    :param amp_dtype: dtype of autocast for the policy's forward pass; None: none. The loss is always float32
+    :param max_grad_norm: a gradient with a larger norm is scaled down to this norm
+    :param kl_limit: no step is taken if approx_kl is larger; None: no limit
+    :param amp_dtype: dtype of autocast for the policy's forward pass; None: no autocast. The loss is always float32
     """
 
     coefficients: LossCoefficients
@@ -74,7 +76,11 @@ class Objective:
         )
 
     def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """Values, log-probabilities and entropies (or None) of the batch, in the precision of the update."""
+        """Return values, log-probabilities and entropies (or None) of a minibatch, each of shape (batch,).
+
+        :param policy: the policy
+        :param batch: the minibatch
+        """
         if self.amp_dtype is None:
             values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
             return values.flatten(), log_prob, entropy
@@ -88,10 +94,11 @@ class Objective:
         evaluation: tuple[th.Tensor, th.Tensor, th.Tensor | None],
         coefficients: LossCoefficients | None = None,
     ) -> LossTerms:
-        """Loss and metrics of a batch.
+        """Return loss and metrics of a minibatch.
 
-        :param evaluation: what :meth:`evaluate` returns
-        :param coefficients: instead of the objective's own
+        :param batch: the minibatch
+        :param evaluation: what :meth:`evaluate` returned for it
+        :param coefficients: used instead of the objective's; None: the objective's
         """
         values, log_prob, entropy = evaluation
         return ppo_loss(
@@ -105,7 +112,10 @@ class Objective:
         )
 
     def forbids_step(self, approx_kl: th.Tensor) -> bool:
-        """Whether ``approx_kl`` is beyond the limit; the only value of a minibatch for which the host waits."""
+        """Whether ``approx_kl`` is above the limit. It is the only value of a minibatch for which the host waits.
+
+        :param approx_kl: 0-dim
+        """
         return self.kl_limit is not None and bool(approx_kl > self.kl_limit)
 
 
@@ -113,15 +123,15 @@ class Objective:
 def recompute_log_prob(
     policy: ActorCriticPolicy, objective: Objective, rollout_buffer: PPOPlusRolloutBuffer, batch_size: int
 ) -> None:
-    """Compute a rollout's log-probs anew, as the update will, so that the first ratios are 1.
+    """Compute a rollout's log-probs again, in the way of the update, so that the first ratios are 1.
 
-    Under autocast rounding alone would make them 1 +- 1e-2, and for a squashed Gaussian with a saturated mean and a
-    small standard deviation 1 +- 1e-3, since single rows and batches are rounded differently.
+    Otherwise rounding would make them 1 +- 1e-2 under autocast. For a squashed Gaussian with a saturated mean and a
+    small standard deviation they would be 1 +- 1e-3, because PyTorch rounds single rows and batches differently.
 
     :param policy: the policy, in evaluation mode
-    :param objective: of the update
-    :param rollout_buffer: full; its log-probs are replaced
-    :param batch_size: of the update
+    :param objective: the objective of the update
+    :param rollout_buffer: the full buffer; its log-probs are replaced
+    :param batch_size: transitions per minibatch
     """
     rollout = rollout_buffer.rollout()
     for indices in rollout_buffer.in_order(batch_size):
@@ -131,10 +141,10 @@ def recompute_log_prob(
 
 
 class PolicyEvaluation(th.nn.Module):
-    """The policy's evaluation of a batch as a module's forward, which ``functional_call`` asks for.
+    """A module whose forward evaluates a minibatch, because ``functional_call`` takes only modules.
 
     :param policy: the policy
-    :param objective: of the update
+    :param objective: the objective of the update
     """
 
     def __init__(self, policy: ActorCriticPolicy, objective: Objective) -> None:
@@ -143,9 +153,10 @@ class PolicyEvaluation(th.nn.Module):
         self.objective = objective
 
     def forward(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """Evaluate the batch, see :meth:`Objective.evaluate`.
+        """Evaluate a minibatch, see :meth:`Objective.evaluate`.
 
-        :raises RuntimeError: where the policy replaces its parameters, which a graph would not follow
+        :param batch: the minibatch
+        :raises RuntimeError: if the policy replaces its parameters, which a graph cannot follow
         """
         before = tensor_places(self.policy)
         evaluation = self.objective.evaluate(self.policy, batch)
@@ -156,7 +167,7 @@ class PolicyEvaluation(th.nn.Module):
 
 
 class GradientStep:
-    """Takes the steps of a policy's updates, on flat parameters where that is SB3's step to the bit.
+    """Takes the steps of a policy's updates, on flat parameters if these give SB3's step to the bit.
 
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16
@@ -172,17 +183,20 @@ class GradientStep:
 
     @property
     def has_gradient(self) -> list[bool] | None:
-        """Which of the policy's parameters the loss depends on; None: unknown as yet, or the steps are not flat."""
+        """Whether the loss depends on each of the policy's parameters; None: not yet known, or steps are not flat."""
         return None if self._flat is None else self._flat.has_gradient
 
     def flatten(self, has_gradient: list[bool]) -> None:
-        """Step on flat parameters from the next minibatch on, without finding out :attr:`has_gradient`."""
+        """Make the flat parameters before the first minibatch shows which parameters have a gradient.
+
+        :param has_gradient: what :attr:`has_gradient` was in the training that is resumed
+        """
         self._note_changes()
         if self._obstacle_to_flat is None:
             self._flat = FlatParameters(self.policy.optimizer, self._parameters, has_gradient)
 
     def begin_update(self) -> None:
-        """Take note of whatever the user or a load has changed since the last update."""
+        """Notice what a user or a load has changed since the last update, and fill the flat parameters."""
         self._note_changes()
         if self._flat is not None:
             self._flat.borrow()
@@ -191,18 +205,19 @@ class GradientStep:
         self._parameters = list(self.policy.parameters())
         self._obstacle_to_flat = self._find_obstacle()
         if self._obstacle_to_flat is not None or (
-            self._flat is not None and not self._flat.fits_still(self.policy.optimizer, self._parameters)
+            self._flat is not None and not self._flat.still_fits(self.policy.optimizer, self._parameters)
         ):
             self._flat = None
 
     def _find_obstacle(self) -> str | None:
-        """Why steps are not flat; None: they are."""
+        """Return why steps are not flat; None: they are."""
         if self.grad_scaler.is_enabled():
-            return "amp='fp16' scales the loss, and steps on float16's gradients are taken one parameter at a time"
-        return obstacle_to_flat_steps(self.policy, self.policy.optimizer) or self._reason_against_flat()
+            return "a GradScaler scales the loss under amp='fp16', and no graph holds that; amp='bf16' needs none"
+        obstacle = obstacle_to_flat_steps(self.policy, self.policy.optimizer, self._parameters)
+        return obstacle or self._reason_against_flat()
 
     def _reason_against_flat(self) -> str | None:
-        """Why flat steps would have other bits than SB3's, or take more time; None: neither."""
+        """Return why flat steps would have other bits than SB3's, or take more time; None: they do not."""
         if any(group.get("fused") for group in self.policy.optimizer.param_groups):
             return "a fused kernel rounds the end of a tensor in another way than the rest"
         if not all(parameter.is_contiguous() for parameter in self._parameters):
@@ -220,10 +235,12 @@ class GradientStep:
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         """Compute the loss of a minibatch and take a step, unless the limit of approx_kl forbids it.
 
-        Nor is a step taken where the loss or its gradient is not finite, which the metrics show.
+        No step is taken if the loss or its gradient is not finite; the metrics then show this.
 
-        :return: the metrics, see ``losses.METRICS``, with a gradient norm of NaN where the limit forbade the step; and
-            whether it did not
+        :param objective: the objective of the update
+        :param minibatch: the minibatch
+        :return: the metrics, see ``losses.METRICS``, and whether the limit of approx_kl allowed the step. Otherwise the
+            gradient norm is NaN
         """
         return (self._flat_step if self._obstacle_to_flat is None else self._plain_step)(objective, minibatch)
 
@@ -241,7 +258,7 @@ class GradientStep:
         optimizer = self.policy.optimizer
         self.grad_scaler.unscale_(optimizer)
         grad_norm = th.nn.utils.clip_grad_norm_(self._parameters, max_grad_norm)
-        # A scaler makes sure itself, and lowers its scale
+        # A scaler checks the gradient itself, and lowers its scale
         if not self.grad_scaler.is_enabled() and not (grad_norm.isfinite() & loss.isfinite()):
             return grad_norm
         self.grad_scaler.step(optimizer)
@@ -254,7 +271,7 @@ class GradientStep:
         if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
             return _with_grad_norm(metrics, None), False
         loss = metrics[METRICS.index("loss")]
-        if not self._is_flat_for(gradients) and not self._flatten_anew(gradients):
+        if not self._is_flat_for(gradients) and not self._flatten_again(gradients):
             self._set_gradients(gradients)
             return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, loss)), True
         assert self._flat is not None
@@ -265,12 +282,12 @@ class GradientStep:
         return (
             self._flat is not None
             and self._flat.fits(gradients)
-            # Only code of the user's that runs within the policy changes anything amid an update
+            # During an update, only a user's code that runs inside the policy can change anything
             and not (self._ran_policy and self._flat.was_touched(self.policy.optimizer))
         )
 
-    def _flatten_anew(self, gradients: Sequence[th.Tensor | None]) -> bool:
-        """Build the flat parameters that a step needs; False where that is not possible any more."""
+    def _flatten_again(self, gradients: Sequence[th.Tensor | None]) -> bool:
+        """Build the flat parameters that a step needs; return False if that is no longer possible."""
         before = self._parameters
         self.end_update()
         self._note_changes()
@@ -285,13 +302,13 @@ class GradientStep:
 
     def _set_gradients(self, gradients: Sequence[th.Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters, gradients, strict=True):
-            # As backward leaves them, in the parameter's layout
+            # In the parameter's layout, as ``backward`` would leave it
             parameter.grad = None if gradient is None else th.empty_like(parameter).copy_(gradient)
 
     def _differentiate(
         self, objective: Objective, minibatch: Minibatch
     ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
-        """Metrics but for the norm, and the gradient of each parameter; None where the loss does not depend on it."""
+        """Return the metrics without the norm, and each parameter's gradient; None: the loss does not depend on it."""
         self._ran_policy = True
         batch = minibatch.batch()
         terms = objective.loss(batch, objective.evaluate(self.policy, batch))
@@ -301,7 +318,10 @@ class GradientStep:
 
 
 def stacked(terms: LossTerms) -> th.Tensor:
-    """Put the metrics into one tensor, without the gradient."""
+    """Put the metrics of a minibatch into one tensor, without gradient.
+
+    :param terms: the loss and its metrics
+    """
     return th.stack(terms).detach()
 
 

@@ -1,7 +1,7 @@
 """The PPO objective as pure functions of tensors.
 
-Every function takes ``valid``, a boolean tensor that marks the real elements of a padded minibatch (``None``: all are
-real). Padding influences no mean, standard deviation, loss or metric.
+Every function takes ``valid``, a boolean tensor that is True for the real elements of a padded minibatch (``None``: all
+are real). Padding changes no mean, standard deviation, loss or metric.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class LossCoefficients(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """The loss of one minibatch and what is logged of it: 0-dim tensors, of which only ``loss`` carries a gradient."""
+    """The loss of one minibatch and its logged metrics: 0-dim tensors. Only ``loss`` carries a gradient."""
 
     loss: th.Tensor
     policy_loss: th.Tensor
@@ -42,11 +42,15 @@ class LossTerms(NamedTuple):
 
 
 def _clamp(x: th.Tensor, low: float | th.Tensor, high: float | th.Tensor) -> th.Tensor:
-    return th.clamp(x, low, high)  # type: ignore[arg-type]  # torch's overloads know two numbers or two tensors
+    return th.clamp(x, low, high)  # type: ignore[arg-type]  # torch declares two numbers or two tensors
 
 
 def masked_mean(x: th.Tensor, valid: th.Tensor | None) -> th.Tensor:
-    """Mean over the valid elements; 0 where there is none."""
+    """Return the mean over the valid elements; 0 if there is none.
+
+    :param x: any shape
+    :param valid: True for real elements, in the shape of ``x``; None: all are real
+    """
     if valid is None:
         return x.mean()
     return th.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
@@ -55,10 +59,10 @@ def masked_mean(x: th.Tensor, valid: th.Tensor | None) -> th.Tensor:
 def normalize_advantages(advantages: th.Tensor, valid: th.Tensor | None = None) -> th.Tensor:
     """Shift and scale to mean 0 and (unbiased) standard deviation 1, as SB3's ``PPO.train`` does.
 
-    A minibatch of a single element has no standard deviation and is returned as it is.
+    A minibatch of one element has no standard deviation, so it is returned unchanged.
 
     :param advantages: shape (batch,)
-    :param valid: marks the real elements, shape (batch,)
+    :param valid: True for real elements, shape (batch,); None: all are real
     """
     if len(advantages) <= 1:
         return advantages
@@ -73,11 +77,12 @@ def normalize_advantages(advantages: th.Tensor, valid: th.Tensor | None = None) 
 def clipped_surrogate(
     advantages: th.Tensor, ratio: th.Tensor, clip_range: float | th.Tensor, valid: th.Tensor | None = None
 ) -> th.Tensor:
-    """Negative of the clipped surrogate objective (Schulman et al. 2017, eq. 7).
+    """Return the negative of the clipped surrogate objective (Schulman et al. 2017, eq. 7).
 
     :param advantages: shape (batch,)
-    :param ratio: probability of the action under the current policy over that under the rollout's, shape (batch,)
+    :param ratio: the action's probability under the current policy, divided by that in the rollout, shape (batch,)
     :param clip_range: epsilon
+    :param valid: True for real elements, shape (batch,); None: all are real
     """
     unclipped = advantages * ratio
     clipped = advantages * _clamp(ratio, 1 - clip_range, 1 + clip_range)
@@ -93,20 +98,21 @@ def value_loss(
     pessimistic: bool,
     valid: th.Tensor | None = None,
 ) -> th.Tensor:
-    """Mean squared error of the value prediction, with the change from ``old_values`` optionally clipped.
+    """Return the mean squared error of the value prediction; its change from ``old_values`` may be clipped.
 
-    SB3's clipping looks at the clipped error only, so that the gradient vanishes wherever a prediction has left the
-    clipping range, also when it left it in the wrong direction. The pessimistic form takes the larger of the clipped
-    and the unclipped squared error per sample, as OpenAI's baselines do.
+    SB3's form uses the clipped error only. So a prediction that has left the clipping range gets no gradient, even if
+    it went in the wrong direction. The pessimistic form takes, for each sample, the larger of the clipped and the
+    unclipped squared error, as OpenAI's baselines do.
 
     :param values: predictions, shape (batch,)
     :param old_values: predictions at the time of the rollout, shape (batch,)
     :param returns: targets, shape (batch,)
     :param clip_range_vf: largest change that counts; None: no clipping
-    :param pessimistic: the larger of both errors, instead of SB3's clipped error
+    :param pessimistic: True: the larger of both errors; False: SB3's clipped error
+    :param valid: True for real elements, shape (batch,); None: all are real
     """
     if valid is not None:
-        # Whatever padding holds, inf and NaN too, must not reach the squares, whose gradient it would poison
+        # Padding may hold inf or NaN. Squared, these would make the gradient NaN
         values, old_values, returns = (th.where(valid, x, 0.0) for x in (values, old_values, returns))
     if clip_range_vf is None:
         return _mean_squared_error(returns, values, valid)
@@ -117,21 +123,29 @@ def value_loss(
 
 
 def _mean_squared_error(targets: th.Tensor, predictions: th.Tensor, valid: th.Tensor | None) -> th.Tensor:
-    # mse_loss where SB3 uses it: its backward rounds differently from that of a mean of squares
+    # mse_loss, as in SB3, because its backward rounds differently from that of a mean of squares
     return F.mse_loss(targets, predictions) if valid is None else masked_mean((targets - predictions) ** 2, valid)
 
 
 def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, valid: th.Tensor | None = None) -> th.Tensor:
-    """Negative mean entropy; of a distribution without one (gSDE with squash_output), SB3's estimate from log_prob.
+    """Return the negative mean entropy.
+
+    Some distributions have no entropy in closed form (gSDE with squash_output). It is then estimated from log_prob, as
+    in SB3.
 
     :param entropy: entropy of each sample's action distribution, shape (batch,), or None
     :param log_prob: log probability of the stored actions, shape (batch,)
+    :param valid: True for real elements, shape (batch,); None: all are real
     """
     return -masked_mean(-log_prob if entropy is None else entropy, valid)
 
 
 def approximate_kl(log_ratio: th.Tensor, valid: th.Tensor | None = None) -> th.Tensor:
-    """Estimate of KL(old || new) that is never negative (http://joschu.net/blog/kl-approx.html, k3)."""
+    """Return an estimate of KL(old || new) that is never negative (http://joschu.net/blog/kl-approx.html, k3).
+
+    :param log_ratio: log of the probability ratio new / old of each action, shape (batch,)
+    :param valid: True for real elements, shape (batch,); None: all are real
+    """
     return masked_mean((th.exp(log_ratio) - 1) - log_ratio, valid)
 
 
@@ -145,11 +159,13 @@ def ppo_loss(
     normalize_advantage: bool,
     pessimistic_value_clip: bool,
 ) -> LossTerms:
-    """Compute PPO's loss of one minibatch and its metrics, from what the policy says of the minibatch now.
+    """Compute PPO's loss of one minibatch and its metrics, from the present policy's evaluation of it.
 
+    :param batch: the minibatch
     :param values: value predictions, shape (batch,)
     :param log_prob: log probability of ``batch.actions``, shape (batch,)
-    :param entropy: entropy of the action distributions, shape (batch,), or None where there is no closed form
+    :param entropy: entropy of the action distributions, shape (batch,), or None if there is no closed form
+    :param coefficients: values of the coefficients
     :param normalize_advantage: normalise the advantages over the minibatch
     :param pessimistic_value_clip: see :func:`value_loss`
     """
@@ -158,7 +174,7 @@ def ppo_loss(
     advantages = normalize_advantages(batch.advantages, valid) if normalize_advantage else batch.advantages
     log_ratio = log_prob - batch.old_log_prob
     if valid is not None:
-        # exp of a padded element's log-ratio may overflow, and 0 * inf would poison the gradient
+        # exp of a padded element's log-ratio may overflow, and 0 * inf would make the gradient NaN
         log_ratio = th.where(valid, log_ratio, 0.0)
     ratio = th.exp(log_ratio)
 
@@ -168,7 +184,7 @@ def ppo_loss(
     )
     entropy_term = entropy_loss(entropy, log_prob, valid)
     if isinstance(ent_coef, float) and ent_coef == 0.0:
-        # Its gradient is 0, and costs as much as any other
+        # Its gradient would be 0, but would take time
         entropy_term = entropy_term.detach()
     loss = policy_term + ent_coef * entropy_term + vf_coef * value_term
 

@@ -1,29 +1,49 @@
-"""What happens at numbers that are not finite: in what the environments return, and in the loss and its gradient."""
+"""What happens when the loss or its gradient is not finite."""
 
 from __future__ import annotations
 
 import math
 
 import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.errors import NonFiniteError
+from sb3_ppo_plus.extractors import TransformerExtractor
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS
 
 TERMS = {"policy_loss": "policy loss", "value_loss": "value loss", "entropy_loss": "entropy"}
 
 
-def check_steps(history: UpdateHistory, model: PlusModel, *, checks_gradient: bool) -> tuple[int, int]:
-    """Find the minibatches of an update whose loss or gradient was not finite, on which no step was taken.
+def check_epsilon(policy: ActorCriticPolicy) -> None:
+    """Refuse an optimiser that would divide 0 by 0 in a Transformer.
 
-    :param history: of the update; it is told which minibatches were fine
-    :param model: the model, whose ``on_non_finite`` and ``max_skipped`` say how many such steps are allowed in a row
-    :param checks_gradient: False: a gradient scaler deals with overflowing gradients
-    :return: all steps that were left out so far, and those in a row up to now
-    :raises NonFiniteError: says which term, epoch and minibatch
+    A key bias adds one number to all logits of a softmax, which changes nothing. Its gradient is 0 but for rounding,
+    and whether it is exactly 0 differs from seed to seed, and between compiled and eager updates.
+
+    :param policy: the policy
+    :raises ValueError: for eps=0 with a Transformer as features extractor
     """
-    # The step of the last minibatch may have been forbidden by the limit of approx_kl
+    has_transformer = any(isinstance(module, TransformerExtractor) for module in policy.modules())
+    if has_transformer and any(group.get("eps") == 0 for group in policy.optimizer.param_groups):
+        raise ValueError(
+            f"eps must be positive with the Transformer, got optimizer_kwargs={{'eps': 0}}: "
+            f"{type(policy.optimizer).__name__} divides by the size of a gradient plus eps, and some gradients of the "
+            "Transformer are 0; allowed: for example 1e-8"
+        )
+
+
+def check_steps(history: UpdateHistory, model: PlusModel, *, checks_gradient: bool) -> tuple[int, int]:
+    """Find the minibatches of an update whose loss or gradient was not finite, so that no step was taken.
+
+    :param history: the history of the update; its ``is_fine`` is set
+    :param model: the model; its ``on_non_finite`` and ``max_skipped`` say how many such steps are allowed in a row
+    :param checks_gradient: whether the gradient counts too; False: a gradient scaler deals with its overflow
+    :return: the number of steps that training has skipped so far, and how many of them are the latest in a row
+    :raises NonFiniteError: if more are skipped in a row; the message names the term, epoch and minibatch
+    """
+    # If the limit of approx_kl stopped the update, no step was due on the last minibatch
     table = history.table[: len(history.table) - history.was_stopped]
     columns = [METRICS.index(name) for name in ("loss", "grad_norm")[: 1 + checks_gradient]]
     is_fine = table[:, columns].isfinite().all(dim=1)

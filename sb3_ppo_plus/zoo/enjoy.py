@@ -16,8 +16,8 @@ import yaml
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.saving.strict_json import short
 from sb3_ppo_plus.saving.vec_normalize import load_vec_normalize, save_vec_normalize
+from sb3_ppo_plus.strict_json import short
 
 STATISTICS = "vecnormalize.json"
 MAX_YAML_BYTES = 2**20
@@ -55,6 +55,9 @@ ENV_WRAPPERS = frozenset(
         "minigrid.wrappers.FlatObsWrapper",
         "minigrid.wrappers.ImgObsWrapper",
         "sb3_contrib.common.wrappers.TimeFeatureWrapper",
+        # RestartingEnv is none: it builds its environment, and the RL Zoo gives a wrapper one that is built
+        "sb3_ppo_plus.ResumableEnv",
+        "sb3_ppo_plus.masking.MaskFromInfo",
     }
 )
 #: Wrappers of vectorised environments that a log folder may name

@@ -18,8 +18,6 @@ KNOWN_DEFECTS: dict[str, tuple[str, ...]] = {
     "patch a class": ANYTIME,
     "hook all modules": (STEP,),
     "set attributes of modules": (STEP,),
-    "load the optimizers state": ANYTIME,
-    "set the same parameters": ANYTIME,
 }
 
 
@@ -85,6 +83,7 @@ class _Sampler:
         self._choose(0.4, "max_grad_norm", [0.01, 10.0], chosen)
         self._choose(0.3, "target_kl", [1e-4, 3e-3, 0.1], chosen)
         self._choose(0.1, "stats_window_size", [1, 3], chosen)
+        self._choose(0.1, "seed", [None], chosen)
         is_dict = isinstance(tables.OBSERVATIONS[self.observations], spaces.Dict)
         self._choose(0.15, "rollout_buffer", ["SB3's", "own advantages", *(() if is_dict else ("own get",))], chosen)
         if isinstance(self.actions, spaces.Box) and len(self.actions.shape) == 1:
@@ -161,7 +160,7 @@ class _Sampler:
         self._configuration["learns"] = [list(learn) for learn in zip(learns, resets, strict=True)]
         n_rollouts = sum(learns)
         changes = []
-        for _ in range(self._random.choice([0, 1, 1, 2, 2, 3, 4])):
+        for _ in range(self._random.choice([0, 1, 1, 2, 3, 4, 6])):
             name = self._random.choice(list(CHANGES))
             allowed = CHANGES[name].compiled_moments if self._compiled else CHANGES[name].moments
             moments = [one for one in allowed if one != BETWEEN or len(learns) > 1]

@@ -155,7 +155,7 @@ def settings_of(configuration: Configuration) -> dict[str, Any]:
         kwargs["activation_fn"] = tables.ACTIVATIONS[kwargs.pop("activation")]
     if "extractor" in kwargs:
         kwargs["features_extractor_class"] = tables.EXTRACTORS[kwargs.pop("extractor")]
-    return settings | {"policy_kwargs": copy.deepcopy(kwargs), "seed": configuration["seed"]}
+    return {"seed": configuration["seed"], "policy_kwargs": copy.deepcopy(kwargs)} | settings
 
 
 @contextmanager

@@ -17,7 +17,7 @@ class SimulatorError(Exception):
 
 
 class FailingEnv(gym.Env):
-    """Counts its steps; fails in the steps and resets of the whole process's plan."""
+    """Counts its steps, and fails where its plan says so. Environments that replace it share the plan."""
 
     observation_space = spaces.Box(0, 100, (1,), np.float32)
     action_space = spaces.Discrete(2)
@@ -41,7 +41,7 @@ class FailingEnv(gym.Env):
 
     def step(self, action):
         self.n_steps += 1
-        # The same array, as simulators often do
+        # Simulators often write all observations into one array
         self.observation[:] = self.n_steps
         if self.plan.get("fail_at") == self.n_steps:
             self.plan["fail_at"] = self.plan.get("then_fail_at")
@@ -73,7 +73,7 @@ def test_a_failing_step_ends_the_episode_as_truncated_with_the_observation_befor
     env.step(0)
     env.step(0)
     observation, reward, terminated, truncated, info = env.step(0)
-    # The environment wrote over its own array when it failed
+    # The environment wrote into its array again before it failed
     assert observation == [2.0] and reward == 0.0 and (terminated, truncated) == (False, True)
     assert info == {"env_restarted": True, "env_error": "SimulatorError: step"}
     assert len(plan["made"]) == 2 and plan["closed"] == 1 and env.n_restarts == 1
@@ -116,7 +116,7 @@ def test_new_environments_are_seeded_from_the_first_seed():
     assert isinstance(second, int) and rest == [None]
 
 
-def test_without_a_seed_there_is_none():
+def test_without_a_seed_new_environments_get_no_seed():
     plan = {"fail_at": 1}
     env = restarting(plan)
     env.reset()
@@ -136,7 +136,7 @@ def test_past_its_limit_the_environments_own_error_is_raised(failure):
             env.step(0)
     assert env.n_restarts == 3
     assert caught.value.__notes__ == ["RestartingEnv gave up: 3 restarts in the last 3600 seconds"]
-    # The traceback is that of the environment
+    # The traceback ends in the environment
     assert (
         caught.traceback[-1].name in ("step", "reset", "__init__")
         and caught.traceback[-1].path.name == "test_restarting_env.py"
@@ -157,7 +157,7 @@ def test_only_restarts_within_the_window_count(monkeypatch):
     env.reset()
     with pytest.raises(SimulatorError):
         env.step(0)
-    # A clock that was set back
+    # The clock is set back
     now[0] -= 1000.0
     env.reset()
     env.step(0)
@@ -237,7 +237,7 @@ def test_the_value_of_the_last_good_observation_is_bootstrapped():
     assert model.rollout_buffer.episode_starts.ravel().tolist() == [1, 0, 0, 0, 1, 0, 0, 0]
 
 
-def test_other_environments_log_nothing_of_it():
+def test_without_a_restarting_env_no_restarts_are_logged():
     model = PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, n_epochs=1, device="cpu")
     recorder = record_logs(model)
     model.learn(16)

@@ -37,7 +37,7 @@ class DyingInResetEnv(ToyEnv):
 
 
 def envs(how, index=0, start_method="fork"):
-    # With "fork", later workers hold the pipes of earlier ones open: only the first one's end is noticed
+    # With "fork", later workers keep the pipes of earlier ones open, so that only the end of the first is noticed
     return SubprocVecEnv([lambda i=i: DyingEnv(how) if i == index else ToyEnv() for i in range(2)], start_method)
 
 
@@ -60,20 +60,20 @@ def test_a_dead_worker_is_named_with_how_it_ended(how, said, capfd):
         assert "OverflowError: the simulator burst" in capfd.readouterr().err
 
 
-def test_any_worker_counts_with_sb3s_default_start_method():
+def test_any_dead_worker_is_named_with_sb3s_default_start_method():
     model = PPOPlus("MlpPolicy", envs("exit", index=1, start_method=None), **SETTINGS)
     with pytest.raises(DeadWorkerError, match="worker 1 of 2 of the SubprocVecEnv ended with exit code 7"):
         model.learn(96)
 
 
-def test_the_first_reset_counts_too():
+def test_a_worker_that_dies_in_the_first_reset_is_named():
     env = SubprocVecEnv([DyingInResetEnv, ToyEnv], "fork")
     with pytest.raises(DeadWorkerError, match="worker 0 of 2"):
         PPOPlus("MlpPolicy", env, **SETTINGS).learn(16)
 
 
 @pytest.mark.filterwarnings("ignore:Training and eval env", "ignore:Evaluation environment is not wrapped")
-def test_an_environment_for_evaluation_counts_too():
+def test_a_dead_worker_of_an_evaluation_is_named():
     callback = EvalCallback(envs("exit"), eval_freq=8, verbose=0)
     with pytest.raises(DeadWorkerError, match=r"worker 0 of 2 .* exit code 7"):
         PPOPlus("MlpPolicy", make_env(2), **SETTINGS).learn(96, callback)
@@ -94,7 +94,7 @@ class Raises(BaseCallback):
         raise EOFError("another file's end")
 
 
-def test_an_end_of_file_of_others_stays_what_it_is():
+def test_an_end_of_file_from_elsewhere_stays_an_eof_error():
     env = SubprocVecEnv([ToyEnv], "fork")
     with pytest.raises(EOFError, match="another file's end"):
         PPOPlus("MlpPolicy", env, **SETTINGS).learn(16, Raises())

@@ -48,12 +48,12 @@ def build(env=None, policy="MlpPolicy", **settings):
 
 
 def make_key_env(n_envs=2, mask_space=None, **kwargs):
-    """Masks among the observations instead of a method."""
+    """Make environments that offer masks among the observations, not by a method."""
     return make_vec_env(lambda: MaskInObservation(MaskedEnv(**kwargs), mask_space), n_envs=n_envs)
 
 
 class FixedMask(ToyEnv):
-    """Offers the mask that it was given, from a certain step on."""
+    """Offers a fixed mask from a certain step on, and before it a mask that allows every action."""
 
     def __init__(self, mask, action_space=MASKED_ACTION_SPACES["discrete"], from_step=0):
         super().__init__(action_space=action_space, max_steps=100, p_terminate=0.0)
@@ -111,14 +111,14 @@ def test_a_vec_env_wrapper_may_answer_for_the_envs():
     assert (model.rollout_buffer.actions == 0).all()
 
 
-def test_an_env_that_was_built_anew_is_asked_from_then_on():
+def test_an_env_that_has_replaced_another_is_asked_from_then_on():
     class Fails(MaskedEnv):
         def step(self, action):
             if self.n_steps == 3:
                 raise RuntimeError("broken")
             return super().step(action)
 
-    # MaskedEnv refuses all but its own valid actions
+    # Each MaskedEnv refuses actions that its own mask does not allow
     model = build(make_vec_env(lambda: RestartingEnv(Fails, max_restarts=1000), 2))
     with pytest.warns(UserWarning, match="broken"):
         model.learn(64)
@@ -156,7 +156,7 @@ def test_a_mask_among_the_observations_is_a_feature_without_masking():
 
 
 class ToyEnvWithSizes(ToyEnv):
-    """Any action is taken, whatever the mask says."""
+    """Offers a mask, but takes every action."""
 
     sizes = (5,)
 
@@ -167,7 +167,7 @@ class ToyEnvWithSizes(ToyEnv):
         return np.arange(5) > 2
 
 
-def test_masks_in_infos_are_those_of_taxi():
+def test_mask_from_info_offers_the_masks_of_taxi():
     model = build(make_vec_env(lambda: MaskFromInfo(gym.make("Taxi-v4")), 2))
     masks = model.learn(64).rollout_buffer.context["action_masks"]
     states = model.rollout_buffer.observations.reshape(-1).astype(int)
@@ -175,10 +175,10 @@ def test_masks_in_infos_are_those_of_taxi():
     assert np.array_equal(masks.reshape(-1, 6), [taxi.action_mask(state) for state in states])
 
 
-# When they are used
+# When masks are used
 
 
-def test_without_masking_it_is_sb3s_ppo():
+def test_training_without_masking_equals_sb3s_ppo():
     def env():
         return make_vec_env(ToyEnvWithSizes, 2)
 
@@ -239,7 +239,7 @@ class WithoutMasks(ActorCriticPolicy):
 
 
 class TakesMasks(ActorCriticPolicy):
-    """The user's own: adds the log of the mask to the logits."""
+    """A user's policy that adds the log of the mask to the logits."""
 
     def _masked(self, obs, action_masks):
         distribution = self.get_distribution(obs)
@@ -267,10 +267,10 @@ class ForwardWithoutMasks(ActorCriticPlusPolicy):
     [
         (WithoutMasks, {}, "WithoutMasks's forward and evaluate_actions lack action_masks"),
         (ForwardWithoutMasks, {}, "ForwardWithoutMasks's forward"),
-        ("MlpPolicy", {"rollout_buffer_class": type("Own", (RolloutBuffer,), {})}, "Own.* stores none"),
+        ("MlpPolicy", {"rollout_buffer_class": type("Own", (RolloutBuffer,), {})}, "Own.* stores no masks"),
     ],
 )
-def test_what_takes_no_masks_says_so(policy, settings, message):
+def test_a_policy_or_buffer_that_takes_no_masks_says_so(policy, settings, message):
     def env():
         return make_vec_env(ToyEnvWithSizes, 2)
 
@@ -344,7 +344,7 @@ def make_key_env_of_shape(n):
     return env
 
 
-# What they do
+# What masks do
 
 
 SPACES_AND_SETTINGS = [(space, settings) for space in MASKED_ACTION_SPACES for settings in ({}, {"amp": True})]
@@ -368,7 +368,7 @@ def test_log_ratio_is_zero_before_the_first_step(space, settings):
 @pytest.mark.filterwarnings("error:compile=True")
 def test_compiled_and_eager_training_is_the_same_without_recompiling(policy, request):
     if policy == "MultiInputPolicy":
-        # Where masks come from is a matter of tracing; the code that takes them is that of the other policy
+        # Tracing is what differs here: the case of MlpPolicy already compiles the code that uses masks
         request.getfixturevalue("graphs_without_code")
     models = []
     for compile in (False, True):
@@ -494,7 +494,7 @@ def test_sb3s_evaluate_policy_takes_a_predictor_that_asks_for_masks():
         model.masked(make_env())
 
 
-def test_a_masked_predictor_is_the_model_otherwise():
+def test_a_masked_predictor_has_all_attributes_of_the_model():
     model = build()
     predictor = model.masked(model.env)
     assert predictor.policy is model.policy
@@ -510,7 +510,7 @@ def test_a_masked_predictor_is_the_model_otherwise():
 
 class CountCalls(BaseCallback):
     def _on_step(self):
-        # The model itself, not the predictor that its parent evaluates
+        # Its parent evaluates a MaskedPredictor, but this callback still has the model
         assert isinstance(self.model, PPOPlus)
         return True
 

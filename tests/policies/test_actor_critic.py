@@ -39,7 +39,7 @@ def learn(policy="MlpPolicy", env=None, **policy_kwargs):
     return PPOPlus(policy, env or make_env(), policy_kwargs=SMALL_NET | policy_kwargs, **SETTINGS).learn(32)
 
 
-# Which class serves
+# Which class is used
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def learn(policy="MlpPolicy", env=None, **policy_kwargs):
         (MultiInputActorCriticPolicy, SMALL_DICT, MultiInputPolicy),
     ],
 )
-def test_names_and_sb3s_classes_stand_for_ours(given, observation_space, ours):
+def test_policy_names_and_sb3s_policy_classes_give_our_classes(given, observation_space, ours):
     model = PPOPlus(given, make_env(observation_space=observation_space), **SETTINGS)
     assert type(model.policy) is ours
     assert isinstance(model.policy, ActorCriticPolicy)
 
 
-def test_a_class_of_the_users_serves_as_it_is():
+def test_a_users_own_policy_class_is_used_unchanged():
     class Own(ActorCriticPolicy):
         pass
 
@@ -97,18 +97,18 @@ def test_action_dist_chooses_the_distribution(kwargs, distribution):
 @pytest.mark.parametrize(
     "action_space", [ACTION_SPACES[name] for name in ("discrete", "multi_discrete", "multi_binary")]
 )
-def test_gaussian_leaves_other_spaces_to_sb3(action_space):
+def test_with_gaussian_other_action_spaces_get_sb3s_distributions(action_space):
     ours = make(action_space=action_space, action_dist="gaussian")
-    # A subclass of SB3's class, which masks may be applied to
+    # Ours may be a subclass of SB3's class, to which masks can be applied
     assert isinstance(ours.action_dist, type(make(ActorCriticPolicy, action_space=action_space).action_dist))
 
 
-# What it computes
+# What a policy computes
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "separate"])
 @pytest.mark.parametrize("action_space", ACTION_SPACES.values(), ids=ACTION_SPACES)
-def test_forward_and_evaluate_actions_are_sb3s(action_space, share):
+def test_forward_and_evaluate_actions_equal_sb3s(action_space, share):
     sb3 = make(ActorCriticPolicy, action_space=action_space, share_features_extractor=share)
     ours = make(action_space=action_space, share_features_extractor=share)
     ours.load_state_dict(sb3.state_dict())
@@ -123,7 +123,7 @@ def test_forward_and_evaluate_actions_are_sb3s(action_space, share):
 
 
 @pytest.mark.parametrize("name", ["gaussian", "squashed_gaussian", "beta"])
-def test_evaluate_actions_is_what_forward_said_of_them(name):
+def test_evaluate_actions_gives_what_forward_returned(name):
     policy = make(action_dist=name)
     observations = th.as_tensor(OBSERVATIONS)
     actions, values, log_prob = policy(observations)
@@ -138,7 +138,7 @@ def test_evaluate_actions_is_what_forward_said_of_them(name):
     th.testing.assert_close(policy.predict_values(observations), values)
 
 
-# Units
+# Units of actions
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_stored_actions_become_actions_in_the_envs_units(name, stored, expected)
     assert all(ASYMMETRIC.contains(action) for action in actions)
 
 
-def test_rounding_of_sb3s_unscale_action_never_leaves_the_bounds():
+def test_unscaled_actions_stay_within_the_bounds_despite_rounding():
     box = spaces.Box(np.array([0.1, -0.3], np.float32), np.array([0.7, 1.1], np.float32))
     policy = make(action_space=box, use_sde=True, squash_output=True)
     ends = np.array([[-1.0, -1.0], [1.0, 1.0], [1.0 + 1e-6, -1.0 - 1e-6]], np.float32)
@@ -165,13 +165,13 @@ def test_rounding_of_sb3s_unscale_action_never_leaves_the_bounds():
     np.testing.assert_allclose(policy.unscale_action(ends[:2]), [box.low, box.high], rtol=1e-6)
 
 
-def test_a_gaussian_of_ours_squashes_nothing():
+def test_gaussian_actions_are_not_squashed_unless_gsde_squashes_them():
     assert not make().squash_output
     assert make(use_sde=True, squash_output=True).squash_output
 
 
 @pytest.mark.parametrize("name", ["gaussian", "squashed_gaussian", "beta"])
-def test_predict_is_in_the_envs_units(name):
+def test_predict_returns_actions_in_the_envs_units(name):
     model = learn(action_dist=name)
     with th.no_grad():
         model.policy.action_net.weight.mul_(1000)
@@ -182,7 +182,7 @@ def test_predict_is_in_the_envs_units(name):
         assert all(ASYMMETRIC.contains(action) for action in actions)
         single, _ = model.predict(OBSERVATIONS[0], deterministic=deterministic)
         assert ASYMMETRIC.contains(single)
-    # Both ends of both dimensions are within reach, none of them is where the action is stored
+    # The actions reach both bounds of both dimensions, which stored actions could not
     actions, _ = model.predict(np.repeat(OBSERVATIONS, 50, axis=0))
     np.testing.assert_allclose(actions.min(axis=0), ASYMMETRIC.low, atol=0.05)
     np.testing.assert_allclose(actions.max(axis=0), ASYMMETRIC.high, atol=0.05)
@@ -217,14 +217,19 @@ def test_deterministic_actions_repeat_and_sampled_ones_do_not():
 # Arguments
 
 
-def test_registered_names_become_classes_and_classes_pass():
-    given = {"features_extractor_class": "transformer", "activation_fn": "elu", "optimizer_class": "rmsprop", "x": 1}
+def test_registered_names_become_classes_and_classes_stay():
+    given = {
+        "features_extractor_class": "transformer",
+        "activation_fn": "elu",
+        "optimizer_class": "rmsprop",
+        "ortho_init": False,
+    }
     kept = dict(given)
     assert resolve_policy_kwargs(MlpPolicy, given) == {
         "features_extractor_class": TransformerExtractor,
         "activation_fn": nn.ELU,
         "optimizer_class": th.optim.RMSprop,
-        "x": 1,
+        "ortho_init": False,
     }
     assert given == kept
     classes = {"features_extractor_class": NatureCNN, "activation_fn": nn.Tanh, "optimizer_class": th.optim.Adam}
@@ -257,12 +262,12 @@ NAMES = {
 
 
 @pytest.mark.parametrize(("argument", "name"), [(argument, name) for argument in NAMES for name in NAMES[argument]])
-def test_registered_names(argument, name):
+def test_each_registered_name_stands_for_its_class(argument, name):
     assert resolve_policy_kwargs(ActorCriticPolicy, {argument: name}) == {argument: NAMES[argument][name]}
 
 
 @pytest.mark.parametrize("argument", ["activation_fn", "optimizer_class", "features_extractor_class"])
-def test_unknown_names_are_refused_with_those_allowed(argument):
+def test_unknown_names_are_refused_with_the_allowed_ones(argument):
     with pytest.raises(ValueError, match=rf"{argument}.*'swish'") as error:
         resolve_policy_kwargs(MlpPolicy, {argument: "swish"})
     assert all(name in str(error.value) for name in NAMES[argument])
@@ -270,7 +275,7 @@ def test_unknown_names_are_refused_with_those_allowed(argument):
 
 @pytest.mark.parametrize("argument", ["activation_fn", "optimizer_class", "features_extractor_class"])
 @pytest.mark.parametrize("value", [3, int, None], ids=str)
-def test_what_is_neither_name_nor_class_is_refused(argument, value):
+def test_a_value_that_is_neither_a_name_nor_a_class_is_refused(argument, value):
     with pytest.raises(TypeError, match=argument):
         resolve_policy_kwargs(MlpPolicy, {argument: value})
 
@@ -294,7 +299,7 @@ def test_a_subclass_of_ours_takes_every_argument():
 
 
 @pytest.mark.parametrize("name", ["squashed_gaussian", "beta"])
-def test_gsde_goes_with_gaussian_only(name):
+def test_gsde_needs_the_gaussian(name):
     with pytest.raises(ValueError, match=rf"use_sde=True.*'gaussian'.*{name}"):
         make(action_dist=name, use_sde=True)
 
@@ -322,7 +327,7 @@ def test_extractors_by_name_train(policy, observation_space, name, extractor, sh
     assert model.policy_kwargs["features_extractor_class"] == name
 
 
-def test_impala_gets_no_hidden_layers_behind_it_unless_asked_for():
+def test_no_hidden_layers_follow_impala_unless_asked_for():
     space = spaces.Box(0, 255, (1, 9, 9), np.uint8)
     arguments = (space, ASYMMETRIC, lambda progress: 1e-3)
     assert CnnPolicy(*arguments, features_extractor_class=ImpalaCNN).net_arch == []

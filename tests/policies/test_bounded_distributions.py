@@ -72,7 +72,7 @@ def test_squashed_density_integrates_to_one_over_the_open_interval(mean, log_std
 
 
 @pytest.mark.parametrize(("mean", "log_std"), [g for g in GAUSSIANS if abs(g[0]) < 5])
-def test_squashed_log_prob_is_torchs_tanh_transformed_normal(mean, log_std):
+def test_squashed_log_prob_equals_torchs_tanh_transformed_normal(mean, log_std):
     u = (mean + math.exp(log_std) * th.linspace(-2, 2, 9, dtype=th.float64)).clamp(-6, 6)[:, None]
     reference = TransformedDistribution(Normal(mean, math.exp(log_std)), [TanhTransform()])
     ours = squashed(np.full((9, 1), mean), np.array([log_std])).log_prob(u)
@@ -88,14 +88,14 @@ def test_squashed_log_prob_sums_over_action_dimensions():
 
 
 @pytest.mark.parametrize(("mean", "log_std"), GAUSSIANS)
-def test_squashed_entropy_without_sampling_noise_is_the_integral(mean, log_std):
+def test_squashed_entropy_without_sampling_noise_equals_the_integral(mean, log_std):
     dist = squashed(np.array([[mean]]), np.array([log_std]))
     estimate = dist.entropy(stratified_noise(100_000)).item()
     assert estimate == pytest.approx(squashed_entropy_by_integration(mean, log_std), abs=2e-4)
 
 
 @pytest.mark.parametrize(("mean", "log_std"), GAUSSIANS)
-def test_squashed_entropys_gradient_is_the_integrals(mean, log_std):
+def test_the_gradient_of_squashed_entropy_is_that_of_the_integral(mean, log_std):
     log_std = min(max(log_std, LOG_STD_MIN + 1e-3), LOG_STD_MAX - 1e-3)
     parameters = th.tensor([[mean]], dtype=th.float64, requires_grad=True), th.tensor([log_std], dtype=th.float64)
     parameters[1].requires_grad_(True)
@@ -124,7 +124,7 @@ def test_more_entropy_samples_mean_less_variance():
     assert spread[0] / spread[1] == pytest.approx(8, rel=0.15)
 
 
-def test_squashed_entropy_draws_fresh_noise_of_the_shape_it_says():
+def test_squashed_entropy_draws_new_noise_of_the_documented_shape():
     th.manual_seed(3)
     dist = squashed(th.zeros(6, 2), th.zeros(2), entropy_samples=3)
     assert not th.equal(dist.entropy(), dist.entropy())
@@ -193,7 +193,7 @@ def test_entropy_samples_must_be_a_positive_integer(bad):
 
 @pytest.mark.parametrize("net_outputs", NET_OUTPUTS)
 def test_beta_density_integrates_to_one(net_outputs):
-    # A grid of the distribution's own quantiles reaches into peaks; float32 is what stored actions are.
+    # A grid of the distribution's own quantiles resolves its peaks. Stored actions are float32
     probabilities = special.expit(np.linspace(-25, 25, 20_001))
     a, b = concentrations(net_outputs)
     points = np.unique(stats.beta(a, b).ppf(probabilities).astype(np.float32).clip(BETA_EPSILON, 1 - BETA_EPSILON))
@@ -206,7 +206,7 @@ def test_beta_density_integrates_to_one(net_outputs):
 
 
 @pytest.mark.parametrize("net_outputs", NET_OUTPUTS)
-def test_beta_log_prob_and_its_gradient_are_the_closed_forms(net_outputs):
+def test_beta_log_prob_and_its_gradient_equal_the_closed_forms(net_outputs):
     a, b = concentrations(net_outputs)
     x = stats.beta(a, b).ppf([0.01, 0.3, 0.5, 0.9, 0.999]).astype(np.float32).clip(1e-6, 1 - 1e-6)
     outputs = th.tensor(net_outputs).repeat(5, 1).requires_grad_(True)
@@ -237,7 +237,7 @@ def test_beta_entropy_and_its_gradient_match_numerical_integration(net_outputs):
         assert gradient[index].item() == pytest.approx(difference, abs=1e-4)
 
 
-def test_beta_is_torchs_with_alpha_first_and_beta_second():
+def test_beta_is_torchs_beta_with_alpha_first_and_beta_second():
     th.manual_seed(0)
     outputs, x = th.randn(7, 6), th.rand(7, 3)
     dist = BetaDistribution(3).proba_distribution(outputs)
@@ -248,7 +248,7 @@ def test_beta_is_torchs_with_alpha_first_and_beta_second():
 
 
 @pytest.mark.parametrize("net_outputs", [(5e3, 5e3), (9e3, 2e3), (1e4, 3.0), (300.0, 400.0)])
-def test_rounding_of_the_net_outputs_hardly_moves_betas_log_prob(net_outputs):
+def test_rounding_of_the_net_outputs_hardly_changes_betas_log_prob(net_outputs):
     # Rollout and update differ by such rounding; lgamma in float32 would turn it into jumps of 1e-3 and more.
     outputs = th.tensor([net_outputs])
     x = BetaDistribution(1).proba_distribution(outputs).distribution.mean.float() * 0.999
@@ -324,7 +324,7 @@ def test_betas_deterministic_action_must_be_mean_or_mode(bad):
         BetaDistribution(1, deterministic=bad)
 
 
-# Both
+# Both distributions
 
 
 @pytest.fixture(params=["squashed_gaussian", "beta"])
@@ -361,7 +361,7 @@ def test_actions_never_leave_the_bounds(kind, bounds, stored):
 def test_rounding_does_not_step_over_a_bound(name):
     edge = np.full(1000, 0.1) + np.arange(1000) * 1e-3
     stored = np.linspace(-1, 1, 1000, dtype=np.float32) if name == "squashed_gaussian" else np.linspace(0, 1, 1000)
-    # Where both bounds are equal, the weights' rounding shows.
+    # Equal bounds show the rounding of the weights
     np.testing.assert_array_equal(make(name).to_bounds(stored, edge, edge), edge)
 
 
@@ -408,7 +408,7 @@ def test_half_precision_inputs_are_computed_in_float32(name):
 
 
 @pytest.mark.parametrize("twin", [copy.copy, copy.deepcopy, lambda dist: pickle.loads(pickle.dumps(dist))])
-def test_copies_and_pickles_behave_like_the_original(name, twin):
+def test_copies_and_pickles_act_like_the_original(name, twin):
     dist = make(name, 2, **({"deterministic": "mode"} if name == "beta" else {"entropy_samples": 3}))
     for original in (dist, copy.copy(dist).proba_distribution(th.ones(3, 4 if name == "beta" else 2), th.zeros(2))):
         copied = twin(original)
@@ -420,7 +420,7 @@ def test_copies_and_pickles_behave_like_the_original(name, twin):
         assert th.equal(copied.mode(), original.mode())
 
 
-def test_a_copy_made_inside_traces_as_one_graph_and_leaves_the_original_alone(name):
+def test_a_traced_function_that_copies_a_distribution_is_one_graph_and_does_not_change_the_original(name):
     dist = make(name, 2)
 
     def losses(outputs, log_std, actions, noise):
@@ -436,7 +436,7 @@ def test_a_copy_made_inside_traces_as_one_graph_and_leaves_the_original_alone(na
     assert not hasattr(dist, "distribution")
 
 
-def test_sb3s_policy_builds_and_feeds_them(name):
+def test_sb3s_policy_builds_and_uses_bounded_distributions(name):
     space = spaces.Box(np.array([-2.0, 0.0], np.float32), np.array([1.0, 5.0], np.float32))
     policy = ActorCriticPolicy(spaces.Box(-1, 1, (3,)), space, lambda _: 3e-4)
     policy.action_dist = make_action_distribution(space, name)
@@ -452,7 +452,7 @@ def test_sb3s_policy_builds_and_feeds_them(name):
     assert all(p.grad.isfinite().all() for p in policy.action_net.parameters())
 
 
-def test_sb3s_kl_divergence_accepts_them(name):
+def test_sb3s_kl_divergence_accepts_bounded_distributions(name):
     def ours(scale):
         outputs = scale * th.ones(4, 4 if name == "beta" else 2)
         return make(name, 2).proba_distribution(outputs, th.zeros(2))
@@ -461,7 +461,7 @@ def test_sb3s_kl_divergence_accepts_them(name):
     assert (kl_divergence(ours(1.0), ours(2.0)) > 1e-3).all()
 
 
-# By name
+# Distributions by name
 
 
 @pytest.mark.parametrize(
@@ -472,7 +472,7 @@ def test_sb3s_kl_divergence_accepts_them(name):
         ("beta", {"deterministic": "mode"}, BetaDistribution),
     ],
 )
-def test_names_give_their_class_for_the_flattened_box(kind, kwargs, expected):
+def test_a_name_gives_its_class_for_the_flattened_box(kind, kwargs, expected):
     dist = make_action_distribution(spaces.Box(-1, 1, (2, 3)), kind, kwargs)
     assert type(dist) is expected
     assert dist.action_dim == 6
@@ -480,13 +480,13 @@ def test_names_give_their_class_for_the_flattened_box(kind, kwargs, expected):
         assert getattr(dist, key) == value
 
 
-def test_gaussian_leaves_other_spaces_and_infinite_bounds_to_sb3():
+def test_with_gaussian_other_spaces_and_infinite_bounds_get_sb3s_distributions():
     assert type(make_action_distribution(spaces.Discrete(3), "gaussian")) is CategoricalDistribution
     assert type(make_action_distribution(spaces.Box(-np.inf, np.inf, (2,)), "gaussian")) is DiagGaussianDistribution
 
 
 @pytest.mark.parametrize("bad", ["Beta", "normal", "", None, ["beta"]])
-def test_unknown_names_list_the_allowed(bad):
+def test_an_unknown_name_is_refused_with_the_allowed_ones(bad):
     with pytest.raises(
         ValueError, match='action_dist must be one of "gaussian", "squashed_gaussian", "beta"'
     ) as caught:
@@ -504,7 +504,7 @@ def test_unknown_names_list_the_allowed(bad):
     ],
     ids=str,
 )
-def test_other_spaces_than_a_box_of_real_numbers_are_refused(name, space):
+def test_spaces_other_than_a_box_of_real_numbers_are_refused(name, space):
     with pytest.raises(
         ValueError, match=f'action_dist="{name}" needs a Box action space.*use action_dist="gaussian"'
     ) as e:

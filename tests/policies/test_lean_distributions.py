@@ -1,4 +1,4 @@
-"""The lean distributions are SB3's to the bit, in values, samples and gradients."""
+"""The lean distributions equal SB3's to the bit, in values, samples and gradients."""
 
 import threading
 from copy import copy
@@ -17,7 +17,8 @@ from sb3_ppo_plus.policies.lean_distributions import (
     LeanDiagGaussianDistribution,
     LeanMultiCategoricalDistribution,
 )
-from sb3_ppo_plus.policies.torch_switches import may_round, without_argument_validation
+from sb3_ppo_plus.policies.rounding import may_round
+from sb3_ppo_plus.update.argument_validation import without_argument_validation
 
 
 def gaussian_parameters(scale=1.0):
@@ -45,7 +46,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 100.0])
 @pytest.mark.parametrize("name", PAIRS)
-def test_values_samples_and_gradients_are_those_of_sb3(name, scale):
+def test_values_samples_and_gradients_equal_sb3s(name, scale):
     theirs, ours, action_dim, make_parameters = PAIRS[name]
     found = []
     for distribution_class in (theirs, ours):
@@ -70,7 +71,7 @@ def test_values_samples_and_gradients_are_those_of_sb3(name, scale):
     [("gaussian", [Normal]), ("categorical", [Categorical]), ("multi categorical", [Categorical] * 3)],
     ids=PAIRS,
 )
-def test_the_object_of_torch_is_there_when_asked_for(name, types):
+def test_torchs_distribution_object_is_there_when_it_is_read(name, types):
     _, ours, action_dim, make_parameters = PAIRS[name]
     distribution = ours(action_dim)
     for scale in (1.0, 2.0):
@@ -102,18 +103,18 @@ def test_infinite_means_are_allowed_as_with_sb3():
     assert th.equal(LeanDiagGaussianDistribution(3).proba_distribution(mean, th.zeros(3)).mode(), mean)
 
 
-def test_an_object_that_is_assigned_counts():
+def test_an_assigned_distribution_object_is_used():
     distribution = LeanCategoricalDistribution(2).proba_distribution(th.zeros(4, 2))
     distribution.distribution = Categorical(logits=th.tensor([[0.0, 50.0]]).expand(4, 2))
     assert (distribution.sample() == 1).all()
     assert (distribution.mode() == 1).all()
     assert th.allclose(distribution.log_prob(th.ones(4)), th.zeros(4))
     assert th.allclose(distribution.entropy(), th.zeros(4))
-    # Until the next parameters
+    # New parameters replace it
     assert distribution.proba_distribution(th.tensor([[9.0, 0.0]])).mode().item() == 0
 
 
-def test_objects_that_are_assigned_count():
+def test_assigned_distribution_objects_are_used():
     distribution = LeanMultiCategoricalDistribution([2, 3]).proba_distribution(th.zeros(4, 5))
     ones = [Categorical(logits=th.tensor([[0.0, 50.0, 0.0][:n]]).expand(4, n)) for n in (2, 3)]
     distribution.distribution = ones
@@ -124,19 +125,19 @@ def test_objects_that_are_assigned_count():
     assert th.allclose(distribution.entropy(), th.zeros(4))
 
 
-def test_a_copy_keeps_the_parameters_that_it_has():
+def test_a_copy_keeps_its_parameters_when_the_original_gets_new_ones():
     distribution = LeanMultiCategoricalDistribution([2, 3]).proba_distribution(th.eye(5)[1:2])
     copied = copy(distribution)
     distribution.proba_distribution(th.zeros(1, 5))
     assert copied.mode().tolist() == [[1, 0]]
 
 
-def test_log_std_that_is_nan_raises_too():
+def test_a_nan_in_log_std_raises():
     with pytest.raises(ValueError, match="scale"):
         LeanDiagGaussianDistribution(2).proba_distribution(th.zeros(1, 2), th.tensor([0.0, th.nan]))
 
 
-def test_another_thread_that_compiles_changes_no_bits_of_this_one():
+def test_compiling_in_another_thread_changes_no_bit_in_this_thread():
     distribution = LeanCategoricalDistribution(3).proba_distribution(th.tensor([[1.0, 2.0, 4.0]]))
     exact = distribution.logits
     inside, done = threading.Event(), threading.Event()

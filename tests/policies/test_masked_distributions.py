@@ -1,4 +1,4 @@
-"""Masked distributions against closed forms, sb3-contrib's, and SB3's own where nothing is masked."""
+"""Masked distributions beside closed forms and sb3-contrib's; without masks, beside SB3's."""
 
 from contextlib import nullcontext
 
@@ -16,7 +16,7 @@ from sb3_ppo_plus.policies.masked_distributions import (
     make_maskable_distribution,
     mask_sizes,
 )
-from sb3_ppo_plus.policies.torch_switches import may_round
+from sb3_ppo_plus.policies.rounding import may_round
 
 BATCH = 50
 SPACES = pytest.mark.parametrize("action_space", MASKED_ACTION_SPACES.values(), ids=MASKED_ACTION_SPACES)
@@ -47,7 +47,7 @@ def parts_of(distribution):
 
 
 @SPACES
-def test_everything_is_contribs_bit_for_bit(action_space):
+def test_all_results_equal_sb3_contribs_bit_for_bit(action_space):
     logits, masks = random_logits(action_space), random_masks(action_space)
     results = []
     for make in (make_masked_proba_distribution, make_maskable_distribution):
@@ -127,7 +127,7 @@ def test_a_masked_logit_has_no_gradient_and_no_influence(action_space, scale):
 
 
 @pytest.mark.parametrize("name", ["discrete", "multi_discrete"])
-def test_without_masks_it_is_sb3s_distribution_bit_for_bit(name):
+def test_without_masks_all_results_equal_sb3s_bit_for_bit(name):
     space = MASKED_ACTION_SPACES[name]
     results = []
     for make in (make_proba_distribution, make_maskable_distribution):
@@ -147,7 +147,7 @@ def test_without_masks_it_is_sb3s_distribution_bit_for_bit(name):
     ],
     ids=str,
 )
-def test_size_of_a_mask(action_space, sizes):
+def test_a_mask_has_one_element_for_each_choice(action_space, sizes):
     assert mask_sizes(action_space) == sizes
 
 
@@ -170,7 +170,7 @@ def test_a_distribution_that_takes_no_masks_says_so():
 
 
 @SPACES
-def test_the_short_form_of_compiled_graphs_differs_by_rounding_alone(action_space):
+def test_the_short_form_of_compiled_graphs_differs_only_by_rounding(action_space):
     results = []
     for context in (nullcontext(), may_round()):
         logits = random_logits(action_space).requires_grad_()
@@ -186,7 +186,7 @@ def test_the_short_form_of_compiled_graphs_differs_by_rounding_alone(action_spac
 
 
 @SPACES
-def test_new_parameters_forget_the_masks(action_space):
+def test_new_parameters_remove_the_masks(action_space):
     logits, masks = random_logits(action_space), random_masks(action_space)
     distribution = masked(action_space, logits, masks).proba_distribution(logits)
     fresh = make_maskable_distribution(action_space).proba_distribution(logits)

@@ -1,4 +1,4 @@
-"""LSTM, GRU and GTrXL over time: one function of the episode, whether computed step by step or in sequences."""
+"""LSTM, GRU and GTrXL compute one function of the episode, step by step and in sequences."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ def memory(request):
 
 
 def random_state(memory, n_envs):
-    """A state as if some steps had been taken, another number in each env."""
+    """A state after some steps, whose number differs from env to env."""
     state = memory.initial_state(n_envs)
     for step in range(5):
         starts = th.arange(n_envs) == step
@@ -64,7 +64,7 @@ def test_a_sequence_equals_its_steps(memory, starts, n_sequences, length):
 
 
 @pytest.mark.parametrize("cut", [1, 5, 6, 12])
-def test_a_sequence_may_be_cut_anywhere_and_go_on_from_the_stored_state(memory, cut):
+def test_a_sequence_may_be_cut_anywhere_and_continued_from_the_stored_state(memory, cut):
     features, episode_starts = th.randn(3, 13, FEATURES), th.rand(3, 13) < 0.1
     state = random_state(memory, 3)
     whole = memory.sequence(features, state, episode_starts)
@@ -76,7 +76,7 @@ def test_a_sequence_may_be_cut_anywhere_and_go_on_from_the_stored_state(memory, 
 @pytest.mark.parametrize("start", [0, 1, 5, 9])
 @pytest.mark.parametrize("perturbation", [1.0, 1e15])
 def test_nothing_crosses_an_episode_start(memory, start, perturbation):
-    """Neither forward nor backward: the previous episode changes nothing, and gets no gradient."""
+    """The previous episode changes no output, and gets no gradient."""
     features, state = th.randn(2, 12, FEATURES), random_state(memory, 2)
     episode_starts = th.zeros(2, 12, dtype=th.bool)
     episode_starts[0, start] = True
@@ -96,7 +96,7 @@ def test_nothing_crosses_an_episode_start(memory, start, perturbation):
 
     perturbed = features.clone()
     perturbed[0, :start] += perturbation * th.randn(start, FEATURES)
-    # GTrXL's count of remembered steps stays a count
+    # GTrXL's number of remembered steps must stay a number of steps
     state_after = tuple(part + perturbation * (th.arange(2) == 0).view(1, 2, *[1] * (part.dim() - 2)) for part in state)
     after, gradients_after = outputs_and_gradients(perturbed, state_after)
     assert th.equal(after, before)
@@ -144,7 +144,7 @@ def test_envs_do_not_see_each_other(memory):
 
 
 def test_steps_after_the_last_change_nothing(memory):
-    """So padding may follow a sequence that is shorter than the others."""
+    """Padding may therefore follow a shorter sequence."""
     features, state, episode_starts = th.randn(2, 9, FEATURES), random_state(memory, 2), th.rand(2, 9) < 0.2
     outputs = memory.sequence(features, state, episode_starts)
     longer = th.cat([features, th.full((2, 4, FEATURES), 1e3)], dim=1)
@@ -153,14 +153,14 @@ def test_steps_after_the_last_change_nothing(memory):
     th.testing.assert_close(padded[:, :9], outputs, rtol=0, atol=1e-6)
 
 
-def test_state_begins_with_zeros_and_its_second_dimension_is_that_of_the_envs(memory):
+def test_the_initial_state_is_zero_and_its_second_dimension_is_that_of_the_envs(memory):
     for part in memory.initial_state(3):
         assert part.shape[1] == 3
         assert th.count_nonzero(part) == 0
 
 
 @pytest.mark.parametrize("kind", ["lstm", "gru"])
-def test_recurrent_memories_are_those_of_pytorch(kind):
+def test_lstm_and_gru_equal_pytorchs(kind):
     memory = MAKE[f"{kind}, 2 layers, no bias"]()
     reference = {"lstm": nn.LSTM, "gru": nn.GRU}[kind](FEATURES, 8, 2, bias=False)
     reference.load_state_dict(memory.state_dict())
@@ -182,7 +182,7 @@ def test_segments_cover_every_step_once_and_buckets_every_segment(p_start):
     assert in_buckets == list(range(len(segments.starts)))
 
 
-def test_forget_bias_opens_the_forget_gates_and_nothing_else():
+def test_forget_bias_is_added_to_the_forget_gates_only():
     th.manual_seed(0)
     plain = LSTMMemory(FEATURES, 8, 2)
     th.manual_seed(0)
@@ -200,13 +200,13 @@ def test_forget_bias_opens_the_forget_gates_and_nothing_else():
 
 def test_relative_scores_reach_the_key_at_their_distance():
     block_size, memory_length = 3, 4
-    of_distance = th.arange(block_size).view(-1, 1) * 100.0 + th.arange(memory_length + 1) + 1
-    shifted = by_key(of_distance)
+    distance_scores = th.arange(block_size).view(-1, 1) * 100.0 + th.arange(memory_length + 1) + 1
+    shifted = by_key(distance_scores)
     assert shifted.shape == (block_size, memory_length + block_size)
     for query in range(block_size):
         for key in range(memory_length + block_size):
             distance = query + memory_length - key
-            expected = of_distance[query, distance] if 0 <= distance <= memory_length else 0.0
+            expected = distance_scores[query, distance] if 0 <= distance <= memory_length else 0.0
             assert shifted[query, key] == expected
 
 
@@ -218,7 +218,7 @@ def test_steps_before_count_from_the_episode_start_or_the_memory():
 
 def test_a_step_sees_itself_and_its_episode_as_far_as_the_memory_reaches():
     visible = visible_keys(th.tensor([[[0, 1, 9]]]), memory_length=2)[0, 0]
-    # Keys: two of the memory, then the block's own three
+    # The keys are two of the memory, then the block's own three
     assert visible.int().tolist() == [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 
@@ -241,7 +241,7 @@ def test_gtrxl_knows_the_order_of_what_it_remembers():
     assert not th.allclose(*outputs, atol=1e-4)
 
 
-def test_gru_gate_is_the_papers():
+def test_the_gru_gate_equals_the_papers_formulas():
     th.manual_seed(0)
     gate = GRUGate(4, 2.0)
     x, y = th.randn(7, 4), th.randn(7, 4)
@@ -254,13 +254,13 @@ def test_gru_gate_is_the_papers():
     th.testing.assert_close(GRUGate(4, 50.0)(x, y), x)
 
 
-def test_sinusoidal_encoding():
+def test_positions_are_encoded_by_sines_and_cosines():
     encoding = sinusoidal_encoding(th.arange(5), 6)
     assert encoding.shape == (5, 6)
     assert encoding[0].tolist() == [0, 0, 0, 1, 1, 1]
     th.testing.assert_close(encoding[3, 1], th.sin(th.tensor(3 * 10_000 ** (-2 / 6))))
 
 
-def test_heads_must_divide_the_width():
+def test_the_width_must_be_a_multiple_of_the_heads():
     with pytest.raises(ValueError, match="a multiple of n_heads, got hidden_size=10 and n_heads=4"):
         GTrXLMemory(FEATURES, 10, n_heads=4)

@@ -1,4 +1,4 @@
-"""Policies with a memory: their options, sb3-contrib's recurrent policies beside them, and ``predict``."""
+"""Policies with a memory: their options, their equality with sb3-contrib's, and ``predict``."""
 
 import copy
 
@@ -49,7 +49,7 @@ def make_model(env=None, policy="MlpPolicy", **policy_kwargs):
         ({"memory": "gru", "memory_kwargs": {"critic": None}}, "critic must be True or False, got None"),
         ({"memory": "gru", "memory_kwargs": {"sequence_length": 0}}, "sequence_length must be None, -1 or an integer"),
         ({"memory": "gtrxl", "memory_kwargs": {"hidden_size": 10}}, "multiple of n_heads"),
-        ({"memory": "gru", "lstm_hidden_size": 8}, r"\['lstm_hidden_size'\] go with memory='lstm', got memory='gru'"),
+        ({"memory": "gru", "lstm_hidden_size": 8}, r"\['lstm_hidden_size'\] need memory='lstm', got memory='gru'"),
         ({"memory": "lstm", "lstm_kwargs": {"proj_size": 2}}, r"memory_kwargs has \['proj_size'\]"),
         ({"memory": "lstm", "shared_lstm": True, "enable_critic_lstm": True}, "exclude each other"),
         ({"memory": "lstm", "memory_kwargs": {"shared": True}, "share_features_extractor": False}, "shared=True needs"),
@@ -87,13 +87,17 @@ def test_a_policy_class_without_a_memory_says_so():
     ("given", "n_steps", "batch_size", "expected"),
     [(None, 128, 64, 64), (None, 32, 64, 32), (16, 128, 64, 16), (-1, 64, 64, 64), (-1, 32, 256, 32), (64, 64, 64, 64)],
 )
-def test_sequence_length(given, n_steps, batch_size, expected):
+def test_sequence_length_stands_for_a_number_of_steps(given, n_steps, batch_size, expected):
     assert resolve_sequence_length(given, n_steps, batch_size) == expected
 
 
 @pytest.mark.parametrize(
     ("sequence_length", "message"),
-    [(17, "at most n_steps=16 and batch_size=8, got 17"), (9, "batch_size=8, got 9"), (-1, "more than environments")],
+    [
+        (17, "at most n_steps=16 and batch_size=8, got 17"),
+        (9, "batch_size=8, got 9"),
+        (-1, "batch_size must be at least n_steps"),
+    ],
 )
 def test_a_sequence_must_fit_into_rollout_and_minibatch(sequence_length, message):
     with pytest.raises(ValueError, match=message):
@@ -122,17 +126,17 @@ def test_constructor_parameters_rebuild_the_policy(memory, tmp_path):
 # Shared and separate memories
 
 
-def gradient_names(policy, of):
+def gradient_names(policy, part):
     values, log_prob, _ = policy.evaluate_actions(th.randn(4, 3), th.zeros(4, dtype=th.long))
     policy.zero_grad()
-    {"actor": log_prob, "critic": values}[of].sum().backward()
+    {"actor": log_prob, "critic": values}[part].sum().backward()
     gradients = {name: p.grad for name, p in policy.named_parameters() if p.grad is not None}
     return {name.split(".")[0] for name, gradient in gradients.items() if gradient.abs().sum() > 0}
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize(
-    ("kwargs", "of_actor", "of_critic"),
+    ("kwargs", "actors", "critics"),
     [
         ({}, "{}_actor", "{}_critic"),
         ({"shared": True}, "{}_actor", "{}_actor"),
@@ -140,15 +144,15 @@ def gradient_names(policy, of):
         ({"critic": False}, "{}_actor", "critic"),
     ],
 )
-def test_who_trains_which_memory(memory, kwargs, of_actor, of_critic):
+def test_actor_and_critic_train_the_memories_that_they_use(memory, kwargs, actors, critics):
     policy = make(memory=memory, memory_kwargs={"hidden_size": 8, **kwargs})
     heads = {"mlp_extractor", "action_net", "value_net"}
-    assert gradient_names(policy, "actor") - heads == {of_actor.format(memory)}
-    assert gradient_names(policy, "critic") - heads == ({of_critic.format(memory)} if of_critic else set())
+    assert gradient_names(policy, "actor") - heads == {actors.format(memory)}
+    assert gradient_names(policy, "critic") - heads == ({critics.format(memory)} if critics else set())
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"shared": True}, {"critic": False}])
-def test_values_and_distributions_apart_equal_those_together(kwargs):
+def test_values_and_distributions_computed_apart_equal_those_computed_together(kwargs):
     policy = make(memory="lstm", memory_kwargs={"hidden_size": 8, **kwargs})
     observations, states = th.randn(3, 3), policy.initial_states(3)
     for _ in range(3):
@@ -170,7 +174,7 @@ CONTRIB = {
 
 
 @pytest.mark.parametrize("kwargs", CONTRIB.values(), ids=CONTRIB)
-def test_same_seed_same_parameters_same_outputs_as_sb3_contribs_policy(kwargs):
+def test_with_equal_seeds_parameters_and_outputs_equal_sb3_contribs(kwargs):
     kwargs = {"lstm_hidden_size": 8, **kwargs}
     contrib = make(RecurrentActorCriticPolicy, **kwargs)
     policy = make(MlpLstmPolicy, **kwargs)
@@ -185,7 +189,7 @@ def test_same_seed_same_parameters_same_outputs_as_sb3_contribs_policy(kwargs):
     shape = (kwargs.get("n_lstm_layers", 1), n_sequences, 8)
     states = RNNStates(*((th.randn(shape), th.randn(shape)) for _ in range(2)))
     outputs = contrib.evaluate_actions(observations, actions, states, episode_starts.float())
-    # sb3-contrib hands the critic without an LSTM of its own a state too
+    # sb3-contrib gives a state also to a critic without an LSTM of its own
     ours = states if policy.critic_memory is not None else RNNStates(states.pi, ())
     for expected, actual in zip(
         outputs, policy.evaluate_actions(observations, actions, states=ours, episode_starts=episode_starts), strict=True
@@ -195,14 +199,14 @@ def test_same_seed_same_parameters_same_outputs_as_sb3_contribs_policy(kwargs):
 
 @pytest.mark.parametrize("kwargs", CONTRIB.values(), ids=CONTRIB)
 @pytest.mark.parametrize("max_steps", [5, 100])
-def test_the_first_rollout_is_sb3_contribs(kwargs, max_steps):
+def test_the_first_rollout_equals_sb3_contribs(kwargs, max_steps):
     """Actions, values, bootstrapped rewards and returns, with timeouts and the state that is carried on."""
     buffers = []
     for algorithm in (RecurrentPPO, PPOPlus):
         env = make_env(3, action_space=DISCRETE, max_steps=max_steps)
         policy_kwargs = SMALL_NET | {"lstm_hidden_size": 8} | kwargs
         model = algorithm("MlpLstmPolicy", env, policy_kwargs=policy_kwargs, **SETTINGS)
-        # Without an update, the second rollout goes on from the first
+        # No update, so that the second rollout goes on from the first
         model.train = lambda: None
         model.learn(2 * 16 * 3)
         buffers.append(model.rollout_buffer)
@@ -252,9 +256,9 @@ def test_predict_carries_the_state_and_resets_it_at_episode_starts(memory):
     for begun, again in zip(first, second, strict=True):
         assert np.array_equal(begun[:, 1], again[:, 1]), "an episode begins as the first one did"
     _, alone = model.predict(observations[0], deterministic=True)
-    for part, of_all in zip(alone, first, strict=True):
+    for part, from_all in zip(alone, first, strict=True):
         assert part.shape[1] == 1, "as sb3-contrib: one env without a dimension for envs in its observation"
-        np.testing.assert_allclose(part, of_all[:, :1], atol=1e-6)
+        np.testing.assert_allclose(part, from_all[:, :1], atol=1e-6)
 
 
 def test_without_a_memory_predict_returns_the_state_that_it_was_given():
@@ -264,7 +268,7 @@ def test_without_a_memory_predict_returns_the_state_that_it_was_given():
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_state_of_the_wrong_shape_is_a_clear_error(memory):
+def test_a_state_of_the_wrong_shape_is_refused_with_the_expected_shapes(memory):
     model = make_model(memory=memory, memory_kwargs={"hidden_size": 8})
     observations = np.zeros((2, 3), np.float32)
     _, state = model.predict(observations)
@@ -274,8 +278,8 @@ def test_a_state_of_the_wrong_shape_is_a_clear_error(memory):
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_evaluate_policy_needs_no_care(memory):
-    """SB3's evaluate_policy hands on states and episode starts: what an agent remembers is its own episode's."""
+def test_evaluate_policy_keeps_each_episodes_memory_apart(memory):
+    """SB3's evaluate_policy passes on states and episode starts, so an agent remembers only its own episode."""
     env = make_env(2, action_space=DISCRETE, p_terminate=0.0)
     model = make_model(env, memory=memory, memory_kwargs={"hidden_size": 8})
     seen = []
@@ -303,12 +307,12 @@ def test_evaluate_policy_needs_no_care(memory):
     ],
 )
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_memory_stands_behind_any_extractor(policy_class, space, kwargs, memory):
+def test_a_memory_works_behind_any_extractor(policy_class, space, kwargs, memory):
     policy_kwargs = {"memory": memory, "memory_kwargs": {"hidden_size": 8}, **kwargs}
     env = make_env(2, observation_space=space, action_space=DISCRETE)
     before = PPOPlus(policy_class, env, policy_kwargs=SMALL_NET | policy_kwargs, **SETTINGS)
     parameters = copy.deepcopy(before.policy.state_dict())
     before.learn(32)
     changed = {name for name, value in before.policy.state_dict().items() if not th.equal(value, parameters[name])}
-    # All but the buffers and, with this little data, a dead ReLU's row
+    # All parameters change, except buffers and, with so little data, the row of a dead ReLU
     assert {name.split(".")[0] for name in changed} >= {f"{memory}_actor", f"{memory}_critic", "action_net"}

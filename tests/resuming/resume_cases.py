@@ -1,6 +1,6 @@
-"""Training runs that are interrupted by SIGKILL and resumed in another process, each kind in a process of its own.
+"""Training runs that SIGKILL interrupts and that another process resumes. Each case runs in its own processes.
 
-``python resume_cases.py interrupt|resume FOLDER``; test_checkpoint.py compares what they leave in FOLDER.
+``python resume_cases.py interrupt|resume FOLDER`` leaves the results in FOLDER. test_checkpoint.py compares them.
 """
 
 import os
@@ -41,7 +41,7 @@ NOT_TIMINGS = ("time/iterations", "time/total_timesteps")
 
 
 class OwnMethods(gym.Env):
-    """Tells its state by methods of its own; TimeLimit and Monitor around it do not."""
+    """Has its own methods that save its state. TimeLimit and Monitor around it have none."""
 
     observation_space = spaces.Box(-10.0, 10.0, (2,), np.float32)
     action_space = spaces.Discrete(2)
@@ -64,7 +64,7 @@ class OwnMethods(gym.Env):
 
 
 class ChangesCoefficient(BaseCallback):
-    """Has a state of its own, on which training depends."""
+    """Saves a state on which training depends."""
 
     def __init__(self):
         super().__init__()
@@ -94,7 +94,7 @@ def toy_envs(**kwargs: Any) -> VecEnv:
 
 
 def wrapped_envs() -> VecEnv:
-    """SB3's wrappers that keep something, one in the other, over a Monitor outside ResumableEnv."""
+    """Make environments with all of SB3's wrappers that have a state, and a Monitor outside ResumableEnv."""
 
     def make():
         return Monitor(ResumableEnv(gym.wrappers.TimeLimit(ToyEnv(DICT, max_steps=100), 9)))
@@ -200,7 +200,7 @@ class KillInMidRollout(BaseCallback):
 
 
 def result_of(model: PPOPlus, learn: Callable[[], Any]) -> dict[str, Any]:
-    """Learn, and return all that must be the same: parameters, optimiser, what was logged, what is drawn next."""
+    """Learn, and return all that must be equal: parameters, optimiser, logs, the next random numbers."""
     recorder = record_logs(model)
     learn()
     logs = [*recorder.dumps, dict(model.logger.name_to_value)]
@@ -221,7 +221,7 @@ def without_timings(log: dict[str, Any]) -> dict[str, Any]:
 
 
 def in_a_fork(do: Callable[[], None]) -> int:
-    """Do it in a copy of this process, which ends with it, and return the exit code."""
+    """Call a function in a fork of this process, which then ends. Return its exit code."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -234,7 +234,7 @@ def in_a_fork(do: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def run_through(name: str, folder: Path) -> None:
+def run_whole(name: str, folder: Path) -> None:
     case = CASES[name]
     model = case.make_model()
     total = N_UPDATES * N_STEPS * model.n_envs - 1
@@ -249,7 +249,7 @@ def run_until_killed(name: str, folder: Path) -> None:
     model.learn(N_UPDATES * N_STEPS * model.n_envs - 1, callbacks, case.log_interval)
 
 
-def run_on(name: str, folder: Path) -> None:
+def run_resumed(name: str, folder: Path) -> None:
     case = CASES[name]
     model = PPOPlus.resume(folder / name, case.make_env(), device="cpu")
     assert model.num_timesteps == INTERRUPTED_AFTER * N_STEPS * model.n_envs
@@ -260,9 +260,9 @@ def run_on(name: str, folder: Path) -> None:
 def main(command: str, folder: Path) -> None:
     for name in CASES:
         if command == "resume":
-            assert in_a_fork(lambda name=name: run_on(name, folder)) == 0, name
+            assert in_a_fork(lambda name=name: run_resumed(name, folder)) == 0, name
         else:
-            assert in_a_fork(lambda name=name: run_through(name, folder)) == 0, name
+            assert in_a_fork(lambda name=name: run_whole(name, folder)) == 0, name
             assert in_a_fork(lambda name=name: run_until_killed(name, folder)) == -signal.SIGKILL, name
 
 

@@ -18,7 +18,7 @@ from sb3_ppo_plus.resuming.callback_state import callback_states, set_callback_s
 
 
 class Counts(BaseCallback):
-    """Has a state, and says it."""
+    """Has a state, and the methods that save it."""
 
     def __init__(self):
         super().__init__()
@@ -96,7 +96,7 @@ def test_the_environments_of_an_evaluation_go_on(tmp_path):
     assert np.array_equal(*observations)
 
 
-def test_says_that_an_evaluation_begins_anew():
+def test_an_evaluation_that_cannot_go_on_is_warned_of():
     old, new = (EvalCallback(make_vec_env(ToyEnv), log_path=str(name)) for name in ("old", "new"))
     states = callback_states(old)
     with pytest.warns(UserWarning, match="the environments of EvalCallback have no get_resume_state"):
@@ -111,7 +111,7 @@ def test_only_what_an_evaluation_counts_is_restored(tmp_path):
     assert new.callbacks[0].log_path.startswith(str(tmp_path))
 
 
-def test_a_list_around_them_changes_nothing(tmp_path):
+def test_a_list_around_callbacks_changes_nothing(tmp_path):
     old, new = Counts(), Counts()
     learn(old)
     set_callback_states(CallbackList([CallbackList([new])]), callback_states(CallbackList([old])))
@@ -125,7 +125,7 @@ def test_callbacks_of_one_class_are_told_apart_by_their_order():
     assert [one.total for one in new] == [3, 4]
 
 
-def test_warns_of_a_saved_state_that_nobody_takes_and_not_of_mere_counts():
+def test_a_saved_state_without_its_callback_is_warned_of_unless_it_only_counts_calls():
     states = callback_states(CallbackList([Counts(), CheckpointCallback(1, ".")]))
-    with pytest.warns(UserWarning, match=r"callbacks of the checkpoint are not given.*\['Counts 1'\]"):
+    with pytest.warns(UserWarning, match=r"callbacks that were not given; it is dropped: \['Counts 1'\]"):
         set_callback_states(CallbackList([]), states)

@@ -12,7 +12,7 @@ import torch as th
 from environments import SMALL_NET, ToyEnv, record_logs
 from resume_cases import CASES, INTERRUPTED_AFTER, N_STEPS, in_a_fork
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecMonitor, VecNormalize
 from states import assert_same_bits, state_of
@@ -31,11 +31,11 @@ from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories, r
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """Folder with what runs without interruption and runs that were killed and resumed have come to."""
+    """Folder with the results of whole runs, and of runs that were killed and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     for command in ("interrupt", "resume"):
         script = Path(__file__).with_name("resume_cases.py")
-        # It imports what lies beside conftest.py, as the tests do
+        # The script imports modules beside conftest.py, as the tests do
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(script.parents[1])])}
         ran = subprocess.run(
             [sys.executable, str(script), command, str(folder)], capture_output=True, text=True, env=environment
@@ -45,13 +45,13 @@ def results(tmp_path_factory):
     return folder
 
 
-# The first of them waits for all runs, three of which compile
+# The first case waits for all runs, and three of them compile
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", CASES)
-def test_killed_and_resumed_in_another_process_is_the_same_as_never_interrupted(results, name):
+def test_a_run_that_is_killed_and_resumed_in_another_process_equals_one_without_interruption(results, name):
     whole, resumed = (th.load(results / f"{name}.{kind}", weights_only=False) for kind in ("whole", "resumed"))
     done = INTERRUPTED_AFTER * N_STEPS * whole["n_envs"]
-    # The last of the logs was not yet dumped
+    # The last entry is what was not dumped yet
     rest = [log for log in whole["logs"][:-1] if log["time/total_timesteps"] > done]
     assert len(rest) >= 2
     assert_same_bits(resumed, {**whole, "logs": [*rest, whole["logs"][-1]]})
@@ -86,12 +86,12 @@ def learned(total=96, **kwargs):
         ({"keep_last": None}, TypeError, "keep_last must be an int, got None"),
     ],
 )
-def test_refuses_bad_arguments(tmp_path, arguments, error, message):
+def test_bad_arguments_are_refused(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         TrainingCheckpoint(**{"save_freq": 1, "save_path": tmp_path, **arguments})
 
 
-def test_needs_ppo_plus(tmp_path):
+def test_the_model_must_be_a_ppo_plus(tmp_path):
     model = PPO("MlpPolicy", make_envs(), n_steps=8, batch_size=8)
     with pytest.raises(TypeError, match="TrainingCheckpoint needs a PPOPlus, got a PPO"):
         model.learn(16, TrainingCheckpoint(1, tmp_path))
@@ -100,19 +100,19 @@ def test_needs_ppo_plus(tmp_path):
 @pytest.mark.parametrize(
     "save_freq, expected", [(1, [16, 32, 48, 64, 80, 96]), (40, [48, 96]), (32, [32, 64, 96]), (10_000, [96])]
 )
-def test_saves_at_the_ends_of_updates_that_complete_save_freq_steps_and_of_training(tmp_path, save_freq, expected):
+def test_a_checkpoint_is_written_after_save_freq_steps_and_at_the_end_of_training(tmp_path, save_freq, expected):
     make_model().learn(90, TrainingCheckpoint(save_freq, tmp_path, keep_last=10))
     assert steps_of(tmp_path) == expected
 
 
-def test_keeps_the_last_ones(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     model = make_model()
     model.learn(96, [TrainingCheckpoint(1, tmp_path, keep_last=2)])
     assert steps_of(tmp_path) == [80, 96]
     assert model.last_checkpoint == str(latest_checkpoint(tmp_path))
 
 
-def test_checkpoints_change_nothing(tmp_path):
+def test_writing_checkpoints_does_not_change_training(tmp_path):
     model = make_model()
     model.learn(96, TrainingCheckpoint(1, tmp_path))
     assert_same_bits(state_of(model), learned())
@@ -135,7 +135,7 @@ def test_a_finished_run_stays_finished(tmp_path):
 
 
 class StopAfter(BaseCallback):
-    """Stops at the end of an update, as other callbacks do in the middle of a rollout."""
+    """Stops training at the end of an update. SB3's callbacks stop it in the middle of a rollout."""
 
     def __init__(self, num_timesteps):
         super().__init__()
@@ -169,7 +169,7 @@ def test_resumes_from_the_newest_valid_checkpoint_or_from_a_given_one(tmp_path):
     assert steps_of(tmp_path) == [64, 80, 96]
 
 
-def test_what_the_rest_of_the_run_does_not_depend_on_is_restored_too(tmp_path):
+def test_state_on_which_training_does_not_depend_is_restored_too(tmp_path):
     def envs():
         return VecNormalize(make_envs())
 
@@ -198,7 +198,7 @@ def test_what_is_drawn_between_resume_and_continue_learning_changes_nothing(tmp_
     assert_same_bits(state_of(resumed), learned())
 
 
-def test_nothing_to_resume_and_nothing_to_continue(tmp_path):
+def test_without_a_run_to_resume_or_to_continue_there_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=f"no valid checkpoint in {tmp_path}"):
         PPOPlus.resume(tmp_path, make_envs())
     with pytest.raises(ValueError, match="no learn to continue: call learn, or resume"):
@@ -210,6 +210,47 @@ def test_can_be_resumed_without_trust(tmp_path):
     resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu", trusted=False)
     resumed.continue_learning()
     assert_same_bits(state_of(resumed), learned(learning_rate="lin_1e-3"))
+
+
+def test_numbers_and_lists_beyond_those_of_a_description_are_resumed_without_trust(tmp_path):
+    nested = []
+    for _ in range(40):
+        nested = [nested]
+
+    class Keeps(ToyEnv):
+        def reset(self, **kwargs):
+            self.kept = {"integer": -(10**300), "infinity": -np.inf, "nested": nested, "nan": float("nan")}
+            return super().reset(**kwargs)
+
+    def envs():
+        return make_vec_env(Keeps, 2, seed=0, wrapper_class=ResumableEnv)
+
+    evaluation = EvalCallback(make_envs(), eval_freq=1000)
+    make_model(envs()).learn(96, [TrainingCheckpoint(1, tmp_path), evaluation, StopAfter(48)])
+    resumed = PPOPlus.resume(tmp_path, envs(), device="cpu", trusted=False)
+    (kept, _) = resumed.env.get_attr("kept")
+    assert kept["integer"] == -(10**300) and kept["infinity"] == -np.inf and kept["nested"] == nested
+    assert np.isnan(kept["nan"])
+    resumed.continue_learning(EvalCallback(make_envs(), eval_freq=1000))
+    assert_same_bits(state_of(resumed), state_of(make_model(envs()).learn(96)))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"attributes": {}, "attributes": {}}', "a key occurs twice"),
+        ("[" * 200 + "]" * 200, "nested more than 128 levels deep"),
+        ('{"attributes": 1' + "0" * 4300 + "}", "4301 digits"),
+        ('{"attributes": 1e999}', "too large"),
+    ],
+    ids=["twice", "nested", "digits", "too large"],
+)
+def test_without_trust_a_training_state_is_read_strictly(tmp_path, text, message):
+    interrupted(tmp_path)
+    files = dict(read_checkpoint(latest_checkpoint(tmp_path)).files) | {"training_state.json": text.encode()}
+    directory = write_checkpoint(tmp_path / "rewritten", files, 48)
+    with pytest.raises(CheckpointError, match=rf"training_state\.json .*{message}"):
+        PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
 
 
 def test_goes_on_in_the_same_process(tmp_path):
@@ -238,7 +279,7 @@ def test_without_methods_the_envs_are_reset_and_the_rest_is_exact(tmp_path):
         assert_same_bits(vars(getattr(resumed.env, name)), vars(getattr(model.env, name)))
     assert not resumed.env.returns.any() and resumed._last_episode_starts.all()
     assert resumed.env.get_attr("total_steps") == [24, 24] and resumed.env.get_attr("rewards") == [[], []]
-    # Neither the old observations nor those of the beginning once more
+    # The new observations are neither the old ones nor the first ones of the run
     for others in (model._last_original_obs, first_observations):
         assert not np.isclose(resumed._last_original_obs, others).any()
     resumed.continue_learning()
@@ -266,7 +307,7 @@ def test_another_wrapper_stack_is_an_error_that_names_both(tmp_path, make_env, m
 
 
 def rewritten(save_path, change):
-    """A checkpoint that somebody wrote: its hashes are right."""
+    """Write a forged checkpoint with right hashes: the newest one after a change of its files and its state."""
     files = dict(read_checkpoint(latest_checkpoint(save_path)).files)
     state = json.loads(files["training_state.json"])
     change(files, state)
@@ -287,8 +328,8 @@ def array(dtype, shape, **more):
         (lambda files, state: files.update(more=b""), "no training state"),
         (lambda files, state: files.update({"training_state.bin": b""}), "buffer is smaller"),
         (lambda files, state: state.clear(), "KeyError: 'attributes'"),
-        # Would run a program as the compiler
-        (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must be of .* 'compile'"),
+        # The compiler would be this program
+        (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must hold .* 'compile'"),
         (lambda files, state: state["attributes"].update(num_timesteps="x"), "num_timesteps must be of type int"),
         (lambda files, state: state["attributes"].update(_last_obs=array("|O", [1])), "dtypes without objects"),
         (lambda files, state: state["attributes"].update(_last_obs=array("<f4", [2**40])), "buffer is smaller"),
@@ -306,7 +347,7 @@ def array(dtype, shape, **more):
         ),
     ],
 )
-def test_a_checkpoint_that_somebody_made_up_is_one_clear_error(tmp_path, change, message):
+def test_a_forged_checkpoint_is_one_clear_error(tmp_path, change, message):
     interrupted(tmp_path, env=VecMonitor(make_envs()))
     directory = rewritten(tmp_path, change)
     with pytest.raises(CheckpointError, match=f"{directory.name} .*{message}"):
@@ -314,7 +355,7 @@ def test_a_checkpoint_that_somebody_made_up_is_one_clear_error(tmp_path, change,
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere"])
-def test_without_trust_the_log_stays_where_it_belongs(tmp_path, name):
+def test_without_trust_the_log_stays_inside_its_folder(tmp_path, name):
     interrupted(tmp_path)
     directory = rewritten(tmp_path, lambda files, state: state["attributes"].update(_tb_log_name=name))
     with pytest.raises(CheckpointError, match=f"_tb_log_name.*{name}"):
@@ -330,7 +371,7 @@ def test_environments_that_were_made_in_another_way_are_an_error_that_says_what_
         PPOPlus.resume(tmp_path, None)
 
 
-def test_other_versions_are_said(tmp_path, monkeypatch):
+def test_other_versions_are_warned_of(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint_directory, "versions", lambda: {"torch": "1.0", "python": "3.11"})
         interrupted(tmp_path)
@@ -338,7 +379,7 @@ def test_other_versions_are_said(tmp_path, monkeypatch):
         PPOPlus.resume(tmp_path, make_envs(), device="cpu")
 
 
-def test_warns_of_an_earlier_run(tmp_path):
+def test_checkpoints_of_an_earlier_run_are_warned_of(tmp_path):
     interrupted(tmp_path)
     with pytest.warns(UserWarning, match="holds checkpoints of an earlier run"):
         make_model().learn(16, TrainingCheckpoint(1, tmp_path))
@@ -357,7 +398,7 @@ class KeepsAnObject(VecEnvWrapper):
         return self.venv.step_wait()
 
 
-def test_says_before_the_first_step_what_is_not_saved(tmp_path):
+def test_what_is_not_saved_is_warned_of_before_the_first_step(tmp_path):
     env = KeepsAnObject(make_envs())
     with pytest.warns(UserWarning, match=r"do not hold everything: KeepsAnObject.thing is a builtins.object") as warned:
         make_model(env).learn(32, TrainingCheckpoint(1, tmp_path))
@@ -397,7 +438,7 @@ def test_a_full_disk_ends_learning_with_one_error_and_training_goes_on_when_ther
     assert PPOPlus.resume(tmp_path, make_envs(), device="cpu").num_timesteps == 32
 
 
-def test_killed_at_any_moment_the_run_goes_on_to_the_same_end(tmp_path):
+def test_a_run_that_is_killed_at_any_moment_resumes_to_the_end_of_a_whole_run(tmp_path):
     expected = learned(200)
     for index in range(8):
         save_path = tmp_path / str(index)

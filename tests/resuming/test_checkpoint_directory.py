@@ -13,6 +13,7 @@ from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
 from sb3_ppo_plus.resuming import checkpoint_directory
 from sb3_ppo_plus.resuming.checkpoint_directory import (
     MANIFEST,
+    _sealed,
     checkpoint_directories,
     newest_checkpoint,
     read_checkpoint,
@@ -32,7 +33,7 @@ def write(save_path, *steps):
     return [write_checkpoint(save_path, files_at(num_timesteps), num_timesteps) for num_timesteps in steps]
 
 
-def test_reads_what_was_written(tmp_path):
+def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
     (directory,) = write(tmp_path / "new" / "folder", 100)
     checkpoint = newest_checkpoint(tmp_path / "new" / "folder")
     assert checkpoint.directory == directory and directory.name == "checkpoint_000001_100_steps"
@@ -51,7 +52,7 @@ def test_the_newest_is_the_last_written_whatever_its_steps(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing_here", "empty"])
-def test_none_where_there_is_none(tmp_path, name):
+def test_without_checkpoints_the_newest_is_none(tmp_path, name):
     (tmp_path / "empty").mkdir()
     assert newest_checkpoint(tmp_path / name) is None
 
@@ -110,7 +111,7 @@ def test_every_bit_of_the_manifest_counts(tmp_path):
 @pytest.mark.parametrize(
     "text", [b"null", b"[]", b'{"manifest": null}', b'{"manifest": {"files": 3}}', b"\xff", b"[" * 10**5]
 )
-def test_a_manifest_of_another_form(tmp_path, text):
+def test_a_manifest_of_another_form_is_invalid(tmp_path, text):
     (directory,) = write(tmp_path, 100)
     (directory / MANIFEST).write_bytes(text)
     with pytest.raises(InvalidCheckpointError, match=MANIFEST):
@@ -126,9 +127,9 @@ def test_a_newer_format_is_not_read(tmp_path, monkeypatch):
 
 
 class Killer:
-    """Ends this process by SIGKILL at one of its system calls, in which at most an eighth of a file is written.
+    """Kills this process before or after one of its system calls. A call writes at most an eighth of a file.
 
-    :param kill_at: number of the call; even: before it, odd: after it
+    :param kill_at: 2 n: before call n; 2 n + 1: after call n
     """
 
     def __init__(self, kill_at):
@@ -157,7 +158,7 @@ class Killer:
 
 
 def test_a_kill_at_any_step_of_writing_and_rotating_leaves_a_whole_checkpoint(tmp_path, monkeypatch):
-    # What a process has written outlives it without being on the disk, to which 3,000 calls take long
+    # What a killed process has written is not lost without fsync, and 3,000 calls of it would be slow
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
     prepared = tmp_path / "prepared"
     write(prepared, 100, 200)
@@ -187,7 +188,7 @@ def test_a_kill_at_any_step_of_writing_and_rotating_leaves_a_whole_checkpoint(tm
     assert seen == {200, 300}
 
 
-def test_everything_is_on_the_disk_before_the_rename_and_the_rename_after_it(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
     calls, names = [], {}
     real = {name: getattr(os, name) for name in ("open", "fsync", "rename")}
 
@@ -224,7 +225,7 @@ def test_a_full_disk_is_one_error_and_earlier_checkpoints_are_as_they_were(tmp_p
 
 
 @pytest.mark.parametrize("call", ["mkdir", "open", "write", "fsync", "rename"])
-def test_any_refusal_of_the_system_is_that_error(tmp_path, monkeypatch, call):
+def test_any_refusal_of_the_system_is_a_checkpoint_error(tmp_path, monkeypatch, call):
     (directory,) = write(tmp_path, 100)
 
     def refuse(*args, **kwargs):
@@ -239,7 +240,7 @@ def test_any_refusal_of_the_system_is_that_error(tmp_path, monkeypatch, call):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_path_that_is_a_file(tmp_path):
+def test_a_save_path_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match="could not be written"):
         write(tmp_path / "file", 100)
@@ -286,7 +287,7 @@ def test_rotation_counts_valid_checkpoints_only(tmp_path, damaged, keep_last, ke
     assert remaining(tmp_path) == kept
 
 
-def test_rotation_leaves_other_things_alone(tmp_path):
+def test_rotation_leaves_other_files_alone(tmp_path):
     others = [
         tmp_path / "best_model.zip",
         tmp_path / "checkpoint_1",
@@ -310,6 +311,15 @@ def test_rotation_warns_where_the_system_refuses(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "rename", refuse)
     with pytest.warns(UserWarning, match="an old checkpoint could not be removed: not yours"):
         rotate(tmp_path, 1)
+
+
+@pytest.mark.parametrize("value", [10**30, float("inf")], ids=["a number of 31 digits", "infinity"])
+def test_a_manifest_is_read_strictly(tmp_path, value):
+    (directory,) = write(tmp_path, 100)
+    manifest = json.loads((directory / MANIFEST).read_text())["manifest"]
+    (directory / MANIFEST).write_bytes(_sealed(manifest | {"num_timesteps": value}))
+    with pytest.raises(InvalidCheckpointError, match=r"manifest\.json is no manifest"):
+        read_checkpoint(directory)
 
 
 def test_the_manifest_is_readable(tmp_path):

@@ -82,7 +82,7 @@ def test_what_was_written_is_read_with_its_types_and_bits(value):
     ],
     ids=repr,
 )
-def test_single_values(value):
+def test_single_values_are_read_with_their_types_and_bits(value):
     assert_same(value, written_and_read(value))
 
 
@@ -98,12 +98,12 @@ def test_arrays_keep_their_memory_layout(shape, order, step):
 
 def test_later_changes_do_not_reach_what_was_written():
     array, writer = np.zeros(3), PlainStateWriter()
-    description = writer.describe(array)
+    encoded = writer.encode(array)
     array[:] = 1
-    read = PlainStateReader(writer.arrays()).build(description)
+    read = PlainStateReader(writer.arrays()).build(encoded)
     assert np.array_equal(read, np.zeros(3))
     read[:] = 2
-    assert np.array_equal(PlainStateReader(writer.arrays()).build(description), np.zeros(3))
+    assert np.array_equal(PlainStateReader(writer.arrays()).build(encoded), np.zeros(3))
 
 
 class Pair(NamedTuple):
@@ -117,13 +117,13 @@ class Pair(NamedTuple):
     # Not by repr: the address of an object differs between pytest's workers
     ids=["object", "named tuple", "array of objects", "structured array", "function", "nested"],
 )
-def test_refuses_what_is_not_plain_and_says_where(value):
+def test_a_value_that_is_not_plain_is_refused_with_its_place(value):
     with pytest.raises(PlainStateError, match=r"state\['outer'\].* is an? .*allowed"):
-        PlainStateWriter().describe({"outer": value})
+        PlainStateWriter().encode({"outer": value})
 
 
 @pytest.mark.parametrize(
-    "description",
+    "encoded",
     [
         {"$call": "os.system"},
         {"$array": {"type": "|O", "shape": [1], "offset": 0}},
@@ -132,6 +132,6 @@ def test_refuses_what_is_not_plain_and_says_where(value):
     ],
     ids=repr,
 )
-def test_refuses_descriptions_of_anything_else(description):
+def test_json_of_another_form_is_refused(encoded):
     with pytest.raises(ValueError):
-        PlainStateReader(bytes(64)).build(description)
+        PlainStateReader(bytes(64)).build(encoded)

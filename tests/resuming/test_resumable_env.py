@@ -9,7 +9,7 @@ from gymnasium import spaces
 from gymnasium.wrappers import FrameStackObservation, NormalizeObservation, NormalizeReward, TimeLimit
 from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import Monitor
-from states import described, written_and_read
+from states import encoded, written_and_read
 
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
@@ -21,7 +21,7 @@ MUJOCO = [f"{name}-v5" for name in (*MUJOCO, "InvertedPendulum", "InvertedDouble
 
 
 def transitions(env, n_steps):
-    """What the environment answers to actions from its action space, restarting it when an episode ends."""
+    """Take steps with sampled actions, reset at the end of episodes, and return all outputs."""
     seen = []
     for _ in range(n_steps):
         observation, reward, terminated, truncated, info = env.step(env.action_space.sample())
@@ -69,12 +69,12 @@ def test_atari_goes_on_bit_for_bit():
         lambda: TimeLimit(OwnGenerators(), 5),
     ],
 )
-def test_state_of_wrappers_and_of_dict_spaces(make_env):
+def test_wrappers_generators_and_dict_spaces_go_on_too(make_env):
     assert_goes_on_in_another(make_env)
 
 
 class OwnGenerators(gym.Env):
-    """Draws from every kind of generator; two names share one of them; has the spaces of its class."""
+    """Draws from every kind of generator. Two attributes share a generator. The spaces belong to the class."""
 
     observation_space = spaces.Box(-10.0, 10.0, (5,), np.float64)
     action_space = spaces.Discrete(2)
@@ -102,7 +102,7 @@ class OwnGenerators(gym.Env):
 
 
 class Simulator:
-    """No plain value."""
+    """An object that is no plain value."""
 
     n_steps = 0
 
@@ -116,7 +116,7 @@ class Simulated(ToyEnv):
 
 
 class SimulatedWithMethods(Simulated):
-    """Saves it itself."""
+    """Saves its simulator by its own methods."""
 
     def step(self, action):
         self.simulator.n_steps += 1
@@ -138,7 +138,7 @@ def test_an_attribute_that_cannot_be_saved_is_an_error_with_a_remedy():
     assert "simulator" not in dict(constant.get_resume_state()["layers"][-1][1])
 
 
-def test_an_environment_with_methods_of_its_own_is_asked_instead():
+def test_an_environments_own_methods_are_called_instead():
     env, other = (ResumableEnv(TimeLimit(SimulatedWithMethods(), 5)) for _ in range(2))
     env.reset(seed=0)
     env.step(env.action_space.sample())
@@ -160,9 +160,9 @@ def test_the_saved_state_does_not_change_with_the_environment():
     env = ResumableEnv(gym.make("CartPole-v1"))
     env.reset(seed=0)
     state = env.get_resume_state()
-    before = described(state)
+    before = encoded(state)
     transitions(env, 30)
-    assert described(state) == before
+    assert encoded(state) == before
 
 
 def test_other_wrappers_are_an_error_that_names_both():
@@ -180,3 +180,17 @@ def test_another_mujoco_model_is_an_error():
     saved["integration"] = saved["integration"][:-1]
     with pytest.raises(ValueError, match="the saved MuJoCo state has"):
         other.set_resume_state(state)
+
+
+class PatchedTimeLimit(TimeLimit):
+    """Has the name of the subclass that rl_zoo3 puts in place of TimeLimit."""
+
+
+@pytest.mark.parametrize(("first", "second"), [(TimeLimit, PatchedTimeLimit), (PatchedTimeLimit, TimeLimit)])
+def test_a_run_of_the_rl_zoo_goes_on_without_it_and_the_other_way_round(first, second):
+    env, other = ResumableEnv(first(ToyEnv(), 5)), ResumableEnv(second(ToyEnv(), 5))
+    env.reset(seed=3)
+    other.reset(seed=4)
+    env.step(env.action_space.sample())
+    other.set_resume_state(written_and_read(env.get_resume_state()))
+    assert other.get_wrapper_attr("_elapsed_steps") == 1

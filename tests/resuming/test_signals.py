@@ -44,10 +44,13 @@ class Signals(BaseCallback):
 
 
 def in_a_child(folder, *numbers, **kwargs):
-    """What a child that gets the signals says at the end of learn, in which it is told to save at the end only."""
+    """Learn in a child process that sends itself signals, and return what it says at the end.
+
+    Its ``save_freq`` is so large that without signals it saves only at the end of training.
+    """
 
     def learn():
-        # In the background, shells have their children ignore it
+        # Shells let processes in the background ignore SIGINT
         signal.signal(signal.SIGINT, signal.default_int_handler)
         before = handlers()
         model, checkpoint = make_model(), TrainingCheckpoint(10_000, folder, **kwargs)
@@ -100,7 +103,7 @@ def test_sigterm_does_not_count_as_a_first_sigint(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_without_on_signal_they_do_what_they_do(tmp_path, number):
+def test_without_on_signal_signals_have_their_usual_effect(tmp_path, number):
     assert in_a_child(tmp_path, number, on_signal=False) == -number
 
 
@@ -109,7 +112,7 @@ class StopsInTheRollout(BaseCallback):
         return self.model.num_timesteps < 28
 
 
-def test_a_signal_is_told_although_another_callback_stops_training_first(tmp_path):
+def test_a_signal_is_reported_even_if_another_callback_stops_training_first(tmp_path):
     checkpoint = TrainingCheckpoint(10_000, tmp_path)
     make_model().learn(96, [checkpoint, Signals(signal.SIGTERM), StopsInTheRollout()])
     assert checkpoint.received_signal is signal.SIGTERM and steps_of(tmp_path) == []
@@ -167,7 +170,7 @@ def test_the_handlers_are_put_back_when_another_callback_fails_to_start(tmp_path
     assert handlers() == before
 
 
-def test_only_in_the_main_thread(tmp_path):
+def test_handlers_are_installed_only_in_the_main_thread(tmp_path):
     before, seen = handlers(), []
 
     class Look(BaseCallback):

@@ -20,7 +20,7 @@ from stable_baselines3.common.vec_env import (
     VecNormalize,
     VecTransposeImage,
 )
-from states import described, written_and_read
+from states import encoded, written_and_read
 
 from sb3_ppo_plus import ResumableEnv, WrapperStackError
 from sb3_ppo_plus.resuming.signals import keep_signals_from_workers
@@ -33,7 +33,7 @@ def toys(observation_space=None, **kwargs):
 
 
 class CountsSteps(VecEnvWrapper):
-    """A wrapper of the user's with a plain state, on which rewards depend."""
+    """A user's wrapper whose rewards depend on a plain attribute."""
 
     def __init__(self, venv):
         super().__init__(venv)
@@ -49,7 +49,7 @@ class CountsSteps(VecEnvWrapper):
 
 
 class CountsBehindMethods(CountsSteps):
-    """One that tells its state itself."""
+    """A user's wrapper that saves its state by its own methods."""
 
     def __init__(self, venv):
         super().__init__(venv)
@@ -118,7 +118,7 @@ def test_another_stack_goes_on_as_the_saved_one_would(name):
         other.close()
 
 
-def test_names_wrappers_outside_resumable_env_that_are_not_saved():
+def test_wrappers_outside_resumable_env_that_are_not_saved_are_named():
     env = DummyVecEnv([lambda: Monitor(FrameStackObservation(ResumableEnv(ToyEnv()), 2))])
     env.reset()
     unsaved = []
@@ -141,9 +141,9 @@ def test_a_reset_without_learning_leaves_running_means_alone():
     env = VecNormalize(toys())
     env.reset()
     transitions(env, 3, np.random.default_rng(0))
-    before = described(vars(env.obs_rms))
+    before = encoded(vars(env.obs_rms))
     observations = reset_without_learning(env)
-    assert described(vars(env.obs_rms)) == before and env.training
+    assert encoded(vars(env.obs_rms)) == before and env.training
     assert np.array_equal(observations, env.normalize_obs(env.get_original_obs()))
 
 

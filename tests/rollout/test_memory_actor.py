@@ -1,4 +1,4 @@
-"""A memory in rollouts and updates: sequences in the buffer, the invariants, and what is carried from step to step."""
+"""A memory in rollouts and updates: sequences in the buffer, the invariants, and states between steps."""
 
 from dataclasses import replace
 
@@ -86,7 +86,7 @@ def test_minibatches_hold_every_transition_once_in_the_order_of_its_environment(
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_the_states_of_each_sequence_are_those_that_acted(memory):
+def test_each_sequence_begins_with_the_states_that_acted_in_the_rollout(memory):
     class Keep(BaseCallback):
         def _on_step(self):
             self.states.append(self.locals["actor"].states)
@@ -108,7 +108,7 @@ def test_the_states_of_each_sequence_are_those_that_acted(memory):
 
 @pytest.mark.parametrize("sequence_length", [5, 8, 32])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_sequences_of_the_rollout_evaluate_to_what_acted(memory, sequence_length):
+def test_sequences_evaluate_to_the_values_and_log_probs_of_the_rollout(memory, sequence_length):
     model = build(memory, sequence_length=sequence_length)
     buffer = collect(model)
     for minibatch in buffer.minibatches(64):
@@ -140,9 +140,9 @@ def test_sequences_of_the_rollout_evaluate_to_what_acted(memory, sequence_length
 )
 def test_log_ratio_is_zero_before_the_first_step(memory, sequence_length, settings):
     model = build(memory, sequence_length=sequence_length, learning_rate=1e-2, **settings)
-    # Once changed, the policy goes on from states that it left before
+    # After the first update, the policy continues from states that the old parameters made
     model.learn(96)
-    # Now each minibatch is before the first step, in the rollout that goes on from those states too
+    # With a learning rate of 0, each minibatch counts as before the first step
     model.learning_rate, model.clip_range = 0.0, 1e-4
     for logs in logs_of_updates(model, 2 * 96, reset_num_timesteps=False):
         assert np.isfinite([logs["train/approx_kl"], logs["train/loss"]]).all()
@@ -155,7 +155,7 @@ def test_log_ratio_is_near_zero_under_autocast(memory):
     assert logs["train/approx_kl"] < 1e-6
 
 
-# Invariant 5: padding, and what lies in another episode, changes nothing
+# Invariant 5: padding and other episodes change nothing
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -198,7 +198,7 @@ def test_padding_changes_no_gradient(memory):
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_the_previous_episode_changes_nothing(memory):
-    """Neither values nor log-probs nor, through them, any gradient; also where the state holds that episode."""
+    """It changes no values, log-probs or gradients, even if the state holds that episode."""
     model = build(memory, sequence_length=8)
     rollout = collect(model).rollout()
     starts = rollout.context["episode_starts"].view(32, 3)
@@ -220,7 +220,7 @@ def test_the_previous_episode_changes_nothing(memory):
     assert all(th.equal(*pair) for pair in zip(evaluate(0.0), evaluate(3.0), strict=True))
 
 
-# Invariant 6: truncation bootstraps from the terminal observation, with what was remembered until then
+# Invariant 6: truncation bootstraps from the terminal observation, with the memory before the reset
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
@@ -230,7 +230,7 @@ def test_truncation_bootstraps_from_the_state_before_the_reset(memory, truncates
     model = build(memory, env=env, n_steps=12, gamma=0.9)
     buffer = collect(model)
     for index, length in enumerate((5, 3)):
-        # The whole episode as one sequence, its terminal observation included
+        # All observations of the episode, including the terminal one
         observations = th.arange(length + 1.0).view(-1, 1)
         states = model.policy.initial_states(1)
         for observation in observations:
@@ -241,10 +241,10 @@ def test_truncation_bootstraps_from_the_state_before_the_reset(memory, truncates
     assert (buffer.rewards[:, 2] == 1.0).all()
 
 
-# What is carried on, and what is refused
+# States between rollouts, and what is refused
 
 
-def test_states_go_on_from_rollout_to_rollout_and_begin_anew_with_the_environments():
+def test_states_continue_from_rollout_to_rollout_until_the_environments_are_reset():
     model = build(n_steps=8)
     model.learn(24)
     last = model._last_states
@@ -266,7 +266,7 @@ def test_another_number_of_environments_begins_with_initial_states(tmp_path):
 
 @pytest.mark.parametrize("trusted", [True, False])
 @pytest.mark.parametrize("memory", MEMORIES)
-def test_a_saved_model_predicts_and_goes_on(memory, trusted, tmp_path):
+def test_a_saved_model_predicts_and_trains_on(memory, trusted, tmp_path):
     env = VecNormalize(make_env(3))
     model = build(memory, env=env, n_steps=8)
     model.learn(48).save(tmp_path / "model")
@@ -281,7 +281,7 @@ def test_a_saved_model_predicts_and_goes_on(memory, trusted, tmp_path):
     loaded.learn(24)
 
 
-def test_a_foreign_rollout_buffer_is_refused():
+def test_a_rollout_buffer_class_other_than_ours_is_refused():
     with pytest.raises(ValueError, match="memory='lstm' needs a rollout_buffer_class that is None"):
         build(rollout_buffer_class=type("Mine", (RolloutBuffer,), {}))
 
@@ -302,7 +302,7 @@ def test_a_critic_learning_rate_reaches_the_critics_memory():
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru"])
-def test_with_compile_the_sequences_of_lstm_and_gru_stay_eager_and_silent(memory, recwarn):
+def test_with_compile_the_sequences_of_lstm_and_gru_stay_eager_without_a_warning(memory, recwarn):
     model = build(memory, compile=True)
     model.learn(96)
     assert not isinstance(model._execution.gradient_step, CompiledGradientStep)

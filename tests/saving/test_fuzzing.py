@@ -1,7 +1,7 @@
-"""Whatever is given, what fails does so with a clear error of a documented type.
+"""Random arguments, spaces and files: each works, or fails with a clear error of a documented type.
 
-A few hundred examples, the same each time; ``FUZZ_EXAMPLES=20000 pytest tests/test_fuzzing.py`` draws so many per test
-at random.
+Each test has a hundred examples or so, which never change. ``FUZZ_EXAMPLES=20000 pytest tests/saving/test_fuzzing.py``
+draws 20,000 random examples for each test.
 """
 
 import functools
@@ -33,14 +33,14 @@ from sb3_ppo_plus import (
 )
 from sb3_ppo_plus.resuming.checkpoint_directory import newest_checkpoint, read_checkpoint, write_checkpoint
 from sb3_ppo_plus.saving.described_spaces import decode_space, encode_space
-from sb3_ppo_plus.saving.strict_json import parse
 from sb3_ppo_plus.schedules import schedule_value
+from sb3_ppo_plus.strict_json import parse
 from sb3_ppo_plus.zoo.enjoy import read_hyperparams
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 pytestmark = [
     pytest.mark.timeout(240 if EXAMPLES == 0 else 3600),
-    # Odd but allowed values, such as minibatches that do not divide the rollout, are warned of
+    # Allowed but odd values are warned of, such as a minibatch size that does not divide the rollout
     pytest.mark.filterwarnings("ignore"),
 ]
 
@@ -72,7 +72,7 @@ JUNK = st.one_of(
     st.builds(object),
     st.sampled_from([int, PPOPlus, np.float32(0.5), np.int64(4), np.array([1.0]), lambda progress: progress, len]),
 )
-# Neither the largest rollout buffer that memory holds, nor another device or folder
+# Without n_steps, whose rollout buffer could fill the memory, and without devices and folders
 ARGUMENTS = [
     *("policy", "learning_rate", "batch_size", "n_epochs", "gamma", "gae_lambda", "clip_range", "clip_range_vf"),
     *("normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "use_sde", "sde_sample_freq", "target_kl"),
@@ -87,18 +87,18 @@ POLICY_KWARGS = [
 
 
 def is_documented(error):
-    """ValueError and TypeError that name the argument, and the assertions that SB3 makes itself."""
+    """Whether an error has a message and a documented type. AssertionErrors are SB3's own."""
     return isinstance(error, ValueError | TypeError | AssertionError | FloatingPointError) and str(error)
 
 
-def builds_or_says_why(arguments):
+def builds_or_says_why_not(arguments):
     arguments = {"n_steps": 8, "batch_size": 8, "n_epochs": 1, "device": "cpu"} | arguments
     try:
         model = PPOPlus(arguments.pop("policy", "MlpPolicy"), make_env(), **arguments)
     except Exception as error:
         assert is_documented(error), f"{type(error)}: {error}"
         return
-    # What was accepted can be trained, or diverges with an error that says so
+    # Accepted arguments train, or training diverges with a clear error
     try:
         model.learn(8)
     except Exception as error:
@@ -107,16 +107,16 @@ def builds_or_says_why(arguments):
 
 @fuzz(150)
 @given(st.dictionaries(st.sampled_from(ARGUMENTS), JUNK, min_size=1, max_size=3))
-def test_constructor_arguments(arguments):
-    builds_or_says_why({"policy_kwargs": SMALL_NET} | arguments)
+def test_constructor_arguments_work_or_say_why_not(arguments):
+    builds_or_says_why_not({"policy_kwargs": SMALL_NET} | arguments)
 
 
 @fuzz(100)
 @given(st.sampled_from(["n_steps", *ARGUMENTS]), JUNK)
-def test_one_constructor_argument(name, value):
+def test_one_constructor_argument_works_or_says_why_not(name, value):
     if name == "n_steps" and isinstance(value, int) and value > 100:
         return
-    builds_or_says_why({"policy_kwargs": SMALL_NET, name: value})
+    builds_or_says_why_not({"policy_kwargs": SMALL_NET, name: value})
 
 
 # Spaces
@@ -150,7 +150,7 @@ SPACES = st.recursive(
 
 @fuzz(150)
 @given(SPACES)
-def test_descriptions_of_spaces(space):
+def test_a_description_gives_its_space_back(space):
     described = parse(json.dumps(encode_space(space)).encode(), "text")
     assert decode_space(described, "space") == space
 
@@ -163,7 +163,7 @@ def test_models_of_any_spaces(observation_space, action_space, action_dist):
     try:
         env = make_env(observation_space=observation_space, action_space=action_space)
     except Exception:
-        # gymnasium's or SB3's own environments refuse it
+        # Gymnasium or SB3 refuses this space
         return
     try:
         PPOPlus(policy, env, n_steps=8, batch_size=8, n_epochs=1, policy_kwargs=kwargs, device="cpu")
@@ -182,7 +182,7 @@ SCHEDULE_TEXT = st.one_of(
 
 @fuzz(500)
 @given(SCHEDULE_TEXT, st.floats(0, 1))
-def test_schedule_strings(text, progress_remaining):
+def test_schedule_strings_are_read_or_refused(text, progress_remaining):
     try:
         schedule = make_schedule(text, "ent_coef")
     except ValueError as error:
@@ -214,7 +214,7 @@ def zipped(members):
 
 @st.composite
 def altered(draw, content):
-    """Content with bytes replaced, a part cut out, or a part doubled."""
+    """Draw the content with some bytes replaced, a part cut out, or a part doubled."""
     content = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, max(len(content) - 1, 0)))
@@ -230,7 +230,7 @@ def altered(draw, content):
     return bytes(content)
 
 
-def loads_or_says_why(content):
+def loads_or_says_why_not(content):
     try:
         PPOPlus.load(io.BytesIO(content), trusted=False, device="cpu")
     except UntrustedFileError as error:
@@ -239,28 +239,28 @@ def loads_or_says_why(content):
 
 @fuzz(120)
 @given(st.data())
-def test_bytes_of_a_model(data):
-    loads_or_says_why(data.draw(altered(zipped(model_members()))))
+def test_altered_bytes_of_a_model_are_loaded_or_refused(data):
+    loads_or_says_why_not(data.draw(altered(zipped(model_members()))))
 
 
 @fuzz(150)
 @given(st.data())
-def test_members_of_a_model(data):
+def test_altered_members_of_a_model_are_loaded_or_refused(data):
     members = model_members()
     name = data.draw(st.sampled_from(["ppo_plus.json", "policy.pth", "policy.optimizer.pth"]))
-    loads_or_says_why(zipped(members | {name: data.draw(altered(members[name]))}))
+    loads_or_says_why_not(zipped(members | {name: data.draw(altered(members[name]))}))
 
 
 @fuzz(80)
 @given(st.data())
-def test_members_of_the_tensors_of_a_model(data):
+def test_altered_tensors_of_a_model_are_loaded_or_refused(data):
     members = model_members()
     name = data.draw(st.sampled_from(["policy.pth", "policy.optimizer.pth"]))
     with zipfile.ZipFile(io.BytesIO(members[name])) as archive:
         inner = {each: archive.read(each) for each in archive.namelist()}
     changed = data.draw(st.sampled_from(["archive/data.pkl", "archive/data/0", "archive/version", "archive/byteorder"]))
     inner[changed] = data.draw(altered(inner[changed]))
-    loads_or_says_why(zipped(members | {name: zipped(inner)}))
+    loads_or_says_why_not(zipped(members | {name: zipped(inner)}))
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def some_model():
 
 @fuzz(100)
 @given(st.data())
-def test_parameters_of_a_file(some_model, data):
+def test_altered_parameters_of_a_file_are_loaded_or_refused(some_model, data):
     members = model_members()
     name = data.draw(st.sampled_from(["policy.pth", "policy.optimizer.pth", None]))
     if name is None:
@@ -294,7 +294,7 @@ PLAIN = st.recursive(
 
 
 def places(value, path=()):
-    """All paths in a JSON value."""
+    """Yield the paths of all values inside a JSON value."""
     yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
@@ -311,17 +311,17 @@ def with_value(value, path, new):
 
 @fuzz(200)
 @given(st.data())
-def test_values_of_a_description(data):
+def test_altered_values_of_a_description_are_loaded_or_refused(data):
     members = model_members()
     description = json.loads(members["ppo_plus.json"])
     path = data.draw(st.sampled_from(list(places(description))))
     changed = with_value(description, path, data.draw(PLAIN))
-    loads_or_says_why(zipped(members | {"ppo_plus.json": json.dumps(changed)}))
+    loads_or_says_why_not(zipped(members | {"ppo_plus.json": json.dumps(changed)}))
 
 
 @fuzz(100)
 @given(st.data())
-def test_bytes_of_vec_normalize(tmp_path, data):
+def test_altered_bytes_of_a_normaliser_are_loaded_or_refused(tmp_path, data):
     path = tmp_path / "plain.json"
     save_vec_normalize(VecNormalize(make_env()), path)
     path.write_bytes(data.draw(altered(path.read_bytes())))
@@ -341,7 +341,7 @@ CONFIG = b"""!!python/object/apply:collections.OrderedDict
 
 @fuzz(150)
 @given(st.one_of(altered(CONFIG), st.binary(max_size=50), st.text(max_size=50).map(str.encode)))
-def test_bytes_of_a_config(tmp_path, content):
+def test_altered_bytes_of_a_config_are_read_or_refused(tmp_path, content):
     (tmp_path / "config.yml").write_bytes(content)
     try:
         hyperparams, _ = read_hyperparams(str(tmp_path))
@@ -363,7 +363,7 @@ def checkpoint(tmp_path_factory):
 
 @fuzz(120)
 @given(st.data())
-def test_bytes_of_a_checkpoint(checkpoint, tmp_path, data):
+def test_altered_bytes_of_a_checkpoint_are_refused(checkpoint, tmp_path, data):
     shutil.rmtree(tmp_path)
     shutil.copytree(checkpoint, tmp_path / checkpoint.name)
     file = data.draw(st.sampled_from(sorted(path.name for path in checkpoint.iterdir())))
@@ -381,7 +381,7 @@ def test_bytes_of_a_checkpoint(checkpoint, tmp_path, data):
 
 @fuzz(60)
 @given(st.data())
-def test_values_of_a_training_state(checkpoint, tmp_path, data):
+def test_altered_values_of_a_training_state_are_resumed_or_refused(checkpoint, tmp_path, data):
     files = dict(read_checkpoint(checkpoint).files)
     state = json.loads(files["training_state.json"])
     path = data.draw(st.sampled_from(list(places(state))))

@@ -1,9 +1,8 @@
-"""Hostile model files: none of them runs anything, and every one that is read at all ends in UntrustedFileError."""
+"""Hostile model files: none of them runs code. Each is an UntrustedFileError, unless its hostile part is not read."""
 
 import base64
 import io
 import json
-import os
 import pickle
 import stat
 import time
@@ -14,18 +13,9 @@ import numpy as np
 import pytest
 import torch as th
 from environments import SMALL_NET, make_env
+from hostile import Payload
 
 from sb3_ppo_plus import PPOPlus, UntrustedFileError
-
-
-class Payload:
-    """Leaves a mark when it is unpickled."""
-
-    def __init__(self, mark):
-        self.mark = str(mark)
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.mark}",)
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +86,8 @@ def test_pickles_among_sb3s_own_data_are_never_read(field, model_file, tmp_path)
     content = zipped(model_file | {"data": json.dumps(data)})
     load(content)
     assert not mark.exists()
-    # The same file does run with trust
-    with pytest.raises(Exception):  # noqa: B017  # whatever SB3 makes of it afterwards
+    # With trust this file does run code
+    with pytest.raises(Exception):  # noqa: B017  # some error of SB3 afterwards
         PPOPlus.load(io.BytesIO(content)).learn("no number")
     assert mark.exists()
 
@@ -143,7 +133,7 @@ def test_pickles_in_members_that_are_not_needed_are_not_read(member, model_file,
 
 @pytest.mark.parametrize(
     "name",
-    ["os.system", "builtins.eval", "test_hostile_files.Payload"],
+    ["os.system", "builtins.eval", "hostile.Payload"],
 )
 @pytest.mark.parametrize(
     "path",
@@ -170,12 +160,13 @@ def test_a_name_in_the_description_imports_nothing(tag, path, name, model_file):
     refused(zipped(described(model_file, change)))
 
 
-@pytest.mark.parametrize(("field", "of_another"), [("activation_fn", "adam"), ("optimizer_class", "relu")])
-def test_each_field_has_its_own_table(field, of_another, model_file):
+@pytest.mark.parametrize(("field", "foreign_name"), [("activation_fn", "adam"), ("optimizer_class", "relu")])
+def test_each_field_has_its_own_table(field, foreign_name, model_file):
     def change(description):
-        description["arguments"]["policy_kwargs"][field] = {"$": "class", "name": of_another}
+        description["arguments"]["policy_kwargs"][field] = {"$": "class", "name": foreign_name}
 
-    refused(zipped(described(model_file, change)), f"policy_kwargs.{field} is the class '{of_another}', which is none")
+    message = f"policy_kwargs.{field} is the class '{foreign_name}', which is not one of"
+    refused(zipped(described(model_file, change)), message)
 
 
 # The archive
@@ -237,7 +228,7 @@ def test_a_zip_bomb_inside_the_tensors_is_not_unpacked(model_file):
 
 
 def overlapping(members):
-    """Let every member of the directory be the first one's bytes."""
+    """Make an archive in which all members share the bytes of one member."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
         for name in members:
@@ -308,7 +299,7 @@ def test_arguments_are_taken_or_refused(name, value, model_file):
         load(zipped(described(model_file, change)))
     except UntrustedFileError:
         return
-    # What passes is a value that the constructor takes
+    # A value that is not refused must be one that the constructor takes
     PPOPlus("MlpPolicy", make_env(), device="cpu", **{"n_steps": 32, "batch_size": 16} | {name: value})
 
 
@@ -346,7 +337,7 @@ def test_a_network_that_is_not_the_files_is_not_built(policy_kwargs, model_file)
         ({"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_model": 2**16}}, [2**10, 1]),
     ],
 )
-def test_tables_that_are_larger_than_the_files_are_not_filled(policy_kwargs, shape, model_file, monkeypatch):
+def test_tables_larger_than_those_of_the_file_are_not_filled(policy_kwargs, shape, model_file, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a large table is filled")
 

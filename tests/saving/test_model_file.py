@@ -194,7 +194,7 @@ def test_arguments_survive_saving_as_they_were_given(settings, tmp_path):
             assert getattr(loaded, name) == value
 
 
-def test_a_loaded_model_predicts_alike(tmp_path):
+def test_a_loaded_model_predicts_as_the_saved_one(tmp_path):
     observations = np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32)
     for settings in EXTRAS.values():
         model, _ = build(PPOPlus, settings)
@@ -278,7 +278,7 @@ def test_what_is_derived_is_not_saved(tmp_path):
     ours = {argument.name for argument in arguments if argument.kind is inspect.Parameter.KEYWORD_ONLY}
     known = {"_built_for_masks", "_was_given_masks", "_skipped_steps", "_skipped_in_a_row"}
     assert set(data) - set(vars(build(PPO, {})[0])) == ours | known
-    # A small model: neither buffers nor parameters among the pickled attributes
+    # The model is small, so larger attributes would be buffers or parameters
     assert max(len(json.dumps(value)) for value in data.values()) < 20_000
 
 
@@ -299,7 +299,7 @@ def test_critic_learning_rate_dropped_while_loading_keeps_the_moments_of_each_pa
 
 
 def moments(model):
-    """Adam's moments by the parameter's name."""
+    """Return Adam's moments by the name of the parameter."""
     state = model.policy.optimizer.state_dict()["state"]
     parameters = [parameter for group in model.policy.optimizer.param_groups for parameter in group["params"]]
     index = {id(parameter): i for i, parameter in enumerate(parameters)}
@@ -390,7 +390,7 @@ def test_set_parameters_leaves_its_source_alone(source, tmp_path):
     "settings", [EXTRAS[name] for name in ("gaussian", "squashed_gaussian", "beta", "names", "critic")]
 )
 @pytest.mark.parametrize("way", ["save", "deepcopy", "pickle", "cloudpickle"])
-def test_policies_stand_alone(way, settings, tmp_path):
+def test_a_copied_or_loaded_policy_works_without_its_model(way, settings, tmp_path):
     model, _ = build(PPOPlus, settings)
     model.learn(32)
     observations = np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32)

@@ -1,8 +1,9 @@
-"""Loading without trust gives the model that loading with trust gives, and says what it lacks."""
+"""Loading without trust gives the model that loading with trust gives, or names what the file lacks."""
 
 import dataclasses
 import io
 import json
+import runpy
 import zipfile
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch as th
 from environments import BOX, CHANNEL_FIRST, SMALL_DICT, SMALL_NET, ToyEnv, make_env
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor
@@ -27,6 +29,7 @@ from sb3_ppo_plus import (
     PPOPlusRolloutBuffer,
     UntrustedFileError,
     WarmupCosine,
+    buffers,
 )
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
@@ -143,7 +146,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_without_trust_the_model_is_the_same_and_trains_on_as_with_trust(name):
+def test_a_model_loaded_without_trust_equals_one_loaded_with_trust_and_trains_on_equally(name):
     model, env = build(**MODELS[name])
     file = saved(model.learn(2 * model.n_steps))
     careful = PPOPlus.load(file, env=env(), device="cpu", trusted=False)
@@ -233,9 +236,9 @@ def local_schedule():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_saving_works_and_loading_without_trust_names_it(settings, named):
+def test_a_value_without_a_plain_description_is_saved_and_named_by_loading_without_trust(settings, named):
     if "optimizer_kwargs" in str(settings):
-        # Adam itself would refuse it
+        # Set afterwards, since Adam would refuse it
         model, _ = build()
         model.policy_kwargs = settings["policy_kwargs"]
     else:
@@ -245,7 +248,7 @@ def test_saving_works_and_loading_without_trust_names_it(settings, named):
         PPOPlus.load(file, trusted=False)
 
 
-def test_a_space_of_a_class_of_ones_own_is_named():
+def test_a_space_of_the_users_own_class_is_named():
     class Own(spaces.Box):
         pass
 
@@ -253,7 +256,7 @@ def test_a_space_of_a_class_of_ones_own_is_named():
         PPOPlus.load(saved(build(observation_space=Own(-1, 1, (3,)))[0]), trusted=False)
 
 
-def test_giving_the_argument_makes_up_for_it():
+def test_a_value_without_a_plain_description_may_be_given_while_loading():
     model, _ = build(learning_rate=local_schedule())
     assert PPOPlus.load(saved(model), trusted=False, learning_rate=1e-4).learning_rate == 1e-4
 
@@ -281,7 +284,7 @@ def test_own_classes_are_used_only_where_the_caller_allows_them(name):
     own, settings = OWN[name]
     model, env = build(**settings)
     file = saved(model.learn(32))
-    with pytest.raises(UntrustedFileError, match=rf"the class '.*{own.__name__}', which is none of"):
+    with pytest.raises(UntrustedFileError, match=rf"the class '.*{own.__name__}', which is not one of"):
         PPOPlus.load(file, trusted=False)
     others = [cls for cls, _ in OWN.values() if cls is not own]
     with pytest.raises(UntrustedFileError, match=own.__name__):
@@ -296,7 +299,7 @@ def test_allow_takes_classes_of_the_known_kinds_only(value):
         PPOPlus.load(saved(build()[0]), trusted=False, allow=[value])
 
 
-def test_allow_means_nothing_with_trust():
+def test_allow_is_refused_with_trust():
     with pytest.raises(ValueError, match="allow is for trusted=False"):
         PPOPlus.load(saved(build()[0]), allow=[OwnPolicy])
 
@@ -366,3 +369,18 @@ def test_a_model_that_was_built_for_masks_still_needs_them(tmp_path):
     assert (loaded.predict(observations, action_masks=masks)[0] == 1).all()
     without_env = PPOPlus.load(file, trusted=False, device="cpu")
     assert (without_env.predict(observations, action_masks=masks)[0] == 1).all()
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_the_rollout_buffers_that_a_file_may_name_are_four(monkeypatch):
+    class Imported(RolloutBuffer):
+        """Stands for whatever comes into that module."""
+
+    monkeypatch.setattr(buffers, "Imported", Imported, raising=False)
+    tables = runpy.run_module("sb3_ppo_plus.saving.model_description")
+    assert tables["ROLLOUT_BUFFERS"] == {
+        "RolloutBuffer": RolloutBuffer,
+        "DictRolloutBuffer": DictRolloutBuffer,
+        "PPOPlusRolloutBuffer": buffers.PPOPlusRolloutBuffer,
+        "PPOPlusDictRolloutBuffer": buffers.PPOPlusDictRolloutBuffer,
+    }

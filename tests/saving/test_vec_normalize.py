@@ -8,7 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
 from sb3_ppo_plus import UntrustedFileError, load_vec_normalize, save_vec_normalize
-from sb3_ppo_plus.saving.strict_json import encode_array
+from sb3_ppo_plus.strict_json import encode_array
 
 SPACES = {
     "box": (BOX, {}),
@@ -31,7 +31,7 @@ def normalized(observation_space=BOX, n_steps=5, **settings):
 
 
 @pytest.mark.parametrize(("observation_space", "settings"), SPACES.values(), ids=SPACES)
-def test_it_normalises_as_sb3s_own_file_makes_it(observation_space, settings, tmp_path):
+def test_a_loaded_normaliser_equals_that_of_sb3s_own_file(observation_space, settings, tmp_path):
     env = normalized(observation_space, **settings)
     save_vec_normalize(VecFrameStack(env, 2) if observation_space is BOX else env, tmp_path / "plain.json")
     env.save(str(tmp_path / "pickle"))
@@ -53,7 +53,7 @@ def test_it_normalises_as_sb3s_own_file_makes_it(observation_space, settings, tm
     assert [path.name for path in tmp_path.iterdir()].count("plain.json.part") == 0
 
 
-def test_there_must_be_a_vec_normalize(tmp_path):
+def test_an_env_without_a_vec_normalize_is_refused(tmp_path):
     with pytest.raises(ValueError, match="env must be or contain a VecNormalize"):
         save_vec_normalize(make_env(), tmp_path / "plain.json")
 
@@ -124,7 +124,7 @@ def statistics(mean, var=1.0, count=1.0, dtype=np.float64):
     ],
     ids=str,
 )
-def test_what_does_not_belong_there_is_refused(name, value, tmp_path):
+def test_wrong_and_missing_entries_are_refused(name, value, tmp_path):
     save_vec_normalize(normalized(), tmp_path / "plain.json")
     description = json.loads((tmp_path / "plain.json").read_text())
     (tmp_path / "altered.json").write_text(json.dumps(description | {name: value}))

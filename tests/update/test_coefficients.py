@@ -1,4 +1,4 @@
-"""Coefficients: numbers, schedules, callables and strings; what is none of them is refused."""
+"""Coefficients are numbers, schedules, callables or strings; other values are refused."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def test_each_coefficient_takes_each_form_and_logs_its_value(name, given, halfwa
     assert [update[f"train/{name}"] for update in logs] == pytest.approx([halfway, end])
 
 
-def test_coefficients_do_what_they_say():
+def test_every_coefficient_has_an_effect_of_its_own():
     """Every coefficient moves the parameters in its own way."""
     reached = []
     for changed in (
@@ -91,7 +91,7 @@ def test_an_assigned_value_that_is_not_allowed_stops_the_update(name):
 
 @pytest.mark.parametrize("name", COEFFICIENTS)
 @pytest.mark.parametrize("later", [-0.1, NAN, INF])
-def test_a_schedule_that_turns_bad_on_its_way_is_caught(name, later):
+def test_a_schedule_that_gives_a_bad_value_later_is_caught(name, later):
     model = build(**{name: lambda progress: 0.1 if progress > 0.1 else later})
     with pytest.raises(ValueError, match=rf"{name}.*(finite|negative)"):
         model.learn(STEPS)

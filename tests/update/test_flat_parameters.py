@@ -1,11 +1,12 @@
-"""Flat steps beside the steps of PyTorch's optimisers on the parameters themselves."""
+"""Flat steps equal the steps of PyTorch's optimisers on the parameters themselves."""
 
 import copy
 import math
 
 import pytest
 import torch as th
-from states import assert_same_bits
+from models import STEPS, build
+from states import assert_same_bits, assert_same_training
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
@@ -14,6 +15,8 @@ from sb3_ppo_plus.update.flat_parameters import FlatParameters
 OPTIMIZERS = {
     "Adam": (Adam, {}),
     "Adam, amsgrad": (Adam, {"amsgrad": True, "weight_decay": 0.1}),
+    # Between the parameters 0 is divided by 0
+    "Adam, eps=0": (Adam, {"eps": 0.0}),
     "AdamW": (AdamW, {"weight_decay": 0.1}),
     "SGD": (SGD, {}),
     "SGD with momentum": (SGD, {"momentum": 0.9, "dampening": 0.3}),
@@ -23,9 +26,9 @@ SHAPES = [(3, 5), (4,), (2, 16), ()]
 
 
 class Pair:
-    """The same parameters and optimiser twice: one steps flat, the other as PyTorch does.
+    """Equal parameters and optimisers, twice: one steps flat, the other as PyTorch does.
 
-    :param name: of the optimiser
+    :param name: a key of OPTIMIZERS
     """
 
     def __init__(self, name):
@@ -63,12 +66,12 @@ def pair(request):
     return Pair(request.param)
 
 
-def test_flat_steps_leave_what_separate_steps_leave(pair):
+def test_flat_steps_equal_separate_steps(pair):
     for _ in range(3):
         pair.flat.borrow()
         for _ in range(2):
             gradients = random_gradients()
-            # A norm far below the limit
+            # The norm is far below the limit
             pair.flat.step(gradients, 1e9, th.tensor(0.0))
             pair.step_the_reference(gradients)
         pair.flat.give_back()
@@ -77,14 +80,14 @@ def test_flat_steps_leave_what_separate_steps_leave(pair):
             assert th.equal(parameter.grad, gradient)
 
 
-# Of eight steps in three updates; the very first, two in a row, and the last of an update among them
+# Whether each of eight steps in three updates is allowed: not the first, nor two in a row, nor the last of an update
 ALLOWED = [[False, True, True], [True, False, False], [True, False]]
 
 
 @pytest.mark.parametrize("counts_on_device", [False, True], ids=["counter on the host", "counter on the device"])
 @pytest.mark.parametrize("allowed", [ALLOWED, [[not a for a in update] for update in ALLOWED]], ids=["some", "others"])
 def test_a_step_that_a_tensor_forbids_is_left_out(pair, allowed, counts_on_device):
-    """What runs on CUDA, called by hand: neither parameters nor moments nor the counter show such a step."""
+    """The code for CUDA, called on the CPU: such a step changes no parameter, moment or counter."""
     for update in allowed:
         pair.flat.borrow()
         if counts_on_device:
@@ -101,7 +104,7 @@ def test_a_step_that_a_tensor_forbids_is_left_out(pair, allowed, counts_on_devic
         pair.assert_alike()
 
 
-def test_the_host_asks_before_the_next_step_whether_the_last_was_taken():
+def test_the_host_learns_before_the_next_step_whether_the_last_was_taken():
     pair = Pair("Adam")
     pair.flat.borrow()
     counts = []
@@ -114,7 +117,7 @@ def test_the_host_asks_before_the_next_step_whether_the_last_was_taken():
     assert counts == [1.0, 2.0, 2.0]
 
 
-def test_while_parameters_are_flat_everything_visible_is_live():
+def test_parameters_state_and_gradients_show_every_flat_step_at_once():
     pair = Pair("Adam")
     for update in range(2):
         pair.flat.borrow()
@@ -130,7 +133,7 @@ def test_while_parameters_are_flat_everything_visible_is_live():
         assert len({p.untyped_storage().data_ptr() for p in pair.parameters}) == len(SHAPES)
 
 
-def test_without_a_step_gradients_are_left_alone():
+def test_without_a_step_gradients_are_not_changed():
     pair = Pair("Adam")
     pair.parameters[0].grad = kept = th.ones(SHAPES[0])
     pair.flat.borrow()
@@ -139,7 +142,7 @@ def test_without_a_step_gradients_are_left_alone():
     assert not pair.optimizer.state
 
 
-def test_giving_back_twice_is_giving_back_once():
+def test_giving_back_a_second_time_changes_nothing():
     pair = Pair("Adam")
     pair.flat.borrow()
     pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
@@ -150,7 +153,7 @@ def test_giving_back_twice_is_giving_back_once():
     assert not pair.parameters[0].any()
 
 
-def test_without_a_gradient_from_the_loss_a_parameter_is_left_out():
+def test_a_parameter_without_a_gradient_from_the_loss_is_not_stepped():
     pair = Pair("AdamW")
     pair.parameters[1].grad = th.ones(SHAPES[1])
     flat = FlatParameters(pair.optimizer, pair.parameters, [True, False, True, True])
@@ -163,3 +166,71 @@ def test_without_a_gradient_from_the_loss_a_parameter_is_left_out():
     pair.reference.step()
     pair.assert_alike()
     assert pair.parameters[1].grad is None
+
+
+def new_shape(pair):
+    pair.parameters[1].data = th.zeros(2)
+
+
+def freeze(pair):
+    pair.parameters[1].requires_grad_(False)
+
+
+def count_one_anew(pair):
+    pair.optimizer.state[pair.parameters[1]]["step"] = th.tensor(7.0)
+
+
+def forget_one(pair):
+    del pair.optimizer.state[pair.parameters[1]]
+
+
+def regroup(pair):
+    (group,) = pair.optimizer.param_groups
+    pair.optimizer.add_param_group({**group, "params": [group["params"].pop()]})
+
+
+@pytest.mark.parametrize("change", [new_shape, freeze, count_one_anew, forget_one, regroup])
+def test_flat_parameters_do_not_fit_any_more_after(change):
+    pair = Pair("Adam")
+    pair.flat.borrow()
+    pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
+    pair.flat.give_back()
+    # New with the first step
+    flat = FlatParameters(pair.optimizer, pair.parameters, [True] * len(SHAPES))
+    assert flat.still_fits(pair.optimizer, pair.parameters)
+    change(pair)
+    assert not flat.still_fits(pair.optimizer, pair.parameters)
+
+
+def test_flat_parameters_fit_no_other_optimizer_and_no_other_parameters():
+    pair = Pair("Adam")
+    assert pair.flat.still_fits(pair.optimizer, pair.parameters)
+    assert not pair.flat.still_fits(Adam(pair.parameters), pair.parameters)
+    assert not pair.flat.still_fits(pair.optimizer, pair.parameters[:-1])
+    assert not pair.flat.still_fits(pair.optimizer, [*pair.parameters[:-1], nn.Parameter(th.zeros(()))])
+
+
+def test_another_default_type_does_not_make_parameters_double():
+    pair = Pair("Adam")
+    th.set_default_dtype(th.float64)
+    try:
+        flat = FlatParameters(pair.optimizer, pair.parameters, [True] * len(SHAPES))
+    finally:
+        th.set_default_dtype(th.float32)
+    flat.borrow()
+    flat.step(random_gradients(), 1e9, th.tensor(0.0))
+    flat.give_back()
+    assert {parameter.dtype for parameter in pair.parameters} == {th.float32}
+
+
+def test_a_copy_of_a_model_goes_on_as_the_model_does():
+    model = build().learn(2 * STEPS)
+    # What the policy remembers of the update has a gradient, and cannot be copied
+    model.predict(model.observation_space.sample())
+    copied = copy.deepcopy(model)
+    memory = [parameter.data_ptr() for parameter in copied.policy.parameters()]
+    for one in (model, copied):
+        one.set_random_seed(0)
+        one.learn(2 * STEPS, reset_num_timesteps=False)
+    assert_same_training(model, copied)
+    assert memory == [parameter.data_ptr() for parameter in copied.policy.parameters()]

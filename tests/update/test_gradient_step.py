@@ -1,4 +1,4 @@
-"""One optimiser step, seen from outside: clipping, early stop, and precision (AMP)."""
+"""One optimiser step as users see it: clipping, early stop, and precision (AMP)."""
 
 import copy
 
@@ -13,7 +13,7 @@ from sb3_ppo_plus import PPOPlus, PPOPlusRolloutBuffer
 from sb3_ppo_plus.update import gradient_step
 from sb3_ppo_plus.update.gradient_step import resolve_amp
 
-# Where there is a GPU, AMP is tested there too
+# AMP is also tested on a GPU, if there is one
 DEVICES = ["cpu", "cuda"] if th.cuda.is_available() else ["cpu"]
 PRECISIONS = [("cpu", "bf16"), *([("cuda", "bf16"), ("cuda", "fp16")] if th.cuda.is_available() else [])]
 STEPS = 32
@@ -29,7 +29,7 @@ def vector_of(model):
 
 
 def update_of(model):
-    """Train for one update, always with the same random numbers, and return what it logs."""
+    """Train for one update, with random numbers from seed 0, and return what it logs."""
     model.set_random_seed(0)
     (logs,) = logs_of_updates(model, STEPS)
     return logs
@@ -43,14 +43,14 @@ def plain_sgd(**settings):
 # Clipping
 
 
-def test_a_small_gradient_is_taken_whole_and_its_norm_is_logged():
+def test_a_small_gradient_is_not_scaled_and_its_norm_is_logged():
     model = plain_sgd(max_grad_norm=1e6)
     before = vector_of(model)
     logs = update_of(model)
     assert np.linalg.norm(vector_of(model) - before) == pytest.approx(logs["train/grad_norm"], rel=1e-4)
 
 
-def test_a_large_gradient_is_scaled_to_the_norm_allowed_and_the_norm_before_is_logged():
+def test_a_large_gradient_is_scaled_to_the_allowed_norm_and_its_norm_before_is_logged():
     whole, clipped = plain_sgd(max_grad_norm=1e6), plain_sgd(max_grad_norm=0.01)
     before = vector_of(whole)
     logs_whole, logs = update_of(whole), update_of(clipped)
@@ -91,7 +91,7 @@ def test_target_kl_stops_before_the_offending_step():
     assert abs(reference["train/approx_kl"]) < 1e-6
 
 
-def test_an_update_that_stops_in_its_first_epoch_has_done_none():
+def test_an_update_that_stops_in_its_first_epoch_has_completed_none():
     logs = update_of(build(batch_size=8, n_epochs=5, target_kl=1e-9, learning_rate=1e-2))
     assert (logs["train/early_stopped"], logs["train/n_epochs_done"], logs["train/n_updates"]) == (1, 0, 1)
 
@@ -223,7 +223,7 @@ def test_under_autocast_hidden_layers_are_bf16_and_heads_losses_inputs_float32(c
 
 
 def test_the_rollout_itself_is_float32():
-    """So that predict, callbacks and the env see the same actions with and without AMP."""
+    """Thus predict, callbacks and the env see equal actions with and without AMP."""
     actions = []
     for amp in (False, True):
         model = build(amp=amp)
@@ -240,7 +240,7 @@ def test_amp_needs_a_rollout_buffer_of_ours():
         build(amp=True, rollout_buffer_class=Own)
 
 
-def test_large_policies_are_not_stepped_flat_and_learn_the_same(monkeypatch):
+def test_large_policies_are_not_stepped_flat_and_learn_equally(monkeypatch):
     flat = build(seed=0).learn(STEPS * 3)
     monkeypatch.setattr(gradient_step, "MAX_FLAT_ON_CPU", 10)
     separate = build(seed=0).learn(STEPS * 3)

@@ -16,7 +16,7 @@ SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device":
 
 
 class Extractor(BaseFeaturesExtractor):
-    """An extractor with parameters, and with statistics that a pass in training mode would change."""
+    """An extractor that has parameters, and statistics that a pass in training mode would change."""
 
     def __init__(self, observation_space):
         super().__init__(observation_space, 4)
@@ -54,7 +54,7 @@ class CrossedPolicy(ActorCriticPolicy):
 
 
 class TwoRates(ActorCriticPolicy):
-    """The action net's group has ten times the learning rate; its weight decay is its own too."""
+    """The action net's group has ten times the learning rate, and its own weight decay."""
 
     def _build(self, lr_schedule):
         super()._build(lr_schedule)
@@ -103,7 +103,7 @@ VALUE = layer("mlp_extractor.value_net.0") | layer("value_net")
     ],
     ids=str,
 )
-def test_without_an_extractor_of_its_own_the_critic_has_its_layers_and_its_head(kwargs):
+def test_without_an_extractor_of_its_own_the_critic_has_only_its_layers_and_its_head(kwargs):
     assert names_of_critic(make_policy(**kwargs)) == VALUE
 
 
@@ -124,12 +124,12 @@ def test_a_separate_extractor_belongs_to_the_critic_and_a_shared_one_to_both(kwa
     assert names_of_critic(make_policy(**kwargs)) == VALUE
 
 
-def test_what_the_critic_has_is_asked_of_the_graph_and_not_of_names():
-    # The trunk serves both, the spare layer nobody
+def test_the_graph_decides_which_parameters_are_the_critics_and_names_do_not():
+    # Actor and critic both use the trunk, and neither uses the spare layer
     assert names_of_critic(make_policy(CrossedPolicy)) == layer("mlp_extractor.actor") | layer("value_net")
 
 
-def test_frozen_parameters_are_nobodys():
+def test_frozen_parameters_are_not_the_critics():
     policy = make_policy()
     policy.value_net.weight.requires_grad_(False)
     policy.action_net.weight.requires_grad_(False)
@@ -137,7 +137,7 @@ def test_frozen_parameters_are_nobodys():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_asking_changes_neither_statistics_nor_mode_nor_gradients_nor_random_numbers(training):
+def test_finding_the_critics_parameters_changes_no_statistics_mode_gradients_or_random_numbers(training):
     policy = make_policy(features_extractor_class=Extractor)
     policy.set_training_mode(training)
     before, random_state = copy.deepcopy(policy.state_dict()), th.get_rng_state()
@@ -232,10 +232,10 @@ def test_each_group_gets_its_own_step():
         steps[rates] = {name: value - before[name] for name, value in model.policy.state_dict().items()}
     critic = names_of_critic(model.policy)
     for name, step in steps[1e-2, 1e-2].items():
-        of_critic = name in critic
+        is_critic = name in critic
         tolerances = {"rtol": 1e-3, "atol": 1e-6}
-        th.testing.assert_close(steps[1e-2, 3e-2][name], step * (3.0 if of_critic else 1.0), **tolerances)
-        th.testing.assert_close(steps[2e-2, 1e-2][name], step * (1.0 if of_critic else 2.0), **tolerances)
+        th.testing.assert_close(steps[1e-2, 3e-2][name], step * (3.0 if is_critic else 1.0), **tolerances)
+        th.testing.assert_close(steps[2e-2, 1e-2][name], step * (1.0 if is_critic else 2.0), **tolerances)
 
 
 def test_a_warm_up_from_zero_reaches_both_groups():
@@ -273,7 +273,7 @@ def test_a_critic_learning_rate_can_be_assigned_to_a_model_without_one():
     assert moved_by_training(model) == with_gradient(model) - names_of_critic(model.policy)
 
 
-def test_a_critic_learning_rate_can_be_taken_back():
+def test_a_critic_learning_rate_can_be_removed():
     model = build("shared", learning_rate=1e-2, critic_learning_rate=0.0)
     model.learn(32)
     model.critic_learning_rate = None
@@ -308,7 +308,7 @@ def test_groups_of_a_custom_policy_keep_their_ratio(critic_learning_rate):
     assert {group["weight_decay"] for group in model.policy.optimizer.param_groups} == {0, 0.1}
 
 
-def test_a_group_that_is_added_later_is_left_alone():
+def test_a_group_that_is_added_later_keeps_its_learning_rate():
     added = nn.Parameter(th.ones(3))
 
     class Add(BaseCallback):
@@ -327,7 +327,7 @@ def test_a_group_that_is_added_later_is_left_alone():
     assert second["lr"] == 0.123
 
 
-def test_a_group_that_is_added_later_is_left_alone_by_a_critic_learning_rate_too():
+def test_a_critic_learning_rate_does_not_change_a_group_that_is_added_later():
     model = build("shared", learning_rate=1e-3)
     model.policy.optimizer.add_param_group({"params": [nn.Parameter(th.ones(3))], "lr": 0.123})
     model.critic_learning_rate = 1e-2

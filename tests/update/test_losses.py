@@ -23,7 +23,7 @@ BATCH = 12
 
 
 def random_batch(size=BATCH, valid=None, dtype=th.float32, seed=0):
-    """A minibatch, and what the policy says of it now, as leaves: (batch, values, log_prob, entropy)."""
+    """A minibatch and the policy's present evaluation of it, as leaves: (batch, values, log_prob, entropy)."""
     generator = th.Generator().manual_seed(seed)
 
     def draw(scale=1.0):
@@ -61,7 +61,7 @@ def gradients_of(loss, *inputs):
 # Closed forms
 
 
-def test_mean_of_the_valid_elements():
+def test_the_masked_mean_is_the_mean_of_the_valid_elements():
     x = th.tensor([1.0, 5.0, NAN])
     assert masked_mean(th.tensor([1.0, 5.0]), None) == 3.0
     assert masked_mean(x, th.tensor([True, True, False])) == 3.0
@@ -163,7 +163,7 @@ def test_entropy_loss_without_a_closed_form_is_the_mean_log_prob():
     assert entropy_loss(None, th.tensor([-1.0, -3.0])).item() == -2.0
 
 
-def test_approximate_kl_of_known_ratios():
+def test_approximate_kl_has_its_known_values():
     log_ratio = th.tensor([0.0, math.log(2.0), -math.log(2.0)])
     expected = (0.0 + (1 - math.log(2.0)) + (-0.5 + math.log(2.0))) / 3
     assert approximate_kl(log_ratio).item() == pytest.approx(expected, rel=1e-6)
@@ -184,7 +184,7 @@ def test_approximate_kl_estimates_the_kl_of_two_gaussians():
 @pytest.mark.parametrize("clip_range_vf", [None, 0.15])
 @pytest.mark.parametrize("normalize_advantage", [True, False])
 @pytest.mark.parametrize("has_entropy", [True, False])
-def test_loss_of_sb3s_own_lines(clip_range_vf, normalize_advantage, has_entropy):
+def test_the_loss_equals_sb3s_formulas(clip_range_vf, normalize_advantage, has_entropy):
     """The formulas of SB3's PPO.train, in numpy's float64."""
     batch, values, log_prob, entropy = random_batch()
     terms = loss_of(
@@ -231,7 +231,7 @@ def test_only_the_loss_carries_a_gradient():
 @pytest.mark.parametrize("pessimistic_value_clip", [True, False])
 @pytest.mark.parametrize("clip_range_vf", [None, 0.15])
 @pytest.mark.parametrize("masked", [False, True])
-def test_gradients_are_finite_differences(masked, clip_range_vf, pessimistic_value_clip):
+def test_gradients_equal_finite_differences(masked, clip_range_vf, pessimistic_value_clip):
     valid = th.arange(BATCH) % 3 != 0 if masked else None
     batch, *inputs = random_batch(valid=valid, dtype=th.float64)
 
@@ -262,7 +262,7 @@ def test_coefficients_may_be_tensors():
         th.testing.assert_close(tuple(actual), tuple(expected))
 
 
-# Invariant 5: padding influences nothing
+# Invariant 5: padding changes nothing
 
 SETTINGS = {
     "all": {},
@@ -299,7 +299,7 @@ def only_valid(arguments, valid=VALID):
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_masked_elements_are_as_good_as_absent(settings):
+def test_padding_gives_the_loss_and_gradients_of_absent_elements(settings):
     arguments = padded_with(random_batch(), 3.0)
     masked, masked_gradients = masked_terms_and_gradients(arguments, settings)
     subset, subset_gradients = masked_terms_and_gradients(only_valid(random_batch()), settings)
@@ -341,8 +341,8 @@ def test_a_minibatch_with_one_or_no_real_element_stays_finite(settings, n_valid)
         assert not any(gradient.any() for gradient in gradients)
 
 
-def test_sb3s_mse_loss_is_met_bit_for_bit():
-    """Its backward rounds differently from that of a mean of squares, and invariant 1 hangs on that."""
+def test_the_value_loss_equals_sb3s_mse_loss_bit_for_bit():
+    """Invariant 1 needs this: the backward of mse_loss rounds differently from that of a mean of squares."""
     batch, values, *_ = random_batch(50, seed=1)
     for clip_range_vf in (None, 10.0):
         # Powers of two, as batch size or coefficient, would hide the rounding

@@ -6,12 +6,14 @@ import pickle
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import yaml
+from gymnasium.envs.classic_control import PendulumEnv
+from hostile import Payload
 from stable_baselines3.common.vec_env import VecNormalize
-from test_hostile_files import Payload
 
-from sb3_ppo_plus import UntrustedFileError, zoo
+from sb3_ppo_plus import RestartingEnv, UntrustedFileError, zoo
 from sb3_ppo_plus.zoo import enjoy as zoo_enjoy
 
 ENV = "MountainCarContinuous-v0"
@@ -194,6 +196,56 @@ def test_every_listed_wrapper_exists(name):
         from rl_zoo3.utils import get_class_by_name
 
         assert isinstance(get_class_by_name(name), type)
+
+
+def test_wrappers_of_the_hyperparameter_file_are_listed():
+    entries = yaml.safe_load(zoo.hyperparams_file().read_text())
+    named = [wrapper for entry in entries.values() for wrapper in np.ravel(entry.get("env_wrapper", []))]
+    names = {next(iter(wrapper)) if isinstance(wrapper, dict) else wrapper for wrapper in named}
+    assert names - zoo_enjoy.ENV_WRAPPERS == set()
+    assert len(names) > 1
+
+
+@pytest.mark.parametrize(
+    ("env_id", "wrapper"),
+    [
+        ("Pendulum-v1", {"sb3_ppo_plus.ResumableEnv": {"constant": ["screen"]}}),
+        ("Taxi-v4", "sb3_ppo_plus.masking.MaskFromInfo"),
+    ],
+    ids=["ResumableEnv", "MaskFromInfo"],
+)
+def test_a_run_with_our_wrappers_is_enjoyed_without_trust(env_id, wrapper, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    settings = ["n_steps:16", "batch_size:16", "n_epochs:1", "n_envs:1", f"env_wrapper:[{wrapper!r}]"]
+    common = ["--env", env_id, "--device", "cpu"]
+    zoo.main(["train", *common, "-n", "32", "--eval-freq", "-1", "-params", *settings])
+    zoo.main(["enjoy", *common, "--no-render", "-n", "250"])
+    assert "Mean reward" in capsys.readouterr().out
+
+
+def test_an_env_that_restarts_is_registered_since_it_is_no_wrapper(tmp_path, monkeypatch, capsys):
+    with pytest.raises(TypeError, match="register an id"):
+        RestartingEnv(gym.make("CartPole-v1"))
+
+    class Fails(PendulumEnv):
+        def step(self, action):
+            if self.np_random.random() < 0.02:
+                raise RuntimeError("broken")
+            return super().step(action)
+
+    monkeypatch.chdir(tmp_path)
+    spec = gym.envs.registration.EnvSpec(
+        "Fails-v0", lambda **kwargs: RestartingEnv(lambda: Fails(**kwargs)), max_episode_steps=50
+    )
+    # Gone after the test
+    monkeypatch.setitem(gym.registry, "Fails-v0", spec)
+    settings = ["n_steps:128", "batch_size:64", "n_epochs:1", "n_envs:1", "normalize:False"]
+    common = ["--env", "Fails-v0", "--device", "cpu"]
+    with pytest.warns(UserWarning, match="is built anew after RuntimeError: broken"):
+        zoo.main(["train", *common, "-n", "256", "--eval-freq", "-1", "-params", *settings])
+        zoo.main(["enjoy", *common, "--no-render", "-n", "250"])
+    output = capsys.readouterr().out
+    assert "env_restarts" in output and "Mean reward" in output
 
 
 @pytest.mark.parametrize(

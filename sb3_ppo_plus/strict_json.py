@@ -1,4 +1,4 @@
-"""JSON from files that are not to be trusted: limits on size, depth and numbers, and arrays without pickle."""
+"""JSON from untrusted files: limits on size, depth and numbers, and arrays without pickle."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import math
 import re
 import reprlib
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -15,7 +16,7 @@ from sb3_ppo_plus.errors import UntrustedFileError
 
 MAX_BYTES = 64 * 2**20
 MAX_DEPTH = 32
-#: Of an integer, which int64 holds
+#: Digits of an integer: int64 holds every integer of 18 digits
 MAX_DIGITS = 18
 #: Numbers in one array or space
 MAX_ELEMENTS = 2**26
@@ -24,36 +25,55 @@ DTYPES += ("float64",)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
-# Possessive, and with a string that does not end: otherwise it would be searched anew from each of its quotes
+# Strings may lack their end, and quantifiers are possessive: otherwise a search could start again at every quote
 _BRACKET_OR_STRING = re.compile(rb'"(?:[^"\\]+|\\.?)*+"?|[\[\]{}]', re.DOTALL)
 
 
+class Limits(NamedTuple):
+    """What JSON may hold.
+
+    :param max_bytes: bytes of UTF-8
+    :param max_depth: levels of nested lists and objects
+    :param max_digits: characters of an integer, its sign included
+    :param allows_non_finite: whether NaN, Infinity and -Infinity are numbers
+    """
+
+    max_bytes: int = MAX_BYTES
+    max_depth: int = MAX_DEPTH
+    max_digits: int = MAX_DIGITS
+    allows_non_finite: bool = False
+
+
+STRICT = Limits()
+
+
 def short(value: object) -> str:
-    """Show a value from a file in a message: escaped, and cut where it is long."""
+    """Return a text for messages that shows a value from a file: escaped, and cut if it is long."""
     return _SHORT.repr(value)
 
 
-def parse(text: bytes, name: str) -> Any:  # noqa: ANN401  # whatever JSON holds
-    """Parse JSON, strictly: no NaN or infinity, no key twice, no integer beyond 18 digits, no nesting beyond 32 levels.
+def parse(text: bytes, name: str, limits: Limits = STRICT) -> Any:  # noqa: ANN401  # whatever JSON holds
+    """Parse JSON strictly: nothing beyond the limits, no key twice, no number that is too large for a float.
 
-    :param text: UTF-8, at most 64 MiB
+    :param text: UTF-8
     :param name: what to call it in messages
+    :param limits: by default 64 MiB, 32 levels, 18 digits, no NaN or infinity
     :raises UntrustedFileError: for anything else
     """
-    if len(text) > MAX_BYTES:
-        raise UntrustedFileError(f"{name} has {len(text)} bytes; at most {MAX_BYTES} are allowed")
-    # Before parsing: Python's parser recurses
+    if len(text) > limits.max_bytes:
+        raise UntrustedFileError(f"{name} has {len(text)} bytes; at most {limits.max_bytes} are allowed")
+    # The depth is checked before parsing, since Python's parser recurses
     depth = 0
     for match in _BRACKET_OR_STRING.finditer(text):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match.group()[:1], 0)
-        if depth > MAX_DEPTH:
-            raise UntrustedFileError(f"{name} is nested more than {MAX_DEPTH} levels deep")
+        if depth > limits.max_depth:
+            raise UntrustedFileError(f"{name} is nested more than {limits.max_depth} levels deep")
     try:
         return json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_object,
-            parse_constant=_refuse_constant,
-            parse_int=_integer,
+            parse_constant=float if limits.allows_non_finite else _refuse_constant,
+            parse_int=partial(_integer, limits.max_digits),
             parse_float=_float,
         )
     except (ValueError, RecursionError) as error:
@@ -71,9 +91,9 @@ def _refuse_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not allowed")
 
 
-def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"the integer {text[:MAX_DIGITS]}... has {len(text)} digits; at most {MAX_DIGITS} are allowed")
+def _integer(max_digits: int, text: str) -> int:
+    if len(text) > max_digits:
+        raise ValueError(f"the integer {text[:MAX_DIGITS]}... has {len(text)} digits; at most {max_digits} are allowed")
     return int(text)
 
 
@@ -85,11 +105,11 @@ def _float(text: str) -> float:
 
 
 def get(members: object, key: str, expected: type | tuple[type, ...], name: str) -> Any:  # noqa: ANN401  # the caller knows
-    """Take a member of a JSON object and check its type; a bool is no int here.
+    """Return a member of a JSON object after a check of its type. A bool is no int here.
 
-    :param members: what should be the object
-    :param key: of the member
-    :param expected: its type, or several
+    :param members: the object, if it is one
+    :param key: name of the member
+    :param expected: type of the member, or several types
     :param name: what to call the object in messages
     :raises UntrustedFileError: if there is no such member, or it has another type
     """
@@ -104,8 +124,9 @@ def get(members: object, key: str, expected: type | tuple[type, ...], name: str)
 
 
 def encode_array(array: np.ndarray) -> dict[str, Any]:
-    """Describe an array: its dtype's name, its shape, and its bytes, little-endian, in base64.
+    """Turn an array into JSON: name of its dtype, shape, and bytes (little-endian, in base64).
 
+    :param array: the array
     :raises ValueError: for a dtype that is no bool, integer or float
     """
     if array.dtype.name not in DTYPES:
@@ -115,12 +136,12 @@ def encode_array(array: np.ndarray) -> dict[str, Any]:
 
 
 def decode_array(members: object, name: str, shape: tuple[int, ...] | None = None) -> np.ndarray:
-    """Read what :func:`encode_array` wrote.
+    """Build an array from the JSON of :func:`encode_array`.
 
     :param members: the JSON object
     :param name: what to call it in messages
-    :param shape: the only shape allowed; None: any
-    :raises UntrustedFileError: if it is something else, or its size is not that of its shape
+    :param shape: the only shape allowed; None: any shape
+    :raises UntrustedFileError: for JSON of another form, and if the number of bytes does not fit the shape
     """
     dtype_name = get(members, "dtype", str, name)
     if dtype_name not in DTYPES:
@@ -141,7 +162,12 @@ def decode_array(members: object, name: str, shape: tuple[int, ...] | None = Non
 
 
 def decode_shape(sizes: list[Any], name: str) -> tuple[int, ...]:
-    """Check the sizes of a shape: integers from 0 on, at most 32, and at most 2**26 elements in all."""
+    """Check the sizes of a shape: up to 32 integers from 0 on, and at most 2**26 elements in all.
+
+    :param sizes: the sizes
+    :param name: what to call the array in messages
+    :raises UntrustedFileError: for other sizes
+    """
     if len(sizes) > 32 or any(type(size) is not int or size < 0 for size in sizes):
         raise UntrustedFileError(f"{name}: a shape is a list of up to 32 integers from 0 on, got {short(sizes)}")
     if math.prod(sizes) > MAX_ELEMENTS:

@@ -1,4 +1,4 @@
-"""Whatever users change between updates, or while one runs, PPOPlus goes on from it as SB3's PPO does, bit for bit."""
+"""When users change something between updates or during one, PPOPlus goes on as SB3's PPO does, bit for bit."""
 
 import copy
 from collections import defaultdict
@@ -29,7 +29,7 @@ OPTIMIZERS = {
 
 @pytest.fixture(autouse=True)
 def replayed_after_a_while(monkeypatch):
-    """Some minibatches are eager, the others replayed where they can be recorded."""
+    """Make the first minibatches eager, and replay the others if they can be recorded."""
     monkeypatch.setattr(replays, "RECORD_AFTER", 3)
 
 
@@ -44,7 +44,7 @@ class Change(BaseCallback):
     """Changes the model before some rollouts.
 
     :param change: takes the model
-    :param before: which rollouts, from 0
+    :param before: indices of the rollouts, from 0
     """
 
     def __init__(self, change, before):
@@ -120,7 +120,7 @@ def replace_a_group(model):
         replace_a_group,
     ],
 )
-def test_the_learning_rate_follows_its_schedule_after_groups_were_replaced(change, optimizer):
+def test_the_learning_rate_follows_its_schedule_after_groups_are_replaced(change, optimizer):
     sb3, ours = assert_changes_alike(change, optimizer=optimizer, has_an_effect=False)
     assert len({group["lr"] for group in ours.policy.optimizer.param_groups}) == 1
     assert ours.logger.name_to_value["train/learning_rate"] == sb3.logger.name_to_value["train/learning_rate"]
@@ -155,12 +155,12 @@ def halve_a_moment_in_place(model):
             entry[name] *= 0.5
 
 
-def count_anew(model):
+def reset_the_counters(model):
     for entry in model.policy.optimizer.state.values():
         entry["step"].zero_()
 
 
-def count_one_anew(model):
+def reset_one_counter(model):
     model.policy.optimizer.state[model.policy.log_std]["step"] = th.tensor(1.0)
 
 
@@ -169,16 +169,16 @@ def count_one_anew(model):
     "change",
     [clear_the_state, replace_the_state, forget_one_parameter, replace_a_moment, halve_a_moment_in_place],
 )
-def test_the_state_is_followed(change, optimizer):
+def test_changes_of_the_optimizers_state_take_effect(change, optimizer):
     assert_changes_alike(change, optimizer=optimizer)
 
 
-@pytest.mark.parametrize("change", [count_anew, count_one_anew])
-def test_counters_are_followed(change):
+@pytest.mark.parametrize("change", [reset_the_counters, reset_one_counter])
+def test_changes_of_the_step_counters_take_effect(change):
     assert_changes_alike(change, optimizer="Adam")
 
 
-def test_an_entry_that_was_replaced_by_its_equal_is_the_one_that_goes_on():
+def test_training_uses_an_entry_of_the_state_that_replaced_an_equal_one():
     assert_changes_alike(replace_an_entry, has_an_effect=False)
 
 
@@ -201,7 +201,7 @@ def test_an_entry_that_was_replaced_by_its_equal_is_the_one_that_goes_on():
         ("RMSprop", {"alpha": 0.5}),
     ],
 )
-def test_settings_are_followed(optimizer, settings):
+def test_changes_of_a_groups_settings_take_effect(optimizer, settings):
     def change(model):
         for group in model.policy.optimizer.param_groups:
             group.update(settings)
@@ -209,7 +209,7 @@ def test_settings_are_followed(optimizer, settings):
     assert_changes_alike(change, optimizer=optimizer)
 
 
-def test_a_learning_rate_that_a_callback_sets_after_the_schedule_counts_for_nothing_as_in_sb3():
+def test_the_schedule_overwrites_a_learning_rate_that_a_callback_sets_as_in_sb3():
     def change(model):
         model.policy.optimizer.param_groups[0]["lr"] = 1.0
 
@@ -224,7 +224,7 @@ def test_momentum_can_be_switched_off_and_on_again():
     assert_changes_alike(change, optimizer="SGD with momentum", before=(1, 3))
 
 
-def test_defaults_concern_new_groups_only():
+def test_changed_defaults_affect_new_groups_only():
     def change(model):
         model.policy.optimizer.defaults["lr"] = 1.0
         model.policy.optimizer.defaults["weight_decay"] = 1.0
@@ -251,14 +251,14 @@ def test_parameters_that_change_their_group_are_followed():
     assert_changes_alike(change, before=(1,), learning_rate=1e-2)
 
 
-def test_parameters_that_change_their_order_are_followed():
+def test_a_new_order_of_the_parameters_takes_effect():
     def change(model):
         model.policy.optimizer.param_groups[0]["params"].reverse()
 
     assert_changes_alike(change, has_an_effect=False)
 
 
-def test_a_parameter_that_leaves_the_optimizer_stays_as_it_is():
+def test_a_parameter_that_is_removed_from_the_optimizer_does_not_change():
     def change(model):
         optimizer = model.policy.optimizer
         del optimizer.state[optimizer.param_groups[0]["params"].pop(0)]
@@ -270,7 +270,7 @@ def test_a_parameter_that_leaves_the_optimizer_stays_as_it_is():
 
 
 @pytest.mark.parametrize("optimizer_class", [Adam, RMSprop, th.optim.NAdam])
-def test_another_optimizer_takes_over(optimizer_class):
+def test_a_new_optimizer_is_used(optimizer_class):
     def change(model):
         model.policy.optimizer = optimizer_class(model.policy.parameters(), lr=1e-2)
 
@@ -285,7 +285,7 @@ class HalfGradients(Adam):
         return super().step(closure)
 
 
-def test_another_class_of_the_optimizer_takes_over():
+def test_a_new_class_of_the_optimizer_is_used():
     def change(model):
         model.policy.optimizer.__class__ = HalfGradients
 
@@ -307,7 +307,7 @@ def test_hooks_of_the_optimizers_step_run(when):
 
         getattr(model.policy.optimizer, f"register_step_{when}_hook")(hook)
 
-    # Adam does not see a factor of all gradients
+    # Not Adam: scaling all gradients would change nothing
     assert_changes_alike(change, before=(2,), optimizer="SGD")
 
 
@@ -329,7 +329,7 @@ def test_hooks_of_every_optimizers_step_run():
     assert_has_an_effect(models[0])
 
 
-def test_a_scheduler_of_torch_is_obeyed():
+def test_a_learning_rate_scheduler_of_torch_takes_effect():
     def change(model):
         LambdaLR(model.policy.optimizer, lambda _: 0.5)
 
@@ -337,7 +337,7 @@ def test_a_scheduler_of_torch_is_obeyed():
 
 
 @pytest.mark.parametrize("owner", ["instance", "class"])
-def test_a_step_that_was_wrapped_runs(owner, monkeypatch):
+def test_a_wrapped_step_is_called(owner, monkeypatch):
     step = Adam.step
 
     def change(model):
@@ -364,7 +364,7 @@ def test_a_step_that_was_wrapped_runs(owner, monkeypatch):
     assert_has_an_effect(models[0])
 
 
-def test_another_way_of_clipping_is_taken(monkeypatch):
+def test_a_replaced_clipping_function_is_called(monkeypatch):
     def clip_by_value(parameters, max_norm):
         th.nn.utils.clip_grad_value_(parameters, 1e-3)
         return th.tensor(0.0)
@@ -402,7 +402,7 @@ def transpose_data(model):
 
 
 def transpose_memory(model):
-    # The same memory read in another order
+    # Its memory is read in another order
     weight = layer(model).weight
     weight.data = weight.data.as_strided((8, 8), (1, 8))
 
@@ -413,12 +413,12 @@ def shift_memory(model):
 
 
 def replace_a_parameter(model):
-    # SB3's optimiser goes on stepping the one that was replaced, which has no gradient any more
+    # SB3's optimiser keeps the old parameter, which gets no gradient any more
     layer(model).weight = th.nn.Parameter(layer(model).weight.detach() * 0.5)
 
 
 def clamp_in_place(model):
-    # By data, since autograd refuses what it knows to be changed before the backward pass
+    # By ``data``, since autograd refuses a change that it sees before the backward pass
     with th.no_grad():
         for parameter in model.policy.parameters():
             parameter.data.clamp_(-0.1, 0.1)
@@ -451,24 +451,24 @@ def share_memory_with_a_buffer(model):
         share_memory_of_parameters,
     ],
 )
-def test_parameters_are_followed(change, before, optimizer):
+def test_changes_of_parameters_take_effect(change, before, optimizer):
     assert_changes_alike(change, before=before, optimizer=optimizer)
 
 
-def test_parameters_in_new_memory_are_followed():
+def test_training_goes_on_with_parameters_in_new_memory():
     assert_changes_alike(copy_data, has_an_effect=False)
 
 
-def test_a_buffer_that_shares_the_memory_of_a_parameter_goes_on_to_do_so():
+def test_a_buffer_keeps_sharing_the_memory_of_a_parameter():
     _, ours = assert_changes_alike(share_memory_with_a_buffer, has_an_effect=False, before=(2,))
     assert th.equal(ours.policy.spare, ours.policy.log_std)
 
 
-# What users hold on to
+# Tensors that users keep
 
 
-def test_a_state_dict_of_the_untrained_policy_goes_on_showing_it():
-    """It is no copy, in SB3 either: loading it changes nothing."""
+def test_a_state_dict_taken_before_training_shows_the_policys_present_parameters():
+    """It is not a copy, as in SB3, so loading it changes nothing."""
     models = []
     for algorithm in (PPO, PPOPlus):
         model = build(algorithm)
@@ -491,7 +491,7 @@ def test_parameters_that_were_taken_before_training_can_be_set_after_it():
     assert_same_training(*models)
 
 
-def test_memory_of_a_parameter_that_a_callback_holds_on_to_can_be_changed():
+def test_a_callback_can_change_parameters_through_tensors_that_it_keeps():
     class Clamp(BaseCallback):
         def _on_training_start(self):
             self.held = [parameter.detach() for parameter in self.model.policy.parameters()]
@@ -509,7 +509,7 @@ def test_memory_of_a_parameter_that_a_callback_holds_on_to_can_be_changed():
     assert_has_an_effect(models[0])
 
 
-def test_moments_that_a_callback_holds_on_to_can_be_changed():
+def test_a_callback_can_change_moments_through_tensors_that_it_keeps():
     class Halve(BaseCallback):
         held = ()
 
@@ -526,8 +526,8 @@ def test_moments_that_a_callback_holds_on_to_can_be_changed():
     assert_has_an_effect(models[0])
 
 
-def test_two_models_that_share_moments_go_on_to_share_them():
-    """As they do in SB3 where the parameters of one, and no copy of them, are set in the other."""
+def test_two_models_that_share_moments_keep_sharing_them():
+    """In SB3 they share moments if set_parameters gets the state of another model without a copy."""
     models = []
     for algorithm in (PPO, PPOPlus):
         first, second = build(algorithm).learn(32), build(algorithm, seed=1)
@@ -539,7 +539,7 @@ def test_two_models_that_share_moments_go_on_to_share_them():
         assert_same_training(sb3, ours)
 
 
-def test_gradients_that_a_callback_holds_on_to_stay_as_they_were():
+def test_gradients_that_a_callback_keeps_do_not_change():
     class Hold(BaseCallback):
         def __init__(self):
             super().__init__()
@@ -594,10 +594,10 @@ def test_parameters_and_moments_stay_in_their_memory_between_updates():
     assert len({pointer for pointer in places[0]}) == len(places[0])
 
 
-# While an update runs
+# Changes during an update
 
 
-def amid_update(change, at=(3, 10)):
+def during_update(change, at=(3, 10)):
     """Return a change that hooks into the policy, so that some minibatches change the model."""
 
     def hook_in(model):
@@ -654,9 +654,9 @@ def slow_down(model):
         "added group",
     ],
 )
-def test_changes_while_an_update_runs_are_followed(change, has_an_effect, before, optimizer):
+def test_changes_during_an_update_take_effect(change, has_an_effect, before, optimizer):
     settings = {"optimizer": optimizer, "before": before}
-    sb3, ours = (trained(algorithm, amid_update(change), **settings) for algorithm in (PPO, PPOPlus))
+    sb3, ours = (trained(algorithm, during_update(change), **settings) for algorithm in (PPO, PPOPlus))
     assert_same_training(sb3, ours, learning_rates=change is not add_a_group)
     if has_an_effect:
         assert_has_an_effect(sb3, optimizer=optimizer)
@@ -664,25 +664,25 @@ def test_changes_while_an_update_runs_are_followed(change, has_an_effect, before
 
 @pytest.mark.parametrize("before", [(0,), (2,)], ids=["first update", "later"])
 @pytest.mark.parametrize("optimizer_class", [Adam, th.optim.NAdam])
-def test_an_optimizer_that_is_replaced_while_an_update_runs_takes_over(optimizer_class, before):
+def test_an_optimizer_that_is_replaced_during_an_update_is_used(optimizer_class, before):
     def change(model):
         model.policy.optimizer = optimizer_class(model.policy.parameters(), lr=1e-2)
 
-    assert_changes_alike(amid_update(change), before=before)
+    assert_changes_alike(during_update(change), before=before)
 
 
 @pytest.mark.parametrize("before", [(0,), (2,)], ids=["first update", "later"])
-def test_hooks_that_are_added_while_an_update_runs_run(before):
+def test_optimizer_hooks_that_are_added_during_an_update_run_from_the_next_update_on(before):
     def change(model):
         model.policy.optimizer.register_step_pre_hook(invert_gradients)
 
-    sb3, ours = (trained(algorithm, amid_update(change, at=(3,)), before=before) for algorithm in (PPO, PPOPlus))
-    # PPOPlus looks for them before each update
+    sb3, ours = (trained(algorithm, during_update(change, at=(3,)), before=before) for algorithm in (PPO, PPOPlus))
+    # PPOPlus looks for hooks only before each update, so these models differ
     with pytest.raises(AssertionError):
         assert_same_training(sb3, ours)
 
 
-def test_an_error_amid_an_update_leaves_parameters_and_moments_in_their_memory():
+def test_an_error_during_an_update_leaves_parameters_and_moments_in_their_memory():
     class Stop(Exception):
         pass
 
@@ -694,9 +694,9 @@ def test_an_error_amid_an_update_leaves_parameters_and_moments_in_their_memory()
         model = build(algorithm).learn(32)
         memory = [parameter.data_ptr() for parameter in model.policy.parameters()]
         with pytest.raises(Stop):
-            model.learn(32, Change(amid_update(stop), before=(0,)), reset_num_timesteps=False)
+            model.learn(32, Change(during_update(stop), before=(0,)), reset_num_timesteps=False)
         assert memory == [parameter.data_ptr() for parameter in model.policy.parameters()]
-        # The epoch that was not finished is counted by PPOPlus alone
+        # Only PPOPlus counts the unfinished epoch
         model._n_updates = 0
         models.append(model)
     assert_same_training(*models)
