@@ -33,8 +33,8 @@ QUICK = (
     "test_schedules.py",
     "update",
 )
-# Tests in them whose names hold one of these words are not quick: compiling takes seconds
-NOT_QUICK = ("compile", "graph", "inductor")
+# Words in the names of tests and files there that are not quick: compiling takes seconds
+NOT_QUICK = ("compile", "graph", "inductor", "test_changes_amid_training")
 
 
 def pytest_collection_modifyitems(items):
@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items):
         raise pytest.UsageError(f"tests/conftest.py: QUICK names {', '.join(missing)}, which do not exist")
     for item in items:
         is_core = any(item.path.is_relative_to(TESTS / part) for part in QUICK)
-        if is_core and not any(word in item.name for word in NOT_QUICK):
+        if is_core and not any(word in item.nodeid for word in NOT_QUICK):
             item.add_marker("quick")
 
 

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special, stats
+from scipy.integrate import trapezoid
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution, kl_divergence
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.distributions import Beta, Normal, TanhTransform, TransformedDistribution
@@ -47,7 +48,7 @@ def squashed_entropy_by_integration(mean, log_std):
     z = np.linspace(-12.0, 12.0, 40_001)
     density = stats.norm.pdf(z)
     log_density_of_tanh = stats.norm.logpdf(z) - log_std - log_slope(mean + np.exp(log_std) * z)
-    return -np.trapezoid(density * log_density_of_tanh, z)
+    return -trapezoid(density * log_density_of_tanh, z)
 
 
 def stratified_noise(samples, batch=1, dim=1):
@@ -69,7 +70,7 @@ def test_squashed_density_integrates_to_one_over_the_open_interval(mean, log_std
     dist = squashed(np.full((len(u), 1), mean), np.array([log_std]))
     # d tanh(u) = (1 - tanh(u)^2) du, so that points crowded against 1 keep their digits.
     density = np.exp(dist.log_prob(th.as_tensor(u)[:, None]).numpy() + log_slope(u))
-    assert np.trapezoid(density, u) == pytest.approx(1.0, abs=1e-7)
+    assert trapezoid(density, u) == pytest.approx(1.0, abs=1e-7)
 
 
 @pytest.mark.parametrize(("mean", "log_std"), [g for g in GAUSSIANS if abs(g[0]) < 5])
@@ -201,7 +202,7 @@ def test_beta_density_integrates_to_one(net_outputs):
     outputs = th.tensor(net_outputs).expand(len(points), 2)
     log_prob = BetaDistribution(1).proba_distribution(outputs).log_prob(th.as_tensor(points)[:, None])
     beyond = stats.beta(a, b).cdf(points[0]) + stats.beta(a, b).sf(points[-1])
-    assert np.trapezoid(np.exp(log_prob.double().numpy()), points.astype(np.float64)) + beyond == pytest.approx(
+    assert trapezoid(np.exp(log_prob.double().numpy()), points.astype(np.float64)) + beyond == pytest.approx(
         1.0, abs=2e-4
     )
 
