@@ -14,6 +14,8 @@ from sb3_ppo_plus.update.flat_parameters import FlatParameters
 OPTIMIZERS = {
     "Adam": (Adam, {}),
     "Adam, amsgrad": (Adam, {"amsgrad": True, "weight_decay": 0.1}),
+    # Between the parameters 0 is divided by 0
+    "Adam, eps=0": (Adam, {"eps": 0.0}),
     "AdamW": (AdamW, {"weight_decay": 0.1}),
     "SGD": (SGD, {}),
     "SGD with momentum": (SGD, {"momentum": 0.9, "dampening": 0.3}),
