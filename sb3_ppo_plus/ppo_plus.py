@@ -179,10 +179,7 @@ class PPOPlus(PPO):
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """Collect ``n_rollout_steps`` steps of each env; parameters as in SB3's ``OnPolicyAlgorithm.collect_rollouts``.
-
-        :return: False if a callback ended training
-        """
+        """Collect ``n_rollout_steps`` steps of each env; return False if a callback ended training, as in SB3."""
         assert self._last_obs is not None, "No previous observation was provided"
         if self._run.was_asked_to_stop:
             return False
@@ -198,7 +195,7 @@ class PPOPlus(PPO):
         action_masks: np.ndarray | None = None
         context: dict[str, th.Tensor] = {}
         check_output = EnvOutputCheck(env)
-        later = RolloutValues(actor, self.gamma, check_output)
+        later = RolloutValues(actor, check_output)
         check_output(self._last_obs, None, n_steps)
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -218,8 +215,9 @@ class PPOPlus(PPO):
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
+            actor = later.actor_of(self.policy)
             self._update_info_buffer(infos, dones)
-            later.bootstrap_timeouts(rewards, dones, infos, n_steps)
+            later.bootstrap_timeouts(rewards, dones, infos, n_steps, self.gamma)
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
             # A user's own rollout buffer takes only what SB3's takes
             extras = (context, states) if states is not None else (context,) if context else ()
@@ -394,10 +392,7 @@ class PPOPlus(PPO):
         return self._coefficients.grouped_as_saved(self, super().get_parameters())
 
     def set_parameters(
-        self,
-        load_path_or_dict: str | dict[str, Any],
-        exact_match: bool = True,
-        device: th.device | str = "auto",
+        self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """Load state dicts, or the file of a model. Any file is safe, because nothing is unpickled.
 
