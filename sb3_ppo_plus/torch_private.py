@@ -61,13 +61,21 @@ def has_step_hooks(optimizer: Optimizer) -> bool:
     return _has_any(optimizer, STEP_HOOKS) or _has_any(torch_optimizer, HOOKS_OF_ALL_OPTIMIZERS)
 
 
-def module_hooks(modules: Iterable[th.nn.Module], names: Sequence[str]) -> list[dict[Any, Any]] | None:
-    """Hooks into the calls of modules, those into every module's calls first; None where one kind is gone.
+def forward_hooks(modules: Iterable[th.nn.Module]) -> list[dict[Any, Any]] | None:
+    """Hooks into the forward pass of modules, those into every module's first; None where one kind is gone.
 
     :param modules: the modules
-    :param names: ``FORWARD_HOOKS``, ``BACKWARD_HOOKS``, or both
     :return: PyTorch's own dicts, most of them empty
     """
+    return _module_hooks(modules, FORWARD_HOOKS)
+
+
+def backward_hooks(modules: Iterable[th.nn.Module]) -> list[dict[Any, Any]] | None:
+    """Hooks into the backward pass of modules, as :func:`forward_hooks`."""
+    return _module_hooks(modules, BACKWARD_HOOKS)
+
+
+def _module_hooks(modules: Iterable[th.nn.Module], names: Sequence[str]) -> list[dict[Any, Any]] | None:
     hooks = attributes(torch_module, [HOOKS_OF_ALL_MODULES + name for name in names])
     for module in modules:
         of_module = attributes(module, names)
@@ -80,7 +88,7 @@ def module_hooks(modules: Iterable[th.nn.Module], names: Sequence[str]) -> list[
 @contextmanager
 def without_hooks_of_all_modules() -> Iterator[None]:
     """Take away, for the while, the hooks into the forward pass of every module."""
-    hooks = module_hooks((), FORWARD_HOOKS) or []
+    hooks = forward_hooks(()) or []
     before = [of_kind.copy() for of_kind in hooks]
     for of_kind in hooks:
         of_kind.clear()

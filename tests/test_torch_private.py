@@ -127,7 +127,7 @@ def test_without_one_of_them_training_is_sb3s_to_the_bit(monkeypatch, constant, 
     monkeypatch.setattr(torch_private, constant, name)
     sb3, ours = trained(PPO), trained(PPOPlus)
     assert_same_training(sb3, ours)
-    assert (ours._gradient_step.has_gradient is not None) is is_flat
+    assert (ours._execution.gradient_step.has_gradient is not None) is is_flat
 
 
 @pytest.mark.parametrize(("constant", "name", "is_flat"), GONE.values(), ids=GONE)
@@ -136,19 +136,15 @@ def test_without_one_of_them_training_is_sb3s_to_the_bit(monkeypatch, constant, 
 def test_without_one_of_them_a_compiled_model_trains(monkeypatch, constant, name, is_flat):
     monkeypatch.setattr(torch_private, constant, name)
     eager, compiled = trained(PPO), trained(PPOPlus, compile=True)
-    assert (compiled._gradient_step.n_compilations > 0) is (is_flat and constant != "GRADIENT_HOOKS")
+    assert (compiled._execution.gradient_step.n_compilations > 0) is (is_flat and constant != "GRADIENT_HOOKS")
     pairs = zip(eager.policy.parameters(), compiled.policy.parameters(), strict=True)
     assert all(th.allclose(*pair, atol=2e-5) for pair in pairs)
-
-
-# Named where they are used, until these too have moved
-ELSEWHERE = {"fast"}
 
 
 def test_nothing_private_of_pytorch_is_imported_anywhere_else():
     private = re.compile(r"\btorch(\.\w+)*\._\w+|\bth(\.\w+)*\._[a-z]\w*")
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "torch_private.py" or path.parent.name in ELSEWHERE:
+        if path.name == "torch_private.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):

@@ -21,7 +21,7 @@ from sb3_ppo_plus.policies.actor_critic import (
     MultiInputActorCriticPlusPolicy,
     has_own_methods,
 )
-from sb3_ppo_plus.torch_private import BACKWARD_HOOKS, FORWARD_HOOKS, contents_of, module_hooks
+from sb3_ppo_plus.torch_private import backward_hooks, contents_of, forward_hooks
 
 KNOWN_POLICIES = (ActorCriticPlusPolicy, ActorCriticPlusCnnPolicy, MultiInputActorCriticPlusPolicy)
 KNOWN_MODULES = (
@@ -74,10 +74,10 @@ def has_known_modules(policy: nn.Module) -> bool:
 def hindrance(policy: nn.Module) -> str | None:
     """Say what replays and graphs of the policy would pass by: code of others that its calls run; None: nothing."""
     parts, action_dist = [*policy.modules()], getattr(policy, "action_dist", None)
-    hooks = module_hooks(parts, FORWARD_HOOKS + BACKWARD_HOOKS)
-    if hooks is None or contents_of(policy) is None:
+    forward, backward = forward_hooks(parts), backward_hooks(parts)
+    if forward is None or backward is None or contents_of(policy) is None:
         return "this PyTorch does not show the hooks and parts of modules"
-    if any(hooks):
+    if any(forward) or any(backward):
         return "a module has a hook, which a graph would pass by"
     if action_dist is not None and has_own_methods(action_dist):
         return f"a method of the policy's {type(action_dist).__name__} was replaced, which a graph would pass by"

@@ -17,7 +17,7 @@ from sb3_ppo_plus.fast.policy_changes import (
     classes_of,
     distribution_settings,
 )
-from sb3_ppo_plus.torch_private import FORWARD_HOOKS, contents_of, module_hooks, without_hooks_of_all_modules
+from sb3_ppo_plus.torch_private import contents_of, forward_hooks, without_hooks_of_all_modules
 
 _METHODS_OF_MODULES = ("__call__", "forward")
 _METHODS_OF_DISTRIBUTIONS = ("proba_distribution", "log_prob", "entropy", "sample", "mode", "get_actions")
@@ -39,7 +39,7 @@ class PartsWatch:
         parts, action_dist = [*policy.modules()], getattr(policy, "action_dist", None)
         self._parts, self._kinds = parts, [*map(type, parts)]
         contents = [of for part in parts for of in contents_of(part) or ()]
-        self._empty = [*(of for of in contents if not of), *(module_hooks(parts, FORWARD_HOOKS) or ())]
+        self._empty = [*(of for of in contents if not of), *(forward_hooks(parts) or ())]
         self._filled = [of.values() for of in contents if of]
         self._items = [*chain.from_iterable(self._filled)]
         self._sized = [*map(vars, parts), getattr(action_dist, "__dict__", {}), *self._filled]
