@@ -180,10 +180,7 @@ class PPOPlus(PPO):
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """Collect ``n_rollout_steps`` steps of each env; parameters as in SB3's ``OnPolicyAlgorithm.collect_rollouts``.
-
-        :return: False if a callback ended training
-        """
+        """Collect ``n_rollout_steps`` steps of each env; return False if a callback ended training, as in SB3."""
         assert self._last_obs is not None, "No previous observation was provided"
         if self._current_run.was_asked_to_stop:
             return False
@@ -220,8 +217,9 @@ class PPOPlus(PPO):
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
+            actor = later.actor_of(self.policy)
             self._update_info_buffer(infos, dones)
-            later.bootstrap_timeouts(rewards, dones, infos, self.gamma, n_steps)
+            later.bootstrap_timeouts(rewards, dones, infos, n_steps, self.gamma)
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
             rollout_buffer.add(*last, *((context,) if context else ()))  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
             n_steps += 1
@@ -394,10 +392,7 @@ class PPOPlus(PPO):
         return self._coefficients.grouped_as_saved(self, super().get_parameters())
 
     def set_parameters(
-        self,
-        load_path_or_dict: str | dict[str, Any],
-        exact_match: bool = True,
-        device: th.device | str = "auto",
+        self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """Load state dicts, or the file of a model. Any file is safe, because nothing is unpickled.
 

@@ -147,7 +147,7 @@ class _Sampler:
             wrappers.append("normalize rewards")
         if is_box and self._random.random() < 0.1:
             wrappers.insert(self._random.randint(0, len(wrappers)), "stack")
-        for name in ("monitor", "check"):
+        for name in ("monitor", "check", "float64 rewards"):
             if self._random.random() < 0.05:
                 wrappers.insert(self._random.randint(0, len(wrappers)), name)
         if wrappers:

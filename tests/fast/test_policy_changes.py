@@ -1,5 +1,6 @@
 """Whatever users and callbacks change in a policy reaches compiled training as it reaches SB3's PPO."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -102,6 +103,22 @@ def test_each_step_has_the_log_prob_and_value_of_the_policy_that_took_it(change,
     assert_compiled_follows_sb3(
         callback=changing(change, when=when), learning_rate=1e-4, warns=int(change is assign_parameter)
     )
+
+
+def put_in_another_policy(model):
+    policy = copy.deepcopy(model.policy)
+    for parameter in policy.parameters():
+        parameter.mul_(0.9)
+    model.policy = policy
+
+
+def lower_gamma(model):
+    model.gamma = 0.5
+
+
+@pytest.mark.parametrize("change", [put_in_another_policy, lower_gamma])
+def test_the_models_own_changes_count_from_the_next_step_on(change):
+    assert_compiled_follows_sb3(callback=changing(change, when=lambda n_calls: n_calls == 41))
 
 
 def test_values_are_left_to_the_end_until_a_change():
