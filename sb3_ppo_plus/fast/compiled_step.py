@@ -13,7 +13,7 @@ from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.flat_updates import UPDATES
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS, CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import layout_of
-from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
+from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
 from sb3_ppo_plus.torch_private import has_gradient_hooks
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup
@@ -33,11 +33,11 @@ class _GraphInputs(NamedTuple):
     static_key: Hashable
 
 
-class CompiledGradientStep(RecordedGradientStep):
+class CompiledGradientStep(ReplayedGradientStep):
     """Takes the steps in compiled graphs, one for each size of minibatch; to float32 rounding the same as eager.
 
     The first minibatch of all is stepped eagerly: it shows which parameters have a gradient. Where a graph cannot be
-    compiled, one warning says why and every step is that of :class:`RecordedGradientStep`.
+    compiled, one warning says why and every step is that of :class:`ReplayedGradientStep`.
 
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16, which is not compiled
