@@ -16,7 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.fast.decompositions import FUSED_OPERATIONS
 from sb3_ppo_plus.fast.policy_changes import hindrance
-from sb3_ppo_plus.fast.policy_functions import PolicyFunctions
+from sb3_ppo_plus.fast.policy_functions import PolicyFunctions, PolicyState
 from sb3_ppo_plus.fast.tracing import trace
 from sb3_ppo_plus.policies.rounding import may_round
 from sb3_ppo_plus.torch_private import inductor_code, inductor_mode, inductor_option_names
@@ -71,13 +71,19 @@ class GraphCache(PolicyFunctions[Graph]):
         self._options = options
         self._reporter = reporter
 
-    def _find_hindrance(self) -> str | None:
+    def _hindrance(self) -> str | None:
         return hindrance(self._policy)
 
-    def _drop_constants(self) -> None:
-        if self._functions:
-            self._give_up()
-            self._reporter.failed("what was compiled", "a tensor that is neither parameter nor buffer was replaced")
+    def _drop(self, state: PolicyState) -> None:
+        if self._functions and state.constants != self.state.constants:
+            self._give_up("a tensor that is neither parameter nor buffer was replaced", "what was compiled")
+        # A hook alone is no reason: the graphs fit again once it is gone
+        if state.python != self.state.python:
+            self._functions.clear()
+
+    def _give_up(self, reason: Exception | str, what: str = "a function") -> None:
+        super()._give_up(reason, what)
+        self._reporter.failed(what, reason)
 
     def get(
         self, key: Hashable, what: str, make_function: Callable[[], Callable[..., Any]], inputs: Sequence[th.Tensor]
@@ -89,8 +95,8 @@ class GraphCache(PolicyFunctions[Graph]):
         :param make_function: makes the function to compile, see :func:`compile_graph`
         :param inputs: the function's inputs
         """
-        if self.hindrance is not None:
-            self._reporter.failed(what, self.hindrance)
+        if self.state.hindrance is not None:
+            self._reporter.failed(what, self.state.hindrance)
         if not self.is_possible:
             return None
         if key not in self._functions:
@@ -102,16 +108,13 @@ class GraphCache(PolicyFunctions[Graph]):
     ) -> None:
         self._n_requests[key] += 1
         if self._n_requests[key] > MAX_COMPILATIONS:
-            self._give_up()
-            self._reporter.failed(what, "attributes or parts of the policy change again and again")
+            self._give_up("attributes or parts of the policy change again and again", what)
             return
         started = time.perf_counter()
-        error = self._make(key, lambda: compile_graph(make_function(), inputs, self._policy, self._options))
-        if error is not None:
-            self._reporter.failed(what, error)
-            return
-        self.n_compilations += 1
-        self._reporter.compiled(f"{what} ({len(inputs[0])} at once)", time.perf_counter() - started)
+        self._make(key, lambda: compile_graph(make_function(), inputs, self._policy, self._options), what)
+        if key in self._functions:
+            self.n_compilations += 1
+            self._reporter.compiled(f"{what} ({len(inputs[0])} at once)", time.perf_counter() - started)
 
 
 def inductor_options(compile: bool | dict[str, Any]) -> dict[str, Any]:

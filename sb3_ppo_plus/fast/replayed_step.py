@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch.func import functional_call
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
+from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replays import Replays
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_unflatten
-from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, PolicyEvaluation, stacked
+from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, stacked
 from sb3_ppo_plus.update.losses import LossCoefficients
 from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
@@ -108,7 +108,6 @@ class ReplayedGradientStep(GradientStep):
             for parameter, has in zip(self._parameters, self._flat.has_gradient, strict=True)
             if has
         ]
-        evaluation = PolicyEvaluation(self.policy, objective)
         has_entropy_term = objective.coefficients.ent_coef != 0.0
 
         def function(indices: th.Tensor, *inputs: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -116,9 +115,8 @@ class ReplayedGradientStep(GradientStep):
             if not has_entropy_term:
                 scalars = {**scalars, "ent_coef": 0.0}
             parameters = {name: tensors[name].detach().requires_grad_() for name in with_gradient}
-            places = {f"policy.{name}": tensor for name, tensor in (tensors | parameters).items()}
             batch = RolloutBatch(**rollout).select(indices)
-            evaluated = functional_call(evaluation, places, (batch,), tie_weights=False)
+            evaluated = call_with(tensors | parameters, evaluate_minibatch, self.policy, objective, batch)
             terms = objective.loss(batch, evaluated, LossCoefficients(**{"clip_range_vf": None, **scalars}))
             gradients = th.autograd.grad(terms.loss, [parameters[name] for name in with_gradient])
             return (stacked(terms), *gradients)

@@ -15,7 +15,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.fast.policy_changes import has_known_parts
-from sb3_ppo_plus.fast.policy_functions import PolicyFunctions
+from sb3_ppo_plus.fast.policy_functions import PolicyFunctions, PolicyState
 from sb3_ppo_plus.fast.tracing import trace
 from sb3_ppo_plus.torch_private import has_accumulation_hooks, has_gradient_hooks, script_of
 
@@ -93,17 +93,11 @@ class Replays(PolicyFunctions[_Replay]):
         """How many replays are in use."""
         return len(self._functions)
 
-    def _find_hindrance(self) -> str | None:
+    def _hindrance(self) -> str | None:
         return None if can_replay(self._policy) else "a replay would not do all that the policy does"
 
-    def refresh(self) -> None:
-        """Drop the replays if the policy is no longer what they were made from, or may not be replayed now."""
-        super().refresh()
-        if not self.is_possible:
-            self._drop()
-
-    def _drop(self) -> None:
-        super()._drop()
+    def _drop(self, state: PolicyState) -> None:
+        self._functions.clear()
         # A policy that changes again and again does not pay for a replay each time
         self._n_requests.clear()
 
@@ -121,18 +115,16 @@ class Replays(PolicyFunctions[_Replay]):
         :param make_function: makes a function of ``inputs`` for :func:`make_replay`
         :param eager: computes the results without a replay
         """
-        replay = self._functions.get(key)
+        replay = self._functions.get(key) or self._make_in_time(key, inputs, make_function)
         if replay is None:
-            replay = self._make_in_time(key, inputs, make_function)
-            if replay is None:
-                return eager()
+            return eager()
         if replay.n_checks < CHECKED_REPLAYS:
             return self._checked(replay, inputs, eager)
         try:
             return replay.run(*inputs)
-        except RuntimeError:
+        except RuntimeError as error:
             # Eager mode raises its own error, for example that probabilities are NaN
-            self._give_up()
+            self._give_up(error)
         return eager()
 
     def _make_in_time(
@@ -154,7 +146,7 @@ class Replays(PolicyFunctions[_Replay]):
         th.set_rng_state(before)
         replayed = replay.run(*inputs)
         if _bits(replayed) != _bits(expected) or not th.equal(th.get_rng_state(), after):
-            self._give_up()
+            self._give_up("a replay has other bits than eager mode")
             th.set_rng_state(after)
         return expected
 
