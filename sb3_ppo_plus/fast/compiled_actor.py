@@ -12,9 +12,9 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch.func import functional_call
 
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.fast.functional import call_with
 from sb3_ppo_plus.fast.graphs import CompilationReporter, Graph, GraphCache
 from sb3_ppo_plus.fast.policy_changes import (
     METHODS_OF_ACTING,
@@ -52,7 +52,6 @@ class CompiledActor(RolloutActor):
         self.policy: ActorCriticPlusPolicy = policy
         self._options, self._reporter = options, reporter
         self._graphs = GraphCache(policy, options, reporter)
-        self._evaluating = _Evaluating(policy)
         self._watch = PartsWatch(policy)
         self._kept_policy = policy
         self._state_of_kept: Hashable = None
@@ -91,19 +90,19 @@ class CompiledActor(RolloutActor):
         self._begun, self._kept = self._watch, {}
         if self._defers:
             self._kept = {name: tensor.clone() for name, tensor in zip(self._names, self._tensors, strict=True)}
-            if self._graphs.python_state != self._state_of_kept:
-                self._kept_policy, self._state_of_kept = structural_copy(self.policy), self._graphs.python_state
+            if self._graphs.state.python != self._state_of_kept:
+                self._kept_policy, self._state_of_kept = structural_copy(self.policy), self._graphs.state.python
 
     def _take_note(self) -> None:
-        self._acting = (_Acting if self.evaluates_later else _ActingAndEvaluating)(self.policy)
+        self._acting: Callable[..., Any] = _act if self.evaluates_later else _act_and_evaluate
         places = tensor_places(self.policy)
-        self._names = [f"policy.{name}" for name in places]
+        self._names = [*places]
         self._places = list(places.values())
         # Detached, so that no call needs to enter a no_grad
         self._tensors = [tensor.detach() for tensor in self._places]
         self._parameters = list(self.policy.parameters())
         self._graphs.refresh()
-        self._is_eager = self._graphs.hindrance is not None or not can_act_alone(self.policy)
+        self._is_eager = self._graphs.state.hindrance is not None or not can_act_alone(self.policy)
         self._graph: Graph | None = None
         self._layout: list[tuple[th.Size, th.dtype]] | None = None
         if self._watch.has_changed():
@@ -146,7 +145,7 @@ class CompiledActor(RolloutActor):
         self._n_later += self.evaluates_later
         if self._graph is None:
             with th.no_grad():
-                computed = self._acting(observations, context, noise)
+                computed = self._acting(self.policy, observations, context, noise)
         else:
             computed = self._graph(*leaves, *self._tensors)
         actions, values, log_probs = (*computed, None, None)[:3]
@@ -157,7 +156,7 @@ class CompiledActor(RolloutActor):
         buffer = self._buffer
         if self.evaluates_later and isinstance(buffer, PPOPlusRolloutBuffer) and buffer.narrows(observations):
             self.evaluates_later = False
-            self._acting = _ActingAndEvaluating(self.policy)
+            self._acting = _act_and_evaluate
 
     def terminal_value(self, observation: Any, index: int) -> th.Tensor | float | None:  # noqa: ANN401  # array or dict
         """Put the value off to the end of the rollout, unless it might be another one then."""
@@ -174,17 +173,17 @@ class CompiledActor(RolloutActor):
 
     def terminal_values(self, observations: list[Any]) -> np.ndarray:
         """Predict the values of timeouts, with the policy of that time."""
-        predict = partial(self._call_as_begun, _Predicting) if self._has_changed_amid else None
+        predict = partial(self._call_as_begun, _predict_values) if self._has_changed_amid else None
         return predict_values(self.policy, observations, predict)
 
     def end_rollout(self) -> None:
         """Let go of the copies of the policy's parameters."""
         self._kept = {}
 
-    def _call_as_begun(self, module_class: Callable[[ActorCriticPlusPolicy], th.nn.Module], *arguments: Any) -> Any:  # noqa: ANN401  # as the module returns
-        """Call what computes with the policy on the policy as it was when the rollout began."""
+    def _call_as_begun(self, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401  # as the function returns
+        """Call a function with the policy as it was when the rollout began."""
         with self._begun.code_as_before():
-            return functional_call(module_class(self._kept_policy), self._kept, arguments, tie_weights=False)
+            return call_with(self._kept, function, self._kept_policy, *arguments)
 
     @th.no_grad()
     def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
@@ -199,89 +198,72 @@ class CompiledActor(RolloutActor):
             batch = rollout.select(rows)
             arguments = (batch.observations, batch.context, batch.actions)
             if start == 0 and not self._has_changed_amid:
-                graph = self._find_graph("evaluating a rollout", self._evaluating, arguments)
+                graph = self._find_graph("evaluating a rollout", _evaluate, arguments)
             if graph is not None:
                 evaluation = graph(*tree_flatten(arguments)[0], *self._tensors)
             elif self._has_changed_amid:
-                evaluation = self._call_as_begun(_Evaluating, *arguments)
+                evaluation = self._call_as_begun(_evaluate, *arguments)
             else:
-                evaluation = self._evaluating(*arguments)
+                evaluation = _evaluate(self.policy, *arguments)
             values[rows], log_probs[rows] = evaluation
         return values, log_probs
 
     @th.no_grad()
-    def _find_graph(self, what: str, module: th.nn.Module, arguments: tuple[Any, ...]) -> Graph | None:
+    def _find_graph(self, what: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Graph | None:
         leaves, spec = tree_flatten(tree_map(th.Tensor.contiguous, arguments))
-        names = self._names
+        policy, names = self.policy, self._names
 
-        def function(*given: th.Tensor) -> tuple[th.Tensor, ...]:
+        def call(*given: th.Tensor) -> tuple[th.Tensor, ...]:
             tensors = dict(zip(names, given[len(leaves) :], strict=True))
-            called: tuple[th.Tensor, ...] = functional_call(
-                module, tensors, tuple(tree_unflatten(given[: len(leaves)], spec)), tie_weights=False
+            called: tuple[th.Tensor, ...] = call_with(
+                tensors, function, policy, *tree_unflatten(given[: len(leaves)], spec)
             )
             return called
 
         inputs = [*leaves, *self._tensors]
-        key = (type(module), spec, tuple(names), layout_of(inputs))
-        return self._graphs.get(key, what, lambda: function, inputs)
+        key = (function.__name__, spec, tuple(names), layout_of(inputs))
+        return self._graphs.get(key, what, lambda: call, inputs)
 
 
-class _Acting(th.nn.Module):
-    """The policy's choice of actions as a module's forward, which ``functional_call`` asks for."""
-
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(
-        self, observations: PyTorchObs, context: dict[str, Any], noise: list[th.Tensor]
-    ) -> tuple[th.Tensor, ...]:
-        return (self._stored(self._sample(self.policy.get_distribution(observations, **context), noise)),)
-
-    def _sample(self, distribution: Distribution, noise: list[th.Tensor]) -> th.Tensor:
-        if isinstance(distribution, StateDependentNoiseDistribution):
-            # Inputs of the graph, as they are drawn anew
-            distribution.exploration_mat, distribution.exploration_matrices = noise
-        return distribution.get_actions()
-
-    def _stored(self, actions: th.Tensor) -> th.Tensor:
-        return actions.reshape(-1, *(self.policy.action_space.shape or ()))
+def _act(
+    policy: ActorCriticPlusPolicy, observations: PyTorchObs, context: dict[str, Any], noise: list[th.Tensor]
+) -> tuple[th.Tensor, ...]:
+    """Choose actions."""
+    distribution = policy.get_distribution(observations, **context)
+    return (_stored(policy, _sample(distribution, noise)),)
 
 
-class _ActingAndEvaluating(_Acting):
-    """Actions with their values and log-probabilities, in the same form."""
-
-    def forward(
-        self, observations: PyTorchObs, context: dict[str, Any], noise: list[th.Tensor]
-    ) -> tuple[th.Tensor, ...]:
-        values, distribution = self.policy.value_and_distribution(observations, **context)
-        actions = self._sample(distribution, noise)
-        return self._stored(actions), values, distribution.log_prob(actions)
+def _act_and_evaluate(
+    policy: ActorCriticPlusPolicy, observations: PyTorchObs, context: dict[str, Any], noise: list[th.Tensor]
+) -> tuple[th.Tensor, ...]:
+    """Choose actions, and compute their values and log-probabilities."""
+    values, distribution = policy.value_and_distribution(observations, **context)
+    actions = _sample(distribution, noise)
+    return _stored(policy, actions), values, distribution.log_prob(actions)
 
 
-class _Evaluating(th.nn.Module):
-    """The policy's values and log-probabilities, in the same form."""
-
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__()
-        self.policy = policy
-
-    def forward(
-        self, observations: PyTorchObs, context: dict[str, th.Tensor], actions: th.Tensor
-    ) -> tuple[th.Tensor, th.Tensor]:
-        values, distribution = self.policy.value_and_distribution(observations, **context)
-        return values.flatten(), distribution.log_prob(actions)
+def _sample(distribution: Distribution, noise: list[th.Tensor]) -> th.Tensor:
+    if isinstance(distribution, StateDependentNoiseDistribution):
+        # Inputs of the graph, because new ones are drawn during a rollout
+        distribution.exploration_mat, distribution.exploration_matrices = noise
+    return distribution.get_actions()
 
 
-class _Predicting(th.nn.Module):
-    """The policy's values, in the same form."""
+def _stored(policy: ActorCriticPlusPolicy, actions: th.Tensor) -> th.Tensor:
+    return actions.reshape(-1, *(policy.action_space.shape or ()))
 
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__()
-        self.policy = policy
 
-    def forward(self, observations: PyTorchObs) -> th.Tensor:
-        return self.policy.predict_values(observations)
+def _evaluate(
+    policy: ActorCriticPlusPolicy, observations: PyTorchObs, context: dict[str, th.Tensor], actions: th.Tensor
+) -> tuple[th.Tensor, th.Tensor]:
+    """Compute the values and log-probabilities of given actions."""
+    values, distribution = policy.value_and_distribution(observations, **context)
+    return values.flatten(), distribution.log_prob(actions)
+
+
+def _predict_values(policy: ActorCriticPlusPolicy, observations: PyTorchObs) -> th.Tensor:
+    # The method is looked up at the call, when the classes have their former methods
+    return policy.predict_values(observations)
 
 
 def can_act_alone(policy: ActorCriticPolicy) -> TypeGuard[ActorCriticPlusPolicy]:

@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.flat_updates import UPDATES
+from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS, CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import layout_of
-from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
+from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
 from sb3_ppo_plus.torch_private import has_gradient_hooks
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup
-from sb3_ppo_plus.update.gradient_step import Objective, PolicyEvaluation
+from sb3_ppo_plus.update.gradient_step import Objective
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
 from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
@@ -33,11 +34,11 @@ class _GraphInputs(NamedTuple):
     static_key: Hashable
 
 
-class CompiledGradientStep(RecordedGradientStep):
+class CompiledGradientStep(ReplayedGradientStep):
     """Takes the steps in compiled graphs, one for each size of minibatch; to float32 rounding the same as eager.
 
     The first minibatch of all is stepped eagerly: it shows which parameters have a gradient. Where a graph cannot be
-    compiled, one warning says why and every step is that of :class:`RecordedGradientStep`.
+    compiled, one warning says why and every step is that of :class:`ReplayedGradientStep`.
 
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16, which is not compiled
@@ -181,7 +182,7 @@ class _StepFunction:
     """What is traced: the eager step, as a function of the tensors of :meth:`CompiledGradientStep._inputs`."""
 
     def __init__(self, policy: ActorCriticPolicy, objective: Objective, groups: list[FlatGroup]) -> None:
-        self._evaluation = PolicyEvaluation(policy, objective)
+        self._policy = policy
         self._objective = objective
         self._groups = groups
         self._places = {name: id(tensor) for name, tensor in tensor_places(policy).items()}
@@ -209,11 +210,8 @@ class _StepFunction:
                 for group, flat_tensor in zip(self._groups, flat, strict=True)
                 for parameter, view in zip(group.parameters, group.views(flat_tensor), strict=True)
             }
-            tensors = {
-                f"policy.{name}": views[place] if place in views else fixed[name]
-                for name, place in self._places.items()
-            }
-            evaluation = functional_call(self._evaluation, tensors, (batch,), tie_weights=False)
+            tensors = {name: views[place] if place in views else fixed[name] for name, place in self._places.items()}
+            evaluation = call_with(tensors, evaluate_minibatch, self._policy, objective, batch)
             terms = objective.loss(batch, evaluation, coefficients)
             return terms.loss, th.stack([term.detach() for term in terms])
 

@@ -14,8 +14,8 @@ from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
 from sb3_ppo_plus.fast.policy_changes import hindrance
-from sb3_ppo_plus.fast.replayed_actor import RecordedActor
-from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
+from sb3_ppo_plus.fast.replayed_actor import ReplayedActor
+from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor
 from sb3_ppo_plus.rollout.memory_actor import MemoryActor
@@ -36,7 +36,7 @@ class Execution:
         self.reporter = CompilationReporter(verbose)
         self.gradient_step: GradientStep | None = None
         self.compiled_actor: CompiledActor | None = None
-        self.replayed_actor: RecordedActor | None = None
+        self.replayed_actor: ReplayedActor | None = None
 
     def step_for(self, model: PlusModel) -> GradientStep:
         """Return what takes the gradient steps of a model.
@@ -51,7 +51,7 @@ class Execution:
             if is_compiled:
                 step = CompiledGradientStep(policy, self.grad_scaler, inductor_options(model.compile), self.reporter)
             else:
-                step = RecordedGradientStep(policy, self.grad_scaler)
+                step = ReplayedGradientStep(policy, self.grad_scaler)
             self.gradient_step = step
         return step
 
@@ -74,7 +74,7 @@ class Execution:
         if actor is not None:
             return actor
         if self.replayed_actor is None or self.replayed_actor.policy is not policy:
-            self.replayed_actor = RecordedActor(policy)
+            self.replayed_actor = ReplayedActor(policy)
         return self.replayed_actor
 
     def _compiled_actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> CompiledActor | None:

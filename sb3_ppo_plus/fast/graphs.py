@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.fast.decompositions import FUSED_OPERATIONS
-from sb3_ppo_plus.fast.policy_changes import constant_tensors, hindrance, python_state
+from sb3_ppo_plus.fast.policy_changes import hindrance
+from sb3_ppo_plus.fast.policy_functions import PolicyFunctions, PolicyState
 from sb3_ppo_plus.fast.tracing import trace
 from sb3_ppo_plus.policies.rounding import may_round
 from sb3_ppo_plus.torch_private import inductor_code, inductor_mode, inductor_option_names
@@ -56,92 +57,64 @@ class CompilationReporter:
         self._has_warned = True
 
 
-class GraphCache:
-    """The compiled graphs of one thing that a policy does, one for each key; none any more once one failed.
+class GraphCache(PolicyFunctions[Graph]):
+    """The compiled graphs of one thing that a policy does.
 
-    :param policy: what the graphs were traced from
-    :param options: TorchInductor's
-    :param reporter: told of what was compiled, or could not be
+    :param policy: the policy that the graphs are traced from
+    :param options: options of TorchInductor
+    :param reporter: told what was compiled, or why it could not be
     """
 
-    def __init__(self, policy: th.nn.Module, options: dict[str, Any], reporter: CompilationReporter) -> None:
+    def __init__(self, policy: ActorCriticPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
+        super().__init__(policy, options, reporter)
         self.n_compilations = 0
-        self._policy = policy
         self._options = options
         self._reporter = reporter
-        self._graphs: dict[Hashable, Graph] = {}
-        self._n_compilations_of: Counter[Hashable] = Counter()
-        self.python_state: Hashable = None
-        """Of the policy at the last refresh, see :func:`policy_changes.python_state`."""
-        self._constants: list[th.Tensor] = []
-        self.hindrance: str | None = None
-        """Why there are no graphs until the next refresh, see :func:`policy_changes.hindrance`; None: there may be."""
-        self.has_given_up = False
-        """Whether there will be no graphs any more."""
 
-    def __reduce__(self) -> tuple[type[GraphCache], tuple[Any, ...]]:
-        # Compiled code cannot be copied or pickled, but compiled again
-        return GraphCache, (self._policy, self._options, self._reporter)
+    def _hindrance(self) -> str | None:
+        return hindrance(self._policy)
 
-    def is_current(self) -> bool:
-        """Whether the policy is still what it was at the last refresh."""
-        return (
-            python_state(self._policy) == self.python_state
-            and self._has_constants(constant_tensors(self._policy))
-            and hindrance(self._policy) == self.hindrance
-        )
+    def _drop(self, state: PolicyState) -> None:
+        if self._functions and state.constants != self.state.constants:
+            self._give_up("a tensor that is neither parameter nor buffer was replaced", "what was compiled")
+        # A hook alone is no reason: the graphs fit again once it is gone
+        if state.python != self.state.python:
+            self._functions.clear()
 
-    def _has_constants(self, constants: list[th.Tensor]) -> bool:
-        return [*map(id, constants)] == [*map(id, self._constants)]
-
-    def refresh(self) -> None:
-        """Drop the graphs if the policy is no longer what they have compiled in."""
-        state, constants = python_state(self._policy), constant_tensors(self._policy)
-        if self._graphs and not self._has_constants(constants):
-            self._give_up("what was compiled", "a tensor that is neither parameter nor buffer was replaced")
-        if state != self.python_state:
-            self._graphs.clear()
-        self.python_state, self._constants = state, constants
-        self.hindrance = hindrance(self._policy)
-
-    def _give_up(self, what: str, reason: Exception | str) -> None:
-        self.has_given_up = True
-        self._graphs.clear()
+    def _give_up(self, reason: Exception | str, what: str = "a function") -> None:
+        super()._give_up(reason, what)
         self._reporter.failed(what, reason)
 
     def get(
         self, key: Hashable, what: str, make_function: Callable[[], Callable[..., Any]], inputs: Sequence[th.Tensor]
     ) -> Graph | None:
-        """Look up a graph, or compile it; None where that has failed, which the reporter was told.
+        """Look up a graph, or compile it; None: there can be none, and the reporter was told why.
 
-        :param key: everything that the graph has compiled in, besides the policy
-        :param what: what it does, for the reporter
+        :param key: everything that the graph holds as constants, besides the policy
+        :param what: what the graph does, for the reporter
         :param make_function: makes the function to compile, see :func:`compile_graph`
-        :param inputs: its inputs
+        :param inputs: the function's inputs
         """
-        if self.hindrance is not None:
-            self._reporter.failed(what, self.hindrance)
-        if self.has_given_up or self.hindrance is not None:
+        if self.state.hindrance is not None:
+            self._reporter.failed(what, self.state.hindrance)
+        if not self.is_possible:
             return None
-        if key not in self._graphs:
+        if key not in self._functions:
             self._compile(key, what, make_function, inputs)
-        return self._graphs.get(key)
+        return self._functions.get(key)
 
     def _compile(
         self, key: Hashable, what: str, make_function: Callable[[], Callable[..., Any]], inputs: Sequence[th.Tensor]
     ) -> None:
-        self._n_compilations_of[key] += 1
-        if self._n_compilations_of[key] > MAX_COMPILATIONS:
-            self._give_up(what, "attributes or parts of the policy change again and again")
+        self._n_requests[key] += 1
+        if self._n_requests[key] > MAX_COMPILATIONS:
+            self._give_up("attributes or parts of the policy change again and again", what)
             return
         started = time.perf_counter()
-        try:
-            self._graphs[key] = compile_graph(make_function(), inputs, self._policy, self._options)
-        except Exception as error:  # tracing and compilers raise all kinds
-            self._give_up(what, error)
-            return
-        self.n_compilations += 1
-        self._reporter.compiled(f"{what} ({len(inputs[0])} at once)", time.perf_counter() - started)
+        self._make(key, lambda: compile_graph(make_function(), inputs, self._policy, self._options), what)
+        if key in self._functions:
+            self.n_compilations += 1
+            self._reporter.compiled(f"{what} ({len(inputs[0])} at once)", time.perf_counter() - started)
 
 
 def inductor_options(compile: bool | dict[str, Any]) -> dict[str, Any]:

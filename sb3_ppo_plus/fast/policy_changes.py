@@ -158,9 +158,10 @@ def _is_foreign(value: object, kind: type) -> bool:
     return _is_code(value) and not isinstance(value, type | GetSetDescriptorType)
 
 
-def constant_tensors(policy: nn.Module) -> list[th.Tensor]:
-    """Tensors that a graph of the policy holds on to: attributes that are neither parameters nor buffers."""
-    return [value for part in policy.modules() for value in vars(part).values() if isinstance(value, th.Tensor)]
+def constant_tensors(policy: nn.Module) -> Hashable:
+    """Return the tensors that a graph of the policy holds as constants: attributes, no parameters, no buffers."""
+    tensors = [value for part in policy.modules() for value in vars(part).values() if isinstance(value, th.Tensor)]
+    return _frozen(tensors)
 
 
 def python_state(policy: nn.Module) -> Hashable:

@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.func import functional_call
 
 from sb3_ppo_plus.fast.policy_changes import layout_of
-from sb3_ppo_plus.fast.replays import Recordings
+from sb3_ppo_plus.fast.replays import Replays
 from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.policies.lean_distributions import LeanCategoricalDistribution, LeanDiagGaussianDistribution
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of
@@ -25,7 +25,7 @@ from sb3_ppo_plus.update.tensor_places import tensor_places
 MAX_CHANGES = 3
 
 
-class RecordedActor(RolloutActor):
+class ReplayedActor(RolloutActor):
     """Chooses the actions of :class:`RolloutActor`, from a recording where the policy consists of well-known parts.
 
     :param policy: the policy
@@ -33,7 +33,7 @@ class RecordedActor(RolloutActor):
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__(policy)
-        self.recordings = Recordings(policy)
+        self.replays = Replays(policy)
         self._names: list[str] = []
         self._tensors: list[th.Tensor] = []
         self._attributes: dict[Hashable, tuple[list[str], dict[str, Any]]] = {}
@@ -42,9 +42,9 @@ class RecordedActor(RolloutActor):
         self._n_changes = 0
         self._watch = PartsWatch(policy)
 
-    def __reduce__(self) -> tuple[type[RecordedActor], tuple[ActorCriticPolicy]]:
+    def __reduce__(self) -> tuple[type[ReplayedActor], tuple[ActorCriticPolicy]]:
         # What it holds belongs to one rollout and one process
-        return RecordedActor, (self.policy,)
+        return ReplayedActor, (self.policy,)
 
     def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Take note of whatever has changed since the last rollout."""
@@ -56,9 +56,9 @@ class RecordedActor(RolloutActor):
         # Not detached: whoever assigns a parameter's data in a callback changes the next step
         self._names, self._tensors = [*places], [*places.values()]
         self._layout = layout_of(self._tensors)
-        self.recordings.refresh()
+        self.replays.refresh()
         is_lean = isinstance(self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution))
-        self._is_replayed = is_lean and self.recordings.is_possible and self._n_changes <= MAX_CHANGES
+        self._is_replayed = is_lean and self.replays.is_possible and self._n_changes <= MAX_CHANGES
         if self._is_replayed and self._watch.has_changed():
             self._watch = PartsWatch(self.policy)
 
@@ -76,7 +76,7 @@ class RecordedActor(RolloutActor):
         leaves = [*leaves_of(observations), *context.values()]
         names = tuple(observations) if isinstance(observations, dict) else ()
         key = (names, *context, layout_of(leaves), self._layout)
-        actions, values, log_probs, total, *tensors = self.recordings.compute(
+        actions, values, log_probs, total, *tensors = self.replays.compute(
             key,
             [*leaves, *self._tensors],
             lambda: self._function(observations, context),

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch.func import functional_call
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
+from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.policy_changes import layout_of
-from sb3_ppo_plus.fast.replays import Recordings
+from sb3_ppo_plus.fast.replays import Replays
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_unflatten
-from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, PolicyEvaluation, stacked
+from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, stacked
 from sb3_ppo_plus.update.losses import LossCoefficients
 from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
@@ -27,7 +27,7 @@ class _Prepared(NamedTuple):
     key: Hashable
 
 
-class RecordedGradientStep(GradientStep):
+class ReplayedGradientStep(GradientStep):
     """Takes the steps of :class:`GradientStep`, from a recording where the policy consists of well-known parts.
 
     :param policy: the policy; its ``optimizer`` takes the steps
@@ -36,13 +36,13 @@ class RecordedGradientStep(GradientStep):
 
     def __init__(self, policy: ActorCriticPolicy, grad_scaler: th.amp.GradScaler) -> None:
         super().__init__(policy, grad_scaler)
-        self.recordings = Recordings(policy)
+        self.replays = Replays(policy)
         self._prepared: _Prepared | None = None
 
     def begin_update(self) -> None:
         """Take note of whatever has changed since the last update."""
         super().begin_update()
-        self.recordings.refresh()
+        self.replays.refresh()
 
     def end_update(self) -> None:
         """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
@@ -54,7 +54,7 @@ class RecordedGradientStep(GradientStep):
     ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
         indices = minibatch.indices
         # Padded sequences have other shapes; autocast keeps casts of parameters from call to call
-        is_recorded = self.recordings.is_possible and objective.amp_dtype is None
+        is_recorded = self.replays.is_possible and objective.amp_dtype is None
         if not is_recorded or self._flat is None or indices is None or indices.dim() != 1:
             return super()._differentiate(objective, minibatch)
         prepared = self._prepared
@@ -66,7 +66,7 @@ class RecordedGradientStep(GradientStep):
             return [metrics, *(gradient for gradient in gradients if gradient is not None)]
 
         computed = iter(
-            self.recordings.compute(
+            self.replays.compute(
                 (prepared.key, indices.shape, tuple(self._flat.has_gradient)),
                 [indices, *prepared.inputs],
                 lambda: self._function(objective, prepared.spec),
@@ -108,7 +108,6 @@ class RecordedGradientStep(GradientStep):
             for parameter, has in zip(self._parameters, self._flat.has_gradient, strict=True)
             if has
         ]
-        evaluation = PolicyEvaluation(self.policy, objective)
         has_entropy_term = objective.coefficients.ent_coef != 0.0
 
         def function(indices: th.Tensor, *inputs: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -116,9 +115,8 @@ class RecordedGradientStep(GradientStep):
             if not has_entropy_term:
                 scalars = {**scalars, "ent_coef": 0.0}
             parameters = {name: tensors[name].detach().requires_grad_() for name in with_gradient}
-            places = {f"policy.{name}": tensor for name, tensor in (tensors | parameters).items()}
             batch = RolloutBatch(**rollout).select(indices)
-            evaluated = functional_call(evaluation, places, (batch,), tie_weights=False)
+            evaluated = call_with(tensors | parameters, evaluate_minibatch, self.policy, objective, batch)
             terms = objective.loss(batch, evaluated, LossCoefficients(**{"clip_range_vf": None, **scalars}))
             gradients = th.autograd.grad(terms.loss, [parameters[name] for name in with_gradient])
             return (stacked(terms), *gradients)

@@ -10,7 +10,7 @@ import numpy as np
 from stable_baselines3 import PPO
 from states import assert_same_training
 
-from differential.training import Configuration, Run, recorded_early
+from differential.training import Configuration, Run, replayed_early
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.fast import graphs
 
@@ -63,7 +63,7 @@ def _difference(
     expected: Run, configuration: Configuration, arguments: dict[str, Any], check: Callable[[Run, Run], str | None]
 ) -> str | None:
     try:
-        with recorded_early(configuration):
+        with replayed_early(configuration):
             actual = Run(copy.deepcopy(configuration), PPOPlus, **arguments)
     except Exception:  # whatever it is, SB3 trained without
         return traceback.format_exc(limit=-3)

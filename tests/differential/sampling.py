@@ -45,7 +45,7 @@ class _Sampler:
         self._choose(0.6, "n_envs", [2, 3])
         self._choose(0.3, "max_steps", [1, 2, 3, 1000])
         self._choose(0.3, "p_terminate", [0.0, 0.4])
-        self._choose(0.8, "record_after", [0, 1, 2, 5])
+        self._choose(0.8, "replay_after", [0, 1, 2, 5])
         if self.observations in ("image", "channel first"):
             self._choose(0.7, "cnn", [True])
         settings, policy_kwargs = self._settings(), self._policy_kwargs()

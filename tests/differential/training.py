@@ -170,11 +170,11 @@ def settings_of(configuration: Configuration) -> dict[str, Any]:
 
 
 @contextmanager
-def recorded_early(configuration: Configuration) -> Iterator[None]:
+def replayed_early(configuration: Configuration) -> Iterator[None]:
     """Have minibatches and steps replayed after so few of them as the configuration says."""
-    before = replays.RECORD_AFTER
-    replays.RECORD_AFTER = configuration.get("record_after", 3)
+    before = replays.REPLAY_AFTER
+    replays.REPLAY_AFTER = configuration.get("replay_after", 3)
     try:
         yield
     finally:
-        replays.RECORD_AFTER = before
+        replays.REPLAY_AFTER = before

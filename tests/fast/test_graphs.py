@@ -41,9 +41,9 @@ def test_who_does_not_compile_does_not_load_inductor() -> None:
 import sys
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.fast import replays
-replays.RECORD_AFTER = 2
+replays.REPLAY_AFTER = 2
 model = PPOPlus("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128)
-assert model._execution.gradient_step.recordings.n_recordings == 1
+assert model._execution.gradient_step.replays.n_replays == 1
 assert "torch._inductor.compile_fx" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -18,7 +18,7 @@ from sb3_ppo_plus.fast import replays
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS
 from sb3_ppo_plus.fast.policy_changes import hindrance
-from sb3_ppo_plus.fast.replayed_actor import RecordedActor
+from sb3_ppo_plus.fast.replayed_actor import ReplayedActor
 from sb3_ppo_plus.fast.tracing import trace
 
 pytestmark = [
@@ -413,7 +413,7 @@ def test_a_first_minibatch_that_is_not_finite_keeps_nothing_from_being_compiled(
 
 
 def test_a_policy_that_changes_again_and_again_is_replayed_after_one_warning(monkeypatch):
-    monkeypatch.setattr(replays, "RECORD_AFTER", 5)
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 5)
 
     class CountSteps(BaseCallback):
         def _on_step(self):
@@ -426,8 +426,8 @@ def test_a_policy_that_changes_again_and_again_is_replayed_after_one_warning(mon
     model = assert_compiled_follows_sb3(MAX_COMPILATIONS + 3, callback=CountSteps, warns=1)
     assert model._execution.gradient_step.n_compilations == MAX_COMPILATIONS
     assert isinstance(model._execution.gradient_step, CompiledGradientStep)
-    assert model._execution.gradient_step.recordings.n_recordings == 1
-    assert isinstance(model._execution.actor_for(model, model.rollout_buffer), RecordedActor)
+    assert model._execution.gradient_step.replays.n_replays == 1
+    assert isinstance(model._execution.actor_for(model, model.rollout_buffer), ReplayedActor)
 
 
 def test_settings_of_the_distribution_reach_the_graphs():
