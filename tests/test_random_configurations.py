@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.fast import compiled_step, replays
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor
-from sb3_ppo_plus.fast.policy_changes import PartsWatch
+from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.rollout.values import RolloutValues
 from sb3_ppo_plus.update import losses
 from sb3_ppo_plus.update.flat_parameters import FlatParameters

@@ -1,7 +1,7 @@
 """Functions of tensors, traced once and compiled by TorchInductor.
 
-Traced rather than given to ``torch.compile``: what a policy computes in Python is recorded whatever it is, nothing is
-guarded at each call, and there is nothing to recompile. A graph holds for the shapes that it was traced with.
+They are traced, not given to ``torch.compile``. So a policy may run any Python code, no call checks guards, and nothing
+is compiled again by surprise. A graph is valid for the shapes with which it was traced.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from sb3_ppo_plus.fast.tracing import trace
 from sb3_ppo_plus.policies.rounding import may_round
 from sb3_ppo_plus.torch_private import inductor_code, inductor_mode, inductor_option_names
 
-# Random operations of the graph are PyTorch's own: the numbers of eager mode, from the same generator
+# The graph's random operations are PyTorch's own, so that they draw the numbers of eager mode
 DEFAULT_OPTIONS: dict[str, Any] = {"fallback_random": True}
 
-# Each takes seconds: whoever changes the policy again and again is better off without
+# A compilation takes seconds. A policy that changes more often than this runs faster eagerly
 MAX_COMPILATIONS = 3
 
 Graph = Callable[..., Any]
 
 
 class CompilationReporter:
-    """Prints compilations where ``verbose``, and warns of the first that failed.
+    """Prints a line for each compilation, and warns at the first failure.
 
-    :param verbose: 0 for silence about success
+    :param verbose: 0: print nothing
     """
 
     def __init__(self, verbose: int) -> None:
@@ -42,13 +42,21 @@ class CompilationReporter:
         self._has_warned = False
 
     def compiled(self, what: str, seconds: float) -> None:
-        """Count the seconds, and print a line."""
+        """Count the seconds, and print a line.
+
+        :param what: what the graph does
+        :param seconds: how long its compilation took
+        """
         self.seconds += seconds
         if self.verbose >= 1:
             print(f"Compiled {what} in {seconds:.1f} s")
 
     def failed(self, what: str, reason: Exception | str) -> None:
-        """Warn, once."""
+        """Warn that something runs eagerly. Only the first call warns.
+
+        :param what: what runs eagerly
+        :param reason: why, or the error of the compilation
+        """
         if not self._has_warned:
             if isinstance(reason, Exception):
                 first_line = (str(reason).strip().splitlines() or [""])[0]
@@ -120,7 +128,7 @@ class GraphCache(PolicyFunctions[Graph]):
 def inductor_options(compile: bool | dict[str, Any]) -> dict[str, Any]:
     """Translate the ``compile`` argument into TorchInductor's options.
 
-    :param compile: True or False; TorchInductor's options; or ``mode`` and ``options``, as ``torch.compile`` takes them
+    :param compile: True, False, TorchInductor's options, or a dict of ``mode`` and ``options`` as for ``torch.compile``
     :raises TypeError: for anything else
     :raises ValueError: for an option that TorchInductor does not have
     """
@@ -149,24 +157,24 @@ def compile_graph(
 
     :param function: takes tensors, returns a tensor or tuple of tensors, and may change inputs in place
     :param inputs: examples; their values do not matter
-    :param module: what the function calls; left as it was
-    :param options: TorchInductor's, as in the ``options`` of ``torch.compile``
+    :param module: the module that the function calls; it is not changed
+    :param options: options of TorchInductor, as in the argument ``options`` of ``torch.compile``
     :return: the compiled function
-    :raises RuntimeError: where the module keeps a state in Python, which a graph would not follow
-    :raises Exception: whatever else tracing or the compiler raises, of many kinds
+    :raises RuntimeError: if the module keeps a state in Python, which a graph would not follow
+    :raises Exception: errors of many kinds, from tracing or the compiler
     """
     examples = [tensor.detach() for tensor in inputs]
     with may_round():
         graph, again = (trace(function, examples, module, FUSED_OPERATIONS) for _ in range(2))
     if graph.code != again.code:
-        raise RuntimeError("it computes something else at each call")
+        raise RuntimeError("each call computes something else")
     return _generate_code(graph, {**DEFAULT_OPTIONS, **(options or {})})
 
 
 def _generate_code(graph: th.fx.GraphModule, options: dict[str, Any]) -> Graph:
-    # Those of the trace: with real ones, there are no sizes that the cache on the disk asks for
+    # TorchInductor's cache on the disk needs the sizes of the trace's fake tensors
     placeholders = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
     code = inductor_code(graph, placeholders, options)
-    # Tensors that the traced code holds, which come first
+    # The tensors that the traced code holds are its first inputs
     constants = [*graph.parameters(), *graph.buffers()]
     return lambda *inputs: code([*constants, *inputs])

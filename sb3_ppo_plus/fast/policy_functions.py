@@ -76,7 +76,7 @@ class PolicyFunctions(ABC, Generic[Function]):
     def _make(self, key: Hashable, make: Callable[[], Function], what: str = "a function") -> None:
         try:
             self._functions[key] = make()
-        except Exception as error:  # tracing and compilers raise all kinds, TorchScript for a convolution's gradient
+        except Exception as error:  # tracing and compilers raise errors of all kinds
             self._give_up(error, what)
 
     def _give_up(self, reason: Exception | str, what: str = "a function") -> None:

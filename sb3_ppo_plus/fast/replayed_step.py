@@ -1,4 +1,4 @@
-"""The gradient step of eager mode, its loss and gradients replayed from a recording: bit for bit the same."""
+"""The gradient step of eager mode, with a replay of its loss and gradients, bit for bit."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
 
 class _Prepared(NamedTuple):
-    """What stays the same for the minibatches of one update."""
+    """What all minibatches of one update share.
+
+    :param rollout: the rollout that the minibatches come from
+    :param inputs: the replay's inputs except the indices
+    :param spec: puts the inputs together again
+    :param key: everything that the replay holds as constants, besides the policy
+    """
 
     rollout: RolloutBatch
     inputs: list[th.Tensor]
@@ -28,7 +34,7 @@ class _Prepared(NamedTuple):
 
 
 class ReplayedGradientStep(GradientStep):
-    """Takes the steps of :class:`GradientStep`, from a recording where the policy consists of well-known parts.
+    """Takes the steps of :class:`GradientStep`, by replays if :func:`can_replay` allows them.
 
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16
@@ -40,12 +46,12 @@ class ReplayedGradientStep(GradientStep):
         self._prepared: _Prepared | None = None
 
     def begin_update(self) -> None:
-        """Take note of whatever has changed since the last update."""
+        """Notice what has changed since the last update."""
         super().begin_update()
         self.replays.refresh()
 
     def end_update(self) -> None:
-        """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
+        """Leave the policy and its optimiser as their own steps would have left them, and release the rollout."""
         super().end_update()
         self._prepared = None
 
@@ -53,9 +59,9 @@ class ReplayedGradientStep(GradientStep):
         self, objective: Objective, minibatch: Minibatch
     ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
         indices = minibatch.indices
-        # Padded sequences have other shapes; autocast keeps casts of parameters from call to call
-        is_recorded = self.replays.is_possible and objective.amp_dtype is None
-        if not is_recorded or self._flat is None or indices is None or indices.dim() != 1:
+        # Padded sequences have other shapes, and autocast keeps casts of parameters from call to call
+        is_replayed = self.replays.is_possible and objective.amp_dtype is None
+        if not is_replayed or self._flat is None or indices is None or indices.dim() != 1:
             return super()._differentiate(objective, minibatch)
         prepared = self._prepared
         if prepared is None or prepared.rollout is not minibatch.rollout:
@@ -77,13 +83,13 @@ class ReplayedGradientStep(GradientStep):
 
     def _prepare(self, objective: Objective, rollout: RolloutBatch) -> _Prepared:
         coefficients = objective.coefficients
-        # Double, as Python's numbers, so that 1 - clip_range is rounded once
+        # Python's numbers are float64. In float32, 1 - clip_range would be rounded twice
         ranges = {
             name: th.tensor(value, dtype=th.float64)
             for name, value in (("clip_range", coefficients.clip_range), ("clip_range_vf", coefficients.clip_range_vf))
             if value is not None
         }
-        # Of the loss's own type, which they are not to change
+        # In the loss's own dtype, because a float64 factor would change it
         factors = {
             name: th.tensor(value, dtype=th.float32)
             for name, value in (("ent_coef", coefficients.ent_coef), ("vf_coef", coefficients.vf_coef))
@@ -100,7 +106,7 @@ class ReplayedGradientStep(GradientStep):
         return _Prepared(rollout, inputs, spec, key)
 
     def _function(self, objective: Objective, spec: TreeSpec) -> Callable[..., tuple[th.Tensor, ...]]:
-        """Return what is recorded: :meth:`GradientStep._differentiate` as a function of tensors."""
+        """Return :meth:`GradientStep._differentiate` as a function of tensors, which is then replayed."""
         assert self._flat is not None
         places = {id(tensor): name for name, tensor in tensor_places(self.policy).items()}
         with_gradient = [

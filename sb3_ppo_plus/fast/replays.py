@@ -1,8 +1,8 @@
-"""What a policy computes, recorded once and then replayed: the same operations without Python and autograd around them.
+"""Replays: the operations of a policy's computation, done again without Python and autograd around them.
 
-Two thirds of the time of small networks is spent on what surrounds the operations. A replay does the very operations of
-eager mode, in their order, so that every bit is the same; this is checked on its first results, too. Only what consists
-of well-known parts is recorded, since a replay would pass by hooks and code that does something else at each call.
+Small networks spend two thirds of their time on what surrounds the operations. A replay does the operations of eager
+mode in their order, so that every bit is equal. Its first results are compared with eager ones. Only policies of known
+parts are replayed, because a replay runs no hooks, and no Python code that may do something else at each call.
 """
 
 from __future__ import annotations
@@ -19,16 +19,19 @@ from sb3_ppo_plus.fast.policy_functions import PolicyFunctions, PolicyState
 from sb3_ppo_plus.fast.tracing import trace
 from sb3_ppo_plus.torch_private import has_accumulation_hooks, has_gradient_hooks, script_of
 
-# A recording takes as long as some hundred minibatches or steps; before so many of them it may not pay
+# Making a replay takes as long as some hundred minibatches or steps. Shorter trainings are faster without
 REPLAY_AFTER = 300
-# PyTorch optimises a graph after its first runs
+# The first replays are checked. Not only the very first, because PyTorch optimises a graph after its first runs
 CHECKED_REPLAYS = 4
 
 Replay = Callable[..., tuple[th.Tensor, ...]]
 
 
 def can_replay(policy: ActorCriticPolicy) -> bool:
-    """Whether a replay does all that the policy does: known parts on the CPU, as they are, without hooks."""
+    """Whether a replay does all that the policy does: it has known, unchanged parts on the CPU and no hooks.
+
+    :param policy: the policy
+    """
     return (
         has_known_parts(policy)
         and policy.device.type == "cpu"
@@ -36,23 +39,23 @@ def can_replay(policy: ActorCriticPolicy) -> bool:
         and not has_accumulation_hooks(policy.parameters())
         and not th.is_autocast_enabled("cpu")
         and not th.is_anomaly_enabled()
-        # BLAS is called in another way for others, and rounds differently
+        # For other layouts BLAS is called in another way, and rounds differently
         and all(parameter.is_contiguous() for parameter in policy.parameters())
     )
 
 
 def make_replay(function: Callable[..., Any], inputs: Sequence[th.Tensor], policy: ActorCriticPolicy) -> Replay:
-    """Record what a function does with inputs of these shapes and dtypes.
+    """Make a replay of a function for inputs of these shapes and dtypes.
 
-    :param function: takes tensors that need no gradient, returns a tuple of such
+    :param function: takes and returns tensors that need no gradient; it returns a tuple
     :param inputs: examples; their values do not matter
-    :param policy: what the function calls; left as it was
+    :param policy: the policy that the function calls; it is not changed
     :return: the replay, for inputs that need no gradient
-    :raises Exception: whatever tracing raises, of many kinds
+    :raises Exception: errors of many kinds, from tracing
     """
     graph = trace(function, inputs, policy)
     for node in graph.graph.find_nodes(op="call_function", target=th.ops.aten.detach.default):
-        # Without autograd there is nothing to detach from
+        # A replay has no autograd from which a tensor could be detached
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
     _keep_linear_layers_whole(graph.graph)
@@ -65,10 +68,10 @@ def make_replay(function: Callable[..., Any], inputs: Sequence[th.Tensor], polic
 
 
 def _keep_linear_layers_whole(graph: th.fx.Graph) -> None:
-    """Write each linear layer as one operation that TorchScript leaves as it is.
+    """Write each linear layer as one operation that TorchScript does not split.
 
-    It splits addmm into a product and a sum. With one input feature this rounds twice where eager mode rounds once. The
-    checks would not see it in the first rollout, as biases begin at 0.
+    TorchScript splits addmm into a product and a sum. With one input feature this rounds twice, but eager mode rounds
+    once. The checks of the first replays may not find it, because biases begin at 0.
     """
     for node in graph.find_nodes(op="call_function", target=th.ops.aten.addmm.default):
         bias, inputs, transposed = node.args

@@ -19,7 +19,7 @@ class MemoryActor(RolloutActor):
     """Acts with a policy's memory, whose states it carries from step to step.
 
     :param policy: a policy with a memory
-    :param states: the states after the last rollout. If None, or for another number of envs: the initial states
+    :param states: the states after the last rollout. If they are None or do not fit, it begins with initial states
     :param n_envs: number of environments
     """
 
@@ -35,7 +35,7 @@ class MemoryActor(RolloutActor):
     def act(
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
-        """Choose actions, and keep the states after the step; parameters as in :meth:`RolloutActor.act`."""
+        """Choose actions, and keep the states after the step; see :meth:`RolloutActor.act`."""
         whole_context: dict[str, Any] = {**context, **self._context(episode_starts)}
         actions, values, log_probs, states = self.policy.forward_step(observations, **whole_context)
         assert states is not None
@@ -44,12 +44,12 @@ class MemoryActor(RolloutActor):
 
     @th.no_grad()
     def last_values(self, observations: PyTorchObs, episode_starts: np.ndarray) -> th.Tensor:
-        """Predict the values after the last step; parameters as in :meth:`RolloutActor.last_values`."""
+        """Predict the values after the last step; see :meth:`RolloutActor.last_values`."""
         return self.policy.predict_values(observations, **self._context(episode_starts))
 
     @th.no_grad()
     def terminal_value(self, observation: Any, index: int) -> float:  # noqa: ANN401  # array or dict
-        """Predict the value from the states before their reset, see :meth:`RolloutActor.terminal_value`."""
+        """Predict the value with the states of the ended episode, see :meth:`RolloutActor.terminal_value`."""
         tensor, _ = self.policy.obs_to_tensor(observation)
         states = tree_map(lambda part: part[:, index : index + 1], self.states)
         return self.policy.predict_values(tensor, states).item()

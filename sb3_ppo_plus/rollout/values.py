@@ -47,7 +47,7 @@ class RolloutValues:
 
         :param rewards: rewards of the step, shape (n_envs,); changed in place
         :param dones: which episodes ended with the step, shape (n_envs,)
-        :param infos: infos of the step
+        :param infos: the infos that the envs returned for the step
         :param step: index of the step in the rollout
         :param gamma: discount factor, which a callback may change during the rollout
         :raises NonFiniteError: for a terminal observation that is not finite
