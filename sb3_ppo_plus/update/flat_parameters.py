@@ -279,7 +279,6 @@ class FlatParameters:
         }
         self._gradients = [views[id(parameter)] for parameter in parameters if id(parameter) in views]
         self._is_borrowed = False
-        self._param_groups: list[dict[str, Any]] = []
         self._n_groups = 0
         self.has_stepped = False
         """Whether a step was taken since :meth:`borrow`."""
@@ -330,7 +329,7 @@ class FlatParameters:
     def borrow(self) -> None:
         """Let parameters and state be parts of the flat tensors, see :meth:`FlatGroup.borrow`."""
         self.has_stepped = False
-        self._param_groups, self._n_groups = self._optimizer.param_groups, len(self._optimizer.param_groups)
+        self._n_groups = len(self._optimizer.param_groups)
         for group in self.groups:
             group.fill()
         self._is_borrowed = True
@@ -352,8 +351,7 @@ class FlatParameters:
         """
         return (
             optimizer is not self._optimizer
-            or optimizer.param_groups is not self._param_groups
-            or len(self._param_groups) != self._n_groups
+            or len(optimizer.param_groups) != self._n_groups
             or any(group.was_touched() for group in self.groups)
         )
 
