@@ -13,12 +13,7 @@ from differential.training import SETTINGS, Configuration
 RARE_OBSERVATIONS = ("image", "channel first", "dict with image")
 MLP_BOXES = ("box", "float64", "int64", "uint8", "one number", "matrix", "unbounded")
 # Changes that PPOPlus is known not to follow as yet, each with when it does not. Empty is as it should be
-KNOWN_DEFECTS: dict[str, tuple[str, ...]] = {
-    "wrap a method of the distribution": ANYTIME,
-    "patch a class": ANYTIME,
-    "hook all modules": (STEP,),
-    "set attributes of modules": (STEP,),
-}
+KNOWN_DEFECTS: dict[str, tuple[str, ...]] = {}
 
 
 def sample(seed: int, compiled: bool = False) -> Configuration:
