@@ -10,10 +10,13 @@ import pytest
 import torch as th
 from torch.distributions import Distribution
 
-from sb3_ppo_plus.fast import graphs
+from sb3_ppo_plus.fast import graphs, replays
 
 # Their asserts say what they compared, as those of tests do
-pytest.register_assert_rewrite("differential.comparing", "environments", "models", "states")
+pytest.register_assert_rewrite(
+    *("differential.comparing", "environments", "models", "states", "trained_alike"),
+    *("altered_files", "changed_training", "interrupted_runs"),
+)
 
 th.set_num_threads(1)
 
@@ -30,6 +33,7 @@ QUICK = (
     "test_logging.py",
     "test_ppo_plus.py",
     "test_sb3_equality.py",
+    "test_sb3_equality_over_time.py",
     "test_schedules.py",
     "update",
 )
@@ -60,3 +64,9 @@ def graphs_without_code(monkeypatch):
     TorchInductor takes seconds for each.
     """
     monkeypatch.setattr(graphs, "_generate_code", lambda graph, options: graph)
+
+
+@pytest.fixture
+def replayed_after_a_while(monkeypatch):
+    """Make the first minibatches and steps eager, and replay the others if they can be recorded."""
+    monkeypatch.setattr(replays, "RECORD_AFTER", 3)
