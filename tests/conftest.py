@@ -8,6 +8,7 @@ os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
 
 import pytest
 import torch as th
+from hypothesis import HealthCheck, settings
 from torch.distributions import Distribution
 
 from sb3_ppo_plus.fast import graphs, replays
@@ -19,6 +20,10 @@ pytest.register_assert_rewrite(
 )
 
 th.set_num_threads(1)
+
+# A loaded machine takes longer
+settings.register_profile("without_clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("without_clock")
 
 TESTS = Path(__file__).resolve().parent
 # Files and folders whose tests are marked "quick" (make quick). They test the core: the bits of SB3, the losses, the

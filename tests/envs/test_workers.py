@@ -1,6 +1,5 @@
 import os
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -9,8 +8,15 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 
 from sb3_ppo_plus import DeadWorkerError, PPOPlus, TrainingCheckpoint
+from sb3_ppo_plus.envs import workers
 
 SETTINGS = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def a_needless_wait_never_ends(monkeypatch):
+    """Wait for the end of a process as long as a loaded machine needs. Whoever waits for a living one hangs."""
+    monkeypatch.setattr(workers, "MAX_WAIT", 100_000)
 
 
 class DyingEnv(ToyEnv):
@@ -51,11 +57,9 @@ def envs(how, index=0, start_method="fork"):
 )
 def test_a_dead_worker_is_named_with_how_it_ended(how, said, capfd):
     model = PPOPlus("MlpPolicy", VecNormalize(envs(how)), **SETTINGS)
-    started = time.perf_counter()
     with pytest.raises(DeadWorkerError, match=said) as caught:
         model.learn(96)
     assert isinstance(caught.value.__cause__, EOFError | ConnectionError)
-    assert time.perf_counter() - started < 4
     if how == "raise":
         assert "OverflowError: the simulator burst" in capfd.readouterr().err
 
@@ -94,7 +98,8 @@ class Raises(BaseCallback):
         raise EOFError("another file's end")
 
 
-def test_an_end_of_file_from_elsewhere_stays_an_eof_error():
+def test_an_end_of_file_from_elsewhere_stays_an_eof_error(monkeypatch):
+    monkeypatch.setattr(workers, "MAX_WAIT", 0.01)
     env = SubprocVecEnv([ToyEnv], "fork")
     with pytest.raises(EOFError, match="another file's end"):
         PPOPlus("MlpPolicy", env, **SETTINGS).learn(16, Raises())

@@ -12,7 +12,7 @@ from interrupted_runs import learned, make_envs, make_model
 from resume_cases import CASES, INTERRUPTED_AFTER, N_STEPS, in_a_fork
 from states import assert_same_bits, state_of
 
-from sb3_ppo_plus import PPOPlus, TrainingCheckpoint, latest_checkpoint
+from sb3_ppo_plus import PPOPlus, TrainingCheckpoint
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +43,41 @@ def test_a_run_that_is_killed_and_resumed_in_another_process_equals_one_without_
     assert_same_bits(resumed, {**whole, "logs": [*rest, whole["logs"][-1]]})
 
 
-def test_a_run_that_is_killed_at_any_moment_resumes_to_the_end_of_a_whole_run(tmp_path):
-    expected = learned(200)
-    for index in range(8):
-        save_path = tmp_path / str(index)
+class OperationsOnFiles:
+    """Counts what this process does with files in a folder, and may kill it. For forks: the hook stays for good.
 
-        def learn(save_path=save_path, index=index):
-            signal.setitimer(signal.ITIMER_REAL, 0.05 + 0.05 * index)
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            make_model().learn(200, TrainingCheckpoint(1, save_path, keep_last=1))
+    :param folder: what is done elsewhere does not count
+    :param last: index of the operation before which the process dies
+    """
 
-        in_a_fork(learn)
-        if latest_checkpoint(save_path) is None:
-            continue
+    def __init__(self, folder, last=None):
+        self.folder, self.last, self.n_done = str(folder), last, 0
+        sys.addaudithook(self)
+
+    def __call__(self, event, arguments):
+        if event.startswith(("open", "os.")) and arguments and self.folder in str(arguments[0]):
+            if self.n_done == self.last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.n_done += 1
+
+
+def test_a_run_that_is_killed_at_any_operation_on_files_resumes_to_the_end_of_a_whole_run(tmp_path):
+    def learn_in_a_fork(save_path, last=None):
+        def learn():
+            operations = OperationsOnFiles(save_path, last)
+            make_model().learn(48, TrainingCheckpoint(1, save_path, keep_last=1))
+            (tmp_path / "count").write_text(str(operations.n_done))
+
+        return in_a_fork(learn)
+
+    assert learn_in_a_fork(tmp_path / "whole") == 0
+    n_operations = int((tmp_path / "count").read_text())
+    assert n_operations >= 3 * 8
+    expected = learned(48)
+    # While the second of three checkpoints is written and the first is removed
+    for last in range(n_operations // 3, 2 * n_operations // 3 + 1):
+        save_path = tmp_path / str(last)
+        assert learn_in_a_fork(save_path, last) == -signal.SIGKILL
         model = PPOPlus.resume(save_path, make_envs(), device="cpu")
         model.continue_learning()
         assert_same_bits(state_of(model), expected)

@@ -25,10 +25,11 @@ def load(content):
 
 
 def refused(content, match=None):
-    started = time.perf_counter()
+    # Of this process: a loaded machine does not prolong it
+    started = time.process_time()
     with pytest.raises(UntrustedFileError, match=match):
         load(content)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def described(members, change):
