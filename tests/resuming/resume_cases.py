@@ -1,6 +1,6 @@
 """Training runs that SIGKILL interrupts and that another process resumes. Each case runs in its own processes.
 
-``python resume_cases.py interrupt|resume FOLDER`` leaves the results in FOLDER. test_checkpoint.py compares them.
+``python resume_cases.py interrupt|resume FOLDER`` leaves the results in FOLDER. test_kills.py compares them.
 """
 
 import os
@@ -258,6 +258,8 @@ def run_resumed(name: str, folder: Path) -> None:
 
 
 def main(command: str, folder: Path) -> None:
+    # PyTorch imports much when the first optimiser is made: here once, rather than in each fork
+    CASES["mlp"].make_model()
     for name in CASES:
         if command == "resume":
             assert in_a_fork(lambda name=name: run_resumed(name, folder)) == 0, name
