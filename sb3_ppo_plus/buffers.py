@@ -287,6 +287,16 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         in_order = array.swapaxes(0, 1) if self.generator_ready else array
         return in_order.reshape(-1, *array.shape[2:])
 
+    def narrows(self, observations: PyTorchObs) -> bool:
+        """Whether the buffer's arrays cannot hold these observations, so that what it returns differs from them.
+
+        They have the observation space's dtype: of the floats that VecNormalize makes of uint8 observations, for one,
+        the fractions are lost, with SB3 too. float32 is enough for all, since the policy computes in it.
+
+        :param observations: as the policy is given them
+        """
+        return _narrows(self.observations, observations)
+
     def _store_observations(self, obs: Any) -> None:  # noqa: ANN401  # array or dict, as the subclass knows
         self.observations[self.pos] = obs.reshape(self.observations.shape[1:])
 
@@ -297,12 +307,21 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
 class PPOPlusDictRolloutBuffer(PPOPlusRolloutBuffer, DictRolloutBuffer):
     """The same for Dict observations, on SB3's ``DictRolloutBuffer``."""
 
+    def narrows(self, observations: Any) -> bool:  # noqa: ANN401  # a dict here
+        """See :meth:`PPOPlusRolloutBuffer.narrows`."""
+        return any(_narrows(stored, observations[key]) for key, stored in self.observations.items())
+
     def _store_observations(self, obs: Any) -> None:  # noqa: ANN401  # array or dict, as the subclass knows
         for key, stored in self.observations.items():
             stored[self.pos] = obs[key].reshape(stored.shape[1:])
 
     def _observation_tensors(self) -> PyTorchObs:
         return {key: self.to_torch(self._flat(obs), copy=False) for key, obs in self.observations.items()}
+
+
+def _narrows(stored: np.ndarray, given: Any) -> bool:  # noqa: ANN401  # a tensor
+    given_dtype = th.empty(0, dtype=given.dtype).numpy().dtype
+    return stored.dtype not in (np.float32, np.float64) and not np.can_cast(given_dtype, stored.dtype)
 
 
 def _discounted_sums(deltas: np.ndarray, decays: np.ndarray) -> np.ndarray:

@@ -21,12 +21,14 @@ def iterate_callbacks(callback: BaseCallback) -> Iterator[BaseCallback]:
         yield from iterate_callbacks(child)
 
 
-def notify_update_end(callback: BaseCallback) -> bool:
+def notify_update_end(callback: BaseCallback | None) -> bool:
     """Call ``on_update_end() -> bool`` of every callback that has it.
 
-    :param callback: the callback of ``learn``, with others inside
+    :param callback: the callback of ``learn``, with others inside; None outside of ``learn``
     :return: False if one of them returned False, which stops training
     """
+    if callback is None:
+        return True
     children = [child for child in iterate_callbacks(callback) if hasattr(child, "on_update_end")]
     # Checkpoints come last, because they hold what the other callbacks have done
     children.sort(key=lambda child: getattr(child, "comes_last", False))

@@ -46,7 +46,7 @@ from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
 from sb3_ppo_plus.update.epochs import log_update, run_epochs
 from sb3_ppo_plus.update.gradient_step import Objective, recompute_log_prob, resolve_amp
 from sb3_ppo_plus.update.losses import METRICS
-from sb3_ppo_plus.update.non_finite import check_steps
+from sb3_ppo_plus.update.non_finite import check_epsilon, check_steps
 
 
 class PPOPlus(PPO):
@@ -260,11 +260,9 @@ class PPOPlus(PPO):
         log_update(self.logger, history, objective.coefficients, self.policy, self.rollout_buffer)
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("time/update_seconds", time.perf_counter() - started)
-        if self.compile is not False:
-            self._execution.log_to(self.logger)
+        self._execution.log_to(self.logger, self)
         self._n_iterations += 1
-        if self._run.callback is not None:
-            self._run.was_asked_to_stop = not notify_update_end(self._run.callback)
+        self._run.was_asked_to_stop = not notify_update_end(self._run.callback)
 
     def learn(
         self,
@@ -281,6 +279,7 @@ class PPOPlus(PPO):
         With action masks, every ``EvalCallback`` whose environment offers masks evaluates ``self.masked(eval_env)``.
 
         :raises NonFiniteError: if an observation, reward, loss or gradient is NaN or infinite, see ``on_non_finite``
+        :raises ValueError: for an optimiser with eps=0 and a Transformer, whose updates would be NaN
         :raises DeadWorkerError: if a worker of a SubprocVecEnv has died
         """
         self._run.continuation = None
@@ -321,6 +320,7 @@ class PPOPlus(PPO):
         return self._learn(remaining, callbacks, log_interval, self._tb_log_name, False, progress_bar)
 
     def _learn(self, *arguments: Any) -> Self:
+        check_epsilon(self.policy)
         self._run.was_asked_to_stop = False
         try:
             with naming_dead_workers(lambda: [self.env, *eval_envs_of(self._run.callback)]):

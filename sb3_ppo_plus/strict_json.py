@@ -48,12 +48,12 @@ STRICT = Limits()
 
 
 def short(value: object) -> str:
-    """Show a value from a file in a message: escaped, and cut where it is long."""
+    """Return a text for messages that shows a value from a file: escaped, and cut if it is long."""
     return _SHORT.repr(value)
 
 
 def parse(text: bytes, name: str, limits: Limits = STRICT) -> Any:  # noqa: ANN401  # whatever JSON holds
-    """Parse JSON, strictly: nothing beyond the limits, no key twice, no number that a float cannot hold.
+    """Parse JSON strictly: nothing beyond the limits, no key twice, no number that is too large for a float.
 
     :param text: UTF-8
     :param name: what to call it in messages
@@ -62,7 +62,7 @@ def parse(text: bytes, name: str, limits: Limits = STRICT) -> Any:  # noqa: ANN4
     """
     if len(text) > limits.max_bytes:
         raise UntrustedFileError(f"{name} has {len(text)} bytes; at most {limits.max_bytes} are allowed")
-    # Before parsing: Python's parser recurses
+    # The depth is checked before parsing, since Python's parser recurses
     depth = 0
     for match in _BRACKET_OR_STRING.finditer(text):
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match.group()[:1], 0)

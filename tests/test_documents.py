@@ -12,17 +12,24 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 
 def test_the_map_has_a_line_for_each_folder_and_for_each_module_at_the_top():
     package = re.search(r"```\nsb3_ppo_plus/\n(.*?)^\w", CONTRIBUTING, re.DOTALL | re.MULTILINE)[1]
-    named = {line.split()[0] for line in package.splitlines()}
+    named = {line.split()[0] for line in package.splitlines() if not line.startswith("    ")}
     modules = {path.name for path in PACKAGE.glob("*.py")}
     folders = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
-    assert modules | folders == named
+    assert named == modules | folders
+
+
+def test_the_files_that_the_map_names_in_a_folder_are_there():
+    lines = re.findall(r"^  (\w+)/ .*\n((?:    .*\n)+)", CONTRIBUTING, re.MULTILINE)
+    named = [(folder, name) for folder, text in lines for name in re.findall(r"^    (\w+) ", text, re.MULTILINE)]
+    assert len(named) > 20
+    assert [pair for pair in named if not (PACKAGE / pair[0] / f"{pair[1]}.py").exists()] == []
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])
 def test_every_path_that_is_named_exists(name):
     paths = set(re.findall(r"`((?:[\w.]+/)*\w+\.(?:py|md|yml|toml))`", (ROOT / name).read_text()))
     assert len(paths) > 5
-    assert not [path for path in paths if not ((ROOT / path).exists() or (PACKAGE / path).exists())]
+    assert {path for path in paths if not ((ROOT / path).exists() or (PACKAGE / path).exists())} == set()
 
 
 def test_every_command_of_make_is_explained():

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from environments import SMALL_NET, make_env
+from stable_baselines3 import PPO
+from states import assert_same_training
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import sb3_ppo_plus
-from sb3_ppo_plus import torch_private
+from sb3_ppo_plus import PPOPlus, torch_private
+from sb3_ppo_plus.fast import replays
 
 PACKAGE = Path(sb3_ppo_plus.__file__).parent
 
@@ -90,23 +94,57 @@ def test_tensors_are_copied_and_measured_with_the_same_bits_one_by_one(monkeypat
         torch_private.copy_each(targets, sources[:-1])
 
 
-def test_the_default_of_validation_is_known_or_not(monkeypatch):
-    base = th.distributions.Distribution
-    for value in (True, False):
-        base.set_default_validate_args(value)
+@pytest.mark.parametrize("name", [torch_private.DEFAULT_VALIDATION, "_gone"])
+def test_the_default_of_validation_is_found_out(monkeypatch, name):
+    monkeypatch.setattr(torch_private, "DEFAULT_VALIDATION", name)
+    for value in (False, True):
+        th.distributions.Distribution.set_default_validate_args(value)
         assert torch_private.default_validation() is value
-    monkeypatch.delattr(base, torch_private.DEFAULT_VALIDATION)
-    assert torch_private.default_validation() is None
 
 
-# Named where they are used, until these too have moved
-ELSEWHERE = {"fast"}
+# What PyTorch renames, and whether steps are flat without it. Under its old name PyTorch itself still needs it
+GONE = {
+    "_foreach_copy_": ("FOREACH_COPY", "_gone", True),
+    "_foreach_norm": ("FOREACH_NORM", "_gone", True),
+    "_backward_hooks": ("GRADIENT_HOOKS", "_gone", True),
+    "_post_accumulate_grad_hooks": ("ACCUMULATION_HOOKS", "_gone", False),
+    "_optimizer_step_pre_hooks": ("STEP_HOOKS", ("_gone", "_optimizer_step_post_hooks"), False),
+    "_optimizer_step_post_hooks": ("STEP_HOOKS", ("_optimizer_step_pre_hooks", "_gone"), False),
+    "_global_optimizer_pre_hooks": ("HOOKS_OF_ALL_OPTIMIZERS", ("_gone", "_global_optimizer_post_hooks"), False),
+    "_global_optimizer_post_hooks": ("HOOKS_OF_ALL_OPTIMIZERS", ("_global_optimizer_pre_hooks", "_gone"), False),
+    "_validate_args": ("DEFAULT_VALIDATION", "_gone", True),
+}
+SETTINGS = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu", "policy_kwargs": SMALL_NET}
+
+
+def trained(algorithm, **settings):
+    return algorithm("MlpPolicy", make_env(2), **SETTINGS, **settings).learn(96)
+
+
+@pytest.mark.parametrize(("constant", "name", "is_flat"), GONE.values(), ids=GONE)
+def test_without_one_of_them_training_is_sb3s_to_the_bit(monkeypatch, constant, name, is_flat):
+    monkeypatch.setattr(replays, "RECORD_AFTER", 4)
+    monkeypatch.setattr(torch_private, constant, name)
+    sb3, ours = trained(PPO), trained(PPOPlus)
+    assert_same_training(sb3, ours)
+    assert (ours._execution.gradient_step.has_gradient is not None) is is_flat
+
+
+@pytest.mark.parametrize(("constant", "name", "is_flat"), GONE.values(), ids=GONE)
+@pytest.mark.usefixtures("graphs_without_code")
+@pytest.mark.filterwarnings("ignore:compile=True")
+def test_without_one_of_them_a_compiled_model_trains(monkeypatch, constant, name, is_flat):
+    monkeypatch.setattr(torch_private, constant, name)
+    eager, compiled = trained(PPO), trained(PPOPlus, compile=True)
+    assert (compiled._execution.gradient_step.n_compilations > 0) is (is_flat and constant != "GRADIENT_HOOKS")
+    pairs = zip(eager.policy.parameters(), compiled.policy.parameters(), strict=True)
+    assert all(th.allclose(*pair, atol=2e-5) for pair in pairs)
 
 
 def test_nothing_private_of_pytorch_is_imported_anywhere_else():
     private = re.compile(r"\btorch(\.\w+)*\._\w+|\bth(\.\w+)*\._[a-z]\w*")
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "torch_private.py" or path.parent.name in ELSEWHERE:
+        if path.name == "torch_private.py":
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom):

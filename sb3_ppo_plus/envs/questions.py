@@ -1,8 +1,8 @@
-"""Questions to a VecEnv that may have no answer.
+"""Questions about environments to a VecEnv that may not answer them.
 
-SB3's PPO needs no more than ``reset`` and ``step``. VecEnvs of other packages, such as SuperSuit's, may lack
-``has_attr``, ``get_attr``, ``env_method`` and ``env_is_wrapped``, refuse them, or take other arguments. Each function
-here then gives the answer that does without.
+SB3's PPO needs only ``reset`` and ``step``. VecEnvs of other packages, such as SuperSuit's, may lack ``has_attr``,
+``get_attr``, ``env_method`` and ``env_is_wrapped``, refuse them, or take other arguments. Then the functions here
+return answers with which training works.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ _NO_ATTRIBUTE = "sb3_ppo_plus_asks_whether_every_answer_is_yes"
 
 
 def base_of(env: VecEnv) -> Any:  # noqa: ANN401  # whatever a wrapper of another package wraps
-    """Return what all VecEnvWrappers wrap. It is no VecEnv where a wrapper of another package wraps something else."""
+    """Return what is inside all VecEnvWrappers. A wrapper of another package may hold an object that is no VecEnv.
+
+    :param env: the outermost vectorised environment
+    """
     while isinstance(env, VecEnvWrapper):
         env = env.venv
     return env
@@ -28,25 +31,29 @@ def has_attribute(env: Any, name: str) -> bool:  # noqa: ANN401  # a VecEnv, or 
     """Whether every environment has an attribute.
 
     :param env: the vectorised environment
-    :param name: of the attribute
-    :return: False too where ``env`` cannot tell, or says yes to every name
+    :param name: name of the attribute
+    :return: False also if ``env`` cannot tell, or says yes to every name
     """
     return bool(_answer(lambda: env.has_attr(name) and not env.has_attr(_NO_ATTRIBUTE)))
 
 
-def attributes_of(env: Any, name: str, indices: Sequence[int]) -> list[Any] | None:  # noqa: ANN401  # as above
+def attributes_of(env: Any, name: str, indices: Sequence[int]) -> list[Any] | None:  # noqa: ANN401  # what base_of returned
     """Get an attribute of some environments.
 
     :param env: the vectorised environment
-    :param name: of the attribute
-    :param indices: of the environments
-    :return: one value for each index; None where ``env`` cannot tell
+    :param name: name of the attribute
+    :param indices: indices of the environments
+    :return: one value for each index; None if ``env`` cannot tell
     """
     return _answers(lambda: env.get_attr(name, indices), len(indices))
 
 
-def names_of(env: Any) -> list[str]:  # noqa: ANN401  # as above
-    """Get ``str()`` of every environment, which names its wrappers; an empty list where ``env`` cannot tell."""
+def names_of(env: Any) -> list[str]:  # noqa: ANN401  # a VecEnv, or what base_of returned
+    """Get ``str()`` of every environment, which names its wrappers.
+
+    :param env: the vectorised environment
+    :return: empty if ``env`` cannot tell
+    """
     answers = _answer(lambda: env.env_method("__str__"))
     return list(map(str, answers)) if isinstance(answers, list | tuple) else []
 
@@ -56,7 +63,7 @@ def indices_of_wrapped(env: VecEnv, wrapper_class: type[gym.Wrapper[Any, Any, An
 
     :param env: the vectorised environment
     :param wrapper_class: class of the wrapper
-    :return: their indices; none where ``env`` cannot tell
+    :return: their indices; empty if ``env`` cannot tell
     """
     answers = _answers(lambda: env.env_is_wrapped(wrapper_class), env.num_envs) or []
     return [index for index, is_wrapped in enumerate(answers) if is_wrapped]
@@ -67,11 +74,11 @@ def _answers(ask: Callable[[], Any], n_expected: int) -> list[Any] | None:
     return list(answers) if isinstance(answers, list | tuple) and len(answers) == n_expected else None
 
 
-def _answer(ask: Callable[[], Any]) -> Any:  # noqa: ANN401  # None, or whatever a VecEnv answers
+def _answer(ask: Callable[[], Any]) -> Any:  # noqa: ANN401  # None, or the answer of a VecEnv
     try:
         return ask()
     except (EOFError, OSError):
-        # A worker process has died, which is another matter
+        # A worker process has died: other code names it
         raise
     except Exception:
         return None

@@ -26,12 +26,12 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
     drawn from the last seed given to ``reset``. Put ``Monitor`` outside: ``Monitor(RestartingEnv(make_env))``, as
     ``make_vec_env(lambda: RestartingEnv(make_env))`` does.
 
-    In the RL Zoo it is no ``env_wrapper``, which is given an environment that is built already: register an id whose
-    entry point returns it, ``gymnasium.register(id, lambda **kwargs: RestartingEnv(lambda: MyEnv(**kwargs)))``.
+    It cannot be an ``env_wrapper`` of the RL Zoo, which gets an environment that exists already. Register an id whose
+    entry point returns it: ``gymnasium.register(id, lambda **kwargs: RestartingEnv(lambda: MyEnv(**kwargs)))``.
 
     :param make_env: builds the environment
     :param max_restarts: restarts allowed within ``window``; one more failure raises the environment's own error
-    :param window: length of time over which restarts are counted, in seconds; None: all of them
+    :param window: time in seconds over which restarts are counted; None: all restarts count
     :raises TypeError: for a ``make_env`` that is no function
     :raises ValueError: for a negative ``max_restarts``, or a ``window`` that is not above 0
     """
@@ -141,7 +141,7 @@ class RestartCounter:
         self._indices = indices_of_wrapped(env, RestartingEnv)
 
     def count(self) -> int | None:
-        """Restarts so far; None where no environment could restart."""
+        """Return the number of restarts so far; None if no environment can restart."""
         counts = attributes_of(self.env, "n_restarts", self._indices) if self._indices else None
-        # A VecEnv that says yes to every wrapper has no numbers
+        # A VecEnv that claims to have every wrapper returns other things than numbers
         return sum(counts) if counts is not None and all(isinstance(count, int) for count in counts) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from operator import attrgetter
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -14,29 +13,34 @@ from stable_baselines3.common.distributions import Distribution, StateDependentN
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.fast.graphs import CompilationReporter, Graph, GraphCache
-from sb3_ppo_plus.fast.policy_changes import PartsWatch, has_known_modules, layout_of, structural_copy
+from sb3_ppo_plus.fast.policy_changes import (
+    METHODS_OF_ACTING,
+    has_known_modules,
+    layout_of,
+    structural_copy,
+)
+from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of, predict_values, rows_of_chunk
+from sb3_ppo_plus.torch_private import versions_of
+from sb3_ppo_plus.trees import tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.tensor_places import tensor_places
 
 # Observations of one forward pass after a rollout, whose activations should stay in a cache
 EVALUATION_ROWS = 2048
 
-_VERSION = attrgetter("_version")
-
 
 class CompiledActor(RolloutActor):
     """Computes the actions at each step, and values and log-probabilities after the rollout, in compiled graphs.
 
-    All three come at each step where the features extractor learns, which would do most of the work twice, and where
-    the policy has parts that may do something else when they are called later. When a callback changes the policy amid
-    a rollout, the steps before are evaluated with the policy that took them, and those that follow one by one. The
-    graphs draw the random numbers of eager mode. Where they cannot be compiled, one warning says why, and the same is
-    computed eagerly.
+    All three come at each step where the features extractor learns, which would do most of the work twice, where the
+    policy has parts that may do something else when they are called later, and where the rollout buffer keeps
+    observations in a type that cannot hold them. When a callback changes the policy amid a rollout, the steps before
+    are evaluated with the policy that took them, and those that follow one by one. The graphs draw the random numbers
+    of eager mode. Where they cannot be compiled, one warning says why, and the same is computed eagerly.
 
     :param policy: the policy, see :func:`can_act_alone`
     :param options: TorchInductor's
@@ -49,8 +53,10 @@ class CompiledActor(RolloutActor):
         self._options, self._reporter = options, reporter
         self._graphs = GraphCache(policy, options, reporter)
         self._evaluating = _Evaluating(policy)
+        self._watch = PartsWatch(policy)
         self._kept_policy = policy
         self._state_of_kept: Hashable = None
+        self._buffer: RolloutBuffer | None = None
         self.begin_rollout()
 
     def __reduce__(self) -> tuple[type[CompiledActor], tuple[Any, ...]]:
@@ -67,15 +73,22 @@ class CompiledActor(RolloutActor):
         """Whether all is eager from now on."""
         return self._graphs.has_given_up
 
-    def begin_rollout(self) -> None:
-        """Take note of whatever has changed since the last rollout."""
-        self._defers = has_known_modules(self.policy)
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
+        """Take note of whatever has changed since the last rollout.
+
+        :param rollout_buffer: where the rollout is stored
+        """
+        self._buffer = rollout_buffer
+        # In-place changes amid a rollout would go unnoticed without versions
+        self._defers = has_known_modules(self.policy) and versions_of(self.policy.parameters()) is not None
         self.evaluates_later = self._defers and not _features_are_learned(self.policy)
         self._has_changed_amid = False
         self._n_later = 0
         self._take_note()
+        if self._is_eager:
+            self._defers = self.evaluates_later = False
         # For what is left to do after a callback has changed the policy
-        self._kept = {}
+        self._begun, self._kept = self._watch, {}
         if self._defers:
             self._kept = {name: tensor.clone() for name, tensor in zip(self._names, self._tensors, strict=True)}
             if self._graphs.python_state != self._state_of_kept:
@@ -90,18 +103,28 @@ class CompiledActor(RolloutActor):
         self._tensors = [tensor.detach() for tensor in self._places]
         self._parameters = list(self.policy.parameters())
         self._graphs.refresh()
+        self._is_eager = self._graphs.hindrance is not None or not can_act_alone(self.policy)
         self._graph: Graph | None = None
         self._layout: list[tuple[th.Size, th.dtype]] | None = None
-        self._watch = PartsWatch(self.policy)
+        if self._watch.has_changed():
+            self._watch = PartsWatch(self.policy)
         self._memory = self._memory_now()
 
     def _memory_now(self) -> list[int]:
         # Not the versions of buffers, which a policy may change itself
-        return [*map(th.Tensor.data_ptr, self._places), *map(_VERSION, self._parameters)]
+        return [*map(th.Tensor.data_ptr, self._places), *(versions_of(self._parameters) or ())]
 
     def _follow_changes(self) -> None:
         """Notice what a callback has changed since the last step."""
-        if self._memory_now() != self._memory or self._watch.has_changed():
+        if self._is_eager:
+            return
+        has_changed = self._memory_now() != self._memory
+        if not has_changed and self._watch.has_changed():
+            # Whoever predicts in a callback sets attributes, and resets them: this is no reason to compile anew
+            has_same_tensors = [*map(id, tensor_places(self.policy).values())] == [*map(id, self._places)]
+            has_changed = not (has_same_tensors and self._graphs.is_current())
+            self._watch = PartsWatch(self.policy)
+        if has_changed:
             self._has_changed_amid, self._defers, self.evaluates_later = True, False, False
             self._take_note()
 
@@ -110,16 +133,17 @@ class CompiledActor(RolloutActor):
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions; values and log-probabilities are None where :meth:`evaluate_later` computes them."""
         self._follow_changes()
-        if self._graphs.has_hooks:
+        if self._is_eager:
             return super().act(observations, episode_starts, context)
-        self._n_later += self.evaluates_later
         noise = _exploration_matrices(self.policy)
         # A graph reads its inputs' memory by the layout and type that it was compiled for
         leaves = [leaf.contiguous() for leaf in (*leaves_of(observations), *context.values(), *noise)]
         layout = [(leaf.shape, leaf.dtype) for leaf in leaves]
         if layout != self._layout:
+            self._keep_from_narrowing(observations)
             self._graph = self._find_graph("acting", self._acting, (observations, context, noise))
             self._layout = layout
+        self._n_later += self.evaluates_later
         if self._graph is None:
             with th.no_grad():
                 computed = self._acting(observations, context, noise)
@@ -127,6 +151,13 @@ class CompiledActor(RolloutActor):
             computed = self._graph(*leaves, *self._tensors)
         actions, values, log_probs = (*computed, None, None)[:3]
         return actions, values, log_probs
+
+    def _keep_from_narrowing(self, observations: PyTorchObs) -> None:
+        """Evaluate at each step from now on where the buffer does not keep the observations as they are."""
+        buffer = self._buffer
+        if self.evaluates_later and isinstance(buffer, PPOPlusRolloutBuffer) and buffer.narrows(observations):
+            self.evaluates_later = False
+            self._acting = _ActingAndEvaluating(self.policy)
 
     def terminal_value(self, observation: Any, index: int) -> th.Tensor | float | None:  # noqa: ANN401  # array or dict
         """Put the value off to the end of the rollout, unless it might be another one then."""
@@ -152,7 +183,8 @@ class CompiledActor(RolloutActor):
 
     def _call_as_begun(self, module_class: Callable[[ActorCriticPlusPolicy], th.nn.Module], *arguments: Any) -> Any:  # noqa: ANN401  # as the module returns
         """Call what computes with the policy on the policy as it was when the rollout began."""
-        return functional_call(module_class(self._kept_policy), self._kept, arguments, tie_weights=False)
+        with self._begun.code_as_before():
+            return functional_call(module_class(self._kept_policy), self._kept, arguments, tie_weights=False)
 
     @th.no_grad()
     def _evaluate(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
@@ -190,7 +222,7 @@ class CompiledActor(RolloutActor):
             return called
 
         inputs = [*leaves, *self._tensors]
-        key = (type(module), str(spec), tuple(names), layout_of(inputs))
+        key = (type(module), spec, tuple(names), layout_of(inputs))
         return self._graphs.get(key, what, lambda: function, inputs)
 
 
@@ -252,27 +284,11 @@ class _Predicting(th.nn.Module):
         return self.policy.predict_values(observations)
 
 
-# What acting and evaluating together passes through, and what it does apart. Private ones are overridden too
-_METHODS_OF_ACTING = (
-    "forward",
-    "forward_step",
-    "evaluate_actions",
-    "extract_features",
-    "get_distribution",
-    "predict_values",
-    "value_and_distribution",
-    "_distribution_and_state",
-    "_evaluate",
-    "_get_action_dist_from_latent",
-    "_masked_distribution",
-)
-
-
 def can_act_alone(policy: ActorCriticPolicy) -> TypeGuard[ActorCriticPlusPolicy]:
     """Whether actions, values and log-probs may be computed apart: no method of its own changes how they are made."""
     return isinstance(policy, ActorCriticPlusPolicy) and all(
         getattr(type(policy), name) is getattr(ActorCriticPlusPolicy, name) and name not in vars(policy)
-        for name in _METHODS_OF_ACTING
+        for name in METHODS_OF_ACTING
     )
 
 

@@ -11,11 +11,11 @@ from torch.func import functional_call, grad_and_value
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.flat_updates import UPDATES
-from sb3_ppo_plus.fast.graphs import CompilationReporter, GraphCache
+from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS, CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
 from sb3_ppo_plus.torch_private import has_gradient_hooks
-from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_unflatten
+from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup
 from sb3_ppo_plus.update.gradient_step import Objective, PolicyEvaluation
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
@@ -57,6 +57,7 @@ class CompiledGradientStep(RecordedGradientStep):
         # A step calls dozens of kernels: from C++ they cost a fifth less of it (measured), an actor's few do not
         self._graphs = GraphCache(policy, {"cpp_wrapper": policy.device.type == "cpu", **options}, reporter)
         self._has_hooks = False
+        self._compiled_settings: set[str] = set()
         self._of_graph: _GraphInputs | None = None
 
     @property
@@ -96,6 +97,9 @@ class CompiledGradientStep(RecordedGradientStep):
         key = (len(minibatch.indices), of_graph.static_key)
         inputs = [minibatch.indices, *of_graph.leaves]
         spec = of_graph.spec
+        if len(self._compiled_settings) > MAX_COMPILATIONS:
+            self._reporter.failed("the gradient step", "settings of the optimizer change again and again")
+            return super().__call__(objective, minibatch)
         graph = self._graphs.get(key, "the gradient step", lambda: self._graph_function(objective, spec), inputs)
         if graph is None:
             return super().__call__(objective, minibatch)
@@ -142,7 +146,8 @@ class CompiledGradientStep(RecordedGradientStep):
     def _static_key(self, objective: Objective) -> tuple[Any, ...]:
         """Everything that a graph has compiled in, but for the layout of its inputs."""
         assert self._flat is not None
-        settings = [{k: v for k, v in group.settings.items() if k != "lr"} for group in self._flat.groups]
+        settings = str([_constants_of(group) for group in self._flat.groups])
+        self._compiled_settings.add(settings)
         names = {id(tensor): name for name, tensor in tensor_places(self.policy).items()}
         return (
             objective.normalize_advantage,
@@ -151,7 +156,7 @@ class CompiledGradientStep(RecordedGradientStep):
             objective.kl_limit is None,
             objective.amp_dtype,
             type(self.policy.optimizer),
-            str(settings),
+            settings,
             tuple(tuple(names[id(parameter)] for parameter in group.parameters) for group in self._flat.groups),
         )
 
@@ -163,6 +168,13 @@ class CompiledGradientStep(RecordedGradientStep):
             return (step(indices, **tree_unflatten(leaves, spec)),)
 
         return function
+
+
+def _constants_of(group: FlatGroup) -> dict[str, Any]:
+    """Return what is compiled in of the group's settings, as numbers: a tensor prints few of its digits."""
+    constants = {name: value for name, value in group.settings.items() if name != "lr"}
+    as_numbers: dict[str, Any] = tree_map(lambda v: v.tolist() if isinstance(v, th.Tensor) else v, constants)
+    return as_numbers
 
 
 class _StepFunction:
@@ -209,15 +221,20 @@ class _StepFunction:
         grad_norm = th.stack([gradient.square().sum() for gradient in computed]).sum().sqrt()
         scale = (scalars["max_grad_norm"] / (grad_norm + 1e-6)).clamp(max=1.0)
         is_allowed = metrics[METRICS.index("loss")].isfinite() & grad_norm.isfinite()
+        within_limit = None
         if objective.kl_limit is not None:
-            is_allowed = is_allowed & (metrics[METRICS.index("approx_kl")] <= scalars["kl_limit"])
+            within_limit = metrics[METRICS.index("approx_kl")] <= scalars["kl_limit"]
+            is_allowed = is_allowed & within_limit
         for index, (group, parameters, old, gradient) in enumerate(
             zip(self._groups, flat, state, computed, strict=True)
         ):
-            # For those who read the parameters' grad after an update
-            gradients[index].copy_(gradient * scale)
+            # For those who read the parameters' grad after an update: that of the last step
+            clipped = gradient * scale
+            gradients[index].copy_(
+                clipped if within_limit is None else th.where(within_limit, clipped, gradients[index])
+            )
             update = UPDATES[type(group.optimizer)]
-            new_parameters, new = update(group.settings, parameters, gradient * scale, old, scalars[str(index)])
+            new_parameters, new = update(_constants_of(group), parameters, clipped, old, scalars[str(index)])
             for target, value in [(parameters, new_parameters), *((old[name], new[name]) for name in new)]:
                 target.copy_(th.where(is_allowed, value, target))
         return th.cat([metrics, grad_norm.reshape(1)])

@@ -13,7 +13,7 @@ from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
-from sb3_ppo_plus.fast.policy_changes import has_hooks
+from sb3_ppo_plus.fast.policy_changes import hindrance
 from sb3_ppo_plus.fast.replayed_actor import RecordedActor
 from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
@@ -62,7 +62,7 @@ class Execution:
         :param rollout_buffer: the buffer of the rollout
         """
         actor = self._actor_for(model, rollout_buffer)
-        actor.begin_rollout()
+        actor.begin_rollout(rollout_buffer)
         return actor
 
     def _actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:
@@ -83,16 +83,22 @@ class Execution:
             own = type(policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
             self.reporter.failed("acting", f"{own.__name__} has methods of its own, which need all at each step")
             return None
-        if has_hooks(policy):
-            self.reporter.failed("acting", "a module has a hook, which a graph would pass by")
+        reason = hindrance(policy)
+        if reason is not None:
+            self.reporter.failed("acting", reason)
             return None
         if self.compiled_actor is None or self.compiled_actor.policy is not policy:
             self.compiled_actor = CompiledActor(policy, inductor_options(model.compile), self.reporter)
         return None if self.compiled_actor.has_given_up else self.compiled_actor
 
-    def log_to(self, logger: Logger) -> None:
-        """Record how long compilations have taken."""
-        logger.record("time/compile_seconds", self.reporter.seconds)
+    def log_to(self, logger: Logger, model: PlusModel) -> None:
+        """Record how long compilations have taken, if the model compiles.
+
+        :param logger: SB3's logger
+        :param model: the model
+        """
+        if model.compile is not False:
+            logger.record("time/compile_seconds", self.reporter.seconds)
 
     def state(self, model: PlusModel) -> dict[str, Any]:
         """Return what the next steps depend on: plain values, and tensors of the scaler of gradients.

@@ -15,9 +15,10 @@ from typing import Any
 import torch as th
 
 from sb3_ppo_plus.fast.decompositions import FUSED_OPERATIONS
-from sb3_ppo_plus.fast.policy_changes import constant_tensors, has_hooks, python_state
+from sb3_ppo_plus.fast.policy_changes import constant_tensors, hindrance, python_state
 from sb3_ppo_plus.fast.tracing import trace
-from sb3_ppo_plus.policies.torch_switches import may_round
+from sb3_ppo_plus.policies.rounding import may_round
+from sb3_ppo_plus.torch_private import inductor_code, inductor_mode, inductor_option_names
 
 # Random operations of the graph are PyTorch's own: the numbers of eager mode, from the same generator
 DEFAULT_OPTIONS: dict[str, Any] = {"fallback_random": True}
@@ -71,10 +72,10 @@ class GraphCache:
         self._graphs: dict[Hashable, Graph] = {}
         self._n_compilations_of: Counter[Hashable] = Counter()
         self.python_state: Hashable = None
-        """Of the policy at the last refresh, see :func:`policy_parts.python_state`."""
+        """Of the policy at the last refresh, see :func:`policy_changes.python_state`."""
         self._constants: list[th.Tensor] = []
-        self.has_hooks = False
-        """Whether somebody hooks into the policy's modules, so that there are no graphs until the next refresh."""
+        self.hindrance: str | None = None
+        """Why there are no graphs until the next refresh, see :func:`policy_changes.hindrance`; None: there may be."""
         self.has_given_up = False
         """Whether there will be no graphs any more."""
 
@@ -82,15 +83,26 @@ class GraphCache:
         # Compiled code cannot be copied or pickled, but compiled again
         return GraphCache, (self._policy, self._options, self._reporter)
 
+    def is_current(self) -> bool:
+        """Whether the policy is still what it was at the last refresh."""
+        return (
+            python_state(self._policy) == self.python_state
+            and self._has_constants(constant_tensors(self._policy))
+            and hindrance(self._policy) == self.hindrance
+        )
+
+    def _has_constants(self, constants: list[th.Tensor]) -> bool:
+        return [*map(id, constants)] == [*map(id, self._constants)]
+
     def refresh(self) -> None:
         """Drop the graphs if the policy is no longer what they have compiled in."""
         state, constants = python_state(self._policy), constant_tensors(self._policy)
-        if self._graphs and [*map(id, constants)] != [*map(id, self._constants)]:
+        if self._graphs and not self._has_constants(constants):
             self._give_up("what was compiled", "a tensor that is neither parameter nor buffer was replaced")
         if state != self.python_state:
             self._graphs.clear()
         self.python_state, self._constants = state, constants
-        self.has_hooks = has_hooks(self._policy)
+        self.hindrance = hindrance(self._policy)
 
     def _give_up(self, what: str, reason: Exception | str) -> None:
         self.has_given_up = True
@@ -107,9 +119,9 @@ class GraphCache:
         :param make_function: makes the function to compile, see :func:`compile_graph`
         :param inputs: its inputs
         """
-        if self.has_hooks:
-            self._reporter.failed(what, "a module has a hook, which a graph would pass by")
-        if self.has_given_up or self.has_hooks:
+        if self.hindrance is not None:
+            self._reporter.failed(what, self.hindrance)
+        if self.has_given_up or self.hindrance is not None:
             return None
         if key not in self._graphs:
             self._compile(key, what, make_function, inputs)
@@ -146,10 +158,9 @@ def inductor_options(compile: bool | dict[str, Any]) -> dict[str, Any]:
 
     options = dict(compile)
     if options.keys() <= {"mode", "options"}:
-        mode = options.get("mode")
-        options = {**(th._inductor.list_mode_options(mode) if mode else {}), **options.get("options", {})}
-    known = set(th._inductor.list_options()) | set(vars(th._inductor.config)["_config"])
-    unknown = sorted(options.keys() - known)
+        options = {**inductor_mode(options.get("mode")), **options.get("options", {})}
+    known = inductor_option_names()
+    unknown = [] if known is None else sorted(options.keys() - known)
     if unknown:
         raise ValueError(f"compile has options {unknown}; allowed: those of torch._inductor.list_options()")
     return options
@@ -180,26 +191,9 @@ def compile_graph(
 
 
 def _generate_code(graph: th.fx.GraphModule, options: dict[str, Any]) -> Graph:
-    """Compile as ``torch._inductor.compile`` does, less the wrappers that AOTAutograd puts around the code.
-
-    They would cost an actor as much as its arithmetic at each call, and serve gradients, aliases and subclasses of
-    tensors, none of which there are.
-    """
-    # Here, for it takes two seconds and 100 MiB, which only those who compile should pay
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    codes: list[Graph] = []
-
-    def keep(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # an Inductor hook, passed through
-        codes.append(compile_fx_inner(*args, **kwargs))
-        return codes[-1]
-
     # Those of the trace: with real ones, there are no sizes that the cache on the disk asks for
     placeholders = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    # AOTAutograd's cache would hand out the wrapped code and leave nothing to keep
-    with th._functorch.config.patch(enable_autograd_cache=False):
-        compile_fx(graph, placeholders, inner_compile=keep, config_patches=options)
-    (code,) = codes
+    code = inductor_code(graph, placeholders, options)
     # Tensors that the traced code holds, which come first
     constants = [*graph.parameters(), *graph.buffers()]
     return lambda *inputs: code([*constants, *inputs])

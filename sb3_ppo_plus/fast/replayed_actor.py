@@ -8,16 +8,21 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from sb3_ppo_plus.fast.policy_changes import PartsWatch, layout_of
+from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replays import Recordings
+from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.policies.lean_distributions import LeanCategoricalDistribution, LeanDiagGaussianDistribution
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of
+from sb3_ppo_plus.trees import tree_flatten, tree_unflatten
 from sb3_ppo_plus.update.tensor_places import tensor_places
+
+# Changes in one rollout after which the rest of it is eager: each is as expensive as a step
+MAX_CHANGES = 3
 
 
 class RecordedActor(RolloutActor):
@@ -33,34 +38,40 @@ class RecordedActor(RolloutActor):
         self._tensors: list[th.Tensor] = []
         self._attributes: dict[Hashable, tuple[list[str], dict[str, Any]]] = {}
         self._layout: Hashable = None
-        self._is_lean = False
+        self._is_replayed = False
+        self._n_changes = 0
         self._watch = PartsWatch(policy)
-        self._distribution: tuple[object, int] = (None, 0)
 
-    def begin_rollout(self) -> None:
+    def __reduce__(self) -> tuple[type[RecordedActor], tuple[ActorCriticPolicy]]:
+        # What it holds belongs to one rollout and one process
+        return RecordedActor, (self.policy,)
+
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Take note of whatever has changed since the last rollout."""
+        self._n_changes = 0
+        self._take_note()
+
+    def _take_note(self) -> None:
         places = tensor_places(self.policy)
         # Not detached: whoever assigns a parameter's data in a callback changes the next step
         self._names, self._tensors = [*places], [*places.values()]
-        self._is_lean = isinstance(self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution))
         self._layout = layout_of(self._tensors)
         self.recordings.refresh()
-        self._watch = PartsWatch(self.policy)
-        self._distribution = self.policy.action_dist, len(vars(self.policy.action_dist))
-
-    def _has_policy_changed(self) -> bool:
-        action_dist = self.policy.action_dist
-        return (action_dist, len(vars(action_dist))) != self._distribution or self._watch.has_changed()
+        is_lean = isinstance(self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution))
+        self._is_replayed = is_lean and self.recordings.is_possible and self._n_changes <= MAX_CHANGES
+        if self._is_replayed and self._watch.has_changed():
+            self._watch = PartsWatch(self.policy)
 
     @th.no_grad()
     def act(
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions, see :meth:`RolloutActor.act`."""
-        if self._has_policy_changed():
+        if self._is_replayed and self._watch.has_changed():
             # By a callback
-            self.begin_rollout()
-        if not (self._is_lean and self.recordings.is_possible):
+            self._n_changes += 1
+            self._take_note()
+        if not self._is_replayed:
             return super().act(observations, episode_starts, context)
         leaves = [*leaves_of(observations), *context.values()]
         names = tuple(observations) if isinstance(observations, dict) else ()

@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import functional_call
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replays import Recordings
+from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_unflatten
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, PolicyEvaluation, stacked
 from sb3_ppo_plus.update.losses import LossCoefficients
 from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
@@ -94,7 +94,7 @@ class RecordedGradientStep(GradientStep):
             objective.normalize_advantage,
             objective.pessimistic_value_clip,
             coefficients.ent_coef == 0.0,
-            str(spec),
+            spec,
             layout_of(inputs),
         )
         return _Prepared(rollout, inputs, spec, key)

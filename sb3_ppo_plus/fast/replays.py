@@ -15,8 +15,9 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_ppo_plus.fast.policy_changes import constant_tensors, has_hooks, has_known_parts, python_state
+from sb3_ppo_plus.fast.policy_changes import constant_tensors, has_known_parts, python_state
 from sb3_ppo_plus.fast.tracing import trace
+from sb3_ppo_plus.torch_private import has_accumulation_hooks, has_gradient_hooks, script_of
 
 # A recording takes as long as some hundred minibatches or steps; before so many of them it may not pay
 RECORD_AFTER = 300
@@ -31,8 +32,8 @@ def can_record(policy: ActorCriticPolicy) -> bool:
     return (
         has_known_parts(policy)
         and policy.device.type == "cpu"
-        and not has_hooks(policy)
-        and not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in policy.parameters())
+        and not has_gradient_hooks(policy.parameters())
+        and not has_accumulation_hooks(policy.parameters())
         and not th.is_autocast_enabled("cpu")
         and not th.is_anomaly_enabled()
         # BLAS is called in another way for others, and rounds differently
@@ -57,13 +58,10 @@ def record(function: Callable[..., Any], inputs: Sequence[th.Tensor], policy: Ac
     _keep_linear_layers_whole(graph.graph)
     graph.recompile()
     random_state = th.get_rng_state()
-    # Not torch.jit.trace: the functions that it makes stay in memory for good
-    traced, _ = th._C._create_graph_by_tracing(
-        lambda *tensors: graph(*tensors), tuple(inputs), lambda _: "", True, False
-    )
-    th.set_rng_state(random_state)
-    replay: Replay = th._C._create_function_from_graph("replay", traced)
-    return replay
+    try:
+        return script_of(graph, inputs)
+    finally:
+        th.set_rng_state(random_state)
 
 
 def _keep_linear_layers_whole(graph: th.fx.Graph) -> None:

@@ -11,7 +11,7 @@ import torch as th
 from stable_baselines3.common.distributions import Distribution as SB3Distribution
 from torch.nn import functional as F
 
-from sb3_ppo_plus.policies.torch_switches import without_argument_validation
+from sb3_ppo_plus.update.argument_validation import without_argument_validation
 
 # Tracing replaces a function of torch for a while
 _TRACING = threading.RLock()

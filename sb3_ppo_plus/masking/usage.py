@@ -30,7 +30,7 @@ def offers_masks(env: VecEnv, action_space: spaces.Space[Any]) -> bool:
         return False
     if has_mask_key(env.observation_space):
         return True
-    # Attributes of that name have been something else than methods; those in subprocesses are not looked at
+    # An attribute of this name need not be a method. Those in subprocesses cannot be looked at
     return has_attribute(env, EXPECTED_METHOD_NAME) and all(
         callable(each.get_wrapper_attr(EXPECTED_METHOD_NAME)) for each in envs_of(env) or ()
     )

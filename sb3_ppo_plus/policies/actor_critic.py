@@ -40,7 +40,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_ppo_plus.extractors import ImpalaCNN
 from sb3_ppo_plus.policies.bounded_distributions import BoundedDistribution, make_action_distribution
-from sb3_ppo_plus.policies.lean_distributions import LeanDiagGaussianDistribution
+from sb3_ppo_plus.policies.lean_distributions import LeanDiagGaussianDistribution, follow_replaced_methods
 from sb3_ppo_plus.policies.masked_distributions import apply_masks, make_maskable_distribution, mask_sizes
 from sb3_ppo_plus.policies.masks import check_masks, has_mask_key, split_off_mask, without_mask_key
 from sb3_ppo_plus.policies.memory import State
@@ -298,7 +298,7 @@ class ActorCriticPlusPolicy(RememberingPolicy):
 
         :param observation: observations of one or of n_envs environments
         :param state: the state of the actor's memory that the last call returned; None: each observation begins an
-            episode. If two calls in a row lack it, a warning says so once, see :class:`StateUse`
+            episode. One warning is given if two calls in a row lack it, see :class:`StateUse`
         :param episode_start: True where the state is reset before the step, shape (n_envs,); None: nowhere
         :param deterministic: choose the most probable actions instead of samples
         :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
@@ -347,8 +347,12 @@ class ActorCriticPlusPolicy(RememberingPolicy):
 
     def _get_action_dist_from_latent(self, latent_pi: th.Tensor) -> Distribution:
         # A copy: tensors with a gradient would stay on SB3's shared object, where deepcopy trips on them. Without one
-        # it is shared as in SB3, whose users read policy.action_dist after predict and forward
-        distribution = copy(self.action_dist) if th.is_grad_enabled() else self.action_dist
+        # it is shared as in SB3, whose users read policy.action_dist after predict and forward. A method that a user
+        # has wrapped is bound to the shared object and would pass a copy by
+        is_copied = th.is_grad_enabled() and not has_own_methods(self.action_dist)
+        distribution = copy(self.action_dist) if is_copied else self.action_dist
+        if not self.action_masking:
+            follow_replaced_methods(distribution)
         # bf16 logits would put errors of 1e-2 into the log-ratio
         with _without_autocast(latent_pi.device):
             outputs = self.action_net(latent_pi.float())
@@ -357,6 +361,11 @@ class ActorCriticPlusPolicy(RememberingPolicy):
             if isinstance(distribution, DiagGaussianDistribution):
                 return distribution.proba_distribution(outputs, self.log_std)
             return distribution.proba_distribution(action_logits=outputs)
+
+
+def has_own_methods(part: object) -> bool:
+    """Whether a method of an object was replaced on the instance."""
+    return any(callable(getattr(type(part), name, None)) for name in vars(part))
 
 
 class ActorCriticPlusCnnPolicy(ActorCriticPlusPolicy):

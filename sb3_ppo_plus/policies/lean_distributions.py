@@ -8,18 +8,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Self
+from operator import attrgetter
+from typing import ClassVar, Self
 
 import torch as th
 from stable_baselines3.common.distributions import (
     CategoricalDistribution,
     DiagGaussianDistribution,
+    Distribution,
     MultiCategoricalDistribution,
     sum_independent_dims,
 )
 from torch.distributions import Categorical, Normal
 
-from sb3_ppo_plus.policies.torch_switches import ROUNDING, is_validated
+from sb3_ppo_plus.policies.rounding import ROUNDING
+from sb3_ppo_plus.torch_private import default_validation
+
+# What the classes here do in their own way, as SB3 does it
+_METHODS = attrgetter("proba_distribution", "log_prob", "entropy", "sample", "mode")
+_SB3_METHODS = {
+    kind: _METHODS(kind) for kind in (DiagGaussianDistribution, CategoricalDistribution, MultiCategoricalDistribution)
+}
 
 _LOG_SQRT_2_PI = math.log(math.sqrt(2 * math.pi))
 _ENTROPY_OF_STANDARD_NORMAL = 0.5 + 0.5 * math.log(2 * math.pi)
@@ -31,6 +40,7 @@ class LeanDiagGaussianDistribution(DiagGaussianDistribution):
     :param action_dim: number of action dimensions
     """
 
+    sb3_class: ClassVar[type[Distribution]] = DiagGaussianDistribution
     _object: Normal | None = None
 
     @property
@@ -57,7 +67,7 @@ class LeanDiagGaussianDistribution(DiagGaussianDistribution):
         """
         self._mean, self._std = mean_actions, th.ones_like(mean_actions) * log_std.exp()
         self._object = None
-        if is_validated() and not math.isfinite(self.total().item()):
+        if default_validation() and not math.isfinite(self.total().item()):
             self._object = Normal(self._mean, self._std)
         return self
 
@@ -94,6 +104,7 @@ class LeanCategoricalDistribution(CategoricalDistribution):
     :param action_dim: number of actions
     """
 
+    sb3_class: ClassVar[type[Distribution]] = CategoricalDistribution
     _object: Categorical | None = None
     _is_own: bool = False
     """Whether a user assigned ``distribution``; its own methods are then called."""
@@ -126,7 +137,7 @@ class LeanCategoricalDistribution(CategoricalDistribution):
         :raises ValueError: for NaN or infinity, as ``Categorical`` does
         """
         self.set_logits(action_logits)
-        if is_validated() and not math.isfinite(self.total().item()):
+        if default_validation() and not math.isfinite(self.total().item()):
             self._object = Categorical(logits=action_logits)
         return self
 
@@ -184,6 +195,7 @@ class LeanMultiCategoricalDistribution(MultiCategoricalDistribution):
     :param action_dims: number of choices of each action
     """
 
+    sb3_class: ClassVar[type[Distribution] | None] = MultiCategoricalDistribution
     part_class: type[LeanCategoricalDistribution] = LeanCategoricalDistribution
     parts: Sequence[LeanCategoricalDistribution] = ()
 
@@ -210,7 +222,7 @@ class LeanMultiCategoricalDistribution(MultiCategoricalDistribution):
         splits = th.split(action_logits, list(self.action_dims), dim=1)
         for part, split in zip(self.parts, splits, strict=True):
             part.set_logits(split)
-        if is_validated() and not math.isfinite(action_logits.sum().item()):
+        if default_validation() and not math.isfinite(action_logits.sum().item()):
             # PyTorch checks each part, and its error says what is wrong
             _ = [Categorical(logits=split) for split in splits]
         return self
@@ -235,3 +247,13 @@ class LeanMultiCategoricalDistribution(MultiCategoricalDistribution):
     def mode(self) -> th.Tensor:
         """Return the most probable actions, shape (batch, number of actions)."""
         return th.stack([part.mode() for part in self.parts], dim=1)
+
+
+def follow_replaced_methods(distribution: Distribution) -> None:
+    """Make a distribution of these classes one of SB3's own where somebody has replaced a method of SB3's class.
+
+    The replacement would never be called otherwise, since the classes here have methods of their own.
+    """
+    sb3_class = getattr(distribution, "sb3_class", None)
+    if sb3_class is not None and _METHODS(sb3_class) != _SB3_METHODS[sb3_class]:
+        distribution.__class__ = sb3_class

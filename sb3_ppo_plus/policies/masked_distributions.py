@@ -80,6 +80,8 @@ class MaskableBernoulliDistribution(MaskableMultiCategoricalDistribution):
     :param action_dim: number of binary actions
     """
 
+    sb3_class = None
+
     def __init__(self, action_dim: int) -> None:
         super().__init__([2] * action_dim)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from sb3_ppo_plus.argument_checks import did_you_mean
 
-#: What the RL Zoo means by them, whose studies store the name
+#: The sizes that the RL Zoo gives these names. Its Optuna studies store the name
 NET_ARCHS: dict[str, dict[str, list[int]]] = {
     "tiny": {"pi": [64], "vf": [64]},
     "small": {"pi": [64, 64], "vf": [64, 64]},
@@ -15,10 +15,11 @@ NET_ARCHS: dict[str, dict[str, list[int]]] = {
 }
 
 
-def resolve_net_arch(net_arch: Any) -> Any:  # noqa: ANN401  # whatever SB3 takes
+def resolve_net_arch(net_arch: Any) -> Any:  # noqa: ANN401  # SB3 takes several types
     """Replace a registered name by the layers that it stands for.
 
-    :param net_arch: a key of ``NET_ARCHS``; or layers in SB3's form, which pass through
+    :param net_arch: a key of ``NET_ARCHS``, or layers in SB3's form
+    :return: layers in SB3's form
     :raises ValueError: for another name
     """
     if not isinstance(net_arch, str):

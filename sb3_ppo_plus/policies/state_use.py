@@ -13,15 +13,15 @@ _NEVER = object()
 
 
 class StateUse:
-    """Watches the calls of one policy's ``predict``, and warns once when a running episode is predicted without state.
+    """Watches the calls of one policy's ``predict``, and warns once if they lack the state during an episode.
 
-    A call is without state if ``state`` is None and ``episode_start`` does not say that every episode begins. One such
-    call may be the first of an episode. Two in a row are taken for two steps of one, if the second has as many
-    observations, and others than the first.
+    A call lacks the state if ``state`` is None, unless ``episode_start`` is True for all observations. One such call
+    may be the first step of an episode. Two such calls in a row count as two steps of an episode, if their observations
+    have equal shapes and different values.
 
-    So there is no warning in the loops of SB3 and the RL Zoo, nor where each episode begins with ``state=None`` and
-    goes on with the state, nor where an observation is predicted again. Observations that do not follow one another
-    look like an episode, unless ``episode_start`` is True for each.
+    So the loops of SB3 and the RL Zoo give no warning. A loop that begins each episode with ``state=None`` and then
+    passes the state gives none, and predicting one observation twice gives none. Independent observations look like an
+    episode, unless ``episode_start`` is True for each.
     """
 
     def __init__(self) -> None:
@@ -29,11 +29,11 @@ class StateUse:
         self._last: Any = _NEVER
 
     def note(self, observation: Any, state: object, episode_start: Any) -> None:  # noqa: ANN401  # arrays
-        """Take note of a call, before it is done.
+        """Look at the arguments of a call of ``predict``.
 
         :param observation: array, or dict of arrays
-        :param state: as given
-        :param episode_start: as given, shape (n_envs,) or None
+        :param state: the state of the memory, or None
+        :param episode_start: shape (n_envs,), or None
         """
         if self._has_warned:
             return
@@ -44,19 +44,22 @@ class StateUse:
         if last is not _NEVER and _are_two_steps(last, self._last):
             self._has_warned, self._last = True, _NEVER
             warnings.warn(
-                "predict was called twice in a row without the state of the policy's memory, which so forgot what came "
-                "before. Within an episode, give it the state that it returned: action, state = predict(observation, "
-                "state, episode_start). Where each observation begins an episode, say so: episode_start=True for each",
+                "predict was called twice in a row without the state of the policy's memory, so the policy forgot what "
+                "came before. Within an episode, pass the state that it returned: action, state = predict(observation, "
+                "state, episode_start). If each observation begins an episode, pass episode_start=True for each",
                 stacklevel=2,
             )
 
 
 def state_use_of(policy: nn.Module) -> StateUse:
-    """Get the watch over a policy's ``predict``."""
+    """Return the object that watches a policy's ``predict``.
+
+    :param policy: the policy
+    """
     return _WATCHES.setdefault(policy, StateUse())
 
 
-# Not an attribute of the policy: compiled graphs are made anew where those change
+# Not an attribute of the policy, because a change of its attributes makes compiled graphs again
 _WATCHES: WeakKeyDictionary[nn.Module, StateUse] = WeakKeyDictionary()
 
 

@@ -45,7 +45,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :raises ValueError: for the state of other wrappers or of another environment; the message names both
         """
         layers = list(self._layers())
-        names, saved_names = [_name(layer) for layer in layers], [name for name, _ in state["layers"]]
+        names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
             saved_stack, stack = " of ".join(saved_names), " of ".join(names)
             raise ValueError(f"the saved state is of {saved_stack}, the environment is {stack}")
@@ -75,8 +75,19 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             ) from error
 
 
+def saved_name(name: str) -> str:
+    """Return the name under which a wrapper is saved.
+
+    A process that imports rl_zoo3 has a subclass in place of Gymnasium's TimeLimit. The two have one state, so that a
+    run of the RL Zoo can be resumed without it.
+
+    :param name: the name of the wrapper's class
+    """
+    return "TimeLimit" if name == "PatchedTimeLimit" else name
+
+
 def _name(layer: gym.Env[Any, Any]) -> str:
-    return type(layer).__name__
+    return saved_name(type(layer).__name__)
 
 
 def _has_own_methods(layer: gym.Env[Any, Any]) -> bool:

@@ -28,11 +28,11 @@ from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_
 from sb3_ppo_plus.strict_json import Limits, parse
 from sb3_ppo_plus.trees import tree_map
 
-State = dict[str, Any]
+TrainingState = dict[str, Any]
 
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
-# Wider than those of a model's description: scores begin at -inf, the state of a generator is an integer of 39 digits,
-# and environments may be many and hold nested lists. 4300 digits are the most that Python itself reads
+# Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
+# there may be many environments, with nested lists. Python itself reads at most 4300 digits
 UNTRUSTED_LIMITS = Limits(max_bytes=2**30, max_depth=128, max_digits=4300, allows_non_finite=True)
 GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
@@ -51,7 +51,7 @@ def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str
     :raises PlainStateError: if a state is not plain; the message names it
     """
     assert model.env is not None
-    state: State = {
+    state: TrainingState = {
         "attributes": {name: getattr(model, name) for name in model.TRAINING_STATE},
         "learning_rate_factors": model._coefficients.groups(model).factors,
         **model._execution.state(model),
@@ -73,20 +73,20 @@ def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str
     return {MODEL_FILE: archive.getvalue(), STATE_FILE: text.encode(), ARRAYS_FILE: writer.arrays()}
 
 
-def read_state(files: dict[str, bytes], trusted: bool) -> State:
-    """Read what :func:`checkpoint_files` has written beside the model.
+def read_state(files: dict[str, bytes], trusted: bool) -> TrainingState:
+    """Read the state that :func:`checkpoint_files` has written beside the model.
 
     :param files: contents by file name
-    :param trusted: False: what goes beyond ``UNTRUSTED_LIMITS``, or has a key twice, is an error
-    :raises UntrustedFileError: without trust, for such a file
+    :param trusted: False: a file that exceeds :data:`UNTRUSTED_LIMITS`, or has a key twice, is an error
+    :raises UntrustedFileError: for such a file, if it is not trusted
     """
     text = files[STATE_FILE]
-    description = json.loads(text) if trusted else parse(text, STATE_FILE, UNTRUSTED_LIMITS)
-    state: State = PlainStateReader(files[ARRAYS_FILE]).build(description)
+    encoded = json.loads(text) if trusted else parse(text, STATE_FILE, UNTRUSTED_LIMITS)
+    state: TrainingState = PlainStateReader(files[ARRAYS_FILE]).build(encoded)
     return state
 
 
-def set_training_state(model: PlusModel, state: State) -> bool:
+def set_training_state(model: PlusModel, state: TrainingState) -> bool:
     """Put back the state of a run into a model that was loaded from the checkpoint's ``model.zip``.
 
     :meth:`PPOPlus.continue_learning` sets up logs and callbacks, and puts back their state.
@@ -123,7 +123,7 @@ def seconds_of_learning(model: PlusModel) -> float:
     return (time.time_ns() - model.start_time) / 1e9
 
 
-def restore_logs(model: PlusModel, logs: State) -> None:
+def restore_logs(model: PlusModel, logs: dict[str, Any]) -> None:
     """Give a model's logger the values that wait for its next dump.
 
     :param model: the model
@@ -133,7 +133,7 @@ def restore_logs(model: PlusModel, logs: State) -> None:
         getattr(model.logger, name).update(logs.get(name, {}))
 
 
-def pending_logs(model: PlusModel) -> State:
+def pending_logs(model: PlusModel) -> dict[str, Any]:
     """Copy the values that wait for the logger's next dump: SB3 writes those of an update during the next one.
 
     Figures and videos are left out.
@@ -151,7 +151,7 @@ def pending_logs(model: PlusModel) -> State:
     }
 
 
-def _check_attributes(model: PlusModel, attributes: State) -> None:
+def _check_attributes(model: PlusModel, attributes: dict[str, Any]) -> None:
     """Refuse attributes that are no training state: some, such as the compiler's options, can run a program."""
     names = set(model.TRAINING_STATE)
     if attributes.keys() != names:

@@ -11,7 +11,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
 from sb3_ppo_plus.errors import WrapperStackError
 from sb3_ppo_plus.resuming.object_state import object_state, set_object_state
-from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
+from sb3_ppo_plus.resuming.resumable_env import ResumableEnv, saved_name
 
 VecEnvState = dict[str, Any]
 
@@ -135,7 +135,7 @@ def _envs_are_resumable(base: Any) -> bool:  # noqa: ANN401  # a VecEnv, or what
 
 def _gymnasium_stack(env: VecEnv) -> list[list[str]]:
     """Names of the wrappers of each environment and its own, from the outside in; empty where there are none."""
-    return [re.findall(r"<(\w+)", text) for text in names_of(base_of(env))]
+    return [[*map(saved_name, re.findall(r"<(\w+)", text))] for text in names_of(base_of(env))]
 
 
 def _outside_of_methods(stack: list[list[str]]) -> list[str]:
@@ -151,9 +151,9 @@ def _check_same_stack(env: VecEnv, state: VecEnvState) -> None:
     names, saved_names = [type(wrapper).__name__ for wrapper in _wrappers(env)], [name for name, _ in state["wrappers"]]
     if names != saved_names:
         raise WrapperStackError(f"the checkpoint's VecEnv wrappers are {saved_names}, those of env are {names}")
-    stack = _gymnasium_stack(env)
-    if stack != state["stack"]:
-        index = next((i for i, (a, b) in enumerate(zip(stack, state["stack"], strict=False)) if a != b), 0)
-        saved = " of ".join(state["stack"][index]) if state["stack"] else "none"
+    stack, saved_stack = _gymnasium_stack(env), [[*map(saved_name, names)] for names in state["stack"]]
+    if stack != saved_stack:
+        index = next((i for i, (a, b) in enumerate(zip(stack, saved_stack, strict=False)) if a != b), 0)
+        saved = " of ".join(saved_stack[index]) if saved_stack else "none"
         given = " of ".join(stack[index]) if stack else "none"
         raise WrapperStackError(f"the checkpoint's environment {index} is {saved}, that of env is {given}")

@@ -30,8 +30,11 @@ class RolloutActor:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
 
-    def begin_rollout(self) -> None:
-        """Notice what has changed since the last rollout."""
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
+        """Notice what has changed since the last rollout.
+
+        :param rollout_buffer: the buffer that stores the rollout; None: it is not known
+        """
 
     @th.no_grad()
     def act(

@@ -29,7 +29,7 @@ from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, Warmup
 from sb3_ppo_plus.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 
 FORMAT = "sb3_ppo_plus.model/1"
-# Arguments that are not described: those of another part of the description, or of the machine that saves
+# Arguments that are not described: policy has its own entry, the others belong to the machine that loads
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
 ROLLOUT_BUFFERS: dict[str, type[RolloutBuffer]] = {
@@ -51,7 +51,10 @@ Tables = dict[str, dict[str, type]]
 
 
 def constructor_arguments(cls: type[PPO]) -> list[str]:
-    """Names of the arguments of a class's constructor; a subclass may pass the rest on by **kwargs."""
+    """Return the names of the arguments of a constructor, and of those to which it may pass ``**kwargs``.
+
+    :param cls: class of the model
+    """
     names: dict[str, None] = {}
     for part in cls.__mro__[: cls.__mro__.index(PPO)]:
         if "__init__" in vars(part):

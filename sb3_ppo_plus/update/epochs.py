@@ -9,7 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import explained_variance
 
 from sb3_ppo_plus.buffers import minibatches
-from sb3_ppo_plus.policies.torch_switches import without_argument_validation
+from sb3_ppo_plus.update.argument_validation import without_argument_validation
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import LossCoefficients

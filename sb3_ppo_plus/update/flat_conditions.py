@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any
 
 import torch as th
@@ -20,13 +20,15 @@ _ZERO_GRAD = Optimizer.zero_grad
 _CLIP_GRAD_NORM = th.nn.utils.clip_grad_norm_
 
 
-def obstacle_to_flat_steps(policy: th.nn.Module, optimizer: Optimizer) -> str | None:
+def obstacle_to_flat_steps(
+    policy: th.nn.Module, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]
+) -> str | None:
     """Return why a flat step would differ from the optimiser's own step, as a clause for a warning; None: it would not.
 
     :param policy: the policy
     :param optimizer: the policy's optimiser
+    :param parameters: the policy's parameters
     """
-    parameters = list(policy.parameters())
     name = type(optimizer).__name__
     if type(optimizer) not in FLATTENED_OPTIMIZERS:
         return f"{name} has no flat form here"
@@ -39,7 +41,7 @@ def obstacle_to_flat_steps(policy: th.nn.Module, optimizer: Optimizer) -> str | 
         return f"a hook on {name}'s step or on a parameter wants to be called"
     if not _are_plain(parameters):
         return "the parameters are not all float32 on one device, in memory of their own"
-    if _share_memory(_tensors_of(policy)):
+    if _share_memory(chain(parameters, policy.buffers(), _attributes_of(policy))):
         return "some parameters share their memory with other tensors of the policy"
     if not all(_is_plain_state(parameter, optimizer.state.get(parameter, {})) for parameter in parameters):
         return f"the state of {name} is not of the kind that its own steps make"
@@ -57,7 +59,8 @@ def _has_methods_of_torch(optimizer: Optimizer) -> bool:
         if step.__globals__ is not vars(torch_optimizer):
             return False
         step = step.__wrapped__
-    return inspect.isfunction(step) and step.__globals__["__name__"] == kind.__module__
+    # AdamW's is Adam's
+    return inspect.isfunction(step) and step.__globals__["__name__"] in {base.__module__ for base in kind.__mro__}
 
 
 def _are_plain(parameters: Sequence[th.nn.Parameter]) -> bool:
@@ -73,11 +76,11 @@ def _are_plain(parameters: Sequence[th.nn.Parameter]) -> bool:
     )
 
 
-def _tensors_of(policy: th.nn.Module) -> Iterator[th.Tensor]:
-    yield from policy.parameters()
+def _attributes_of(policy: th.nn.Module) -> Iterator[th.Tensor]:
     for part in policy.modules():
-        yield from part.buffers(recurse=False)
-        yield from (value for value in vars(part).values() if isinstance(value, th.Tensor))
+        for value in vars(part).values():
+            if isinstance(value, th.Tensor):
+                yield value
 
 
 def _share_memory(tensors: Iterable[th.Tensor]) -> bool:

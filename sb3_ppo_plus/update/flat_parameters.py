@@ -50,7 +50,7 @@ class FlatGroup:
         self.flat.grad = th.zeros_like(self.flat)
         self.gradients = self.views(self.flat.grad)
         self._views = self.views(self.flat)
-        self._pointers = [view.data_ptr() for view in self._views]
+        self._pointers: list[int] = []
         self._own: list[th.Tensor] = []
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
         self.optimizer = make_optimizer([{**optimizer.param_groups[index], "params": [self.flat]}])
@@ -97,6 +97,7 @@ class FlatGroup:
         copy_each(self._views, self._own)
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.data = view
+        self._pointers = [view.data_ptr() for view in self._views]
         old = self.optimizer.state.pop(self.flat, {})
         self._shown, self._counts_on_device, self._undecided = {}, False, None
         self._entries = [self._visible.state.get(parameter, {}) for parameter in self.parameters]
@@ -261,7 +262,7 @@ class FlatParameters:
         self._trainable = [parameter.requires_grad for parameter in parameters]
         self.has_gradient = list(has_gradient)
         self.groups = [FlatGroup(optimizer, index, alike) for index, alike in self._alike()]
-        self._shapes = [parameter.shape for parameter in parameters]
+        self._places = [(parameter.shape, parameter.device) for parameter in parameters]
         views = {
             id(parameter): view
             for group in self.groups
@@ -291,7 +292,7 @@ class FlatParameters:
         return list(parts.values())
 
     def still_fits(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
-        """Whether these flat parameters can still be used: nothing was replaced, frozen or freed.
+        """Whether these flat parameters can still be used: nothing was replaced, frozen, freed or moved.
 
         :param optimizer: the policy's optimiser now
         :param parameters: the policy's parameters now, in order
@@ -300,7 +301,7 @@ class FlatParameters:
             optimizer is self._optimizer
             and [*map(id, parameters)] == [*map(id, self._all)]
             and [parameter.requires_grad for parameter in parameters] == self._trainable
-            and [parameter.shape for parameter in parameters] == self._shapes
+            and [(parameter.shape, parameter.device) for parameter in parameters] == self._places
             and [(index, [*map(id, alike)]) for index, alike in self._alike()]
             == [(group.index, [*map(id, group.parameters)]) for group in self.groups]
         )

@@ -212,8 +212,9 @@ class GradientStep:
     def _find_obstacle(self) -> str | None:
         """Return why steps are not flat; None: they are."""
         if self.grad_scaler.is_enabled():
-            return "amp='fp16' scales the loss, and steps on float16's gradients are taken one parameter at a time"
-        return obstacle_to_flat_steps(self.policy, self.policy.optimizer) or self._reason_against_flat()
+            return "a GradScaler scales the loss under amp='fp16', and no graph holds that; amp='bf16' needs none"
+        obstacle = obstacle_to_flat_steps(self.policy, self.policy.optimizer, self._parameters)
+        return obstacle or self._reason_against_flat()
 
     def _reason_against_flat(self) -> str | None:
         """Return why flat steps would have other bits than SB3's, or take more time; None: they do not."""

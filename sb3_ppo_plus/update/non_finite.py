@@ -5,13 +5,33 @@ from __future__ import annotations
 import math
 
 import torch as th
+from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.errors import NonFiniteError
+from sb3_ppo_plus.extractors import TransformerExtractor
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS
 
 TERMS = {"policy_loss": "policy loss", "value_loss": "value loss", "entropy_loss": "entropy"}
+
+
+def check_epsilon(policy: ActorCriticPolicy) -> None:
+    """Refuse an optimiser that would divide 0 by 0 in a Transformer.
+
+    A key bias adds one number to all logits of a softmax, which changes nothing. Its gradient is 0 but for rounding,
+    and whether it is exactly 0 differs from seed to seed, and between compiled and eager updates.
+
+    :param policy: the policy
+    :raises ValueError: for eps=0 with a Transformer as features extractor
+    """
+    has_transformer = any(isinstance(module, TransformerExtractor) for module in policy.modules())
+    if has_transformer and any(group.get("eps") == 0 for group in policy.optimizer.param_groups):
+        raise ValueError(
+            f"eps must be positive with the Transformer, got optimizer_kwargs={{'eps': 0}}: "
+            f"{type(policy.optimizer).__name__} divides by the size of a gradient plus eps, and some gradients of the "
+            "Transformer are 0; allowed: for example 1e-8"
+        )
 
 
 def check_steps(history: UpdateHistory, model: PlusModel, *, checks_gradient: bool) -> tuple[int, int]:

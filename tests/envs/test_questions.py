@@ -1,4 +1,4 @@
-"""VecEnvs of other packages, which answer few questions or none: PPOPlus trains on whatever SB3's PPO trains on."""
+"""VecEnvs of other packages answer few questions or none. PPOPlus trains on all that SB3's PPO trains on."""
 
 import warnings
 
@@ -18,12 +18,12 @@ from states import assert_same_training
 from sb3_ppo_plus import PPOPlus, RestartingEnv, ResumableEnv, TrainingCheckpoint
 from sb3_ppo_plus.envs.questions import attributes_of, base_of, has_attribute, indices_of_wrapped, names_of
 
-# No seed: not all of these take one
+# Not all of these VecEnvs take a seed
 UNSEEDED = {name: value for name, value in SETTINGS.items() if name != "seed"}
 
 
 class Game(ParallelEnv):
-    """Two agents are rewarded for actions that suit what they see."""
+    """Rewards two agents for actions that suit their observations."""
 
     render_mode = None
 
@@ -61,7 +61,7 @@ def make_supersuit():
 
 
 class Vectors:
-    """All that SB3's PPO needs, and no VecEnv."""
+    """Has all that SB3's PPO needs, but is no VecEnv."""
 
     num_envs = 2
     observation_space = SMALL_DICT
@@ -98,7 +98,7 @@ class Vectors:
 
 
 class Lacking(VecEnvWrapper):
-    """Passes questions on to what has no answers: each is an AttributeError."""
+    """Passes questions on to an object without answers, so that each is an AttributeError."""
 
     def __init__(self):
         with warnings.catch_warnings(action="ignore"):
@@ -146,7 +146,7 @@ class Refusing(VecEnv):
 
 
 class TakesOtherArguments(Refusing):
-    """Has one environment for all: hands ``indices`` on to its methods, which do not know it."""
+    """Has one environment in place of several, and passes ``indices`` to its methods, which do not take them."""
 
     def has_attr(self):
         return False
@@ -159,7 +159,7 @@ class TakesOtherArguments(Refusing):
 
 
 class AgreesToAll(Refusing):
-    """Has every attribute and every wrapper."""
+    """Claims to have every attribute and every wrapper."""
 
     def get_attr(self, attr_name, indices=None):
         return [None] * self.num_envs
@@ -172,7 +172,7 @@ class AgreesToAll(Refusing):
 
 
 class GivesLists(Refusing):
-    """Has rewards in a list, and infos in a tuple; no episode is truncated, which SB3 takes from arrays only."""
+    """Returns rewards in a list and infos in a tuple. No episode is truncated: SB3 needs arrays then."""
 
     def step_wait(self):
         observations, rewards, dones, infos = super().step_wait()
@@ -180,7 +180,7 @@ class GivesLists(Refusing):
 
 
 class GivesUp(Refusing):
-    """Raises whatever comes to mind."""
+    """Raises errors of unusual types."""
 
     def has_attr(self, attr_name):
         raise AssertionError
@@ -229,7 +229,7 @@ def test_training_equals_sb3s_to_the_bit(make, wrap):
 
 
 @EACH_VEC_ENV
-def test_nothing_is_logged_of_restarts(make):
+def test_no_restarts_are_logged(make):
     model = build(PPOPlus, make())
     recorder = record_logs(model)
     model.learn(128)
@@ -268,7 +268,7 @@ def test_a_run_goes_on_from_its_checkpoint(make, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Training and eval env")
 @EACH_THAT_CAN_BE_EVALUATED
-def test_a_callback_that_evaluates_goes_on_too(make, tmp_path):
+def test_a_callback_that_evaluates_goes_on_from_a_checkpoint_too(make, tmp_path):
     def callbacks():
         with warnings.catch_warnings(action="ignore"):
             evaluation = EvalCallback(VecMonitor(make()), n_eval_episodes=1, eval_freq=32, verbose=0)
@@ -293,13 +293,13 @@ def test_sb3s_vec_envs_are_understood():
     assert attributes_of(env, "nothing", [1]) is None
 
 
-def test_an_answer_of_another_length_is_none():
+def test_an_answer_of_the_wrong_length_counts_as_no_answer():
     env = make_env(2)
     env.env_is_wrapped = lambda wrapper_class: [True]
     assert indices_of_wrapped(env, ResumableEnv) == []
 
 
-def test_a_dead_worker_is_no_missing_answer():
+def test_a_dead_worker_does_not_count_as_no_answer():
     env = make_env(2)
 
     def broken(*_):

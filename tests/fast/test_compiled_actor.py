@@ -9,8 +9,10 @@ from environments import ASYMMETRIC, BOX, IMAGE, SMALL_DICT, ConstantRewardEnv, 
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
+from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
 from sb3_ppo_plus.rollout.actor import EVALUATION_CHUNK, predict_values
 
@@ -33,22 +35,30 @@ class KeepRollout(BaseCallback):
         self.rollouts.append({name: np.array(getattr(buffer, name)) for name in names})
 
 
-def two_rollouts(model: PPOPlus) -> KeepRollout:
+def two_rollouts(model: PPOPlus, callback: KeepRollout | None = None) -> KeepRollout:
     """Collect a rollout, learn from it in one minibatch, which is always eager, and collect another."""
-    callback = KeepRollout()
+    callback = callback or KeepRollout()
     model.learn(model.n_steps * model.n_envs, callback=callback)
     model.collect_rollouts(model.env, callback, model.rollout_buffer, model.n_steps)
     return callback
 
 
-def rollouts(env: Any, policy: str = "MlpPolicy", **kwargs: Any) -> tuple[KeepRollout, KeepRollout]:
+def rollouts(
+    env: Any, policy: str = "MlpPolicy", callback: type[KeepRollout] = KeepRollout, **kwargs: Any
+) -> tuple[KeepRollout, KeepRollout]:
     kept = []
     for compile in (False, True):
         # The sizes of test_compiled_step.py, whose graphs need not be compiled again
         settings = {"n_steps": 16, "batch_size": 32, "n_epochs": 1, "seed": 0, **kwargs}
         settings["policy_kwargs"] = {"net_arch": [8], **kwargs.get("policy_kwargs", {})}
-        kept.append(two_rollouts(PPOPlus(policy, env(), compile=compile, **settings)))
+        kept.append(two_rollouts(PPOPlus(policy, env(), compile=compile, **settings), callback()))
     return kept[0], kept[1]
+
+
+def assert_same_rollouts(eager: KeepRollout, compiled: KeepRollout) -> None:
+    for expected, actual in zip(eager.rollouts, compiled.rollouts, strict=True):
+        for name in expected:
+            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +83,7 @@ def test_compiled_and_eager_rollouts_are_the_same(
     # A features extractor that learns is not asked twice
     assert all((values is None) == (policy != "CnnPolicy") for values in compiled.seen)
     assert all(values is not None for values in eager.seen)
-    for expected, actual in zip(eager.rollouts, compiled.rollouts, strict=True):
-        for name in expected:
-            np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
+    assert_same_rollouts(eager, compiled)
 
 
 @pytest.mark.usefixtures("graphs_without_code")
@@ -87,6 +95,76 @@ def test_timeouts_are_bootstrapped_after_a_compiled_rollout_and_terminations_are
         rewards = compiled.rollouts[0]["rewards"]
         assert (rewards != 1.0).any() == truncates
         np.testing.assert_allclose(rewards, eager.rollouts[0]["rewards"], atol=1e-6)
+
+
+def narrow_env(dtype: Any, parts: Any = None) -> Any:
+    """Observations of a narrow type, of which VecNormalize makes floats that the rollout buffer cannot hold."""
+    space: Any = spaces.Box(0, 100, (3,), dtype)
+    normalized = None
+    if parts is not None:
+        space, normalized = spaces.Dict({"narrow": space, **parts}), ["narrow"]
+    env = make_env(2, observation_space=space, action_space=ASYMMETRIC, p_terminate=0.05)
+    return VecNormalize(env, norm_obs_keys=normalized)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float16], ids=lambda dtype: dtype.__name__)
+@pytest.mark.usefixtures("graphs_without_code")
+@pytest.mark.filterwarnings("error:compile=True")
+def test_values_are_those_of_the_observations_that_the_env_returned_not_of_what_the_buffer_keeps(dtype: Any) -> None:
+    eager, compiled = rollouts(lambda: narrow_env(dtype))
+    assert all(isinstance(values, th.Tensor) for values in compiled.seen)
+    assert_same_rollouts(eager, compiled)
+
+
+@pytest.mark.usefixtures("graphs_without_code")
+@pytest.mark.filterwarnings("error:compile=True")
+def test_one_narrow_part_of_dict_observations_is_enough() -> None:
+    eager, compiled = rollouts(lambda: narrow_env(np.uint8, {"wide": BOX}), "MultiInputPolicy")
+    assert_same_rollouts(eager, compiled)
+
+
+@pytest.mark.usefixtures("graphs_without_code")
+def test_observations_that_become_wider_amid_a_rollout_are_evaluated_at_once_from_then_on() -> None:
+    class Widen(KeepRollout):
+        def _on_step(self) -> bool:
+            if self.n_calls == 5:
+                self.model.env.norm_obs = True
+            return super()._on_step()
+
+    def env() -> Any:
+        venv = narrow_env(np.uint8)
+        venv.norm_obs = False
+        return venv
+
+    eager, compiled = rollouts(env, callback=Widen)
+    # The sixth step returns the first observation that is normalised
+    assert [values is None for values in compiled.seen[:16]] == [True] * 6 + [False] * 10
+    assert_same_rollouts(eager, compiled)
+
+
+@pytest.mark.parametrize(
+    ("stored", "given", "is_narrowed"),
+    [
+        (np.float32, np.float64, False),
+        (np.float32, np.int64, False),
+        (np.float64, np.float32, False),
+        (np.uint8, np.uint8, False),
+        (np.int64, np.uint8, False),
+        (np.uint8, np.int64, True),
+        (np.uint8, np.float32, True),
+        (np.int64, np.float64, True),
+        (np.float16, np.float32, True),
+        (np.float16, np.uint8, False),
+        (bool, np.float32, True),
+    ],
+)
+def test_a_buffer_knows_what_it_cannot_hold(stored: Any, given: Any, is_narrowed: bool) -> None:
+    box = spaces.Box(0, 1, (3,), stored)
+    observations = th.from_numpy(np.zeros((1, 3), given))
+    assert PPOPlusRolloutBuffer(4, box, ASYMMETRIC).narrows(observations) == is_narrowed
+    both = spaces.Dict({"a": BOX, "b": box})
+    buffer = PPOPlusDictRolloutBuffer(4, both, ASYMMETRIC)
+    assert buffer.narrows({"a": th.zeros(1, 3), "b": observations}) == is_narrowed
 
 
 def test_predictions_do_not_depend_on_the_size_of_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
 from sb3_ppo_plus.fast import replays
 from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, RECORD_AFTER, can_record, record
-from sb3_ppo_plus.policies.torch_switches import without_argument_validation
+from sb3_ppo_plus.update.argument_validation import without_argument_validation
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
 

@@ -17,7 +17,8 @@ from sb3_ppo_plus.policies.lean_distributions import (
     LeanDiagGaussianDistribution,
     LeanMultiCategoricalDistribution,
 )
-from sb3_ppo_plus.policies.torch_switches import may_round, without_argument_validation
+from sb3_ppo_plus.policies.rounding import may_round
+from sb3_ppo_plus.update.argument_validation import without_argument_validation
 
 
 def gaussian_parameters(scale=1.0):

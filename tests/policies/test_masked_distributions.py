@@ -16,7 +16,7 @@ from sb3_ppo_plus.policies.masked_distributions import (
     make_maskable_distribution,
     mask_sizes,
 )
-from sb3_ppo_plus.policies.torch_switches import may_round
+from sb3_ppo_plus.policies.rounding import may_round
 
 BATCH = 50
 SPACES = pytest.mark.parametrize("action_space", MASKED_ACTION_SPACES.values(), ids=MASKED_ACTION_SPACES)

@@ -180,3 +180,17 @@ def test_another_mujoco_model_is_an_error():
     saved["integration"] = saved["integration"][:-1]
     with pytest.raises(ValueError, match="the saved MuJoCo state has"):
         other.set_resume_state(state)
+
+
+class PatchedTimeLimit(TimeLimit):
+    """Has the name of the subclass that rl_zoo3 puts in place of TimeLimit."""
+
+
+@pytest.mark.parametrize(("first", "second"), [(TimeLimit, PatchedTimeLimit), (PatchedTimeLimit, TimeLimit)])
+def test_a_run_of_the_rl_zoo_goes_on_without_it_and_the_other_way_round(first, second):
+    env, other = ResumableEnv(first(ToyEnv(), 5)), ResumableEnv(second(ToyEnv(), 5))
+    env.reset(seed=3)
+    other.reset(seed=4)
+    env.step(env.action_space.sample())
+    other.set_resume_state(written_and_read(env.get_resume_state()))
+    assert other.get_wrapper_attr("_elapsed_steps") == 1

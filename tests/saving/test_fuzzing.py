@@ -157,7 +157,7 @@ def test_a_description_gives_its_space_back(space):
 
 @fuzz(60)
 @given(SPACES, LEAVES, st.sampled_from(["gaussian", "beta", "squashed_gaussian"]))
-def test_models_of_any_spaces_are_built_or_say_why_not(observation_space, action_space, action_dist):
+def test_models_of_any_spaces(observation_space, action_space, action_dist):
     policy = "MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy"
     kwargs = SMALL_NET | ({"action_dist": action_dist} if isinstance(action_space, spaces.Box) else {})
     try:

@@ -154,6 +154,35 @@ def test_arguments_are_checked(settings, error):
         build(**settings)
 
 
+TRANSFORMER = {
+    "features_extractor_class": "transformer",
+    "features_extractor_kwargs": {"d_model": 8, "n_heads": 2, "n_layers": 1},
+}
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop"])
+def test_a_transformer_is_not_trained_where_zero_would_be_divided_by_zero(optimizer, compile):
+    """The gradient of a key bias is 0 but for rounding, so that it depends on luck where NaN appears."""
+    env = make_env(observation_space=spaces.Box(-1, 1, (4, 3), np.float32))
+    kwargs = SMALL_NET | TRANSFORMER | {"optimizer_class": optimizer, "optimizer_kwargs": {"eps": 0.0}}
+    # Loading, and asking for actions, is possible
+    model = build(env, policy_kwargs=kwargs, compile=compile)
+    with pytest.raises(ValueError, match=r"eps must be positive with the Transformer.*'eps': 0.*allowed"):
+        model.learn(32)
+    assert env.envs[0].unwrapped.calls["step"] == 0
+    model.policy.optimizer.param_groups[0]["eps"] = 1e-8
+    model.learn(32)
+
+
+@pytest.mark.parametrize("way", ["flat", "compiled"])
+@pytest.mark.usefixtures("graphs_without_code")
+def test_without_a_transformer_eps_may_be_zero(way):
+    settings = WAYS[way] | {"policy_kwargs": {"net_arch": [8], "optimizer_kwargs": {"eps": 0.0}}}
+    model = build(**settings).learn(96)
+    assert all(th.isfinite(value).all() for value in tensors_of(model).values())
+
+
 # Environments
 
 

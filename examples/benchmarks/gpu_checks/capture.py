@@ -1,6 +1,6 @@
 """Looks inside a model: its parts, its compiled graphs without TorchInductor, and their replays as CUDA graphs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,8 +82,8 @@ class PretendedReplay:
 class CapturedGraph:
     """A compiled graph that is called once, then captured, then replayed.
 
-    A replay reads and writes fixed memory. Parameters and the optimiser's state have fixed places anyway; all other
-    inputs are copied into places of their own before each replay.
+    A replay reads and writes fixed memory. Parameters and the optimiser's state, which a graph changes, mostly stay
+    where they are. All other inputs are copied into places of their own before a replay.
 
     :param graph: the compiled graph
     :param model: whose parameters and state it reads
@@ -96,33 +96,55 @@ class CapturedGraph:
         self._make_replay = CudaReplay if device == "cuda" else PretendedReplay
         self._replay: CudaReplay | PretendedReplay | None = None
         self._static: list[th.Tensor] = []
+        self._may_change: list[bool] = []
         self._last: list[th.Tensor] = []
+        self._moved: list[tuple[th.Tensor, th.Tensor]] = []
 
     def __call__(self, *inputs: th.Tensor) -> list[Any]:
         self.n_calls += 1
         if self.n_calls == 1:
             return self.graph(*inputs)
         if self._replay is None:
-            fixed = self._fixed_places()
-            self._static = [tensor if tensor.data_ptr() in fixed else tensor.clone() for tensor in inputs]
-            self._last = list(inputs)
-            self._replay = self._make_replay(lambda: self.graph(*self._static))
-        for index, tensor in enumerate(inputs):
-            # Nobody writes into a tensor that was handed over, except into those with fixed places
-            if tensor is not self._last[index]:
-                if tensor.data_ptr() != self._static[index].data_ptr():
-                    self._static[index].copy_(tensor, non_blocking=True)
-                self._last[index] = tensor
+            self._capture(inputs)
+        assert self._replay is not None
+        self._place(inputs)
         self._replay.replay()
         self.n_replays += 1
+        for tensor, static in self._moved:
+            tensor.copy_(static)
         return [output.clone() if isinstance(output, th.Tensor) else output for output in self._replay.outputs]
+
+    def _capture(self, inputs: Sequence[th.Tensor]) -> None:
+        fixed = self._fixed_places()
+        self._may_change = [tensor.data_ptr() in fixed for tensor in inputs]
+        self._static = [
+            tensor if may_change else tensor.clone()
+            for tensor, may_change in zip(inputs, self._may_change, strict=True)
+        ]
+        self._last = list(inputs)
+        self._replay = self._make_replay(lambda: self.graph(*self._static))
+
+    def _place(self, inputs: Sequence[th.Tensor]) -> None:
+        """Put the inputs where the graph reads them, and note those that it changes in another place than theirs."""
+        # Nobody writes into a tensor that was handed over, but for those that may change
+        new = [index for index, tensor in enumerate(inputs) if tensor is not self._last[index]]
+        for index in new:
+            if inputs[index].data_ptr() != self._static[index].data_ptr():
+                self._static[index].copy_(inputs[index], non_blocking=True)
+        if new:
+            self._last = list(inputs)
+            self._moved = [
+                (tensor, static)
+                for tensor, static, may_change in zip(inputs, self._static, self._may_change, strict=True)
+                if may_change and tensor.data_ptr() != static.data_ptr()
+            ]
 
     def _fixed_places(self) -> set[int]:
         policy = self.model.policy
         tensors = [*policy.parameters(), *policy.buffers()]
         for flat in parts_of(self.model, FlatParameters):
             for group in flat.groups:
-                tensors += [group.flat, group.flat.grad]
+                tensors += [tensor for tensor in (group.flat, group.flat.grad) if tensor is not None]
                 tensors += [value for value in group.state.values() if isinstance(value, th.Tensor)]
         return {tensor.data_ptr() for tensor in tensors}
 

@@ -1,4 +1,4 @@
-"""Switches of a whole process or thread, which the distributions obey."""
+"""A switch of the whole process that turns off the checks of ``torch.distributions``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Unvalidated:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.n_users = 0
-        self.before: bool | None = None
+        self.before = True
 
 
 _UNVALIDATED = _Unvalidated()
@@ -34,37 +34,11 @@ def without_argument_validation() -> Iterator[None]:
         if _UNVALIDATED.n_users == 0:
             _UNVALIDATED.before = default_validation()
         _UNVALIDATED.n_users += 1
-        # Else nobody knows what to bring back
-        if _UNVALIDATED.before is not None:
-            base.set_default_validate_args(False)
+        base.set_default_validate_args(False)
     try:
         yield
     finally:
         with _UNVALIDATED.lock:
             _UNVALIDATED.n_users -= 1
-            if _UNVALIDATED.n_users == 0 and _UNVALIDATED.before is not None:
+            if _UNVALIDATED.n_users == 0:
                 base.set_default_validate_args(_UNVALIDATED.before)
-
-
-class _Rounding(threading.local):
-    """Whether results may differ from SB3's by rounding, see :func:`may_round`; for each thread."""
-
-    is_allowed = False
-
-
-ROUNDING = _Rounding()
-
-
-@contextmanager
-def may_round() -> Iterator[None]:
-    """Let the distributions leave out operations that change nothing but the last bits: for compiled graphs."""
-    before, ROUNDING.is_allowed = ROUNDING.is_allowed, True
-    try:
-        yield
-    finally:
-        ROUNDING.is_allowed = before
-
-
-def is_validated() -> bool:
-    """Whether distributions check their arguments; not in updates, see :func:`without_argument_validation`."""
-    return default_validation() is not False
