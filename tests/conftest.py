@@ -16,7 +16,7 @@ from sb3_ppo_plus.fast import graphs, replays
 # Their asserts say what they compared, as those of tests do
 pytest.register_assert_rewrite(
     *("differential.comparing", "environments", "models", "states", "trained_alike"),
-    *("altered_files", "changed_training", "interrupted_runs"),
+    *("altered_files", "changed_training", "compiled_like_sb3", "interrupted_runs"),
 )
 
 th.set_num_threads(1)
