@@ -5,13 +5,17 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+# TorchInductor compiles no graph twice, in no later run either: the names of its files are hashes of what is compiled,
+# of its settings and of its version
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache/inductor"))
 
 import pytest
 import torch as th
 from hypothesis import HealthCheck, settings
 from torch.distributions import Distribution
 
-from sb3_ppo_plus.fast import graphs, replays
+from sb3_ppo_plus.fast import execution, graphs, replays
+from sb3_ppo_plus.rollout.actor import RolloutActor
 
 # Their asserts say what they compared, as those of tests do
 pytest.register_assert_rewrite(
@@ -75,3 +79,9 @@ def graphs_without_code(monkeypatch):
 def replayed_after_a_while(monkeypatch):
     """Make the first minibatches and steps eager, and replay the others if they can be recorded."""
     monkeypatch.setattr(replays, "RECORD_AFTER", 3)
+
+
+@pytest.fixture
+def acts_eagerly(monkeypatch):
+    """Record no actor: for tests of updates alone. A recording takes as long as 100 eager steps."""
+    monkeypatch.setattr(execution, "RecordedActor", RolloutActor)

@@ -30,7 +30,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.fast import replays
 
-pytestmark = pytest.mark.usefixtures("replayed_after_a_while")
+pytestmark = pytest.mark.usefixtures("replayed_after_a_while", "acts_eagerly")
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
