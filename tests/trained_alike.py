@@ -2,6 +2,7 @@
 
 import copy
 
+import models
 import torch as th
 from environments import SMALL_NET, make_env
 from stable_baselines3 import PPO
@@ -9,7 +10,7 @@ from states import assert_same_training
 
 from sb3_ppo_plus import PPOPlus
 
-SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
+SETTINGS = models.SETTINGS | {"n_epochs": 3, "seed": 3, "policy_kwargs": SMALL_NET}
 UPDATES = 3
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import models
 import numpy as np
 import pytest
 import torch as th
@@ -90,7 +91,7 @@ CASES: dict[str, tuple[spaces.Space[Any], spaces.Space[Any], str, dict[str, Any]
 
 # All models act in two environments and learn in minibatches of the same size where they can: TorchInductor's cache on
 # the disk then has the graphs that several tests need
-SETTINGS: dict[str, Any] = {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
+SETTINGS: dict[str, Any] = models.SETTINGS | {"n_steps": 16}
 
 
 def build(

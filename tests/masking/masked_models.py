@@ -2,6 +2,7 @@
 
 import copy
 
+import models
 import numpy as np
 import pytest
 from environments import MASKED_ACTION_SPACES, SMALL_NET, MaskedEnv, MaskInObservation, ToyEnv, make_masked_env
@@ -9,7 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_ppo_plus import PPOPlus
 
-SETTINGS = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
+SETTINGS = models.SETTINGS | {"batch_size": 32, "seed": 3, "policy_kwargs": SMALL_NET}
 SPACES = pytest.mark.parametrize("action_space", MASKED_ACTION_SPACES.values(), ids=MASKED_ACTION_SPACES)
 
 

@@ -1,17 +1,17 @@
 """Small runs that write checkpoints and stop before their end."""
 
-from environments import SMALL_NET, ToyEnv
+from environments import ToyEnv
+from models import build
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from states import state_of
 
-from sb3_ppo_plus import PPOPlus, ResumableEnv, TrainingCheckpoint
+from sb3_ppo_plus import ResumableEnv, TrainingCheckpoint
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 
 
 def make_model(env=None, **kwargs):
-    defaults = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu", "policy_kwargs": SMALL_NET}
-    return PPOPlus("MlpPolicy", env or make_envs(), **{**defaults, **kwargs})
+    return build(env or make_envs(), **{"n_steps": 8, "batch_size": 8} | kwargs)
 
 
 def make_envs(n_envs=2, wrapper_class=ResumableEnv, **kwargs):

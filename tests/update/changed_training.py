@@ -1,5 +1,6 @@
 """Trains SB3's PPO and PPOPlus while something changes the model, and compares them."""
 
+import models
 import torch as th
 from environments import make_env
 from stable_baselines3 import PPO
@@ -9,7 +10,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from sb3_ppo_plus import PPOPlus
 
-SETTINGS = {"n_steps": 16, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu"}
+SETTINGS = models.SETTINGS | {"n_steps": 16, "batch_size": 8}
 ROLLOUTS = 5
 OPTIMIZERS = {
     "Adam": (Adam, {}),
