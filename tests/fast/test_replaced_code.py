@@ -38,7 +38,7 @@ BETWEEN = 2 * STEPS
 
 @pytest.fixture(autouse=True)
 def fast_paths_at_once(monkeypatch, graphs_without_code):
-    monkeypatch.setattr(replays, "RECORD_AFTER", 2)
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 2)
 
 
 def build(algorithm=PPOPlus, action_space=None, policy_kwargs=None, **settings):
@@ -54,7 +54,7 @@ def is_fast(model):
     execution = model._execution
     if model.compile:
         return execution.compiled_actor.n_compilations > 0
-    return execution.replayed_actor.recordings.n_recordings > 0
+    return execution.replayed_actor.replays.n_replays > 0
 
 
 class Change(BaseCallback):
@@ -312,8 +312,8 @@ def test_a_policy_that_changes_at_every_step_is_not_looked_through_at_each(monke
             return True
 
     n_refreshes = []
-    refresh = replays.Recordings.refresh
-    monkeypatch.setattr(replays.Recordings, "refresh", lambda self: n_refreshes.append(1) or refresh(self))
+    refresh = replays.Replays.refresh
+    monkeypatch.setattr(replays.Replays, "refresh", lambda self: n_refreshes.append(1) or refresh(self))
     model = build().learn(ROLLOUT * 8, SetAttribute())
     assert_same_training(build(PPO).learn(ROLLOUT * 8), model)
     # At the beginning of a rollout and of an update, besides
