@@ -27,10 +27,10 @@ class RolloutBatch:
     :param old_log_prob: log probability of the actions at the time of the rollout, shape (batch,)
     :param advantages: GAE(lambda) estimates, shape (batch,)
     :param returns: TD(lambda) targets of the value function, shape (batch,)
-    :param valid: marks the real elements of a padded minibatch, shape (batch,); None: all of them
+    :param valid: False where a minibatch is padded, shape (batch,); None: nothing is padded
     :param context: further keyword arguments of the policy, such as action_masks: tensors of shape (batch, ...)
-    :param states: of a memory, at the start of each sequence into which a rollout is cut: (n_layers, n_sequences, ...)
-    :param sequence_of: the sequence of each transition of a rollout, int64, shape (batch,)
+    :param states: a memory's states at the start of each sequence of the rollout, shape (n_layers, n_sequences, ...)
+    :param sequence_of: index of the sequence of each transition of a rollout, int64, shape (batch,)
     """
 
     observations: PyTorchObs
@@ -45,13 +45,14 @@ class RolloutBatch:
     sequence_of: th.Tensor | None = None
 
     def by_field(self) -> dict[str, Any]:
-        """Return what the fields hold, by their names."""
+        """Return the values of the fields, by name."""
         return {part.name: getattr(self, part.name) for part in fields(self)}
 
     def select(self, indices: th.Tensor | slice) -> RolloutBatch:
-        """Return some transitions, or whole sequences one after the other.
+        """Return some of the transitions, or whole sequences in a row.
 
-        :param indices: a slice, or int64, shape (batch,); or (n_sequences, length), where -1 is padding
+        :param indices: for transitions a slice, or int64 of shape (batch,); for sequences int64 of shape
+            (n_sequences, length), where -1 is padding
         """
         if isinstance(indices, th.Tensor) and indices.dim() == 2:
             return self._select_sequences(indices)
@@ -82,15 +83,15 @@ class RolloutBatch:
 
 
 def _rows(tensor: th.Tensor, indices: th.Tensor | slice) -> th.Tensor:
-    # Half as expensive as indexing, where it is possible
+    # index_select takes half as long as indexing
     return tensor.index_select(0, indices) if isinstance(indices, th.Tensor) else tensor[indices]
 
 
 class Minibatch(NamedTuple):
-    """A minibatch that is gathered where it is needed, which may be inside a compiled function.
+    """A minibatch whose transitions are gathered later, perhaps inside a compiled function.
 
-    :param rollout: where the transitions are
-    :param indices: which of them belong to the minibatch, int64, shape (batch,); None: all
+    :param rollout: the transitions of a rollout
+    :param indices: indices of the minibatch's transitions, see :meth:`RolloutBatch.select`; None: all transitions
     """
 
     rollout: RolloutBatch
@@ -102,17 +103,17 @@ class Minibatch(NamedTuple):
 
 
 class PPOPlusRolloutBuffer(RolloutBuffer):
-    """SB3's ``RolloutBuffer``, shown to PyTorch once per rollout and without a copy; SB3 converts every minibatch."""
+    """SB3's ``RolloutBuffer``, which makes tensors once per rollout and without copies. SB3 converts each minibatch."""
 
     advantages_by_scan: bool = False
-    """Estimate advantages without a loop over the steps, in float64: SB3's to float32 rounding, not bit for bit."""
+    """Estimate advantages in float64 without a loop over the steps: equal to SB3's to float32 rounding, not in bits."""
 
     sequence_length: int | None = None
-    """Length of the sequences that make up minibatches, for a memory; None: minibatches of single transitions."""
+    """With a memory, minibatches consist of sequences of this length; None: of single transitions."""
 
     _rollout: RolloutBatch | None = None
     context: dict[str, np.ndarray]
-    """What else the policy was given, shape (buffer_size, n_envs, ...), once the buffer is full."""
+    """The policy's further arguments, shape (buffer_size, n_envs, ...). Empty until the buffer is full."""
     states: list[RNNStates]
 
     def reset(self) -> None:
@@ -132,20 +133,17 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         value: th.Tensor | None,
         log_prob: th.Tensor | None,
         context: dict[str, th.Tensor] | None = None,
-        states: RNNStates | None = None,
     ) -> None:
-        """Store one step of every env, as SB3's ``RolloutBuffer.add`` but for its intermediate copies.
+        """Store one step of every env, as SB3's ``RolloutBuffer.add``, but without intermediate copies.
 
         :param obs: observations before the step
         :param action: stored actions
         :param reward: rewards, shape (n_envs,)
         :param episode_start: whether ``obs`` begins an episode, shape (n_envs,)
         :param value: value predictions; None: :meth:`set_evaluation` follows
-        :param log_prob: log probability of the actions; None: the same
-        :param context: what else the policy was given, tensors of shape (n_envs, ...), the same names at each step;
-            they are kept until the buffer is full
-        :param states: of a memory before the step, tensors of shape (n_layers, n_envs, ...); kept where a sequence
-            begins with this step
+        :param log_prob: log probability of the actions; None: :meth:`set_evaluation` follows
+        :param context: the policy's further arguments, tensors of shape (n_envs, ...), with equal names at each step.
+            They must not change until the buffer is full
         """
         self._store_observations(obs)
         self.actions[self.pos] = action.reshape(self.n_envs, self.action_dim)
@@ -156,18 +154,24 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             self.log_probs[self.pos] = log_prob.cpu().numpy().reshape(-1)
         if context:
             self._contexts.append(context)
-        if states is not None and self.sequence_length is not None and self.pos % self.sequence_length == 0:
-            self.states.append(states)
         self.pos += 1
         self.full = self.pos == self.buffer_size
         if self.full and self._contexts:
             self._stack_contexts()
 
+    def add_states(self, states: RNNStates) -> None:
+        """Store a memory's states before the next step, if a sequence begins with the step.
+
+        :param states: tensors of shape (n_layers, n_envs, ...)
+        """
+        if self.sequence_length is not None and self.pos % self.sequence_length == 0:
+            self.states.append(states)
+
     def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor) -> None:
-        """Fill in what :meth:`add` was not given in the first steps.
+        """Store the values and log-probabilities that :meth:`add` was not given in the first steps.
 
         :param values: value predictions, shape (number of steps * n_envs,), in the order of :meth:`rollout`
-        :param log_probs: log probability of the actions, likewise
+        :param log_probs: log probability of the actions, of the shape and order of ``values``
         """
         steps = slice(0, len(values) // self.n_envs)
         self.values[steps] = values.cpu().numpy().reshape(-1, self.n_envs)
@@ -177,14 +181,14 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     def replace_log_probs(self, indices: th.Tensor, log_probs: th.Tensor) -> None:
         """Replace log-probabilities of the full buffer.
 
-        :param indices: of transitions of :meth:`rollout`, int64, shape (batch,)
+        :param indices: indices of transitions in :meth:`rollout`, int64, shape (batch,)
         :param log_probs: shape (batch,)
         """
-        # On the CPU these are the buffer's own arrays too
+        # On the CPU, the tensors share the memory of the buffer's arrays
         self.rollout().old_log_prob[indices] = log_probs
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
-        """Estimate advantages by GAE(lambda) and returns by TD(lambda), as SB3's method of that name.
+        """Estimate advantages by GAE(lambda) and returns by TD(lambda), as SB3's ``RolloutBuffer`` does.
 
         :param last_values: value predictions of the observations after the last step
         :param dones: whether the last step ended the episode, shape (n_envs,)
@@ -204,10 +208,10 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         self._rollout = None
 
     def rollout(self) -> RolloutBatch:
-        """All transitions of the full buffer as one batch that shares the buffer's memory on the CPU."""
+        """Return all transitions of the full buffer as one batch. On the CPU it shares the buffer's memory."""
         if self._rollout is None:
             assert self.full, "The rollout buffer is not full"
-            # SB3 casts to float32 too: a MultiBinary action's int8 has no log-probability
+            # SB3 casts to float32 too, because the log-probability of a MultiBinary action cannot be computed in int8
             actions = self.to_torch(self._flat(self.actions).astype(np.float32, copy=False), copy=False)
             rollout = RolloutBatch(
                 observations=self._observation_tensors(),
@@ -251,13 +255,13 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             return
         indices = np.random.permutation(self.buffer_size * self.n_envs)
         if not self.generator_ready:
-            # SB3 numbers the transitions env by env, the arrays hold them step by step until its get reorders them
+            # SB3 numbers the transitions env by env. The arrays hold them step by step, until SB3's get reorders them
             indices = indices % self.buffer_size * self.n_envs + indices // self.buffer_size
         for batch_indices in th.split(th.from_numpy(indices).to(self.device), batch_size):
             yield Minibatch(rollout, batch_indices)
 
     def _sequence_indices(self) -> np.ndarray:
-        """Indices of the transitions of each sequence, shape (n_sequences, sequence_length); -1 is padding."""
+        """Return the indices of each sequence's transitions, shape (n_sequences, sequence_length); -1 is padding."""
         assert self.sequence_length is not None
         n_sequences = -(-self.buffer_size // self.sequence_length)
         steps = np.arange(n_sequences * self.sequence_length).reshape(n_sequences, 1, -1)
@@ -266,34 +270,37 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         return np.where(steps < self.buffer_size, flat, -1).reshape(-1, self.sequence_length)
 
     def in_order(self, batch_size: int) -> tuple[th.Tensor, ...]:
-        """Return indices for :meth:`RolloutBatch.select`, of all transitions or sequences in their order."""
+        """Return indices for :meth:`RolloutBatch.select`: all transitions or sequences, in their order.
+
+        :param batch_size: transitions per minibatch
+        """
         if self.sequence_length is None:
             return th.split(th.arange(self.buffer_size * self.n_envs, device=self.device), batch_size)
         sequences = th.from_numpy(self._sequence_indices()).to(self.device)
         return th.split(sequences, batch_size // self.sequence_length)
 
     def _flat(self, array: np.ndarray) -> np.ndarray:
-        """Join steps and envs; after SB3's ``get`` they are joined already."""
+        """Join the axes of steps and envs, unless SB3's ``get`` has joined them already."""
         return array if self.generator_ready else array.reshape(-1, *array.shape[2:])
 
     def _stack_contexts(self) -> None:
-        # All at once, which is cheaper than a copy at each step
+        # One copy of all steps is cheaper than a copy at each step
         for name in self._contexts[0]:
             self.context[name] = th.stack([context[name] for context in self._contexts]).cpu().numpy()
         self._contexts = []
 
     def _flat_context(self, array: np.ndarray) -> np.ndarray:
-        # SB3's get orders its own arrays env by env, and does not know these
+        # SB3's get orders its own arrays env by env, but not these
         in_order = array.swapaxes(0, 1) if self.generator_ready else array
         return in_order.reshape(-1, *array.shape[2:])
 
     def narrows(self, observations: PyTorchObs) -> bool:
-        """Whether the buffer's arrays cannot hold these observations, so that what it returns differs from them.
+        """Whether the buffer's arrays cannot store these observations exactly.
 
-        They have the observation space's dtype: of the floats that VecNormalize makes of uint8 observations, for one,
-        the fractions are lost, with SB3 too. float32 is enough for all, since the policy computes in it.
+        The arrays have the observation space's dtype. For example, VecNormalize makes floats of uint8 observations, and
+        the arrays lose their fractions; so do SB3's. float32 holds all that matters, as the policy computes in it.
 
-        :param observations: as the policy is given them
+        :param observations: the observations that the policy is given
         """
         return _narrows(self.observations, observations)
 
@@ -305,7 +312,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
 
 
 class PPOPlusDictRolloutBuffer(PPOPlusRolloutBuffer, DictRolloutBuffer):
-    """The same for Dict observations, on SB3's ``DictRolloutBuffer``."""
+    """:class:`PPOPlusRolloutBuffer` for Dict observations, a subclass of SB3's ``DictRolloutBuffer``."""
 
     def narrows(self, observations: Any) -> bool:  # noqa: ANN401  # a dict here
         """See :meth:`PPOPlusRolloutBuffer.narrows`."""
@@ -325,7 +332,9 @@ def _narrows(stored: np.ndarray, given: Any) -> bool:  # noqa: ANN401  # a tenso
 
 
 def _discounted_sums(deltas: np.ndarray, decays: np.ndarray) -> np.ndarray:
-    """Solve A[t] = deltas[t] + decays[t] * A[t + 1] in log2(steps) passes, each doubling the reach of every element.
+    """Solve A[t] = deltas[t] + decays[t] * A[t + 1] in log2(steps) passes.
+
+    After each pass, an element is a sum over twice as many steps as before it.
 
     :param deltas: shape (n_steps, n_envs)
     :param decays: shape (n_steps, n_envs)
@@ -342,7 +351,7 @@ def _discounted_sums(deltas: np.ndarray, decays: np.ndarray) -> np.ndarray:
     return sums.astype(np.float32)
 
 
-# SB3's and sb3-contrib's, of which ours do all
+# SB3's and sb3-contrib's buffers. Ours do everything that they do
 _REPLACED_BUFFERS = (None, RolloutBuffer, DictRolloutBuffer, MaskableRolloutBuffer, MaskableDictRolloutBuffer)
 
 
@@ -360,7 +369,7 @@ def plus_buffer_class(given: type[RolloutBuffer] | None, observation_space: spac
 def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
     """Yield the transitions of ``buffer`` once, in random order.
 
-    :param buffer: one of ours, or any ``rollout_buffer_class`` of the user's, whose own ``get`` is then asked
+    :param buffer: one of ours, or of the user's ``rollout_buffer_class``, whose own ``get`` is then used
     :param batch_size: transitions per minibatch
     """
     if isinstance(buffer, PPOPlusRolloutBuffer):

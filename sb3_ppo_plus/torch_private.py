@@ -1,7 +1,8 @@
-"""Every private thing of PyTorch that the package reads, and what is done where a release no longer has it.
+"""The private attributes and functions of PyTorch that the package uses, and what it does without them.
 
-PyTorch may rename or drop these at any time. None is needed: each function here says what it answers then. The answer
-is always the careful one, which costs speed and never a bit of the result.
+PyTorch may rename or drop these at any time. None of them is necessary: each function here says what it does if they
+are gone. That may cost speed, but never changes a bit of the result. One more is used elsewhere: the experimental
+``make_fx``, in ``fast/tracing.py``. Without it tracing fails, and everything runs eagerly.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ INDUCTOR = "_inductor"
 
 
 def attributes(owner: object, names: Iterable[str]) -> list[Any] | None:
-    """Look up private attributes; None where one is gone.
+    """Look up private attributes; None if one is gone.
 
     :param owner: an object or a module of PyTorch
-    :param names: of the attributes
+    :param names: names of the attributes
     """
     try:
         return [getattr(owner, name) for name in names]
@@ -47,65 +48,84 @@ def attributes(owner: object, names: Iterable[str]) -> list[Any] | None:
 
 
 def has_gradient_hooks(parameters: Iterable[th.Tensor]) -> bool:
-    """Whether somebody hooked into a gradient by ``Tensor.register_hook``. True where this cannot be known."""
+    """Whether a parameter has a hook of ``Tensor.register_hook``. True if this cannot be known.
+
+    :param parameters: the parameters
+    """
     return any(_has_any(parameter, (GRADIENT_HOOKS,)) for parameter in parameters)
 
 
 def has_accumulation_hooks(parameters: Iterable[th.Tensor]) -> bool:
-    """Whether somebody used ``register_post_accumulate_grad_hook``. True where this cannot be known."""
+    """Whether a parameter has a hook of ``register_post_accumulate_grad_hook``. True if this cannot be known.
+
+    :param parameters: the parameters
+    """
     return any(_has_any(parameter, (ACCUMULATION_HOOKS,)) for parameter in parameters)
 
 
 def has_step_hooks(optimizer: Optimizer) -> bool:
-    """Whether somebody hooks into the optimiser's step, or into every optimiser's. True where this cannot be known."""
+    """Whether the optimiser, or all optimisers, have a hook of their step. True if this cannot be known.
+
+    :param optimizer: the optimiser
+    """
     return _has_any(optimizer, STEP_HOOKS) or _has_any(torch_optimizer, HOOKS_OF_ALL_OPTIMIZERS)
 
 
 def forward_hooks(modules: Iterable[th.nn.Module]) -> list[dict[Any, Any]] | None:
-    """Hooks into the forward pass of modules, those into every module's first; None where one kind is gone.
+    """Return the hooks of the forward pass; None if one kind of them is gone.
 
     :param modules: the modules
-    :return: PyTorch's own dicts, most of them empty
+    :return: PyTorch's own dicts, most of them empty. The dicts of hooks of every module come first
     """
     return _module_hooks(modules, FORWARD_HOOKS)
 
 
 def backward_hooks(modules: Iterable[th.nn.Module]) -> list[dict[Any, Any]] | None:
-    """Hooks into the backward pass of modules, as :func:`forward_hooks`."""
+    """Return the hooks of the backward pass; None if one kind of them is gone.
+
+    :param modules: the modules
+    :return: PyTorch's own dicts, most of them empty. The dicts of hooks of every module come first
+    """
     return _module_hooks(modules, BACKWARD_HOOKS)
 
 
 def _module_hooks(modules: Iterable[th.nn.Module], names: Sequence[str]) -> list[dict[Any, Any]] | None:
     hooks = attributes(torch_module, [HOOKS_OF_ALL_MODULES + name for name in names])
     for module in modules:
-        of_module = attributes(module, names)
-        if hooks is None or of_module is None:
+        own_hooks = attributes(module, names)
+        if hooks is None or own_hooks is None:
             return None
-        hooks += of_module
+        hooks += own_hooks
     return hooks
 
 
 @contextmanager
 def without_hooks_of_all_modules() -> Iterator[None]:
-    """Take away, for the while, the hooks into the forward pass of every module."""
-    hooks = forward_hooks(()) or []
-    before = [of_kind.copy() for of_kind in hooks]
-    for of_kind in hooks:
-        of_kind.clear()
+    """Remove inside the block the forward hooks that every module has."""
+    kinds = forward_hooks(()) or []
+    before = [hooks.copy() for hooks in kinds]
+    for hooks in kinds:
+        hooks.clear()
     try:
         yield
     finally:
-        for of_kind, kept in zip(hooks, before, strict=True):
-            of_kind.update(kept)
+        for hooks, kept in zip(kinds, before, strict=True):
+            hooks.update(kept)
 
 
 def contents_of(module: th.nn.Module) -> list[dict[str, Any]] | None:
-    """Return a module's own dicts of its modules, its parameters and its buffers; None where one is gone."""
+    """Return a module's own dicts of its modules, its parameters and its buffers; None if one is gone.
+
+    :param module: the module
+    """
     return attributes(module, CONTENTS)
 
 
 def versions_of(tensors: Iterable[th.Tensor]) -> list[int] | None:
-    """Count how often each tensor was changed in place; None where this cannot be known."""
+    """Return how often each tensor was changed in place; None if this cannot be known.
+
+    :param tensors: the tensors
+    """
     try:
         return [*map(attrgetter(VERSION), tensors)]
     except AttributeError:
@@ -113,12 +133,15 @@ def versions_of(tensors: Iterable[th.Tensor]) -> list[int] | None:
 
 
 def script_of(function: Callable[..., Any], inputs: Sequence[th.Tensor]) -> Callable[..., Any]:
-    """Make a TorchScript function of what a function of tensors does.
+    """Make a TorchScript function of the operations of a function.
 
-    Not by ``torch.jit.trace``: the functions that it makes stay in memory for good.
+    ``torch.jit.trace`` is not used, because the functions that it makes are never freed.
 
-    :raises AttributeError: where PyTorch has no such thing any more
-    :raises Exception: whatever else tracing raises
+    :param function: takes and returns tensors
+    :param inputs: examples
+    :return: the TorchScript function
+    :raises AttributeError: if PyTorch no longer has what this needs
+    :raises Exception: errors of many kinds, from tracing
     """
     found = attributes(th._C, (TRACE, MAKE_FUNCTION))
     if found is None:
@@ -130,30 +153,33 @@ def script_of(function: Callable[..., Any], inputs: Sequence[th.Tensor]) -> Call
 
 
 def inductor_mode(mode: str | None) -> dict[str, Any]:
-    """TorchInductor's options for a mode of ``torch.compile``; none where this cannot be known."""
+    """Return TorchInductor's options for a mode of ``torch.compile``; empty if they cannot be known.
+
+    :param mode: such as "max-autotune"; None: the default mode
+    """
     inductor = getattr(th, INDUCTOR, None)
     return {} if not mode or inductor is None else dict(inductor.list_mode_options(mode))
 
 
 def inductor_option_names() -> set[str] | None:
-    """Names of TorchInductor's options; None where this cannot be known."""
+    """Return the names of TorchInductor's options; None if they cannot be known."""
     inductor = getattr(th, INDUCTOR, None)
     return None if inductor is None else set(inductor.list_options()) | set(vars(inductor.config)["_config"])
 
 
 def inductor_code(graph: th.fx.GraphModule, inputs: Sequence[th.Tensor], options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile a graph as ``torch._inductor.compile`` does, less the wrappers that AOTAutograd puts around the code.
+    """Compile a graph as ``torch._inductor.compile`` does, without the wrappers that AOTAutograd puts around the code.
 
-    They would cost an actor as much as its arithmetic at each call, and serve gradients, aliases and subclasses of
-    tensors, none of which there are.
+    At each call of an actor, the wrappers would take as long as its arithmetic. They serve gradients, aliases and
+    subclasses of tensors, and these graphs have none.
 
     :param graph: the operations
     :param inputs: examples
-    :param options: TorchInductor's
-    :return: takes one list, of the tensors that the graph holds and then of the inputs
-    :raises Exception: of many kinds, also where PyTorch has no such thing any more
+    :param options: options of TorchInductor
+    :return: takes one list: first the tensors that the graph holds, then the inputs
+    :raises Exception: errors of many kinds, also if PyTorch no longer has what this needs
     """
-    # Here, for it takes two seconds and 100 MiB, which only those who compile should pay
+    # Imported here, because it takes two seconds and 100 MiB, which only those who compile should pay
     from torch._functorch import config
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
@@ -163,7 +189,7 @@ def inductor_code(graph: th.fx.GraphModule, inputs: Sequence[th.Tensor], options
         codes.append(compile_fx_inner(*args, **kwargs))
         return codes[-1]
 
-    # AOTAutograd's cache would hand out the wrapped code and leave nothing to keep
+    # AOTAutograd's cache would return the wrapped code without a call of ``keep``
     with config.patch(enable_autograd_cache=False):
         compile_fx(graph, inputs, inner_compile=keep, config_patches=options)
     (code,) = codes
@@ -176,7 +202,11 @@ def _has_any(owner: object, names: Sequence[str]) -> bool:
 
 
 def copy_each(targets: Sequence[th.Tensor], sources: Sequence[th.Tensor]) -> None:
-    """Copy tensors into others, in one call where PyTorch has it, else one by one."""
+    """Copy tensors into others, in one call if PyTorch has it, else one by one.
+
+    :param targets: the tensors that change
+    :param sources: tensors of their shapes
+    """
     copy = getattr(th, FOREACH_COPY, None)
     if copy is not None:
         copy(targets, sources)
@@ -186,13 +216,16 @@ def copy_each(targets: Sequence[th.Tensor], sources: Sequence[th.Tensor]) -> Non
 
 
 def norm_of_each(tensors: Sequence[th.Tensor]) -> list[th.Tensor]:
-    """Euclidean norms of tensors, in one call where PyTorch has it, else one by one."""
+    """Compute the Euclidean norms of tensors, in one call if PyTorch has it, else one by one.
+
+    :param tensors: the tensors
+    """
     norm = getattr(th, FOREACH_NORM, None)
     return [th.linalg.vector_norm(tensor) for tensor in tensors] if norm is None else list(norm(tensors))
 
 
 def default_validation() -> bool:
-    """Whether distributions check their arguments by default. Where this is not written anywhere, one is tried out."""
+    """Whether distributions check their arguments by default. If no attribute says it, one distribution is tried."""
     default = getattr(Distribution, DEFAULT_VALIDATION, None)
     if default is not None:
         return bool(default)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 
 class TreeSpec(NamedTuple):
-    """What remains of a tree without its leaves. Two are equal where the trees have equal containers and keys.
+    """A tree without its leaves. Two are equal if their trees have equal containers and keys.
 
-    :param kind: type of the container; None for a leaf
-    :param keys: of a dict, in order
-    :param children: of the container's items, in order
+    :param kind: type of the container; None: a leaf
+    :param keys: the keys of a dict, in order; else empty
+    :param children: the specs of the container's items, in order
     """
 
     kind: type | None
@@ -28,9 +28,10 @@ _LEAF = TreeSpec(None)
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], TreeSpec]:  # noqa: ANN401  # any nested containers
-    """Take a tree apart. Everything that is no dict, list or tuple is a leaf.
+    """Take a tree apart. Everything but dicts, lists and tuples is a leaf.
 
-    :return: the leaves in order, and what :func:`tree_unflatten` needs besides
+    :param tree: dicts, lists and tuples inside one another
+    :return: the leaves in order, and the tree without them, for :func:`tree_unflatten`
     """
     leaves: list[Any] = []
     return leaves, _flatten_into(leaves, tree)
@@ -46,7 +47,11 @@ def _flatten_into(leaves: list[Any], tree: Any) -> TreeSpec:  # noqa: ANN401  # 
 
 
 def tree_unflatten(leaves: Iterable[Any], spec: TreeSpec) -> Any:  # noqa: ANN401  # any nested containers
-    """Put a tree together from its leaves, see :func:`tree_flatten`."""
+    """Put a tree together, see :func:`tree_flatten`.
+
+    :param leaves: the leaves in order
+    :param spec: the tree without them
+    """
     return _unflatten_from(iter(leaves), spec)
 
 
@@ -60,14 +65,17 @@ def _unflatten_from(leaves: Iterator[Any], spec: TreeSpec) -> Any:  # noqa: ANN4
 
 
 def tree_leaves(tree: Any) -> list[Any]:  # noqa: ANN401  # any nested containers
-    """Return the leaves of a tree in order."""
+    """Return the leaves of a tree in order.
+
+    :param tree: dicts, lists and tuples inside one another
+    """
     return tree_flatten(tree)[0]
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:  # noqa: ANN401  # any nested containers
-    """Return a tree of what a function makes of the leaves.
+    """Apply a function to each leaf, and return the tree of its results.
 
-    :param function: takes a leaf of ``tree``, and the leaves at that place of ``others``
+    :param function: takes a leaf of ``tree``, and the leaves at that place in ``others``
     :param tree: dicts, lists and tuples inside one another
     :param others: trees with the containers and keys of ``tree``
     """

@@ -41,8 +41,8 @@ UPDATES = 3
 
 @pytest.fixture(autouse=True)
 def replayed_after_a_while(monkeypatch):
-    """The first minibatches and steps of every case are eager, the others replayed where they can be recorded."""
-    monkeypatch.setattr(replays, "RECORD_AFTER", 8)
+    """The first minibatches and steps of every case are eager, the others replayed where they can be."""
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 8)
 
 
 def assert_trains_alike(policy="MlpPolicy", env=make_masked_env, updates=UPDATES, plus=None, **settings):

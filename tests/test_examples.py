@@ -175,7 +175,7 @@ def test_speed_benchmark(monkeypatch, capsys):
     speed = load_example("benchmarks/speed")
     case = speed.Case("CartPole-v1", 2, kwargs={"n_steps": 8, "batch_size": 8, "n_epochs": 1})
     monkeypatch.setitem(speed.CASES, "tiny", case)
-    monkeypatch.setattr(speed, "RECORD_AFTER", 3)
+    monkeypatch.setattr(speed, "REPLAY_AFTER", 3)
     monkeypatch.setattr(speed, "use_cores", lambda n_cores: None)
     monkeypatch.setattr("sys.argv", ["speed.py", "--cases", "tiny", "--rounds", "2", "--output", "here"])
     monkeypatch.setitem(sys.modules, "sbx", None)

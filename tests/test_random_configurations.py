@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.fast import compiled_step, replays
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor
-from sb3_ppo_plus.fast.policy_changes import PartsWatch
+from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.rollout.values import RolloutValues
 from sb3_ppo_plus.update import losses
 from sb3_ppo_plus.update.flat_parameters import FlatParameters
@@ -85,7 +85,7 @@ def draw_a_random_number_more(monkeypatch):
     monkeypatch.setattr(PPOPlusRolloutBuffer, "reset", reset_and_draw)
 
 
-HOOKED = {"seed": 0, "record_after": 0, "changes": [["step", 12, "hook a forward pass", 0]]}
+HOOKED = {"seed": 0, "replay_after": 0, "changes": [["step", 12, "hook a forward pass", 0]]}
 FROZEN = {"seed": 0, "learns": [[3, True]], "changes": [["start", 1, "freeze a parameter", 0]]}
 
 
@@ -117,7 +117,7 @@ def further(update):
 
 
 def keep_graphs_after_a_change(monkeypatch):
-    monkeypatch.setattr("sb3_ppo_plus.fast.graphs.python_state", lambda policy: None)
+    monkeypatch.setattr("sb3_ppo_plus.fast.policy_functions.python_state", lambda policy: None)
     monkeypatch.setattr(PartsWatch, "has_changed", lambda watch: False)
 
 

@@ -49,8 +49,8 @@ UPDATES = 3
 
 @pytest.fixture(autouse=True)
 def replayed_after_a_while(monkeypatch):
-    """The first minibatches and steps of every case are eager, the others replayed where they can be recorded."""
-    monkeypatch.setattr(replays, "RECORD_AFTER", 8)
+    """The first minibatches and steps of every case are eager, the others replayed where they can be."""
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 8)
 
 
 def train(algorithm, policy, env, updates=UPDATES, **settings):
@@ -503,6 +503,35 @@ def reset_the_optimizer(model):
 )
 def test_training_goes_on_alike_after_the_user_changes(change):
     assert_continues_alike(change)
+
+
+def put_in_another_policy(model):
+    policy = copy.deepcopy(model.policy)
+    policy.load_from_vector(policy.parameters_to_vector() * 0.9)
+    model.policy = policy
+
+
+AMID_A_ROLLOUT = {
+    "gamma": lambda model: setattr(model, "gamma", 0.5),
+    "gae_lambda of the buffer": lambda model: setattr(model.rollout_buffer, "gae_lambda", 0.5),
+    "policy": put_in_another_policy,
+}
+
+
+@pytest.mark.parametrize("change", AMID_A_ROLLOUT.values(), ids=AMID_A_ROLLOUT)
+def test_training_goes_on_alike_after_a_callbacks_change_amid_a_rollout(change):
+    models = []
+    for algorithm in (PPO, PPOPlus):
+
+        def change_once(step_locals, _):
+            model = step_locals["self"]
+            if model.num_timesteps == 40:
+                change(model)
+            return True
+
+        model = algorithm("MlpPolicy", make_env(), **copy.deepcopy(SETTINGS))
+        models.append(model.learn(UPDATES * model.n_steps, change_once))
+    assert_same_training(*models)
 
 
 def test_training_goes_on_alike_under_another_default_dtype():

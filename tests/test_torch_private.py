@@ -123,7 +123,7 @@ def trained(algorithm, **settings):
 
 @pytest.mark.parametrize(("constant", "name", "is_flat"), GONE.values(), ids=GONE)
 def test_without_one_of_them_training_is_sb3s_to_the_bit(monkeypatch, constant, name, is_flat):
-    monkeypatch.setattr(replays, "RECORD_AFTER", 4)
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 4)
     monkeypatch.setattr(torch_private, constant, name)
     sb3, ours = trained(PPO), trained(PPOPlus)
     assert_same_training(sb3, ours)

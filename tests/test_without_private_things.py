@@ -20,7 +20,7 @@ MEMORY = {"memory": "lstm", "memory_kwargs": {"hidden_size": 4}}
 
 @pytest.fixture(autouse=True)
 def recorded_at_once(monkeypatch):
-    monkeypatch.setattr(replays, "RECORD_AFTER", 2)
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 2)
 
 
 def train(algorithm=PPOPlus, policy_kwargs=SMALL_NET, callback=None, **settings):

@@ -30,7 +30,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus import PPOPlus
-from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, RECORD_AFTER
+from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, REPLAY_AFTER
 
 
 class RandomEnv(gym.Env):
@@ -152,7 +152,7 @@ class Contender:
         rollout = self.model.n_steps * case.n_envs
         self.minibatches = self.model.n_epochs * -(-rollout // self.model.batch_size)
         # PPOPlus compares its first replays of so many minibatches and steps with eager results
-        n_calls = RECORD_AFTER + CHECKED_REPLAYS + 1 if isinstance(self.model, PPOPlus) else 0
+        n_calls = REPLAY_AFTER + CHECKED_REPLAYS + 1 if isinstance(self.model, PPOPlus) else 0
         warm_up = max(2, *(-(-n_calls // per_rollout) for per_rollout in (self.minibatches, self.model.n_steps)))
         self.model.learn(warm_up * rollout)
         self.warm_up_seconds = time.perf_counter() - started

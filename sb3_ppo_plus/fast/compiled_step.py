@@ -7,17 +7,18 @@ from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch.func import functional_call, grad_and_value
+from torch.func import grad_and_value
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.flat_updates import UPDATES
+from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS, CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import layout_of
-from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
+from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
 from sb3_ppo_plus.torch_private import has_gradient_hooks
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup
-from sb3_ppo_plus.update.gradient_step import Objective, PolicyEvaluation
+from sb3_ppo_plus.update.gradient_step import Objective
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
 from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
@@ -25,7 +26,13 @@ Tensors = dict[str, Any]
 
 
 class _GraphInputs(NamedTuple):
-    """What stays the same for the minibatches of one update."""
+    """What all minibatches of one update share.
+
+    :param rollout: the rollout that the minibatches come from
+    :param leaves: the graph's inputs except the indices
+    :param spec: puts the leaves together again
+    :param static_key: everything that the graph holds as constants
+    """
 
     rollout: RolloutBatch
     leaves: list[th.Tensor]
@@ -33,16 +40,16 @@ class _GraphInputs(NamedTuple):
     static_key: Hashable
 
 
-class CompiledGradientStep(RecordedGradientStep):
-    """Takes the steps in compiled graphs, one for each size of minibatch; to float32 rounding the same as eager.
+class CompiledGradientStep(ReplayedGradientStep):
+    """Takes the steps in compiled graphs, one for each size of minibatch; equal to eager steps to float32 rounding.
 
-    The first minibatch of all is stepped eagerly: it shows which parameters have a gradient. Where a graph cannot be
-    compiled, one warning says why and every step is that of :class:`RecordedGradientStep`.
+    The first step of a model is eager, because it shows which parameters have a gradient. If a graph cannot be
+    compiled, one warning says why, and every step is one of :class:`ReplayedGradientStep`.
 
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16, which is not compiled
-    :param options: TorchInductor's
-    :param reporter: told of what was compiled, or could not be
+    :param options: options of TorchInductor
+    :param reporter: told what was compiled, or why it could not be
     """
 
     def __init__(
@@ -54,49 +61,49 @@ class CompiledGradientStep(RecordedGradientStep):
     ) -> None:
         super().__init__(policy, grad_scaler)
         self._reporter = reporter
-        # A step calls dozens of kernels: from C++ they cost a fifth less of it (measured), an actor's few do not
+        # A step calls dozens of kernels. Called from C++, a step takes a fifth less time (measured). An actor calls few
         self._graphs = GraphCache(policy, {"cpp_wrapper": policy.device.type == "cpu", **options}, reporter)
         self._has_hooks = False
         self._compiled_settings: set[str] = set()
-        self._of_graph: _GraphInputs | None = None
+        self._shared: _GraphInputs | None = None
 
     @property
     def n_compilations(self) -> int:
-        """Graphs that were compiled."""
+        """How many graphs were compiled."""
         return self._graphs.n_compilations
 
     def begin_update(self) -> None:
-        """Take note of whatever has changed since the last update."""
+        """Notice what has changed since the last update."""
         super().begin_update()
         if self._obstacle_to_flat is not None:
             self._reporter.failed("the gradient step", self._obstacle_to_flat)
         self._has_hooks = has_gradient_hooks(self._parameters)
         if self._has_hooks:
-            self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would pass by")
+            self._reporter.failed("the gradient step", "a parameter has a hook, which a graph would not call")
         self._graphs.refresh()
 
     def _reason_against_flat(self) -> None:
-        # There is no compiled step but on flat parameters, and its bits are its own
+        # Compiled steps need flat parameters, and never have SB3's bits
         return None
 
     def end_update(self) -> None:
-        """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
+        """Leave the policy and its optimiser as their own steps would have left them, and release the rollout."""
         super().end_update()
-        self._of_graph = None
+        self._shared = None
 
     def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
         """Take a step, see :meth:`GradientStep.__call__`."""
         if minibatch.indices is None:
-            self._reporter.failed("the gradient step", "the rollout buffer is none of PPOPlus's")
+            self._reporter.failed("the gradient step", "the rollout buffer is not one of PPOPlus's")
         flat = self._flat
         if flat is None or not flat.has_state or minibatch.indices is None or self._has_hooks:
             return super().__call__(objective, minibatch)
-        of_graph = self._of_graph
-        if of_graph is None or of_graph.rollout is not minibatch.rollout:
-            of_graph = self._of_graph = self._graph_inputs(objective, minibatch.rollout)
-        key = (len(minibatch.indices), of_graph.static_key)
-        inputs = [minibatch.indices, *of_graph.leaves]
-        spec = of_graph.spec
+        shared = self._shared
+        if shared is None or shared.rollout is not minibatch.rollout:
+            shared = self._shared = self._graph_inputs(objective, minibatch.rollout)
+        key = (len(minibatch.indices), shared.static_key)
+        inputs = [minibatch.indices, *shared.leaves]
+        spec = shared.spec
         if len(self._compiled_settings) > MAX_COMPILATIONS:
             self._reporter.failed("the gradient step", "settings of the optimizer change again and again")
             return super().__call__(objective, minibatch)
@@ -117,7 +124,7 @@ class CompiledGradientStep(RecordedGradientStep):
         return _GraphInputs(rollout, leaves, spec, (*self._static_key(objective), spec, layout_of(leaves)))
 
     def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
-        """Collect everything that the graph reads or changes, but for the indices."""
+        """Collect everything that the graph reads or changes, except the indices."""
         assert self._flat is not None
         coefficients = objective.coefficients
         scalars = {
@@ -126,7 +133,7 @@ class CompiledGradientStep(RecordedGradientStep):
             "kl_limit": objective.kl_limit if objective.kl_limit is not None else 0.0,
         }
         rates = [group.settings["lr"] for group in self._flat.groups]
-        # Values that schedules move are inputs: as constants they would be compiled in
+        # Schedules change these values. So they are inputs, because a graph's constants stay
         values = th.tensor([*scalars.values(), *rates], dtype=th.float32, device=rollout.old_values.device)
         flat_ids = {id(parameter) for group in self._flat.groups for parameter in group.parameters}
         return {
@@ -144,7 +151,7 @@ class CompiledGradientStep(RecordedGradientStep):
         }
 
     def _static_key(self, objective: Objective) -> tuple[Any, ...]:
-        """Everything that a graph has compiled in, but for the layout of its inputs."""
+        """Return everything that a graph holds as constants, except the layout of its inputs."""
         assert self._flat is not None
         settings = str([_constants_of(group) for group in self._flat.groups])
         self._compiled_settings.add(settings)
@@ -171,17 +178,17 @@ class CompiledGradientStep(RecordedGradientStep):
 
 
 def _constants_of(group: FlatGroup) -> dict[str, Any]:
-    """Return what is compiled in of the group's settings, as numbers: a tensor prints few of its digits."""
+    """Return the settings that a graph holds as constants. Tensors become numbers, because they print few digits."""
     constants = {name: value for name, value in group.settings.items() if name != "lr"}
     as_numbers: dict[str, Any] = tree_map(lambda v: v.tolist() if isinstance(v, th.Tensor) else v, constants)
     return as_numbers
 
 
 class _StepFunction:
-    """What is traced: the eager step, as a function of the tensors of :meth:`CompiledGradientStep._inputs`."""
+    """The eager step as a function of the tensors of :meth:`CompiledGradientStep._inputs`, which is then traced."""
 
     def __init__(self, policy: ActorCriticPolicy, objective: Objective, groups: list[FlatGroup]) -> None:
-        self._evaluation = PolicyEvaluation(policy, objective)
+        self._policy = policy
         self._objective = objective
         self._groups = groups
         self._places = {name: id(tensor) for name, tensor in tensor_places(policy).items()}
@@ -209,11 +216,8 @@ class _StepFunction:
                 for group, flat_tensor in zip(self._groups, flat, strict=True)
                 for parameter, view in zip(group.parameters, group.views(flat_tensor), strict=True)
             }
-            tensors = {
-                f"policy.{name}": views[place] if place in views else fixed[name]
-                for name, place in self._places.items()
-            }
-            evaluation = functional_call(self._evaluation, tensors, (batch,), tie_weights=False)
+            tensors = {name: views[place] if place in views else fixed[name] for name, place in self._places.items()}
+            evaluation = call_with(tensors, evaluate_minibatch, self._policy, objective, batch)
             terms = objective.loss(batch, evaluation, coefficients)
             return terms.loss, th.stack([term.detach() for term in terms])
 
@@ -228,7 +232,7 @@ class _StepFunction:
         for index, (group, parameters, old, gradient) in enumerate(
             zip(self._groups, flat, state, computed, strict=True)
         ):
-            # For those who read the parameters' grad after an update: that of the last step
+            # Users read the parameters' grad after an update. It is the gradient of the last step
             clipped = gradient * scale
             gradients[index].copy_(
                 clipped if within_limit is None else th.where(within_limit, clipped, gradients[index])

@@ -1,4 +1,4 @@
-"""Operations in forms that TorchInductor fuses into the code around them, equal to PyTorch's to float32 rounding."""
+"""Operations written so that TorchInductor fuses them with others; equal to PyTorch's to float32 rounding."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 import torch as th
 
-# Multiplications up to which a loop of the fused code beats a call of BLAS
+# With more multiplications than this, a call of BLAS is faster than a loop in the fused code
 SMALL_PRODUCT = 2**15
 
-# Odd and even coefficients, highest power first, of the rational function that Eigen, and so XLA, has for tanh
+# Eigen and XLA compute tanh as this rational function. Odd and even coefficients, highest power first
 _TANH_LIMIT = 7.90531110763549805
 _TANH_NUMERATOR = (
     -2.76076847742355e-16,
@@ -25,23 +25,28 @@ _TANH_DENOMINATOR = (1.19825839466702e-06, 1.18534705686654e-04, 2.2684346324390
 
 
 def multinomial(weights: th.Tensor, n_samples: int, replacement: bool = False) -> th.Tensor:
-    """Draw a sample as PyTorch does, from the same random numbers: the first of competing exponential clocks.
+    """Draw a sample from the random numbers that PyTorch's ``multinomial`` uses.
+
+    Each category has an exponential clock, and the clock that rings first decides.
 
     :param weights: shape (batch, categories)
-    :param n_samples: 1, else PyTorch's own way is taken
-    :param replacement: of no meaning for one sample
+    :param n_samples: for more than 1, PyTorch's own operation is kept
+    :param replacement: without effect on one sample
     :return: int64, shape (batch, 1)
     """
     if n_samples != 1:
-        return NotImplemented  # type: ignore[no-any-return]  # the protocol of decompositions: PyTorch's own is kept
+        return NotImplemented  # type: ignore[no-any-return]  # tells make_fx to keep PyTorch's own operation
     clocks: th.Tensor = th.ops.aten.exponential.default(th.empty_like(weights))
     return (weights / clocks).argmax(-1, keepdim=True)
 
 
 def tanh(x: th.Tensor) -> th.Tensor:
-    """Compute tanh as a rational function, to a relative error of 4e-7; float32 only."""
+    """Compute tanh as a rational function, with a relative error of at most 4e-7.
+
+    :param x: any shape; only float32 on the CPU, for others PyTorch's own operation is kept
+    """
     if x.dtype != th.float32 or x.device.type != "cpu":
-        return NotImplemented  # type: ignore[no-any-return]  # the same
+        return NotImplemented  # type: ignore[no-any-return]  # tells make_fx to keep PyTorch's own operation
     x = x.clamp(-_TANH_LIMIT, _TANH_LIMIT)
     return x * _polynomial(x * x, _TANH_NUMERATOR) / _polynomial(x * x, _TANH_DENOMINATOR)
 
@@ -54,14 +59,17 @@ def _polynomial(x: th.Tensor, coefficients: tuple[float, ...]) -> th.Tensor:
 
 
 def addmm(bias: th.Tensor, x: th.Tensor, weight: th.Tensor, *, beta: float = 1, alpha: float = 1) -> th.Tensor:
-    """Apply a linear layer to few rows, as one loop; on the CPU, where a call of BLAS costs more than its arithmetic.
+    """Apply a small linear layer as one loop, because on the CPU a call of BLAS costs more than its arithmetic.
 
     :param bias: shape (outputs,)
     :param x: shape (batch, inputs)
     :param weight: shape (inputs, outputs)
+    :param beta: factor of the bias; for other values than 1, PyTorch's own operation is kept
+    :param alpha: factor of the product; for other values than 1, PyTorch's own operation is kept
+    :return: shape (batch, outputs)
     """
     if x.device.type != "cpu" or x.shape[0] * weight.numel() > SMALL_PRODUCT or (beta, alpha) != (1, 1):
-        return NotImplemented  # type: ignore[no-any-return]  # the same
+        return NotImplemented  # type: ignore[no-any-return]  # tells make_fx to keep PyTorch's own operation
     return (x.unsqueeze(1) * weight.t().unsqueeze(0)).sum(-1) + bias
 
 

@@ -14,8 +14,8 @@ from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
 from sb3_ppo_plus.fast.policy_changes import hindrance
-from sb3_ppo_plus.fast.replayed_actor import RecordedActor
-from sb3_ppo_plus.fast.replayed_step import RecordedGradientStep
+from sb3_ppo_plus.fast.replayed_actor import ReplayedActor
+from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor
 from sb3_ppo_plus.rollout.memory_actor import MemoryActor
@@ -23,9 +23,9 @@ from sb3_ppo_plus.update.gradient_step import GradientStep
 
 
 class Execution:
-    """The actor and the gradient step of a model, which are made when they are needed and kept.
+    """Makes the actor and the gradient step of a model when they are first needed, and keeps them.
 
-    Both follow what users change: another policy, and the model's attribute ``compile``.
+    They are made again when a user assigns another policy, or changes the model's attribute ``compile``.
 
     :param grad_scaler: scales the loss and unscales the gradients under float16
     :param verbose: 1: print what was compiled
@@ -36,27 +36,27 @@ class Execution:
         self.reporter = CompilationReporter(verbose)
         self.gradient_step: GradientStep | None = None
         self.compiled_actor: CompiledActor | None = None
-        self.replayed_actor: RecordedActor | None = None
+        self.replayed_actor: ReplayedActor | None = None
 
     def step_for(self, model: PlusModel) -> GradientStep:
-        """Return what takes the gradient steps of a model.
+        """Return the object that takes the gradient steps of a model.
 
         :param model: the model
         """
         policy, step = model.policy, self.gradient_step
         options = getattr(policy, "memory_options", None)
-        # An LSTM or GRU cuts sequences at episode starts, elsewhere in each minibatch: no graph of fixed shapes
+        # An LSTM or GRU cuts sequences at episode starts, so that shapes differ between minibatches. A graph's do not
         is_compiled = model.compile is not False and (options is None or options.kind == "gtrxl")
         if step is None or step.policy is not policy or isinstance(step, CompiledGradientStep) != is_compiled:
             if is_compiled:
                 step = CompiledGradientStep(policy, self.grad_scaler, inductor_options(model.compile), self.reporter)
             else:
-                step = RecordedGradientStep(policy, self.grad_scaler)
+                step = ReplayedGradientStep(policy, self.grad_scaler)
             self.gradient_step = step
         return step
 
     def actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:
-        """Return what chooses the actions of a rollout, ready for its first step.
+        """Return the actor that chooses the actions of a rollout, ready for its first step.
 
         :param model: the model
         :param rollout_buffer: the buffer of the rollout
@@ -74,14 +74,16 @@ class Execution:
         if actor is not None:
             return actor
         if self.replayed_actor is None or self.replayed_actor.policy is not policy:
-            self.replayed_actor = RecordedActor(policy)
+            self.replayed_actor = ReplayedActor(policy)
         return self.replayed_actor
 
     def _compiled_actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> CompiledActor | None:
         policy = model.policy
         if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not can_act_alone(policy):
-            own = type(policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
-            self.reporter.failed("acting", f"{own.__name__} has methods of its own, which need all at each step")
+            other = type(policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
+            self.reporter.failed(
+                "acting", f"{other.__name__} has methods of its own, which may need all values at each step"
+            )
             return None
         reason = hindrance(policy)
         if reason is not None:
@@ -92,7 +94,7 @@ class Execution:
         return None if self.compiled_actor.has_given_up else self.compiled_actor
 
     def log_to(self, logger: Logger, model: PlusModel) -> None:
-        """Record how long compilations have taken, if the model compiles.
+        """Log how many seconds compilations have taken, if the model compiles.
 
         :param logger: SB3's logger
         :param model: the model
@@ -101,7 +103,7 @@ class Execution:
             logger.record("time/compile_seconds", self.reporter.seconds)
 
     def state(self, model: PlusModel) -> dict[str, Any]:
-        """Return what the next steps depend on: plain values, and tensors of the scaler of gradients.
+        """Return what the next gradient steps depend on, as plain values and tensors.
 
         :param model: the model
         """
@@ -111,7 +113,7 @@ class Execution:
         """Put back what :meth:`state` has returned.
 
         :param model: the model
-        :param state: may hold more
+        :param state: may hold other entries too
         """
         self.grad_scaler.load_state_dict(state["grad_scaler"])
         if state["has_gradient"] is not None:

@@ -1,6 +1,6 @@
 """Updates of torch.optim's Adam, AdamW, SGD and RMSprop as pure functions of flat tensors, for compiled graphs.
 
-torch.optim's own functions change their arguments in place and read the step on the host, which a graph cannot.
+torch.optim's own functions change their arguments in place and read the step on the host. A graph can do neither.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def adam(
     new_state = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     if settings["amsgrad"]:
         exp_avg_sq = new_state["max_exp_avg_sq"] = th.maximum(state["max_exp_avg_sq"], exp_avg_sq)
-    # float64: in float32, 1 - 0.999 ** step has but four digits in the first steps
+    # In float32, 1 - 0.999 ** step would have only four digits in the first steps
     exact_step = step.double()
     step_size = (learning_rate.double() / (1 - beta1**exact_step)).float()
     correction = (1 - beta2**exact_step).sqrt().float()

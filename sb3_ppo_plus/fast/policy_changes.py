@@ -1,4 +1,4 @@
-"""What replays and compiled graphs take for granted of a policy, and whether it still holds."""
+"""What replays and compiled graphs assume about a policy, and whether that is still true."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KNOWN_DISTRIBUTIONS = ("sb3_ppo_plus.", "stable_baselines3.common.")
 
 Policy = TypeVar("Policy", bound=nn.Module)
 
-# What acting and evaluating together passes through, and what it does apart. Private ones are overridden too
+# The policy's methods that choose actions and evaluate them. Users override private methods too
 METHODS_OF_ACTING = (
     "forward",
     "forward_step",
@@ -49,13 +49,17 @@ METHODS_OF_ACTING = (
     "_masked_distribution",
 )
 
+# Attributes that every module has
 OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
 
 _KNOWN_CLASSES = {base for known in (*KNOWN_POLICIES, *KNOWN_MODULES) for base in known.__mro__} - {object}
 
 
 def has_known_parts(policy: ActorCriticPolicy) -> bool:
-    """Whether all that the policy does at each call is known: it and its parts are of known classes, as they are."""
+    """Whether all that the policy does in a call is known: all classes are known, and nothing was replaced.
+
+    :param policy: the policy
+    """
     return (
         type(policy) in KNOWN_POLICIES
         and policy.memory_options is None
@@ -67,34 +71,43 @@ def has_known_parts(policy: ActorCriticPolicy) -> bool:
 
 
 def has_known_modules(policy: nn.Module) -> bool:
-    """Whether the policy's parts are known neither to draw random numbers nor to update a state at a call."""
+    """Whether the classes of all parts are known. These draw no random numbers, and calls change no state of theirs.
+
+    :param policy: the policy
+    """
     return all(type(part) in KNOWN_MODULES for part in policy.modules() if part is not policy)
 
 
 def hindrance(policy: nn.Module) -> str | None:
-    """Say what replays and graphs of the policy would pass by: code of others that its calls run; None: nothing."""
+    """Return which code of users a call of the policy runs, and a replay or graph would not; None: there is none.
+
+    :param policy: the policy
+    """
     parts, action_dist = [*policy.modules()], getattr(policy, "action_dist", None)
     forward, backward = forward_hooks(parts), backward_hooks(parts)
     if forward is None or backward is None or contents_of(policy) is None:
         return "this PyTorch does not show the hooks and parts of modules"
     if any(forward) or any(backward):
-        return "a module has a hook, which a graph would pass by"
+        return "a module has a hook, which a graph would not call"
     if action_dist is not None and has_own_methods(action_dist):
-        return f"a method of the policy's {type(action_dist).__name__} was replaced, which a graph would pass by"
+        return f"a method of the policy's {type(action_dist).__name__} was replaced, which a graph would not notice"
     for kind in classes_of([*parts, action_dist]):
         if _code_of(kind).is_patched:
-            return f"a method of the class {kind.__name__} was replaced, which a graph would pass by"
+            return f"a method of the class {kind.__name__} was replaced, which a graph would not notice"
     return None
 
 
 def classes_of(owners: Iterable[object]) -> list[type]:
-    """Return the classes of objects and their bases, each once, but for ``object``."""
+    """Return the classes of objects and their bases, each once, without ``object``.
+
+    :param owners: the objects; None among them is left out
+    """
     classes = dict.fromkeys(base for kind in dict.fromkeys(map(type, owners)) for base in kind.__mro__)
     return [kind for kind in classes if kind not in (object, type(None))]
 
 
 class _Code:
-    """The methods of a class as they are now; equal where they are the same.
+    """The methods of a class at a time. Two are equal if their methods are equal.
 
     :param kind: the class
     """
@@ -105,7 +118,7 @@ class _Code:
         self.is_patched = _is_known(kind) and any(
             _is_foreign(function, kind) for value in self.methods.values() for function in _functions_of(value)
         )
-        """Whether somebody has put a method of his own into a class that is known."""
+        """Whether the class is known, and somebody has put another method into it."""
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, _Code) and _is_equal(self.methods, other.methods))
@@ -114,7 +127,7 @@ class _Code:
         return hash(tuple(self.methods))
 
 
-# What was last seen of the known classes, as it takes long to look through all
+# The known classes as they were last seen, because looking through their methods takes long
 _KNOWN_CODE: dict[type, _Code] = {}
 
 
@@ -133,10 +146,10 @@ def _is_known(kind: type) -> bool:
 
 
 def _is_equal(first: object, second: object) -> bool:
-    """Whether Python says so; objects that are the same are equal without a call. False where it cannot say."""
+    """Whether two objects are equal; False if Python cannot compare them."""
     try:
         return bool(first == second)
-    except Exception:  # arrays and tensors, for one
+    except Exception:  # arrays and tensors have no single truth value
         return False
 
 
@@ -151,31 +164,40 @@ def _functions_of(value: object) -> Sequence[object]:
 
 
 def _is_foreign(value: object, kind: type) -> bool:
-    """Whether something in a class is a function that was written in another file, or wraps one."""
+    """Whether a value in a class is a function from another file, or an object that may wrap one."""
     if isinstance(value, FunctionType):
-        # The globals are those of the file, whatever a decorator has copied from the method
+        # A decorator may copy a method's name and module, but not the globals of its file
         return not str(value.__globals__.get("__name__")).startswith(kind.__module__)
     return _is_code(value) and not isinstance(value, type | GetSetDescriptorType)
 
 
-def constant_tensors(policy: nn.Module) -> list[th.Tensor]:
-    """Tensors that a graph of the policy holds on to: attributes that are neither parameters nor buffers."""
-    return [value for part in policy.modules() for value in vars(part).values() if isinstance(value, th.Tensor)]
+def constant_tensors(policy: nn.Module) -> Hashable:
+    """Return the tensors that are attributes, and neither parameters nor buffers: a graph holds them as constants.
+
+    :param policy: the policy
+    :return: equal only to one with the same tensor objects
+    """
+    tensors = [value for part in policy.modules() for value in vars(part).values() if isinstance(value, th.Tensor)]
+    return _frozen(tensors)
 
 
 def python_state(policy: nn.Module) -> Hashable:
-    """What a graph of the policy has compiled in: its parts and their attributes, but for tensors."""
+    """Return what a graph of the policy holds as constants: its parts and their attributes, without tensors.
+
+    :param policy: the policy
+    """
     action_dist = getattr(policy, "action_dist", None)
-    # The parts themselves: an id may be that of another one after it is gone
-    of_parts = tuple((part, type(part), *_settings(part)) for part in policy.modules())
+    # The parts themselves, not their ids, which later objects may have again
+    parts = tuple((part, type(part), *_settings(part)) for part in policy.modules())
     code = tuple(map(_code_of, classes_of([*policy.modules(), action_dist])))
-    return of_parts, type(action_dist), tuple(distribution_settings(action_dist).items()), code
+    return parts, type(action_dist), tuple(distribution_settings(action_dist).items()), code
 
 
 def distribution_settings(action_dist: object) -> dict[str, int | float | str]:
-    """Return what was set in a distribution.
+    """Return a distribution's settings, without what it keeps from its last use.
 
-    Not what it remembers of its last use, nor the objects that it makes for each sample.
+    :param action_dist: the policy's distribution
+    :return: its public attributes that are numbers or strings, by name
     """
     attributes = getattr(action_dist, "__dict__", {})
     return {
@@ -204,7 +226,7 @@ def _frozen(value: object) -> Hashable:
 
 
 class _Itself:
-    """Equal to the same object alone, whatever its own comparison says."""
+    """Holds an object, and is equal to what holds that very object. Tensors, for example, have no such comparison."""
 
     def __init__(self, value: object) -> None:
         self._value = value
@@ -217,12 +239,18 @@ class _Itself:
 
 
 def layout_of(tensors: Sequence[th.Tensor]) -> Hashable:
-    """Shapes, strides and dtypes: what a replay or graph has compiled in of its inputs."""
+    """Return shapes, strides and dtypes, for which a replay or graph is made.
+
+    :param tensors: the inputs
+    """
     return tuple((tensor.shape, tensor.stride(), tensor.dtype) for tensor in tensors)
 
 
 def structural_copy(policy: Policy) -> Policy:
-    """Return modules of the same classes with the same attributes, which what is put in or replaced does not reach."""
+    """Copy the structure of a policy, but not its tensors. Later changes of the policy's parts do not change the copy.
+
+    :param policy: the policy
+    """
     copies: dict[nn.Module, Any] = {part: copy(part) for part in policy.modules()}
     for part in copies.values():
         for name, value in vars(part).items():

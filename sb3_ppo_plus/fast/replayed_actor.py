@@ -1,4 +1,4 @@
-"""Acting as SB3 does, the policy's forward pass replayed from a recording: bit for bit the same."""
+"""Acting as SB3 does, with a replay of the policy's forward pass, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.func import functional_call
 
 from sb3_ppo_plus.fast.policy_changes import layout_of
-from sb3_ppo_plus.fast.replays import Recordings
+from sb3_ppo_plus.fast.replays import Replays
 from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.policies.lean_distributions import LeanCategoricalDistribution, LeanDiagGaussianDistribution
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of
 from sb3_ppo_plus.trees import tree_flatten, tree_unflatten
 from sb3_ppo_plus.update.tensor_places import tensor_places
 
-# Changes in one rollout after which the rest of it is eager: each is as expensive as a step
+# After more changes than this in a rollout, the rest of it is eager: noticing a change takes as long as a step
 MAX_CHANGES = 3
 
 
-class RecordedActor(RolloutActor):
-    """Chooses the actions of :class:`RolloutActor`, from a recording where the policy consists of well-known parts.
+class ReplayedActor(RolloutActor):
+    """Chooses the actions of :class:`RolloutActor`, by replays if :func:`can_replay` allows them.
 
     :param policy: the policy
     """
 
     def __init__(self, policy: ActorCriticPolicy) -> None:
         super().__init__(policy)
-        self.recordings = Recordings(policy)
+        self.replays = Replays(policy)
         self._names: list[str] = []
         self._tensors: list[th.Tensor] = []
         self._attributes: dict[Hashable, tuple[list[str], dict[str, Any]]] = {}
@@ -42,23 +42,23 @@ class RecordedActor(RolloutActor):
         self._n_changes = 0
         self._watch = PartsWatch(policy)
 
-    def __reduce__(self) -> tuple[type[RecordedActor], tuple[ActorCriticPolicy]]:
-        # What it holds belongs to one rollout and one process
-        return RecordedActor, (self.policy,)
+    def __reduce__(self) -> tuple[type[ReplayedActor], tuple[ActorCriticPolicy]]:
+        # All else belongs to one rollout and one process
+        return ReplayedActor, (self.policy,)
 
     def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
-        """Take note of whatever has changed since the last rollout."""
+        """Notice what has changed since the last rollout."""
         self._n_changes = 0
         self._take_note()
 
     def _take_note(self) -> None:
         places = tensor_places(self.policy)
-        # Not detached: whoever assigns a parameter's data in a callback changes the next step
+        # Not detached, because a callback may assign a parameter's data, which changes the next step
         self._names, self._tensors = [*places], [*places.values()]
         self._layout = layout_of(self._tensors)
-        self.recordings.refresh()
+        self.replays.refresh()
         is_lean = isinstance(self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution))
-        self._is_replayed = is_lean and self.recordings.is_possible and self._n_changes <= MAX_CHANGES
+        self._is_replayed = is_lean and self.replays.is_possible and self._n_changes <= MAX_CHANGES
         if self._is_replayed and self._watch.has_changed():
             self._watch = PartsWatch(self.policy)
 
@@ -68,7 +68,7 @@ class RecordedActor(RolloutActor):
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions, see :meth:`RolloutActor.act`."""
         if self._is_replayed and self._watch.has_changed():
-            # By a callback
+            # A callback has changed the policy
             self._n_changes += 1
             self._take_note()
         if not self._is_replayed:
@@ -76,14 +76,14 @@ class RecordedActor(RolloutActor):
         leaves = [*leaves_of(observations), *context.values()]
         names = tuple(observations) if isinstance(observations, dict) else ()
         key = (names, *context, layout_of(leaves), self._layout)
-        actions, values, log_probs, total, *tensors = self.recordings.compute(
+        actions, values, log_probs, total, *tensors = self.replays.compute(
             key,
             [*leaves, *self._tensors],
             lambda: self._function(observations, context),
             lambda: self._eager(key, observations, context),
         )
         if not math.isfinite(total.item()):
-            # Raises what eager mode raises
+            # This raises the error of eager mode
             self.policy.get_distribution(observations, **context)
         # Users read policy.action_dist in callbacks
         attributes, others = self._attributes[key]
@@ -104,7 +104,7 @@ class RecordedActor(RolloutActor):
     def _function(
         self, observations: PyTorchObs, context: dict[str, th.Tensor]
     ) -> Callable[..., tuple[th.Tensor, ...]]:
-        """Return what is recorded: :meth:`_eager` as a function of tensors."""
+        """Return :meth:`_eager` as a function of tensors, which is then replayed."""
         spec, names = tree_flatten((observations, context))[1], self._names
 
         @th.no_grad()

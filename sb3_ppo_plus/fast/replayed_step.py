@@ -1,4 +1,4 @@
-"""The gradient step of eager mode, its loss and gradients replayed from a recording: bit for bit the same."""
+"""The gradient step of eager mode, with a replay of its loss and gradients, bit for bit."""
 
 from __future__ import annotations
 
@@ -7,19 +7,25 @@ from typing import NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
-from torch.func import functional_call
 
 from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
+from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.policy_changes import layout_of
-from sb3_ppo_plus.fast.replays import Recordings
+from sb3_ppo_plus.fast.replays import Replays
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_unflatten
-from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, PolicyEvaluation, stacked
+from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, stacked
 from sb3_ppo_plus.update.losses import LossCoefficients
 from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
 
 class _Prepared(NamedTuple):
-    """What stays the same for the minibatches of one update."""
+    """What all minibatches of one update share.
+
+    :param rollout: the rollout that the minibatches come from
+    :param inputs: the replay's inputs except the indices
+    :param spec: puts the inputs together again
+    :param key: everything that the replay holds as constants, besides the policy
+    """
 
     rollout: RolloutBatch
     inputs: list[th.Tensor]
@@ -27,8 +33,8 @@ class _Prepared(NamedTuple):
     key: Hashable
 
 
-class RecordedGradientStep(GradientStep):
-    """Takes the steps of :class:`GradientStep`, from a recording where the policy consists of well-known parts.
+class ReplayedGradientStep(GradientStep):
+    """Takes the steps of :class:`GradientStep`, by replays if :func:`can_replay` allows them.
 
     :param policy: the policy; its ``optimizer`` takes the steps
     :param grad_scaler: scales the loss and unscales the gradients under float16
@@ -36,16 +42,16 @@ class RecordedGradientStep(GradientStep):
 
     def __init__(self, policy: ActorCriticPolicy, grad_scaler: th.amp.GradScaler) -> None:
         super().__init__(policy, grad_scaler)
-        self.recordings = Recordings(policy)
+        self.replays = Replays(policy)
         self._prepared: _Prepared | None = None
 
     def begin_update(self) -> None:
-        """Take note of whatever has changed since the last update."""
+        """Notice what has changed since the last update."""
         super().begin_update()
-        self.recordings.refresh()
+        self.replays.refresh()
 
     def end_update(self) -> None:
-        """Leave the policy's optimiser with the state that its own steps would have, and let go of the rollout."""
+        """Leave the policy and its optimiser as their own steps would have left them, and release the rollout."""
         super().end_update()
         self._prepared = None
 
@@ -53,9 +59,9 @@ class RecordedGradientStep(GradientStep):
         self, objective: Objective, minibatch: Minibatch
     ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
         indices = minibatch.indices
-        # Padded sequences have other shapes; autocast keeps casts of parameters from call to call
-        is_recorded = self.recordings.is_possible and objective.amp_dtype is None
-        if not is_recorded or self._flat is None or indices is None or indices.dim() != 1:
+        # Padded sequences have other shapes, and autocast keeps casts of parameters from call to call
+        is_replayed = self.replays.is_possible and objective.amp_dtype is None
+        if not is_replayed or self._flat is None or indices is None or indices.dim() != 1:
             return super()._differentiate(objective, minibatch)
         prepared = self._prepared
         if prepared is None or prepared.rollout is not minibatch.rollout:
@@ -66,7 +72,7 @@ class RecordedGradientStep(GradientStep):
             return [metrics, *(gradient for gradient in gradients if gradient is not None)]
 
         computed = iter(
-            self.recordings.compute(
+            self.replays.compute(
                 (prepared.key, indices.shape, tuple(self._flat.has_gradient)),
                 [indices, *prepared.inputs],
                 lambda: self._function(objective, prepared.spec),
@@ -77,13 +83,13 @@ class RecordedGradientStep(GradientStep):
 
     def _prepare(self, objective: Objective, rollout: RolloutBatch) -> _Prepared:
         coefficients = objective.coefficients
-        # Double, as Python's numbers, so that 1 - clip_range is rounded once
+        # Python's numbers are float64. In float32, 1 - clip_range would be rounded twice
         ranges = {
             name: th.tensor(value, dtype=th.float64)
             for name, value in (("clip_range", coefficients.clip_range), ("clip_range_vf", coefficients.clip_range_vf))
             if value is not None
         }
-        # Of the loss's own type, which they are not to change
+        # In the loss's own dtype, because a float64 factor would change it
         factors = {
             name: th.tensor(value, dtype=th.float32)
             for name, value in (("ent_coef", coefficients.ent_coef), ("vf_coef", coefficients.vf_coef))
@@ -100,7 +106,7 @@ class RecordedGradientStep(GradientStep):
         return _Prepared(rollout, inputs, spec, key)
 
     def _function(self, objective: Objective, spec: TreeSpec) -> Callable[..., tuple[th.Tensor, ...]]:
-        """Return what is recorded: :meth:`GradientStep._differentiate` as a function of tensors."""
+        """Return :meth:`GradientStep._differentiate` as a function of tensors, which is then replayed."""
         assert self._flat is not None
         places = {id(tensor): name for name, tensor in tensor_places(self.policy).items()}
         with_gradient = [
@@ -108,7 +114,6 @@ class RecordedGradientStep(GradientStep):
             for parameter, has in zip(self._parameters, self._flat.has_gradient, strict=True)
             if has
         ]
-        evaluation = PolicyEvaluation(self.policy, objective)
         has_entropy_term = objective.coefficients.ent_coef != 0.0
 
         def function(indices: th.Tensor, *inputs: th.Tensor) -> tuple[th.Tensor, ...]:
@@ -116,9 +121,8 @@ class RecordedGradientStep(GradientStep):
             if not has_entropy_term:
                 scalars = {**scalars, "ent_coef": 0.0}
             parameters = {name: tensors[name].detach().requires_grad_() for name in with_gradient}
-            places = {f"policy.{name}": tensor for name, tensor in (tensors | parameters).items()}
             batch = RolloutBatch(**rollout).select(indices)
-            evaluated = functional_call(evaluation, places, (batch,), tie_weights=False)
+            evaluated = call_with(tensors | parameters, evaluate_minibatch, self.policy, objective, batch)
             terms = objective.loss(batch, evaluated, LossCoefficients(**{"clip_range_vf": None, **scalars}))
             gradients = th.autograd.grad(terms.loss, [parameters[name] for name in with_gradient])
             return (stacked(terms), *gradients)

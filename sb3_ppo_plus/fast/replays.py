@@ -1,13 +1,12 @@
-"""What a policy computes, recorded once and then replayed: the same operations without Python and autograd around them.
+"""Replays: the operations of a policy's computation, done again without Python and autograd around them.
 
-Two thirds of the time of small networks is spent on what surrounds the operations. A replay does the very operations of
-eager mode, in their order, so that every bit is the same; this is checked on its first results, too. Only what consists
-of well-known parts is recorded, since a replay would pass by hooks and code that does something else at each call.
+Small networks spend two thirds of their time on what surrounds the operations. A replay does the operations of eager
+mode in their order, so that every bit is equal. Its first results are compared with eager ones. Only policies of known
+parts are replayed, because a replay runs no hooks, and no Python code that may do something else at each call.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,20 +14,24 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_ppo_plus.fast.policy_changes import constant_tensors, has_known_parts, python_state
+from sb3_ppo_plus.fast.policy_changes import has_known_parts
+from sb3_ppo_plus.fast.policy_functions import PolicyFunctions, PolicyState
 from sb3_ppo_plus.fast.tracing import trace
 from sb3_ppo_plus.torch_private import has_accumulation_hooks, has_gradient_hooks, script_of
 
-# A recording takes as long as some hundred minibatches or steps; before so many of them it may not pay
-RECORD_AFTER = 300
-# PyTorch optimises a graph after its first runs
+# Making a replay takes as long as some hundred minibatches or steps. Shorter trainings are faster without
+REPLAY_AFTER = 300
+# The first replays are checked. Not only the very first, because PyTorch optimises a graph after its first runs
 CHECKED_REPLAYS = 4
 
 Replay = Callable[..., tuple[th.Tensor, ...]]
 
 
-def can_record(policy: ActorCriticPolicy) -> bool:
-    """Whether a replay does all that the policy does: known parts on the CPU, as they are, without hooks."""
+def can_replay(policy: ActorCriticPolicy) -> bool:
+    """Whether a replay does all that the policy does: it has known, unchanged parts on the CPU and no hooks.
+
+    :param policy: the policy
+    """
     return (
         has_known_parts(policy)
         and policy.device.type == "cpu"
@@ -36,23 +39,23 @@ def can_record(policy: ActorCriticPolicy) -> bool:
         and not has_accumulation_hooks(policy.parameters())
         and not th.is_autocast_enabled("cpu")
         and not th.is_anomaly_enabled()
-        # BLAS is called in another way for others, and rounds differently
+        # For other layouts BLAS is called in another way, and rounds differently
         and all(parameter.is_contiguous() for parameter in policy.parameters())
     )
 
 
-def record(function: Callable[..., Any], inputs: Sequence[th.Tensor], policy: ActorCriticPolicy) -> Replay:
-    """Record what a function does with inputs of these shapes and dtypes.
+def make_replay(function: Callable[..., Any], inputs: Sequence[th.Tensor], policy: ActorCriticPolicy) -> Replay:
+    """Make a replay of a function for inputs of these shapes and dtypes.
 
-    :param function: takes tensors that need no gradient, returns a tuple of such
+    :param function: takes and returns tensors that need no gradient; it returns a tuple
     :param inputs: examples; their values do not matter
-    :param policy: what the function calls; left as it was
+    :param policy: the policy that the function calls; it is not changed
     :return: the replay, for inputs that need no gradient
-    :raises Exception: whatever tracing raises, of many kinds
+    :raises Exception: errors of many kinds, from tracing
     """
     graph = trace(function, inputs, policy)
     for node in graph.graph.find_nodes(op="call_function", target=th.ops.aten.detach.default):
-        # Without autograd there is nothing to detach from
+        # A replay has no autograd from which a tensor could be detached
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
     _keep_linear_layers_whole(graph.graph)
@@ -65,10 +68,10 @@ def record(function: Callable[..., Any], inputs: Sequence[th.Tensor], policy: Ac
 
 
 def _keep_linear_layers_whole(graph: th.fx.Graph) -> None:
-    """Write each linear layer as one operation that TorchScript leaves as it is.
+    """Write each linear layer as one operation that TorchScript does not split.
 
-    It splits addmm into a product and a sum. With one input feature this rounds twice where eager mode rounds once. The
-    checks would not see it in the first rollout, as biases begin at 0.
+    TorchScript splits addmm into a product and a sum. With one input feature this rounds twice, but eager mode rounds
+    once. The checks of the first replays may not find it, because biases begin at 0.
     """
     for node in graph.find_nodes(op="call_function", target=th.ops.aten.addmm.default):
         bias, inputs, transposed = node.args
@@ -80,45 +83,26 @@ def _keep_linear_layers_whole(graph: th.fx.Graph) -> None:
 
 
 @dataclass
-class _Recording:
-    replay: Replay
+class _Replay:
+    run: Replay
     n_checks: int = 0
 
 
-class Recordings:
-    """The recordings of one thing that a policy does, one for each key; none any more once one failed.
-
-    :param policy: what they are made from
-    """
-
-    def __init__(self, policy: ActorCriticPolicy) -> None:
-        self._policy = policy
-        self._recordings: dict[Hashable, _Recording] = {}
-        self._n_calls: Counter[Hashable] = Counter()
-        self._state: Hashable = None
-        self._has_failed = False
-        self.is_possible = False
-        """Whether there are recordings, or may be soon."""
-
-    def __reduce__(self) -> tuple[type[Recordings], tuple[ActorCriticPolicy]]:
-        # TorchScript's functions cannot be copied or pickled, but made again
-        return Recordings, (self._policy,)
+class Replays(PolicyFunctions[_Replay]):
+    """The replays of one thing that a policy does."""
 
     @property
-    def n_recordings(self) -> int:
-        """Recordings that are in use."""
-        return len(self._recordings)
+    def n_replays(self) -> int:
+        """How many replays are in use."""
+        return len(self._functions)
 
-    def refresh(self) -> None:
-        """Drop the recordings if the policy is no longer what they were made from."""
-        self.is_possible = not self._has_failed and can_record(self._policy)
-        constants = tuple(id(tensor) for tensor in constant_tensors(self._policy))
-        state = (self.is_possible, python_state(self._policy), constants)
-        if state != self._state:
-            self._recordings.clear()
-            # Whoever changes the policy again and again is not to pay for a recording each time
-            self._n_calls.clear()
-        self._state = state
+    def _hindrance(self) -> str | None:
+        return None if can_replay(self._policy) else "a replay would not do all that the policy does"
+
+    def _drop(self, state: PolicyState) -> None:
+        self._functions.clear()
+        # A policy that changes again and again does not pay for a replay each time
+        self._n_requests.clear()
 
     def compute(
         self,
@@ -127,59 +111,47 @@ class Recordings:
         make_function: Callable[[], Callable[..., Any]],
         eager: Callable[[], Sequence[th.Tensor]],
     ) -> Sequence[th.Tensor]:
-        """Compute what ``eager`` does, by a replay if this is worth it.
+        """Compute what ``eager`` computes, by a replay if this is worth it.
 
-        :param key: everything that a recording holds as constants, besides the policy
+        :param key: everything that a replay holds as constants, besides the policy
         :param inputs: everything else that the computation depends on
-        :param make_function: makes the function of ``inputs`` that is recorded, see :func:`record`
-        :param eager: does the same
+        :param make_function: makes a function of ``inputs`` for :func:`make_replay`
+        :param eager: computes the results without a replay
         """
-        recording = self._recordings.get(key)
-        if recording is None:
-            recording = self._make(key, inputs, make_function)
-            if recording is None:
-                return eager()
-        if recording.n_checks < CHECKED_REPLAYS:
-            return self._checked(recording, inputs, eager)
+        replay = self._functions.get(key) or self._make_in_time(key, inputs, make_function)
+        if replay is None:
+            return eager()
+        if replay.n_checks < CHECKED_REPLAYS:
+            return self._checked(replay, inputs, eager)
         try:
-            return recording.replay(*inputs)
-        except RuntimeError:
-            # For eager mode's own error, such as that probabilities are NaN
-            self._give_up()
+            return replay.run(*inputs)
+        except RuntimeError as error:
+            # Eager mode raises its own error, for example that probabilities are NaN
+            self._give_up(error)
         return eager()
 
-    def _make(
+    def _make_in_time(
         self, key: Hashable, inputs: Sequence[th.Tensor], make_function: Callable[[], Callable[..., Any]]
-    ) -> _Recording | None:
-        if not self.is_possible:
-            return None
-        self._n_calls[key] += 1
-        if self._n_calls[key] <= RECORD_AFTER:
-            return None
-        try:
-            self._recordings[key] = _Recording(record(make_function(), inputs, self._policy))
-        except Exception:  # tracing raises all kinds: TorchScript has no backward of convolutions, for one
-            self._give_up()
-            return None
-        return self._recordings[key]
+    ) -> _Replay | None:
+        if self.is_possible:
+            self._n_requests[key] += 1
+            if self._n_requests[key] > REPLAY_AFTER:
+                self._make(key, lambda: _Replay(make_replay(make_function(), inputs, self._policy)))
+        return self._functions.get(key)
 
     def _checked(
-        self, recording: _Recording, inputs: Sequence[th.Tensor], eager: Callable[[], Sequence[th.Tensor]]
+        self, replay: _Replay, inputs: Sequence[th.Tensor], eager: Callable[[], Sequence[th.Tensor]]
     ) -> Sequence[th.Tensor]:
-        recording.n_checks += 1
+        replay.n_checks += 1
         before = th.get_rng_state()
         expected = eager()
         after = th.get_rng_state()
         th.set_rng_state(before)
-        replayed = recording.replay(*inputs)
+        replayed = replay.run(*inputs)
         if _bits(replayed) != _bits(expected) or not th.equal(th.get_rng_state(), after):
-            self._give_up()
+            self._give_up("a replay has other bits than eager mode")
             th.set_rng_state(after)
         return expected
-
-    def _give_up(self) -> None:
-        self._has_failed, self.is_possible = True, False
-        self._recordings.clear()
 
 
 def _bits(tensors: Sequence[th.Tensor]) -> list[tuple[Any, ...]]:

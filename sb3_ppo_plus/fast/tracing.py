@@ -1,4 +1,4 @@
-"""Functions of tensors as graphs of the operations that they do, whatever Python surrounds these."""
+"""Functions of tensors as graphs of their operations, without the Python code around these."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sb3_ppo_plus.update.argument_validation import without_argument_validation
 
-# Tracing replaces a function of torch for a while
+# Tracing replaces a function of torch meanwhile, which two threads must not do at once
 _TRACING = threading.RLock()
 
 
@@ -23,16 +23,16 @@ def trace(
     module: th.nn.Module,
     decompositions: dict[Any, Any] | None = None,
 ) -> th.fx.GraphModule:
-    """Write down the operations that a function does, for inputs of the shapes, dtypes and devices of ``inputs``.
+    """Return the graph of a function's operations, for inputs with the shapes, dtypes and devices of ``inputs``.
 
     :param function: takes tensors, returns a tensor or tuple of tensors, and may change inputs in place
     :param inputs: examples; their values do not matter
-    :param module: what the function calls; left as it was
-    :param decompositions: operations to be replaced by others, see ``make_fx``
-    :raises RuntimeError: where the module keeps a state in Python, which a graph would not follow
-    :raises Exception: whatever else tracing raises, of many kinds
+    :param module: the module that the function calls; it is not changed
+    :param decompositions: functions that replace operations, see ``make_fx``
+    :raises RuntimeError: if the module keeps a state in Python, which a graph would not follow
+    :raises Exception: errors of many kinds, from tracing
     """
-    # Here, for it is slow to import and not always needed
+    # Imported here, because it is slow to import and not always needed
     from torch.fx.experimental.proxy_tensor import make_fx
 
     before = [(owner, dict(vars(owner))) for owner in _owners_of_state(module)]
@@ -49,7 +49,7 @@ def trace(
             raise RuntimeError("the policy changes a list, dict or set in each call")
         return graph
     finally:
-        # Tensors of the trace are of no use outside it
+        # Attributes may hold tensors of the trace, with which nothing else can compute
         for owner, attributes in before:
             vars(owner).clear()
             vars(owner).update(attributes)
@@ -58,7 +58,7 @@ def trace(
 
 
 class _Contents:
-    """What a list, dict, set or the like itself holds, to compare with and to return to; nothing of anything else."""
+    """What a list, dict or set holds at a time, to compare with and to restore. Other objects hold nothing here."""
 
     def __init__(self, owned: object) -> None:
         self._owned = owned
@@ -70,7 +70,7 @@ class _Contents:
         return list(self._owned) if isinstance(self._owned, MutableSequence | MutableSet) else []
 
     def has_changed(self) -> bool:
-        # By identity: tensors do not compare
+        # By identity, because the comparison of two tensors has no single truth value
         return [*map(id, self._now())] != [*map(id, self._before)]
 
     def restore(self) -> None:
@@ -96,10 +96,10 @@ def _owners_of_state(module: th.nn.Module) -> list[Any]:
 
 @contextmanager
 def _without_checks_of_values(*, is_checked: bool) -> Iterator[None]:
-    # They have no place in a graph: arguments of distributions, and the range of what is one-hot encoded
+    # A graph cannot check values: the arguments of distributions, and the range of what is one-hot encoded
     with _TRACING:
         one_hot = F.one_hot
-        F.one_hot = _checked_one_hot if is_checked else _one_hot  # type: ignore[assignment]  # only ever called with num_classes by SB3
+        F.one_hot = _checked_one_hot if is_checked else _one_hot  # type: ignore[assignment]  # SB3 always gives num_classes, which has a default in torch
         try:
             with without_argument_validation():
                 yield
@@ -112,6 +112,6 @@ def _one_hot(tensor: th.Tensor, num_classes: int) -> th.Tensor:
 
 
 def _checked_one_hot(tensor: th.Tensor, num_classes: int) -> th.Tensor:
-    # What is out of range raises in the operation itself, when it is replayed
+    # The replayed scatter raises an error itself, if a value is out of range
     zeros = th.zeros((*tensor.shape, num_classes), dtype=th.long, device=tensor.device)
     return zeros.scatter(-1, tensor.unsqueeze(-1), 1)

@@ -1,4 +1,4 @@
-"""A cheap watch over what callbacks change in a policy amid a rollout."""
+"""Notices cheaply what callbacks change in a policy during a rollout."""
 
 from __future__ import annotations
 
@@ -25,12 +25,11 @@ _ABSENT = object()
 
 
 class PartsWatch:
-    """Notices what is assigned, put in, taken out or replaced: attributes, methods, hooks, modules, parameters.
+    """Notices if attributes, methods, hooks, modules or parameters are assigned, added, removed or replaced.
 
-    Made for each step: it takes some microseconds. It does not look into the lists, dicts and arrays that attributes
-    hold, nor for methods of classes that acting does not pass through. It may tell of a change that does not matter.
-
-    With hooks it tells of a change at all times.
+    A check takes some microseconds, so that each step can make one. It does not look into lists, dicts and arrays that
+    attributes hold, and not at methods that acting does not call. It may report a change that has no effect. If the
+    policy has a hook, it always reports a change.
 
     :param policy: the policy as it is now
     """
@@ -38,14 +37,14 @@ class PartsWatch:
     def __init__(self, policy: nn.Module) -> None:
         parts, action_dist = [*policy.modules()], getattr(policy, "action_dist", None)
         self._parts, self._kinds = parts, [*map(type, parts)]
-        contents = [of for part in parts for of in contents_of(part) or ()]
-        self._empty = [*(of for of in contents if not of), *(forward_hooks(parts) or ())]
-        self._filled = [of.values() for of in contents if of]
+        contents = [items for part in parts for items in contents_of(part) or ()]
+        self._empty = [*(items for items in contents if not items), *(forward_hooks(parts) or ())]
+        self._filled = [items.values() for items in contents if items]
         self._items = [*chain.from_iterable(self._filled)]
         self._sized = [*map(vars, parts), getattr(action_dist, "__dict__", {}), *self._filled]
         self._size = sum(map(len, self._sized))
         self._methods = _methods_of_acting(policy, action_dist)
-        # Functions that look up all that is watched of an owner at once
+        # Each function looks up all watched attributes of its owner in one call
         self._look_ups: list[tuple[Callable[[Any], Any], object]] = [
             (attrgetter(*names), kind) for kind, names in self._methods.items()
         ]
@@ -62,22 +61,22 @@ class PartsWatch:
         return [look_up(owner) for look_up, owner in self._look_ups]
 
     def has_changed(self) -> bool:
-        """Whether the policy is another one than when this was made."""
+        """Whether the policy has changed since this object was made."""
         try:
             return (
                 any(self._empty)
                 or sum(map(len, self._sized)) != self._size
                 or not all(map(is_, chain.from_iterable(self._filled), self._items))
                 or [*map(type, self._parts)] != self._kinds
-                # Objects that are the same are equal to Python, without a call
+                # For identical objects, Python's comparison of lists makes no call
                 or self._look_up() != self._values
             )
-        except Exception:  # an attribute is gone, or is an array, of which Python cannot say whether it is equal
+        except Exception:  # an attribute was deleted, or is an array, which has no single truth value
             return True
 
     @contextmanager
     def code_as_before(self) -> Iterator[None]:
-        """Undo, for the while, what was done to classes and to the calls of every module since this was made."""
+        """Undo inside the block what was done to classes, and what every module calls, since this object was made."""
         replaced = []
         for kind, methods in self._methods.items():
             for name, before in methods.items():
@@ -94,7 +93,7 @@ class PartsWatch:
 
 
 def _methods_of_acting(policy: nn.Module, action_dist: object) -> dict[type, dict[str, object]]:
-    """Return, for each class, what it has itself of the methods that acting calls."""
+    """Return the methods that acting calls, for each class that may define them."""
     methods: dict[type, dict[str, object]] = {}
     for names, owners in (
         (_METHODS_OF_MODULES, [*policy.modules()]),
@@ -103,7 +102,7 @@ def _methods_of_acting(policy: nn.Module, action_dist: object) -> dict[type, dic
     ):
         final = {*map(type, owners)}
         for kind in classes_of(owners):
-            # Somebody may put a method into the class of a part itself, and super() may call those of its bases
+            # The class of a part may get any of the methods. Of its bases, those that define one matter, by super()
             watched = [name for name in names if (hasattr(kind, name) if kind in final else name in vars(kind))]
             if watched:
                 methods.setdefault(kind, {}).update((name, vars(kind).get(name, _ABSENT)) for name in watched)
@@ -118,5 +117,5 @@ def _put(kind: type, name: str, value: object) -> None:
 
 
 def _unwatched(part: nn.Module) -> set[str]:
-    # Known modules do the same in training and evaluation
+    # Known modules do not use their attribute ``training``
     return {*OF_EVERY_MODULE, "training"} if type(part) in KNOWN_MODULES else {*OF_EVERY_MODULE}

@@ -62,8 +62,8 @@ class RolloutActor:
         :param index: index of the env
         :return: the value; None: :meth:`terminal_values` predicts it at the end of the rollout
         """
-        # One observation at a time, because in a batch the value's last bit may differ from SB3's. As a tensor, because
-        # SB3 adds it to the reward in float32, even if a VecEnv's rewards are float64
+        # SB3 predicts one observation at a time. In a batch the last bit of the value may differ. The result is a
+        # tensor, because SB3 adds it to the reward in float32, even if a VecEnv's rewards are float64
         return th.from_numpy(predict_values(self.policy, [observation]))[0]
 
     @th.no_grad()
@@ -95,6 +95,13 @@ class RolloutActor:
 
     def end_rollout(self) -> None:
         """Release what belongs to the rollout."""
+
+    def successor(self, policy: ActorCriticPolicy) -> RolloutActor:
+        """Return the actor that goes on amid a rollout with another policy. It leaves nothing for later.
+
+        :param policy: the other policy
+        """
+        return RolloutActor(policy)
 
 
 @th.no_grad()

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
@@ -18,13 +19,14 @@ class MemoryActor(RolloutActor):
     """Acts with a policy's memory, whose states it carries from step to step.
 
     :param policy: a policy with a memory
-    :param states: the states after the last rollout. If None, or for another number of envs: the initial states
+    :param states: the states after the last rollout. If they are None or do not fit, it begins with initial states
     :param n_envs: number of environments
     """
 
     def __init__(self, policy: ActorCriticPlusPolicy, states: RNNStates | None, n_envs: int) -> None:
         super().__init__(policy)
         self.policy: ActorCriticPlusPolicy = policy
+        self._n_envs = n_envs
         initial = policy.initial_states(n_envs)
         is_usable = states is not None and _shapes(states) == _shapes(initial)
         self.states: RNNStates = states if is_usable and states is not None else initial
@@ -33,7 +35,7 @@ class MemoryActor(RolloutActor):
     def act(
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
-        """Choose actions, and keep the states after the step; parameters as in :meth:`RolloutActor.act`."""
+        """Choose actions, and keep the states after the step; see :meth:`RolloutActor.act`."""
         whole_context: dict[str, Any] = {**context, **self._context(episode_starts)}
         actions, values, log_probs, states = self.policy.forward_step(observations, **whole_context)
         assert states is not None
@@ -42,15 +44,20 @@ class MemoryActor(RolloutActor):
 
     @th.no_grad()
     def last_values(self, observations: PyTorchObs, episode_starts: np.ndarray) -> th.Tensor:
-        """Predict the values after the last step; parameters as in :meth:`RolloutActor.last_values`."""
+        """Predict the values after the last step; see :meth:`RolloutActor.last_values`."""
         return self.policy.predict_values(observations, **self._context(episode_starts))
 
     @th.no_grad()
     def terminal_value(self, observation: Any, index: int) -> float:  # noqa: ANN401  # array or dict
-        """Predict the value from the states before their reset, see :meth:`RolloutActor.terminal_value`."""
+        """Predict the value with the states of the ended episode, see :meth:`RolloutActor.terminal_value`."""
         tensor, _ = self.policy.obs_to_tensor(observation)
         states = tree_map(lambda part: part[:, index : index + 1], self.states)
         return self.policy.predict_values(tensor, states).item()
+
+    def successor(self, policy: ActorCriticPolicy) -> MemoryActor:
+        """Return the actor that goes on from the states of this one, see :meth:`RolloutActor.successor`."""
+        assert isinstance(policy, ActorCriticPlusPolicy)
+        return MemoryActor(policy, self.states, self._n_envs)
 
     def _context(self, episode_starts: np.ndarray | None) -> dict[str, Any]:
         assert episode_starts is not None

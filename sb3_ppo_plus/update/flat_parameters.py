@@ -91,12 +91,10 @@ class FlatGroup:
         return [part[: parameter.numel()].view(parameter.shape) for part, parameter in parts]
 
     @th.no_grad()
-    def borrow(self) -> None:
-        """Fill the flat tensors. Parameters and their state are parts of these until :meth:`give_back`."""
+    def fill(self) -> None:
+        """Copy parameters and optimiser state into the flat tensors. Nobody else sees a change."""
         self._own = [parameter.data for parameter in self.parameters]
         copy_each(self._views, self._own)
-        for parameter, view in zip(self.parameters, self._views, strict=True):
-            parameter.data = view
         self._pointers = [view.data_ptr() for view in self._views]
         old = self.optimizer.state.pop(self.flat, {})
         self._shown, self._counts_on_device, self._undecided = {}, False, None
@@ -110,9 +108,20 @@ class FlatGroup:
                 else:
                     state[name] = old[name] if isinstance(old.get(name), th.Tensor) else th.zeros_like(self.flat)
                     copy_each(self._moments_of(name), own)
-                self._show(name, own)
+                self._shown[name] = self._shown_as(name, own)
             else:
                 state[name] = first
+
+    def borrow(self) -> None:
+        """Let parameters and optimiser state be parts of the flat tensors until :meth:`give_back`.
+
+        :meth:`fill` comes first, for all groups: whatever interrupts this, :meth:`give_back` then has all it needs.
+        """
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.data = view
+        for name, shown in self._shown.items():
+            for entry, view in zip(self._entries, shown.views, strict=True):
+                entry[name] = view
 
     def _moments_of(self, name: str) -> list[th.Tensor]:
         """Return the parts of a flat tensor of the state. They are made once for each flat tensor."""
@@ -123,11 +132,8 @@ class FlatGroup:
             self._moments[name] = (flat, moments)
         return moments
 
-    def _show(self, name: str, own: list[th.Tensor]) -> None:
-        views = [self.state[name]] * len(self.parameters) if name == "step" else self._moments_of(name)
-        self._shown[name] = _Shown(own, views)
-        for entry, view in zip(self._entries, views, strict=True):
-            entry[name] = view
+    def _shown_as(self, name: str, own: list[th.Tensor]) -> _Shown:
+        return _Shown(own, [self.state[name]] * len(self.parameters) if name == "step" else self._moments_of(name))
 
     def _show_new_state(self) -> None:
         """Give the parameters the state that the optimiser has made in its first step."""
@@ -135,7 +141,10 @@ class FlatGroup:
         for name, value in self.state.items():
             if isinstance(value, th.Tensor) and name not in self._shown:
                 like = value if name == "step" else None
-                self._show(name, [th.empty_like(p if like is None else like) for p in self.parameters])
+                own = [th.empty_like(parameter if like is None else like) for parameter in self.parameters]
+                self._shown[name] = self._shown_as(name, own)
+                for entry, view in zip(self._entries, self._shown[name].views, strict=True):
+                    entry[name] = view
             elif not isinstance(value, th.Tensor):
                 for entry in self._entries:
                     entry[name] = value
@@ -270,7 +279,6 @@ class FlatParameters:
         }
         self._gradients = [views[id(parameter)] for parameter in parameters if id(parameter) in views]
         self._is_borrowed = False
-        self._param_groups: list[dict[str, Any]] = []
         self._n_groups = 0
         self.has_stepped = False
         """Whether a step was taken since :meth:`borrow`."""
@@ -319,9 +327,12 @@ class FlatParameters:
         return [gradient is not None for gradient in gradients] == self.has_gradient
 
     def borrow(self) -> None:
-        """Fill the flat tensors, see :meth:`FlatGroup.borrow`."""
-        self._is_borrowed, self.has_stepped = True, False
-        self._param_groups, self._n_groups = self._optimizer.param_groups, len(self._optimizer.param_groups)
+        """Let parameters and state be parts of the flat tensors, see :meth:`FlatGroup.borrow`."""
+        self.has_stepped = False
+        self._n_groups = len(self._optimizer.param_groups)
+        for group in self.groups:
+            group.fill()
+        self._is_borrowed = True
         for group in self.groups:
             group.borrow()
 
@@ -329,9 +340,9 @@ class FlatParameters:
         """Put parameters and state back, see :meth:`FlatGroup.give_back`. A second call does nothing."""
         if not self._is_borrowed:
             return
-        self._is_borrowed = False
         for group in self.groups:
             group.give_back(has_gradients=self.has_stepped)
+        self._is_borrowed = False
 
     def was_touched(self, optimizer: Optimizer) -> bool:
         """Whether a user's hook has replaced something since :meth:`borrow`.
@@ -340,8 +351,7 @@ class FlatParameters:
         """
         return (
             optimizer is not self._optimizer
-            or optimizer.param_groups is not self._param_groups
-            or len(self._param_groups) != self._n_groups
+            or len(optimizer.param_groups) != self._n_groups
             or any(group.was_touched() for group in self.groups)
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -14,7 +14,6 @@ from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.update.flat_conditions import obstacle_to_flat_steps
 from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
-from sb3_ppo_plus.update.tensor_places import tensor_places
 
 # With more numbers in a policy, they do not fit the caches, and copying gradients takes longer than flat steps save
 MAX_FLAT_ON_CPU = 2**20
@@ -140,32 +139,6 @@ def recompute_log_prob(
         rollout_buffer.replace_log_probs(indices.flatten()[is_real], log_prob[is_real])
 
 
-class PolicyEvaluation(th.nn.Module):
-    """A module whose forward evaluates a minibatch, because ``functional_call`` takes only modules.
-
-    :param policy: the policy
-    :param objective: the objective of the update
-    """
-
-    def __init__(self, policy: ActorCriticPolicy, objective: Objective) -> None:
-        super().__init__()
-        self.policy = policy
-        self.objective = objective
-
-    def forward(self, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """Evaluate a minibatch, see :meth:`Objective.evaluate`.
-
-        :param batch: the minibatch
-        :raises RuntimeError: if the policy replaces its parameters, which a graph cannot follow
-        """
-        before = tensor_places(self.policy)
-        evaluation = self.objective.evaluate(self.policy, batch)
-        replaced = [name for name, tensor in tensor_places(self.policy).items() if tensor is not before.get(name)]
-        if replaced:
-            raise RuntimeError(f"the policy puts a new tensor in place of its {', '.join(replaced)} in each call")
-        return evaluation
-
-
 class GradientStep:
     """Takes the steps of a policy's updates, on flat parameters if these give SB3's step to the bit.
 
@@ -180,6 +153,10 @@ class GradientStep:
         self._parameters: list[th.nn.Parameter] = []
         self._obstacle_to_flat: str | None = None
         self._ran_policy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of a model have parameters of their own, from which they make their flat ones
+        return {**vars(self), "_flat": None, "_parameters": []}
 
     @property
     def has_gradient(self) -> list[bool] | None:

@@ -10,7 +10,7 @@ import numpy as np
 from stable_baselines3 import PPO
 from states import assert_same_training
 
-from differential.training import Configuration, Run, recorded_early
+from differential.training import Configuration, Run, replayed_early
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.fast import graphs
 
@@ -63,7 +63,7 @@ def _difference(
     expected: Run, configuration: Configuration, arguments: dict[str, Any], check: Callable[[Run, Run], str | None]
 ) -> str | None:
     try:
-        with recorded_early(configuration):
+        with replayed_early(configuration):
             actual = Run(copy.deepcopy(configuration), PPOPlus, **arguments)
     except Exception:  # whatever it is, SB3 trained without
         return traceback.format_exc(limit=-3)
@@ -139,7 +139,9 @@ def _is_close(expected: np.ndarray, actual: np.ndarray, tolerance: float) -> boo
 def _shown(expected: np.ndarray, actual: np.ndarray) -> str:
     if expected.dtype != actual.dtype or expected.shape != actual.shape:
         return f"{expected.dtype}{expected.shape} and {actual.dtype}{actual.shape}"
-    where = tuple(np.argwhere((expected != actual).reshape(expected.shape))[0]) if expected.ndim else ()
+    # The largest difference is what a comparison to rounding is about
+    distances = np.nan_to_num(np.abs(expected.astype(np.float64) - actual.astype(np.float64)))
+    where = np.unravel_index(distances.argmax(), distances.shape) if expected.size else ()
     return f"{expected[where]!r} and {actual[where]!r} at {tuple(map(int, where))} of {expected.shape}"
 
 

@@ -13,12 +13,7 @@ from differential.training import SETTINGS, Configuration
 RARE_OBSERVATIONS = ("image", "channel first", "dict with image")
 MLP_BOXES = ("box", "float64", "int64", "uint8", "one number", "matrix", "unbounded")
 # Changes that PPOPlus is known not to follow as yet, each with when it does not. Empty is as it should be
-KNOWN_DEFECTS: dict[str, tuple[str, ...]] = {
-    "wrap a method of the distribution": ANYTIME,
-    "patch a class": ANYTIME,
-    "hook all modules": (STEP,),
-    "set attributes of modules": (STEP,),
-}
+KNOWN_DEFECTS: dict[str, tuple[str, ...]] = {}
 
 
 def sample(seed: int, compiled: bool = False) -> Configuration:
@@ -45,7 +40,7 @@ class _Sampler:
         self._choose(0.6, "n_envs", [2, 3])
         self._choose(0.3, "max_steps", [1, 2, 3, 1000])
         self._choose(0.3, "p_terminate", [0.0, 0.4])
-        self._choose(0.8, "record_after", [0, 1, 2, 5])
+        self._choose(0.8, "replay_after", [0, 1, 2, 5])
         if self.observations in ("image", "channel first"):
             self._choose(0.7, "cnn", [True])
         settings, policy_kwargs = self._settings(), self._policy_kwargs()
@@ -147,7 +142,7 @@ class _Sampler:
             wrappers.append("normalize rewards")
         if is_box and self._random.random() < 0.1:
             wrappers.insert(self._random.randint(0, len(wrappers)), "stack")
-        for name in ("monitor", "check"):
+        for name in ("monitor", "check", "float64 rewards"):
             if self._random.random() < 0.05:
                 wrappers.insert(self._random.randint(0, len(wrappers)), name)
         if wrappers:

@@ -41,9 +41,9 @@ def test_who_does_not_compile_does_not_load_inductor() -> None:
 import sys
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.fast import replays
-replays.RECORD_AFTER = 2
+replays.REPLAY_AFTER = 2
 model = PPOPlus("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128)
-assert model._execution.gradient_step.recordings.n_recordings == 1
+assert model._execution.gradient_step.replays.n_replays == 1
 assert "torch._inductor.compile_fx" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
@@ -72,3 +72,32 @@ def test_weights_of_another_layout_than_the_graphs_were_compiled_for_get_graphs_
         model.learn(64)
     assert models[1]._execution.compiled_actor.n_compilations == 4
     assert_close(*models)
+
+
+def n_compilations(model: PPOPlus) -> int:
+    return sum(part.n_compilations for part in (model._execution.gradient_step, model._execution.compiled_actor))
+
+
+@pytest.mark.usefixtures("graphs_without_code")
+def test_a_hook_that_is_removed_again_costs_no_compilation() -> None:
+    model = build().learn(64)
+    n_before = n_compilations(model)
+    handle = model.policy.value_net.register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match="a module has a hook"):
+        model.learn(64)
+    handle.remove()
+    model.learn(64)
+    assert n_compilations(model) == n_before == 3
+    assert model._execution.gradient_step._graphs.is_possible
+
+
+@pytest.mark.usefixtures("graphs_without_code")
+def test_a_tensor_that_is_replaced_and_is_no_parameter_or_buffer_ends_the_graphs() -> None:
+    model = build()
+    model.policy.scale = th.ones(1)
+    model.learn(64)
+    model.policy.scale = th.ones(1)
+    with pytest.warns(UserWarning, match="neither parameter nor buffer"):
+        model.learn(64)
+    assert model._execution.compiled_actor.has_given_up
+    assert n_compilations(model) == 3

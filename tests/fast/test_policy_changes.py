@@ -1,5 +1,6 @@
 """Whatever users and callbacks change in a policy reaches compiled training as it reaches SB3's PPO."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -17,7 +18,7 @@ from sb3_ppo_plus.fast import replays
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS
 from sb3_ppo_plus.fast.policy_changes import hindrance
-from sb3_ppo_plus.fast.replayed_actor import RecordedActor
+from sb3_ppo_plus.fast.replayed_actor import ReplayedActor
 from sb3_ppo_plus.fast.tracing import trace
 
 pytestmark = [
@@ -102,6 +103,22 @@ def test_each_step_has_the_log_prob_and_value_of_the_policy_that_took_it(change,
     assert_compiled_follows_sb3(
         callback=changing(change, when=when), learning_rate=1e-4, warns=int(change is assign_parameter)
     )
+
+
+def put_in_another_policy(model):
+    policy = copy.deepcopy(model.policy)
+    for parameter in policy.parameters():
+        parameter.mul_(0.9)
+    model.policy = policy
+
+
+def lower_gamma(model):
+    model.gamma = 0.5
+
+
+@pytest.mark.parametrize("change", [put_in_another_policy, lower_gamma])
+def test_the_models_own_changes_count_from_the_next_step_on(change):
+    assert_compiled_follows_sb3(callback=changing(change, when=lambda n_calls: n_calls == 41))
 
 
 def test_values_are_left_to_the_end_until_a_change():
@@ -396,7 +413,7 @@ def test_a_first_minibatch_that_is_not_finite_keeps_nothing_from_being_compiled(
 
 
 def test_a_policy_that_changes_again_and_again_is_replayed_after_one_warning(monkeypatch):
-    monkeypatch.setattr(replays, "RECORD_AFTER", 5)
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 5)
 
     class CountSteps(BaseCallback):
         def _on_step(self):
@@ -409,8 +426,8 @@ def test_a_policy_that_changes_again_and_again_is_replayed_after_one_warning(mon
     model = assert_compiled_follows_sb3(MAX_COMPILATIONS + 3, callback=CountSteps, warns=1)
     assert model._execution.gradient_step.n_compilations == MAX_COMPILATIONS
     assert isinstance(model._execution.gradient_step, CompiledGradientStep)
-    assert model._execution.gradient_step.recordings.n_recordings == 1
-    assert isinstance(model._execution.actor_for(model, model.rollout_buffer), RecordedActor)
+    assert model._execution.gradient_step.replays.n_replays == 1
+    assert isinstance(model._execution.actor_for(model, model.rollout_buffer), ReplayedActor)
 
 
 def test_settings_of_the_distribution_reach_the_graphs():

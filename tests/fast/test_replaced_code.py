@@ -38,7 +38,7 @@ BETWEEN = 2 * STEPS
 
 @pytest.fixture(autouse=True)
 def fast_paths_at_once(monkeypatch, graphs_without_code):
-    monkeypatch.setattr(replays, "RECORD_AFTER", 2)
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 2)
 
 
 def build(algorithm=PPOPlus, action_space=None, **settings):
@@ -59,9 +59,10 @@ class Change(BaseCallback):
 
     def _on_step(self):
         if self.n_calls == self.at:
-            actor = getattr(self.model, "_compiled_actor", None)
-            recorded = getattr(self.model, "_recorded_actor", None)
-            self.was_fast = bool(actor.n_compilations if actor else recorded and recorded.recordings.n_recordings)
+            if isinstance(self.model, PPOPlus):
+                execution = self.model._execution
+                compiled, replayed = execution.compiled_actor, execution.replayed_actor
+                self.was_fast = bool(compiled.n_compilations if compiled else replayed.replays.n_replays)
             self.change(self.model.policy, self.stack)
         return True
 
@@ -285,8 +286,8 @@ def test_a_policy_that_changes_at_every_step_is_not_looked_through_at_each(monke
             return True
 
     n_refreshes = []
-    refresh = replays.Recordings.refresh
-    monkeypatch.setattr(replays.Recordings, "refresh", lambda self: n_refreshes.append(1) or refresh(self))
+    refresh = replays.Replays.refresh
+    monkeypatch.setattr(replays.Replays, "refresh", lambda self: n_refreshes.append(1) or refresh(self))
     model = build().learn(ROLLOUT * 8, SetAttribute())
     assert_same_training(build(PPO).learn(ROLLOUT * 8), model)
     # At the beginning of a rollout and of an update, besides

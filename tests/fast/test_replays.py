@@ -21,52 +21,52 @@ from torch.nn import functional as F
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
 from sb3_ppo_plus.fast import replays
-from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, RECORD_AFTER, can_record, record
+from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, REPLAY_AFTER, can_replay, make_replay
 from sb3_ppo_plus.update.argument_validation import without_argument_validation
 
 SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
 
 
 @pytest.fixture(autouse=True)
-def recorded_early(monkeypatch):
-    monkeypatch.setattr(replays, "RECORD_AFTER", 5)
+def replayed_early(monkeypatch):
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 5)
 
 
 def build(algorithm=PPOPlus, action_space="discrete", policy="MlpPolicy", **settings):
     return algorithm(policy, make_env(2, action_space=ACTION_SPACES[action_space]), **SETTINGS | settings)
 
 
-def n_recordings(model):
+def n_replays(model):
     return (
-        model._execution.replayed_actor.recordings.n_recordings,
-        model._execution.gradient_step.recordings.n_recordings,
+        model._execution.replayed_actor.replays.n_replays,
+        model._execution.gradient_step.replays.n_replays,
     )
 
 
-# What is recorded
+# What is replayed
 
 
 @pytest.mark.parametrize("action_space", ACTION_SPACES)
 def test_the_updates_of_every_action_space_are_replayed(action_space):
     model = build(action_space=action_space).learn(64 * 2)
-    assert n_recordings(model)[1] == 1
+    assert n_replays(model)[1] == 1
     assert_same_training(build(PPO, action_space).learn(64 * 2), model)
 
 
 @pytest.mark.parametrize("action_space", ["discrete", "box"])
 def test_rollouts_are_replayed(action_space):
     model = build(action_space=action_space).learn(64)
-    assert n_recordings(model)[0] == 1
+    assert n_replays(model)[0] == 1
     expected = build(PPO, action_space).learn(64)
     for name in ("actions", "values", "log_probs", "advantages"):
         # SB3's has flattened its arrays for the update
-        recorded = RolloutBuffer.swap_and_flatten(getattr(model.rollout_buffer, name))
-        assert np.array_equal(recorded, getattr(expected.rollout_buffer, name)), name
+        replayed = RolloutBuffer.swap_and_flatten(getattr(model.rollout_buffer, name))
+        assert np.array_equal(replayed, getattr(expected.rollout_buffer, name)), name
 
 
 def test_masked_training_is_replayed():
     model = PPOPlus("MlpPolicy", make_masked_env(2), **SETTINGS).learn(64 * 3)
-    assert n_recordings(model) == (1, 1)
+    assert n_replays(model) == (1, 1)
     expected = MaskablePPO("MlpPolicy", make_masked_env(2), **SETTINGS).learn(64 * 3)
     assert_same_training(expected, model)
 
@@ -86,7 +86,7 @@ def test_schedules_move_what_is_replayed(short):
     for one, kept in ((sb3, expected), (model, logs)):
         one.set_random_seed(0)
         kept.extend(logs_of_updates(one, 64 * 8))
-    assert n_recordings(model)[1] == (2 if short else 1)
+    assert n_replays(model)[1] == (2 if short else 1)
     assert_same_training(sb3, model)
     # The limits of clipping show in the loss alone, not in its gradient
     for name in ("train/loss", "train/policy_gradient_loss", "train/value_loss", "train/clip_fraction"):
@@ -100,7 +100,7 @@ def test_coefficients_that_are_assigned_count_at_once():
         model.ent_coef, model.vf_coef = 0.5, 0.1
         models.append(model.learn(64 * 2, reset_num_timesteps=False))
     # Without the entropy's gradient at first, and with it then
-    assert n_recordings(models[1])[1] == 2
+    assert n_replays(models[1])[1] == 2
     assert_same_training(*models)
 
 
@@ -117,17 +117,17 @@ def test_parameters_that_are_loaded_count_at_once():
 def test_target_kl_stops_replayed_updates():
     settings = {"target_kl": 0.01, "learning_rate": 1e-2, "n_epochs": 20}
     model = build(**settings).learn(64 * 3)
-    assert model._n_updates < 20 * 3 and n_recordings(model)[1] == 1
+    assert model._n_updates < 20 * 3 and n_replays(model)[1] == 1
     assert_same_training(build(PPO, **settings).learn(64 * 3), model)
 
 
-def test_nothing_is_recorded_before_it_pays(monkeypatch):
-    monkeypatch.setattr(replays, "RECORD_AFTER", RECORD_AFTER)
-    assert RECORD_AFTER >= 100
-    assert n_recordings(build().learn(64)) == (0, 0)
+def test_nothing_is_replayed_before_it_pays(monkeypatch):
+    monkeypatch.setattr(replays, "REPLAY_AFTER", REPLAY_AFTER)
+    assert REPLAY_AFTER >= 100
+    assert n_replays(build().learn(64)) == (0, 0)
 
 
-def test_a_model_is_copied_without_its_recordings():
+def test_a_model_is_copied_without_its_replays():
     model = build().learn(64 * 2)
     twin = copy.deepcopy(model)
     for one in (model, twin):
@@ -136,9 +136,9 @@ def test_a_model_is_copied_without_its_recordings():
     assert_same_training(model, twin)
 
 
-def test_recordings_that_are_dropped_leave_nothing_behind():
+def test_replays_that_are_dropped_leave_nothing_behind():
     constants = [th.ones(3)]
-    replay = record(lambda x: (x + constants[0],), [th.ones(3)], build().policy)
+    replay = make_replay(lambda x: (x + constants[0],), [th.ones(3)], build().policy)
     for _ in range(CHECKED_REPLAYS):
         assert replay(th.ones(3))[0].tolist() == [2.0] * 3
     of_constant = StorageWeakRef(constants.pop().untyped_storage())
@@ -158,7 +158,7 @@ def test_parameters_that_a_callback_assigns_count_at_the_next_step():
             return True
 
     model = build().learn(64 * 2, Assign())
-    assert n_recordings(model)[0] == 1
+    assert n_replays(model)[0] == 1
     assert_same_training(build(PPO).learn(64 * 2, Assign()), model)
 
 
@@ -180,7 +180,7 @@ def test_callbacks_find_the_distribution_of_each_step():
     callback = KeepDistribution()
     callback.same = []
     model = build(learning_rate=0.05).learn(64 * 2, callback)
-    assert n_recordings(model)[0] == 1
+    assert n_replays(model)[0] == 1
     assert len(callback.same) == 64 and all(callback.same)
 
 
@@ -197,7 +197,7 @@ def test_parameters_that_are_nan_raise_what_sb3_raises(action_space):
     assert errors[0] == errors[1]
 
 
-# What is not recorded
+# What is not replayed
 
 
 class Subclass(ActorCriticPlusPolicy):
@@ -227,17 +227,17 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("change", UNKNOWN.values(), ids=UNKNOWN)
-def test_unknown_parts_are_not_recorded(change):
+def test_unknown_parts_are_not_replayed(change):
     policy = build(action_space="box").policy
-    assert can_record(policy)
+    assert can_replay(policy)
     change(policy)
-    assert not can_record(policy)
+    assert not can_replay(policy)
 
 
-def test_policies_of_ones_own_are_not_recorded():
+def test_policies_of_ones_own_are_not_replayed():
     model = build(policy=Subclass).learn(64 * 2)
-    assert not can_record(model.policy)
-    assert n_recordings(model) == (0, 0)
+    assert not can_replay(model.policy)
+    assert n_replays(model) == (0, 0)
 
 
 @pytest.mark.parametrize(
@@ -249,71 +249,71 @@ def test_policies_of_ones_own_are_not_recorded():
 def test_modes_that_act_on_operations_keep_them_eager(mode):
     policy = build().policy
     with mode():
-        assert not can_record(policy)
-    assert can_record(policy)
+        assert not can_replay(policy)
+    assert can_replay(policy)
 
 
 def test_hooks_between_updates_end_the_replays():
     model = build().learn(64 * 2)
-    assert n_recordings(model) == (1, 1)
+    assert n_replays(model) == (1, 1)
     called = []
     handle = model.policy.value_net.register_forward_hook(lambda *_: called.append(True))
     model.learn(64)
     assert len(called) >= 32 + 3 * 4
-    assert n_recordings(model) == (0, 0)
+    assert n_replays(model) == (0, 0)
     handle.remove()
     model.learn(64 * 2)
-    assert n_recordings(model) == (1, 1)
+    assert n_replays(model) == (1, 1)
 
 
 @pytest.mark.parametrize("n_good", [0, 2])
 def test_a_replay_of_other_bits_is_given_up(monkeypatch, n_good):
-    n_replays = []
+    calls = []
 
-    def record_badly(*arguments):
-        replay = record(*arguments)
+    def make_badly(*arguments):
+        replay = make_replay(*arguments)
 
         def bad(*inputs):
-            n_replays.append(1)
+            calls.append(1)
             first, *others = replay(*inputs)
             # The last bit of one number
-            return (first if len(n_replays) <= n_good else first + th.finfo().eps * first.abs(), *others)
+            return (first if len(calls) <= n_good else first + th.finfo().eps * first.abs(), *others)
 
         return bad
 
-    monkeypatch.setattr(replays, "record", record_badly)
+    monkeypatch.setattr(replays, "make_replay", make_badly)
     model = build(action_space="box").learn(64 * 3)
-    assert len(n_replays) >= n_good + 1
-    assert n_recordings(model)[0] == 0
+    assert len(calls) >= n_good + 1
+    assert n_replays(model)[0] == 0
     assert_same_training(build(PPO, "box").learn(64 * 3), model)
 
 
-def test_what_cannot_be_recorded_stays_eager(monkeypatch):
+def test_what_cannot_be_replayed_stays_eager(monkeypatch):
     def fail(*arguments):
         raise RuntimeError
 
-    monkeypatch.setattr(replays, "record", fail)
+    monkeypatch.setattr(replays, "make_replay", fail)
     model = build().learn(64 * 2)
-    assert n_recordings(model) == (0, 0)
+    assert n_replays(model) == (0, 0)
     assert_same_training(build(PPO).learn(64 * 2), model)
 
 
-def test_recording_draws_no_random_numbers():
+def test_making_a_replay_draws_no_random_numbers():
     policy = build().policy
     before = th.get_rng_state()
-    replay = record(lambda logits: (th.multinomial(logits, 1),), [th.ones(2, 3)], policy)
+    replay = make_replay(lambda logits: (th.multinomial(logits, 1),), [th.ones(2, 3)], policy)
     assert th.equal(th.get_rng_state(), before)
     replay(th.ones(2, 3))
     assert not th.equal(th.get_rng_state(), before)
 
 
-def test_images_are_acted_on_from_a_recording():
+def test_images_are_acted_on_by_a_replay():
     image = spaces.Box(0, 255, (36, 36, 1), np.uint8)
     models = [
         algorithm("CnnPolicy", make_env(2, observation_space=image), **SETTINGS).learn(64)
         for algorithm in (PPO, PPOPlus)
     ]
-    assert n_recordings(models[1])[0] == 1
+    assert n_replays(models[1])[0] == 1
     assert_same_training(*models)
 
 
@@ -348,7 +348,7 @@ def add_hook(model):
 @pytest.mark.parametrize("change", [replace_activation, replace_log_std, add_hook])
 def test_parts_that_a_callback_changes_count_at_the_next_step(change):
     model = build(action_space="box").learn(64)
-    assert n_recordings(model)[0] == 1
+    assert n_replays(model)[0] == 1
     model.learn(64 * 2, AtStep(change))
     assert_same_training(build(PPO, "box").learn(64).learn(64 * 2, AtStep(change)), model)
 
@@ -359,14 +359,14 @@ def test_a_first_part_counts_at_the_next_step():
 
     settings = {"policy_kwargs": {"net_arch": []}, "action_space": "box"}
     model = build(**settings).learn(64)
-    assert n_recordings(model)[0] == 1
+    assert n_replays(model)[0] == 1
     model.learn(64 * 2, AtStep(append))
     assert_same_training(build(PPO, **settings).learn(64).learn(64 * 2, AtStep(append)), model)
 
 
 def test_settings_of_the_distribution_count_at_the_next_update():
     models = [build(algorithm, "box", use_sde=True).learn(64 * 2) for algorithm in (PPO, PPOPlus)]
-    assert n_recordings(models[1])[1] == 1
+    assert n_replays(models[1])[1] == 1
     for model in models:
         model.policy.action_dist.use_expln = True
         model.set_random_seed(0)
@@ -374,18 +374,18 @@ def test_settings_of_the_distribution_count_at_the_next_update():
     assert_same_training(*models)
 
 
-def test_methods_of_the_distribution_instance_are_not_recorded():
+def test_methods_of_the_distribution_instance_are_not_replayed():
     policy = build().policy
     whole = policy.action_dist.entropy
     policy.action_dist.entropy = lambda: whole()
-    assert not can_record(policy)
+    assert not can_replay(policy)
 
 
 def test_the_order_of_dict_observations_does_not_matter():
     box = spaces.Box(-1.0, 1.0, (3,))
     env = make_env(2, observation_space=spaces.Dict({"a": box, "b": box}))
     model = PPOPlus("MultiInputPolicy", env, **SETTINGS).learn(64)
-    assert n_recordings(model)[0] == 1
+    assert n_replays(model)[0] == 1
     observations = {"a": th.ones(2, 3), "b": -th.ones(2, 3)}
     model.policy.set_training_mode(False)
     actor = model._execution.replayed_actor
@@ -398,22 +398,22 @@ def test_the_order_of_dict_observations_does_not_matter():
 def test_an_observation_out_of_range_raises_what_sb3_raises():
     model = PPOPlus("MlpPolicy", make_env(2, observation_space=spaces.Discrete(5)), **SETTINGS).learn(64)
     actor = model._execution.replayed_actor
-    assert n_recordings(model)[0] == 1
+    assert n_replays(model)[0] == 1
     model.policy.set_training_mode(False)
     actor.begin_rollout()
     with pytest.raises(RuntimeError, match="Class values must be smaller than num_classes"):
         actor.act(th.tensor([0, 5]), None, {})
 
 
-def test_changes_at_each_update_do_not_cost_a_recording_each(monkeypatch):
-    monkeypatch.setattr(replays, "RECORD_AFTER", 20)
+def test_changes_at_each_update_do_not_cost_a_replay_each(monkeypatch):
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 20)
     model = build()
     for _ in range(3):
         # Twelve minibatches are too few, however many came before the change
         model.policy.mlp_extractor.policy_net[1] = nn.Tanh()
         model.learn(64)
-        assert n_recordings(model)[1] == 0
-    assert n_recordings(model.learn(64))[1] == 1
+        assert n_replays(model)[1] == 0
+    assert n_replays(model.learn(64))[1] == 1
 
 
 def test_tracing_in_several_threads_leaves_torch_as_it_was():

@@ -16,7 +16,9 @@ from stable_baselines3.common.distributions import CategoricalDistribution, Diag
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.distributions import Beta, Normal, TanhTransform, TransformedDistribution
 
+from sb3_ppo_plus import zoo
 from sb3_ppo_plus.policies.bounded_distributions import (
+    ACTION_DISTRIBUTIONS,
     BETA_EPSILON,
     BETA_MAX_CONCENTRATION,
     LOG_STD_MAX,
@@ -483,6 +485,19 @@ def test_a_name_gives_its_class_for_the_flattened_box(kind, kwargs, expected):
 def test_with_gaussian_other_spaces_and_infinite_bounds_get_sb3s_distributions():
     assert type(make_action_distribution(spaces.Discrete(3), "gaussian")) is CategoricalDistribution
     assert type(make_action_distribution(spaces.Box(-np.inf, np.inf, (2,)), "gaussian")) is DiagGaussianDistribution
+
+
+def test_a_class_of_the_table_that_is_not_bounded_is_refused_and_not_replaced(monkeypatch):
+    class Laplace(DiagGaussianDistribution):
+        pass
+
+    monkeypatch.setitem(ACTION_DISTRIBUTIONS, "laplace", Laplace)
+    with pytest.raises(TypeError, match='action_dist="laplace": Laplace must be a subclass of BoundedDistribution'):
+        make_action_distribution(spaces.Box(-1, 1, (2,)), "laplace")
+
+
+def test_the_zoo_samples_every_distribution():
+    assert set(zoo._ACTION_DISTS) == ACTION_DISTRIBUTIONS.keys()
 
 
 @pytest.mark.parametrize("bad", ["Beta", "normal", "", None, ["beta"]])

@@ -29,8 +29,8 @@ OPTIMIZERS = {
 
 @pytest.fixture(autouse=True)
 def replayed_after_a_while(monkeypatch):
-    """Make the first minibatches eager, and replay the others if they can be recorded."""
-    monkeypatch.setattr(replays, "RECORD_AFTER", 3)
+    """Make the first minibatches eager, and replay the others if that is possible."""
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 3)
 
 
 def build(algorithm, optimizer="Adam", **settings):
@@ -359,7 +359,7 @@ def test_a_wrapped_step_is_called(owner, monkeypatch):
     for algorithm in (PPO, PPOPlus):
         models.append(trained(algorithm, change, before=(2,)))
         monkeypatch.undo()
-        monkeypatch.setattr(replays, "RECORD_AFTER", 3)
+        monkeypatch.setattr(replays, "REPLAY_AFTER", 3)
     assert_same_training(*models)
     assert_has_an_effect(models[0])
 
@@ -376,7 +376,7 @@ def test_a_replaced_clipping_function_is_called(monkeypatch):
     for algorithm in (PPO, PPOPlus):
         models.append(trained(algorithm, change, before=(2,), optimizer="SGD"))
         monkeypatch.undo()
-        monkeypatch.setattr(replays, "RECORD_AFTER", 3)
+        monkeypatch.setattr(replays, "REPLAY_AFTER", 3)
     assert_same_training(*models)
     assert_has_an_effect(models[0], optimizer="SGD")
 

@@ -202,6 +202,42 @@ def test_flat_parameters_do_not_fit_any_more_after(change):
     assert not flat.still_fits(pair.optimizer, pair.parameters)
 
 
+def new_memory(pair):
+    pair.parameters[1].data = pair.parameters[1].data.clone()
+
+
+def clear_state(pair):
+    pair.optimizer.state.clear()
+
+
+def load_state(pair):
+    pair.optimizer.load_state_dict(copy.deepcopy(pair.optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("change", [new_memory, clear_state, load_state, regroup])
+def test_a_replacement_during_an_update_is_noticed(change):
+    pair = Pair("Adam")
+    pair.flat.borrow()
+    assert not pair.flat.was_touched(pair.optimizer)
+    pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
+    assert not pair.flat.was_touched(pair.optimizer)
+    change(pair)
+    assert pair.flat.was_touched(pair.optimizer)
+    assert pair.flat.was_touched(Adam(pair.parameters))
+
+
+def test_what_is_replaced_during_an_update_stays_so_after_it():
+    pair = Pair("Adam")
+    for _ in range(2):
+        pair.flat.borrow()
+        pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
+        pair.parameters[0].data = data = th.ones(SHAPES[0])
+        pair.optimizer.state[pair.parameters[1]]["exp_avg"] = moment = th.ones(SHAPES[1])
+        pair.flat.give_back()
+        assert pair.parameters[0].data_ptr() == data.data_ptr() and (data == 1.0).all()
+        assert pair.optimizer.state[pair.parameters[1]]["exp_avg"] is moment and (moment == 1.0).all()
+
+
 def test_flat_parameters_fit_no_other_optimizer_and_no_other_parameters():
     pair = Pair("Adam")
     assert pair.flat.still_fits(pair.optimizer, pair.parameters)
