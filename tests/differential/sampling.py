@@ -6,7 +6,7 @@ from typing import Any
 from gymnasium import spaces
 
 from differential import tables
-from differential.changes import ANYTIME, BETWEEN, CHANGES, END, START, STEP
+from differential.changes import BETWEEN, CHANGES, END, START, STEP
 from differential.training import SETTINGS, Configuration
 
 # Images make convolutions, which take ten times as long as all else
