@@ -36,18 +36,21 @@ QUICK = (
     "policies",
     "saving/test_described_spaces.py",
     "test_argument_checks.py",
+    "test_attributes.py",
     "test_buffers.py",
     "test_callback_hooks.py",
+    "test_house.py",
     "test_invariants.py",
     "test_logging.py",
     "test_ppo_plus.py",
     "test_sb3_equality.py",
     "test_sb3_equality_over_time.py",
     "test_schedules.py",
+    "test_trees.py",
     "update",
 )
 # Words in the names of tests and files there that are not quick: compiling takes seconds
-NOT_QUICK = ("compile", "graph", "inductor", "test_changes_amid_training")
+NOT_QUICK = ("compile", "graph", "inductor", "test_changes_")
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,3 @@
-import inspect
 import json
 
 import numpy as np
@@ -19,6 +18,7 @@ SPACES = [
     spaces.Box(-(2**62), 2**62, (1,), np.int64),
     spaces.Discrete(3),
     spaces.Discrete(4, start=-1),
+    spaces.Discrete(2, dtype=np.int8),
     spaces.MultiDiscrete([3, 2]),
     spaces.MultiDiscrete([[3, 2], [1, 4]], start=[[0, 1], [2, 3]]),
     spaces.MultiBinary(3),
@@ -28,9 +28,6 @@ SPACES = [
     spaces.Dict({"nested": spaces.Dict({"": spaces.MultiBinary(1)})}),
     spaces.Dict({}),
 ]
-if "dtype" in inspect.signature(spaces.Discrete).parameters:
-    # Since gymnasium 1.2.3
-    SPACES.append(spaces.Discrete(2, dtype=np.int8))
 
 
 @pytest.mark.parametrize("space", SPACES, ids=str)
