@@ -1,4 +1,4 @@
-"""Whatever users and callbacks change in a policy reaches compiled training as it reaches SB3's PPO."""
+"""Changes that users and callbacks make in a policy have the effect on compiled training that they have on SB3's."""
 
 import warnings
 
@@ -38,13 +38,13 @@ def build(algorithm=PPOPlus, action_space="box", policy="MlpPolicy", observation
 
 
 def assert_close(model, other):
-    """Two models have the same parameters, to rounding."""
+    """Check that two models have equal parameters, to rounding."""
     for (name, expected), actual in zip(model.policy.named_parameters(), other.policy.parameters(), strict=True):
         th.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def assert_compiled_follows_sb3(n_rollouts=3, callback=None, warns=0, **settings):
-    """Compiled training equals SB3's to rounding, and says ``warns`` times that something is eager."""
+    """Check that compiled training equals SB3's to rounding, and warns ``warns`` times that something is eager."""
     sb3 = build(PPO, **settings).learn(ROLLOUT * n_rollouts, callback and callback())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -74,7 +74,7 @@ def changing(change, *, when=lambda n_calls: True, between=False):
     return Change
 
 
-# Amid a rollout
+# During a rollout
 
 
 def fill(model):
@@ -91,14 +91,14 @@ def scale_all(model):
 
 
 def assign_parameter(model):
-    # Not in the optimiser any more, with SB3 either
+    # The optimiser does not hold the new parameter, as in SB3
     model.policy.value_net.bias = nn.Parameter(th.full_like(model.policy.value_net.bias, 0.5))
 
 
 @pytest.mark.parametrize("change", [fill, assign_data, scale_all, assign_parameter])
 @pytest.mark.parametrize("when", [lambda n_calls: True, lambda n_calls: n_calls == 41], ids=["always", "once"])
 def test_each_step_has_the_log_prob_and_value_of_the_policy_that_took_it(change, when):
-    # The optimiser does not have a parameter that was put in, which keeps the step eager
+    # The optimiser does not hold a parameter that was added, so that the step stays eager
     assert_compiled_follows_sb3(
         callback=changing(change, when=when), learning_rate=1e-4, warns=int(change is assign_parameter)
     )
@@ -200,7 +200,7 @@ class Noise(FlattenExtractor):
 
 
 class RunningMean(BaseFeaturesExtractor):
-    """Subtracts the mean of what it was called with, in evaluation mode."""
+    """Subtracts the mean of its inputs in evaluation mode."""
 
     def __init__(self, observation_space):
         super().__init__(observation_space, observation_space.shape[0])
@@ -277,7 +277,7 @@ def test_a_forward_hook_is_called_as_often_as_with_sb3():
     np.testing.assert_allclose(model.activations, expected.activations, atol=1e-5)
 
 
-@pytest.mark.parametrize("n_calls", [32, 41], ids=["between", "amid"])
+@pytest.mark.parametrize("n_calls", [32, 41], ids=["between", "during"])
 def test_a_hook_that_comes_late_counts(n_calls):
     def halve(model):
         model.policy.mlp_extractor.policy_net.register_forward_hook(lambda module, inputs, output: output * 0.5)
@@ -351,7 +351,7 @@ def clear_state(model):
 
 
 @pytest.mark.parametrize("change", [auxiliary_step, clear_state])
-def test_steps_and_resets_of_the_users_own_compile_nothing_anew(change):
+def test_steps_and_resets_of_the_users_own_compile_nothing_again(change):
     model = assert_compiled_follows_sb3(5, callback=changing(change, between=True), learning_rate=1e-4)
     assert model._execution.gradient_step.n_compilations == 1
 
