@@ -8,7 +8,8 @@ SB3 ?=
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install $(PIP_ARGS) -c constraints.txt
-PYTEST := $(BIN)/python -m pytest -n 2
+# worksteal: tests of one file, which share models, mostly stay in one process.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # These networks are too small to share among threads, which on a busy machine wait for each other most of the time.
 export OMP_NUM_THREADS ?= 1
 
@@ -18,7 +19,7 @@ help:
 	@echo "make demo                      train, evaluate and plot CartPole-v1 (results in logs/demo)"
 	@echo "make quick                     pytest, the core only"
 	@echo "make test                      ruff, mypy --strict, pytest"
-	@echo "make test-all                  make test, then the tests that need heavy packages"
+	@echo "make test-all                  make test, then the tests that take long or need heavy packages"
 	@echo "make lint                      ruff check, ruff format --check"
 	@echo "make test-sb3 SB3=CHECKOUT     SB3 v2.9.2's own tests with PPO replaced by PPOPlus"
 

@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Collection, Iterable
 from numbers import Integral, Real
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, NamedTuple, ParamSpec, SupportsInt, TypeGuard
 
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
@@ -52,6 +52,30 @@ _KINDS = {
     "on_non_finite": _Kind((str,), "a string"),
     "max_skipped": _INTEGER,
 }
+
+
+def is_integer(value: object, at_least: int | None = None) -> TypeGuard[SupportsInt]:
+    """Whether a value is an integer, of Python or NumPy. A bool is none.
+
+    :param value: anything
+    :param at_least: the smallest integer allowed; None: all are
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        return False
+    return at_least is None or int(value) >= at_least
+
+
+def integer_of_at_least(minimum: int, name: str, value: object) -> int:
+    """Return an argument as an int.
+
+    :param minimum: the smallest integer allowed
+    :param name: the argument's name
+    :param value: what was given for it
+    :raises ValueError: if it is no integer, or a smaller one
+    """
+    if not is_integer(value, minimum):
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+    return int(value)
 
 
 def check_types(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -184,6 +208,8 @@ def helps_with_keywords(
                     raise TypeError(_unknown_keyword(type(args[0]).__name__, name, known, policy_arguments))
             constructor(*args, **kwargs)
 
+        # For those who look at the constructor without following wrappers
+        checked.__signature__ = inspect.signature(constructor)  # type: ignore[attr-defined]  # every function may have one
         return checked
 
     return decorate

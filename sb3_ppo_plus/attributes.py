@@ -24,8 +24,8 @@ ARGUMENTS = (
 )
 """The constructor's arguments, as given or as SB3 keeps them. Saved with the model, and in its plain description."""
 
-MADE_FROM_ARGUMENTS = ("observation_space", "action_space", "n_envs", "lr_schedule", "action_noise", "start_time")
-"""Made from the arguments and the environment. Saved with the model, as in SB3."""
+OTHERS_OF_SB3 = ("observation_space", "action_space", "n_envs", "lr_schedule", "action_noise", "start_time")
+"""What else SB3 keeps. Saved with the model, as SB3 does."""
 
 COUNTERS = (
     *("num_timesteps", "_total_timesteps", "_num_timesteps_at_start"),
@@ -46,14 +46,14 @@ FLAGS = ("_built_for_masks", "_was_given_masks")
 """True or False, or None before it is known. Saved with the model, and in its plain description."""
 
 RUNTIME = (
-    *("_coefficients", "_execution", "_mask_use", "_run", "last_checkpoint"),
+    *("_coefficients", "_execution", "_mask_use", "_current_run", "last_checkpoint"),
     *("policy", "device", "env", "rollout_buffer", "_vec_normalize_env", "_logger", "_custom_logger"),
 )
 """Objects that a model works with. Not saved: ``_setup_model``, ``learn`` or ``resume`` makes them again."""
 
 ATTRIBUTES = {
     "argument": ARGUMENTS,
-    "made from arguments": MADE_FROM_ARGUMENTS,
+    "other of SB3": OTHERS_OF_SB3,
     "counter": COUNTERS,
     "progress": PROGRESS,
     "progress of learn": PROGRESS_OF_LEARN,
@@ -107,6 +107,7 @@ class PlusModel(Protocol):
     _built_for_masks: bool | None
     _coefficients: Any
     _current_progress_remaining: float
+    _current_run: Any
     _execution: Any
     _last_episode_starts: Any
     _last_obs: Any
@@ -114,7 +115,6 @@ class PlusModel(Protocol):
     _last_states: Any
     _n_iterations: int
     _num_timesteps_at_start: int
-    _run: Any
     _skipped_in_a_row: int
     _skipped_steps: int
     _total_timesteps: int
@@ -124,6 +124,9 @@ class PlusModel(Protocol):
     @property
     def logger(self) -> Logger:
         """SB3's logger."""
+
+    def _setup_lr_schedule(self) -> None:
+        """Make ``lr_schedule`` from ``learning_rate``."""
 
     def save(self, path: Any, exclude: Any = None, include: Any = None) -> None:  # noqa: ANN401  # SB3 takes many types
         """Save the model as SB3 does."""

@@ -133,7 +133,6 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         value: th.Tensor | None,
         log_prob: th.Tensor | None,
         context: dict[str, th.Tensor] | None = None,
-        states: RNNStates | None = None,
     ) -> None:
         """Store one step of every env, as SB3's ``RolloutBuffer.add``, but without intermediate copies.
 
@@ -145,8 +144,6 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         :param log_prob: log probability of the actions; None: :meth:`set_evaluation` follows
         :param context: the policy's further arguments, tensors of shape (n_envs, ...), with equal names at each step.
             They must not change until the buffer is full
-        :param states: a memory's states before the step, tensors of shape (n_layers, n_envs, ...); stored only if a
-            sequence begins with this step
         """
         self._store_observations(obs)
         self.actions[self.pos] = action.reshape(self.n_envs, self.action_dim)
@@ -157,12 +154,18 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             self.log_probs[self.pos] = log_prob.cpu().numpy().reshape(-1)
         if context:
             self._contexts.append(context)
-        if states is not None and self.sequence_length is not None and self.pos % self.sequence_length == 0:
-            self.states.append(states)
         self.pos += 1
         self.full = self.pos == self.buffer_size
         if self.full and self._contexts:
             self._stack_contexts()
+
+    def add_states(self, states: RNNStates) -> None:
+        """Store a memory's states before the next step, if a sequence begins with the step.
+
+        :param states: tensors of shape (n_layers, n_envs, ...)
+        """
+        if self.sequence_length is not None and self.pos % self.sequence_length == 0:
+            self.states.append(states)
 
     def set_evaluation(self, values: th.Tensor, log_probs: th.Tensor) -> None:
         """Store the values and log-probabilities that :meth:`add` was not given in the first steps.

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
@@ -12,17 +11,10 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_ppo_plus.argument_checks import did_you_mean
+from sb3_ppo_plus.argument_checks import did_you_mean, integer_of_at_least
 
 POOLINGS = ("mean", "last", "cls")
 MIN_IMAGE_SIZE = 7
-
-
-def _check_positive_int(name: str, value: object) -> int:
-    """Return ``value`` as an int; raise ValueError unless it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    return int(value)
 
 
 class _EncoderBlock(nn.Module):
@@ -97,9 +89,9 @@ class TransformerExtractor(BaseFeaturesExtractor):
         dropout: float = 0.0,
         d_feedforward: int | None = None,
     ) -> None:
-        d_model, n_heads = _check_positive_int("d_model", d_model), _check_positive_int("n_heads", n_heads)
-        n_layers = _check_positive_int("n_layers", n_layers)
-        d_feedforward = _check_positive_int("d_feedforward", 4 * d_model if d_feedforward is None else d_feedforward)
+        d_model, n_heads = integer_of_at_least(1, "d_model", d_model), integer_of_at_least(1, "n_heads", n_heads)
+        n_layers = integer_of_at_least(1, "n_layers", n_layers)
+        d_feedforward = integer_of_at_least(1, "d_feedforward", 4 * d_model if d_feedforward is None else d_feedforward)
         if d_model % n_heads != 0:
             raise ValueError(f"d_model must be a multiple of n_heads, got d_model={d_model} and n_heads={n_heads}")
         if pooling not in POOLINGS:
@@ -158,7 +150,7 @@ def _sequence_shape(space: gym.Space[Any], seq_len: int | None) -> tuple[int, in
     if not isinstance(space, spaces.Box) or len(space.shape) not in (1, 2):
         raise ValueError(f"observation_space must be a Box of shape (L, D) or (D,) for a Transformer, got {space}")
     if seq_len is not None:
-        seq_len = _check_positive_int("seq_len", seq_len)
+        seq_len = integer_of_at_least(1, "seq_len", seq_len)
     if len(space.shape) == 2:
         if seq_len not in (None, space.shape[0]):
             raise ValueError(f"seq_len must be None or {space.shape[0]}, the L of the observation, got {seq_len}")
@@ -220,7 +212,7 @@ class ImpalaCNN(BaseFeaturesExtractor):
         channels: tuple[int, ...] = (16, 32, 32),
         normalized_image: bool = False,
     ) -> None:
-        features_dim = _check_positive_int("features_dim", features_dim)
+        features_dim = integer_of_at_least(1, "features_dim", features_dim)
         if len(channels) == 0:
             raise ValueError(f"channels must name at least one section, got {channels!r}")
         if not is_image_space(observation_space, normalized_image=normalized_image):
@@ -239,7 +231,7 @@ class ImpalaCNN(BaseFeaturesExtractor):
         scale = (2 * len(channels)) ** -0.5
         sections: list[nn.Module] = []
         for n_out in channels:
-            n_out = _check_positive_int("channels", n_out)
+            n_out = integer_of_at_least(1, "channels", n_out)
             sections += [
                 nn.Conv2d(n_channels, n_out, kernel_size=3, padding=1),
                 nn.MaxPool2d(kernel_size=3, stride=2, padding=1),

@@ -45,6 +45,7 @@ from sb3_ppo_plus.saving.untrusted_model import load_without_trust, read_paramet
 from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
 from sb3_ppo_plus.update.epochs import log_update, run_epochs
 from sb3_ppo_plus.update.gradient_step import Objective, recompute_log_prob, resolve_amp
+from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS
 from sb3_ppo_plus.update.non_finite import check_epsilon, check_steps
 
@@ -139,17 +140,17 @@ class PPOPlus(PPO):
         self._last_states: RNNStates | None = None
         self._built_for_masks: bool | None = None
         self._was_given_masks = False
-        self._run = Run()
+        self._current_run = Run()
         with explaining_infinite_bounds(self, policy_kwargs):
-            super().__init__(**{name: given[name] for name in inspect.signature(PPO).parameters})
+            super().__init__(**{name: given[name] for name in inspect.signature(PPO).parameters if name in given})
 
     def _setup_model(self) -> None:
         if issubclass(self.policy_class, MaskableActorCriticPolicy):
             self._built_for_masks, self._was_given_masks = True, self.num_timesteps > 0
         self.policy_class = PLUS_POLICY_OF.get(self.policy_class, self.policy_class)
         self.rollout_buffer_class = plus_buffer_class(self.rollout_buffer_class, self.observation_space)
-        check_ranges(self)
         resolve_amp(self.amp, self.device)
+        check_ranges(self)
         inductor_options(self.compile)
         self._mask_use = MaskUse()
         self._coefficients = Coefficients()
@@ -179,12 +180,9 @@ class PPOPlus(PPO):
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
-        """Collect ``n_rollout_steps`` steps of each env; parameters as in SB3's ``OnPolicyAlgorithm.collect_rollouts``.
-
-        :return: False if a callback ended training
-        """
+        """Collect ``n_rollout_steps`` steps of each env; return False if a callback ended training, as in SB3."""
         assert self._last_obs is not None, "No previous observation was provided"
-        if self._run.was_asked_to_stop:
+        if self._current_run.was_asked_to_stop:
             return False
         started = time.perf_counter()
         self.policy.set_training_mode(False)
@@ -198,7 +196,7 @@ class PPOPlus(PPO):
         action_masks: np.ndarray | None = None
         context: dict[str, th.Tensor] = {}
         check_output = EnvOutputCheck(env)
-        later = RolloutValues(actor, self.gamma, check_output)
+        later = RolloutValues(actor, check_output)
         check_output(self._last_obs, None, n_steps)
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -207,7 +205,8 @@ class PPOPlus(PPO):
             if mask_source is not None:
                 action_masks = mask_source.ask(self._last_obs, n_steps)
                 context = mask_source.context(action_masks)
-            states = actor.states
+            if actor.states is not None:
+                rollout_buffer.add_states(actor.states)  # type: ignore[attr-defined]  # a memory needs a buffer of ours
             chosen, values, log_probs = actor.act(obs_tensor, self._last_episode_starts, context)
             actions = chosen.cpu().numpy()
             clipped_actions = env_actions(self.policy, self.action_space, actions)
@@ -218,12 +217,11 @@ class PPOPlus(PPO):
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
+            actor = later.actor_of(self.policy)
             self._update_info_buffer(infos, dones)
-            later.bootstrap_timeouts(rewards, dones, infos, n_steps)
+            later.bootstrap_timeouts(rewards, dones, infos, n_steps, self.gamma)
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
-            # A user's own rollout buffer takes only what SB3's takes
-            extras = (context, states) if states is not None else (context,) if context else ()
-            rollout_buffer.add(*last, *extras)  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
+            rollout_buffer.add(*last, *((context,) if context else ()))  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
             self._last_episode_starts = dones
@@ -232,7 +230,7 @@ class PPOPlus(PPO):
         values = actor.last_values(obs_as_tensor(self._last_obs, self.device), dones)  # type: ignore[arg-type]  # not None in a rollout
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
-        self._run.log_restarts(env, self.logger)
+        self._current_run.log_restarts(env, self.logger)
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
@@ -248,8 +246,9 @@ class PPOPlus(PPO):
             recompute_log_prob(self.policy, objective, self.rollout_buffer, self.batch_size)
         self.policy.set_training_mode(True)
         gradient_step = self._execution.step_for(self)
-        history = run_epochs(gradient_step, objective, self.rollout_buffer, self.n_epochs, self.batch_size)
-        self._n_updates += history.n_epochs_begun
+        history = UpdateHistory()
+        for _ in run_epochs(gradient_step, objective, self.rollout_buffer, self.n_epochs, self.batch_size, history):
+            self._n_updates += 1
         if history.was_stopped and self.verbose >= 1:
             approx_kl = history.metrics[-1][METRICS.index("approx_kl")]
             print(f"Early stopping at step {history.n_epochs_done} due to reaching max kl: {approx_kl:.2f}")
@@ -257,12 +256,11 @@ class PPOPlus(PPO):
         self._skipped_steps, self._skipped_in_a_row = skipped
         if self.on_non_finite == "skip":
             self.logger.record("train/skipped_steps", self._skipped_steps)
-        log_update(self.logger, history, objective.coefficients, self.policy, self.rollout_buffer)
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        log_update(self.logger, history, objective.coefficients, self.policy, self.rollout_buffer, self._n_updates)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
         self._execution.log_to(self.logger, self)
         self._n_iterations += 1
-        self._run.was_asked_to_stop = not notify_update_end(self._run.callback)
+        self._current_run.was_asked_to_stop = not notify_update_end(self._current_run.callback)
 
     def learn(
         self,
@@ -282,7 +280,7 @@ class PPOPlus(PPO):
         :raises ValueError: for an optimiser with eps=0 and a Transformer, whose updates would be NaN
         :raises DeadWorkerError: if a worker of a SubprocVecEnv has died
         """
-        self._run.continuation = None
+        self._current_run.continuation = None
         self._log_interval, self._n_iterations, self._tb_log_name = log_interval, 0, tb_log_name
         return self._learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
@@ -321,12 +319,12 @@ class PPOPlus(PPO):
 
     def _learn(self, *arguments: Any) -> Self:
         check_epsilon(self.policy)
-        self._run.was_asked_to_stop = False
+        self._current_run.was_asked_to_stop = False
         try:
-            with naming_dead_workers(lambda: [self.env, *eval_envs_of(self._run.callback)]):
+            with naming_dead_workers(lambda: [self.env, *eval_envs_of(self._current_run.callback)]):
                 return super().learn(*arguments)
         finally:
-            callback, self._run.callback = self._run.callback, None
+            callback, self._current_run.callback = self._current_run.callback, None
             if callback is not None:
                 notify_learn_end(callback)
                 evaluate_without_masks(callback, self)
@@ -340,7 +338,7 @@ class PPOPlus(PPO):
         super().dump_logs(iteration)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
-        all_callbacks = self._run.callback = super()._init_callback(callback, progress_bar)
+        all_callbacks = self._current_run.callback = super()._init_callback(callback, progress_bar)
         if self.env is not None and self._mask_use.decide(self.env, self):
             evaluate_with_masks(all_callbacks, self)
         return all_callbacks
@@ -394,10 +392,7 @@ class PPOPlus(PPO):
         return self._coefficients.grouped_as_saved(self, super().get_parameters())
 
     def set_parameters(
-        self,
-        load_path_or_dict: str | dict[str, Any],
-        exact_match: bool = True,
-        device: th.device | str = "auto",
+        self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
     ) -> None:
         """Load state dicts, or the file of a model. Any file is safe, because nothing is unpickled.
 

@@ -3,6 +3,7 @@
 A schedule maps ``progress_remaining``, which SB3 counts from 1 (start of training) down to 0, to a coefficient.
 """
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -11,7 +12,18 @@ from numbers import Real
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
-__all__ = ["Constant", "Cosine", "Exponential", "Linear", "Schedule", "WarmupCosine", "make_schedule", "schedule_value"]
+__all__ = [
+    "SHAPES",
+    "Constant",
+    "Cosine",
+    "Exponential",
+    "Linear",
+    "ProgressSchedule",
+    "Schedule",
+    "WarmupCosine",
+    "make_schedule",
+    "schedule_value",
+]
 
 
 def _check_number(
@@ -45,14 +57,27 @@ def _between(value: float, first: float, second: float) -> float:
 
 
 @dataclass(frozen=True)
-class _Anchored(ABC):
-    """Base of all schedules: one that has a finite ``value``."""
+class ProgressSchedule(ABC):
+    """Base of our schedules: frozen dataclasses, which check their arguments and compare by them.
+
+    :func:`make_schedule` returns an instance as it is. It wraps any other callable in SB3's ``FloatSchedule``.
+
+    :param value: a finite number
+    """
 
     value: float
 
     @abstractmethod
     def __call__(self, progress_remaining: float) -> float:
         """Return the value at ``progress_remaining``."""
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """Two numbers between which all values lie; a warm-up also begins at 0. ``make_schedule`` checks the two.
+
+        A subclass whose values leave the range from ``value`` to ``end`` overrides this.
+        """
+        return self.value, getattr(self, "end", self.value)
 
     def __post_init__(self) -> None:
         self._store("value")
@@ -66,7 +91,7 @@ class _Anchored(ABC):
 
 
 @dataclass(frozen=True)
-class Constant(_Anchored):
+class Constant(ProgressSchedule):
     """A constant value.
 
     :param value: the value
@@ -79,7 +104,7 @@ class Constant(_Anchored):
 
 
 @dataclass(frozen=True)
-class Linear(_Anchored):
+class Linear(ProgressSchedule):
     """A straight line from ``value`` to ``end``, equal to SB3's ``LinearSchedule``.
 
     :param value: value at progress 1
@@ -104,7 +129,7 @@ class Linear(_Anchored):
 
 
 @dataclass(frozen=True)
-class Cosine(_Anchored):
+class Cosine(ProgressSchedule):
     """Half a cosine period from ``value`` to ``end`` (Loshchilov and Hutter 2017, SGDR, equation 5, without restarts).
 
     :param value: value at progress 1
@@ -124,7 +149,7 @@ class Cosine(_Anchored):
 
 
 @dataclass(frozen=True)
-class WarmupCosine(_Anchored):
+class WarmupCosine(ProgressSchedule):
     """A straight line from 0 up to ``value``, then half a cosine period down to ``end``.
 
     :param value: value at the end of the warm-up
@@ -150,7 +175,7 @@ class WarmupCosine(_Anchored):
 
 
 @dataclass(frozen=True)
-class Exponential(_Anchored):
+class Exponential(ProgressSchedule):
     """A geometric interpolation from ``value`` to ``end``: equal steps of progress multiply the value by equal factors.
 
     :param value: value at progress 1, above 0
@@ -177,16 +202,35 @@ def _half_cosine(value: float, end: float, elapsed: float) -> float:
     return _between(weight * value + (1.0 - weight) * end, value, end)
 
 
-_STRING_FORMS = '"3e-4", "lin_3e-4", "lin_3e-4_1e-5", "cos_3e-4", "cos_3e-4_1e-5", "warmup_cos_3e-4", '
-_STRING_FORMS += '"warmup_cos_3e-4_1e-5", "exp_3e-4_1e-5" (shape_start_end; without an end it is 0)'
+SHAPES: dict[str, type[ProgressSchedule]] = {
+    "lin": Linear,
+    "cos": Cosine,
+    "warmup_cos": WarmupCosine,
+    "exp": Exponential,
+}
+"""The schedules with a string form, ``SHAPE_START`` or ``SHAPE_START_END``, from their ``value`` to their ``end``."""
+
+
+def _needs_end(shape: str) -> bool:
+    return inspect.signature(SHAPES[shape]).parameters["end"].default is inspect.Parameter.empty
+
+
+def _string_forms() -> str:
+    forms = ["3e-4"]
+    for shape in SHAPES:
+        forms += [f"{shape}_3e-4_1e-5"] if _needs_end(shape) else [f"{shape}_3e-4", f"{shape}_3e-4_1e-5"]
+    quoted = ", ".join(f'"{form}"' for form in forms)
+    return f"{quoted} (shape_start_end; without an end it is 0)"
+
+
+_STRING_FORMS = _string_forms()
 
 
 def make_schedule(value: object, name: str = "schedule", *, minimum: float = 0.0) -> Schedule:
     """Turn a coefficient, in any form that a user may give, into a schedule.
 
-    :param value: a number, a schedule, any callable of progress_remaining, or a string: a number or one of
-        ``lin_START``, ``lin_START_END``, ``cos_START``, ``cos_START_END``, ``warmup_cos_START``,
-        ``warmup_cos_START_END``, ``exp_START_END``
+    :param value: a number, a schedule, any callable of progress_remaining, or a string: a number, ``SHAPE_START`` or
+        ``SHAPE_START_END``, with a shape of ``SHAPES``: lin, cos, warmup_cos or exp. An exp schedule needs its end
     :param name: the coefficient's name, for error messages
     :param minimum: the smallest value allowed
     :return: the schedule; SB3's ``FloatSchedule`` wraps other callables, so that they return plain floats
@@ -201,7 +245,7 @@ def make_schedule(value: object, name: str = "schedule", *, minimum: float = 0.0
         if not math.isfinite(value):
             raise ValueError(f"{name} must be a finite number of at least {minimum:g}, got {value!r}")
         schedule = Constant(float(value))
-    elif isinstance(value, _Anchored | FloatSchedule):
+    elif isinstance(value, ProgressSchedule | FloatSchedule):
         schedule = value
     elif callable(value) and not isinstance(value, type):
         schedule = FloatSchedule(value)
@@ -215,11 +259,10 @@ def make_schedule(value: object, name: str = "schedule", *, minimum: float = 0.0
 
 def _checked(schedule: Schedule, given: object, name: str, minimum: float) -> Schedule:
     """Return ``schedule`` if the values that are known before training are allowed; raise ValueError otherwise."""
-    if isinstance(schedule, _Anchored):
-        # All values of our schedules lie between these two. Only a warm-up begins at 0, which is always allowed
-        values = [schedule.value, getattr(schedule, "end", schedule.value)]
+    if isinstance(schedule, ProgressSchedule):
+        values: tuple[float, ...] = schedule.limits
     else:
-        values = [_evaluate(schedule, 1.0, name)]
+        values = (_evaluate(schedule, 1.0, name),)
     if not all(math.isfinite(value) and value >= minimum for value in values):
         raise ValueError(f"{name} must be finite and at least {minimum:g} throughout, got {given!r}")
     return schedule
@@ -228,26 +271,23 @@ def _checked(schedule: Schedule, given: object, name: str, minimum: float) -> Sc
 def _parse(text: str, name: str) -> Schedule:
     """Read a schedule's string form."""
     shape, numbers = "", text.strip()
-    for prefix in ("lin_", "cos_", "warmup_cos_", "exp_"):
-        if numbers.startswith(prefix):
-            shape, numbers = prefix, numbers[len(prefix) :]
+    for known in SHAPES:
+        if numbers.startswith(f"{known}_"):
+            shape, numbers = known, numbers.removeprefix(f"{known}_")
             break
     try:
         values = [float(number) for number in numbers.split("_")]
     except ValueError:
         values = []
-    if not 1 <= len(values) <= (2 if shape else 1) or (shape == "exp_" and len(values) == 1):
-        reason = "an exp schedule needs its end" if shape == "exp_" and values else "unknown schedule"
+    lacks_end = shape != "" and len(values) == 1 and _needs_end(shape)
+    if lacks_end or not 1 <= len(values) <= (2 if shape else 1):
+        reason = f"a schedule of the shape {shape} needs its end" if lacks_end else "unknown schedule"
         raise ValueError(f"{name}: {reason} in {text!r}; allowed are {_STRING_FORMS}")
     try:
-        if shape == "exp_":
-            return Exponential(values[0], values[1])
-        end = values[1] if len(values) == 2 else 0.0
-        if shape == "lin_":
-            return Linear(values[0], end)
-        if shape == "cos_":
-            return Cosine(values[0], end)
-        return WarmupCosine(values[0], end=end) if shape else Constant(values[0])
+        if not shape:
+            return Constant(values[0])
+        # The end by its name: a warm-up's second argument is another
+        return SHAPES[shape](values[0], **({"end": values[1]} if len(values) == 2 else {}))
     except ValueError as error:
         raise ValueError(f"{name}={text!r}: {error}") from error
 

@@ -8,7 +8,7 @@ are gone. That may cost speed, but never changes a bit of the result. One more i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from operator import attrgetter
 from typing import Any
 
@@ -33,6 +33,10 @@ VERSION = "_version"
 TRACE = "_create_graph_by_tracing"
 MAKE_FUNCTION = "_create_function_from_graph"
 INDUCTOR = "_inductor"
+FUNCTION_MODES = "_get_current_function_mode_stack"
+COUNT_OF_FUNCTION_MODES = "_len_torch_function_stack"
+NO_FUNCTION_MODES = "DisableTorchFunction"
+DEVICE_MODES = "torch.utils._device"
 
 
 def attributes(owner: object, names: Iterable[str]) -> list[Any] | None:
@@ -100,17 +104,35 @@ def _module_hooks(modules: Iterable[th.nn.Module], names: Sequence[str]) -> list
 
 
 @contextmanager
-def without_hooks_of_all_modules() -> Iterator[None]:
-    """Remove inside the block the forward hooks that every module has."""
+def without_hooks_and_modes() -> Iterator[None]:
+    """Remove inside the block the forward hooks that every module has, and the modes that act on functions of torch."""
     kinds = forward_hooks(()) or []
     before = [hooks.copy() for hooks in kinds]
     for hooks in kinds:
         hooks.clear()
     try:
-        yield
+        with getattr(th._C, NO_FUNCTION_MODES, nullcontext)():
+            yield
     finally:
         for hooks, kept in zip(kinds, before, strict=True):
             hooks.update(kept)
+
+
+def has_function_modes() -> bool:
+    """Whether a ``TorchFunctionMode`` acts on what is called of torch, besides the device that was set as default.
+
+    True where this cannot be known.
+    """
+    found = attributes(th.overrides, (FUNCTION_MODES,))
+    if found is None or not hasattr(th._C, COUNT_OF_FUNCTION_MODES):
+        return True
+    return any(type(mode).__module__ != DEVICE_MODES for mode in found[0]())
+
+
+def function_mode_counter() -> Callable[[], int]:
+    """Return what counts the modes of :func:`has_function_modes` and the default device, in less time."""
+    counter: Callable[[], int] = getattr(th._C, COUNT_OF_FUNCTION_MODES, int)
+    return counter
 
 
 def contents_of(module: th.nn.Module) -> list[dict[str, Any]] | None:

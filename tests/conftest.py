@@ -5,17 +5,29 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("SDL_VIDEODRIVER", "dummy")
+# TorchInductor compiles no graph twice, in no later run either: the names of its files are hashes of what is compiled,
+# of its settings and of its version
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".pytest_cache/inductor"))
 
 import pytest
 import torch as th
+from hypothesis import HealthCheck, settings
 from torch.distributions import Distribution
 
-from sb3_ppo_plus.fast import graphs
+from sb3_ppo_plus.fast import execution, graphs, replays
+from sb3_ppo_plus.rollout.actor import RolloutActor
 
 # Their asserts say what they compared, as those of tests do
-pytest.register_assert_rewrite("differential.comparing", "environments", "models", "states")
+pytest.register_assert_rewrite(
+    *("differential.comparing", "environments", "models", "states", "trained_alike"),
+    *("altered_files", "changed_training", "compiled_like_sb3", "interrupted_runs"),
+)
 
 th.set_num_threads(1)
+
+# A loaded machine takes longer
+settings.register_profile("without_clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("without_clock")
 
 TESTS = Path(__file__).resolve().parent
 # Files and folders whose tests are marked "quick" (make quick). They test the core: the bits of SB3, the losses, the
@@ -30,11 +42,12 @@ QUICK = (
     "test_logging.py",
     "test_ppo_plus.py",
     "test_sb3_equality.py",
+    "test_sb3_equality_over_time.py",
     "test_schedules.py",
     "update",
 )
-# Tests in them whose names hold one of these words are not quick: compiling takes seconds
-NOT_QUICK = ("compile", "graph", "inductor")
+# Words in the names of tests and files there that are not quick: compiling takes seconds
+NOT_QUICK = ("compile", "graph", "inductor", "test_changes_amid_training")
 
 
 def pytest_collection_modifyitems(items):
@@ -43,7 +56,7 @@ def pytest_collection_modifyitems(items):
         raise pytest.UsageError(f"tests/conftest.py: QUICK names {', '.join(missing)}, which do not exist")
     for item in items:
         is_core = any(item.path.is_relative_to(TESTS / part) for part in QUICK)
-        if is_core and not any(word in item.name for word in NOT_QUICK):
+        if is_core and not any(word in item.nodeid for word in NOT_QUICK):
             item.add_marker("quick")
 
 
@@ -60,3 +73,15 @@ def graphs_without_code(monkeypatch):
     TorchInductor takes seconds for each.
     """
     monkeypatch.setattr(graphs, "_generate_code", lambda graph, options: graph)
+
+
+@pytest.fixture
+def replayed_after_a_while(monkeypatch):
+    """Make the first minibatches and steps eager, and replay the others if they can be recorded."""
+    monkeypatch.setattr(replays, "REPLAY_AFTER", 3)
+
+
+@pytest.fixture
+def acts_eagerly(monkeypatch):
+    """Record no actor: for tests of updates alone. A recording takes as long as 100 eager steps."""
+    monkeypatch.setattr(execution, "ReplayedActor", RolloutActor)

@@ -8,6 +8,7 @@ from gymnasium import spaces
 from models import assert_refused
 
 from sb3_ppo_plus import MlpPolicy, PPOPlus
+from sb3_ppo_plus.argument_checks import integer_of_at_least, is_integer
 from sb3_ppo_plus.saving.model_description import constructor_arguments
 
 INTEGERS = ["n_steps", "batch_size", "n_epochs", "sde_sample_freq", "stats_window_size", "seed"]
@@ -236,3 +237,15 @@ def test_a_transformer_that_was_told_what_a_frame_is_does_not_warn(space, seq_le
     policy_kwargs = TRANSFORMER | {"features_extractor_kwargs": {**SMALL_TRANSFORMER, "seq_len": seq_len}}
     with warnings.catch_warnings(action="error"):
         build(env=make_env(observation_space=space), policy_kwargs=policy_kwargs)
+
+
+@pytest.mark.parametrize("value", [3, np.int64(3), np.uint8(3)])
+def test_integers_of_python_and_numpy_become_ints(value):
+    assert is_integer(value) and is_integer(value, 3) and not is_integer(value, 4)
+    assert type(integer_of_at_least(3, "n", value)) is int
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 3.0, "3", None, np.array(3), 2, np.int64(-3)])
+def test_what_is_no_integer_or_is_too_small_is_named(value):
+    with pytest.raises(ValueError, match="n must be an integer of at least 3, got "):
+        integer_of_at_least(3, "n", value)

@@ -20,8 +20,6 @@ import yaml
 import zoo_envs
 from sb3_arguments import sb3_arguments
 
-from sb3_ppo_plus import checkpoint
-
 BENCHMARKS = Path(__file__).resolve().parent.parent / "examples" / "benchmarks"
 
 # Learns next to nothing, so that the episodes for the scores stay short
@@ -277,7 +275,7 @@ def test_a_run_that_was_killed_while_it_was_scored_is_not_trained_again(tmp_path
 
 def test_a_run_begins_anew_where_going_on_would_not_be_exact(tmp_path, few_episodes, monkeypatch, capsys):
     campaign_run.run(tiny_job(tmp_path), tmp_path)
-    monkeypatch.setattr(checkpoint, "versions", lambda: {"torch": "another"})
+    monkeypatch.setattr("sb3_ppo_plus.resuming.resume.versions", lambda: {"torch": "another"})
     line = campaign_run.run(tiny_job(tmp_path), tmp_path)
     assert "begins anew: what follows may differ in the last bits" in capsys.readouterr().out
     assert line["resumes"] == 0

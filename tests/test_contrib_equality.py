@@ -23,9 +23,11 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from states import assert_same_training
 
 from sb3_ppo_plus import PPOPlus
-from sb3_ppo_plus.fast import replays
 
-pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You have specified a mini-batch size"),
+    pytest.mark.usefixtures("replayed_after_a_while"),
+]
 
 SETTINGS = {
     "n_steps": 32,
@@ -37,12 +39,6 @@ SETTINGS = {
     "policy_kwargs": SMALL_NET,
 }
 UPDATES = 3
-
-
-@pytest.fixture(autouse=True)
-def replayed_after_a_while(monkeypatch):
-    """The first minibatches and steps of every case are eager, the others replayed where they can be."""
-    monkeypatch.setattr(replays, "REPLAY_AFTER", 8)
 
 
 def assert_trains_alike(policy="MlpPolicy", env=make_masked_env, updates=UPDATES, plus=None, **settings):

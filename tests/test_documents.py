@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_house import MAY_IMPORT
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sb3_ppo_plus"
@@ -18,11 +19,37 @@ def test_the_map_has_a_line_for_each_folder_and_for_each_module_at_the_top():
     assert named == modules | folders
 
 
-def test_the_files_that_the_map_names_in_a_folder_are_there():
-    lines = re.findall(r"^  (\w+)/ .*\n((?:    .*\n)+)", CONTRIBUTING, re.MULTILINE)
-    named = [(folder, name) for folder, text in lines for name in re.findall(r"^    (\w+) ", text, re.MULTILINE)]
-    assert len(named) > 20
-    assert [pair for pair in named if not (PACKAGE / pair[0] / f"{pair[1]}.py").exists()] == []
+def test_the_map_names_each_module_of_each_folder_once():
+    named = []
+    for folder, text in re.findall(r"^  (\w+)/ .*\n((?:    .*\n)+)", CONTRIBUTING, re.MULTILINE):
+        for names in re.findall(r"^    (\w+(?:, \w+)*)  +\S", text, re.MULTILINE):
+            named += [f"{folder}/{name}.py" for name in names.split(", ")]
+    modules = [str(path.relative_to(PACKAGE)) for path in PACKAGE.glob("*/*.py") if not path.name.startswith("__")]
+    assert sorted(named) == sorted(modules)
+
+
+def test_the_table_of_imports_is_the_one_that_is_tested():
+    table = CONTRIBUTING.partition("| folder | may import |\n|---|---|\n")[2].partition("\n\n")[0]
+    allowed = {}
+    for line in table.splitlines():
+        folders, imports = re.fullmatch(r"\| (.+) \| (.+) \|", line).groups()
+        for folder in folders.split(", "):
+            assert folder not in allowed
+            allowed[folder] = set() if imports == "nothing" else set(imports.split(", "))
+    assert allowed == MAY_IMPORT
+
+
+def test_every_name_of_code_exists():
+    source = "".join(path.read_text() for path in PACKAGE.rglob("*.py"))
+    names = {name.split(".")[-1] for name in re.findall(r"`([A-Za-z_]\w*(?:\.\w+)*)(?:\([^`]*\))?`", CONTRIBUTING)}
+    of_files_and_others = {"py", "md", "yml", "toml", "heavy", "pypi", "Z"}
+    assert len(names) > 50
+    assert {name for name in names - of_files_and_others if not re.search(rf"\b{name}\b", source)} == set()
+
+
+def test_the_release_replaces_the_placeholder_in_the_security_policy():
+    (placeholder,) = re.findall(r"\*\*(\S+@\S+)\*\* \(a placeholder", (ROOT / "SECURITY.md").read_text())
+    assert placeholder in CONTRIBUTING.partition("## How a release is made")[2]
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md"])

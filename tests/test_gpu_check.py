@@ -91,7 +91,7 @@ def test_each_stage_is_a_process_and_the_table_comes_last(tmp_path, capfd):
         "--only",
         "a",
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=800, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert [result["item"] for result in results_in(tmp_path)] == ["versions", "stage"]
     table, last = (tmp_path / "summary.txt").read_text().splitlines()

@@ -9,6 +9,8 @@ import sb3_ppo_plus
 
 PACKAGE = Path(sb3_ppo_plus.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = Path(__file__).parent
+TEST_FILES = sorted(TESTS.rglob("*.py"))
 MODULES = {
     ".".join(("sb3_ppo_plus", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in FILES
@@ -98,6 +100,11 @@ def test_no_file_class_or_function_is_too_long(path):
         if isinstance(node, ast.ClassDef | ast.FunctionDef):
             n_lines = node.end_lineno - node.lineno + 1
             assert n_lines <= (MAX_CLASS_LINES if isinstance(node, ast.ClassDef) else MAX_FUNCTION_LINES), node.name
+
+
+@pytest.mark.parametrize("path", TEST_FILES, ids=[str(path.relative_to(TESTS)) for path in TEST_FILES])
+def test_no_file_of_tests_is_too_long(path):
+    assert path.read_text().count("\n") <= MAX_LINES
 
 
 def test_one_loop_collects_and_one_trains():

@@ -1,7 +1,5 @@
 """Invariant 1: by default, after any number of updates, everything that was trained equals SB3's PPO bit for bit."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch as th
@@ -16,62 +14,23 @@ from custom_parts import (
     TwoGroups,
     UnshuffledBuffer,
 )
-from environments import (
-    ACTION_SPACES,
-    ASYMMETRIC,
-    BOX,
-    DICT,
-    IMAGE,
-    SMALL_DICT,
-    SMALL_NET,
-    ToyEnv,
-    logs_of_updates,
-    make_env,
-)
+from environments import ACTION_SPACES, BOX, DICT, IMAGE, SMALL_DICT, ToyEnv, make_env
 from gymnasium import spaces
-from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
-from stable_baselines3.common.utils import LinearSchedule, set_random_seed
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
 from states import assert_same_training
 from torch import nn
+from trained_alike import SETTINGS, UPDATES, assert_trains_alike, policy_kwargs, train
 
 from sb3_ppo_plus import Constant, Cosine, Exponential, Linear, PPOPlus, WarmupCosine
-from sb3_ppo_plus.fast import replays
 
-pytestmark = pytest.mark.filterwarnings("ignore:You have specified a mini-batch size")
-
-SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
-UPDATES = 3
-
-
-@pytest.fixture(autouse=True)
-def replayed_after_a_while(monkeypatch):
-    """The first minibatches and steps of every case are eager, the others replayed where they can be."""
-    monkeypatch.setattr(replays, "REPLAY_AFTER", 8)
-
-
-def train(algorithm, policy, env, updates=UPDATES, **settings):
-    settings = SETTINGS | {"clip_range_vf": None} | settings
-    model = algorithm(policy, env(), **copy.deepcopy(settings))
-    initial = copy.deepcopy(model.policy.state_dict())
-    model.learn(updates * model.n_steps * model.n_envs)
-    moved = [not th.equal(initial[name], value) for name, value in model.policy.state_dict().items()]
-    assert any(moved), "nothing was trained: the case proves nothing"
-    return model
-
-
-def assert_trains_alike(policy="MlpPolicy", env=make_env, plus=None, **settings):
-    sb3 = train(PPO, policy, env, **settings)
-    ours = train(PPOPlus, policy, env, **settings | (plus or {}))
-    assert_same_training(sb3, ours)
-    return sb3, ours
-
-
-def policy_kwargs(**kwargs):
-    return {"policy_kwargs": SMALL_NET | kwargs}
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You have specified a mini-batch size"),
+    pytest.mark.usefixtures("replayed_after_a_while"),
+]
 
 
 # Spaces
@@ -387,177 +346,3 @@ def test_everything_at_once():
         plus={"pessimistic_value_clip": False},
         **policy_kwargs(share_features_extractor=False, optimizer_class=th.optim.AdamW, activation_fn=nn.ELU),
     )
-
-
-# The course of training
-
-
-def assert_continues_alike(change):
-    """Train both, change something, train both on from the same random state."""
-    models = [train(algorithm, "MlpPolicy", make_env, updates=2) for algorithm in (PPO, PPOPlus)]
-    for model in models:
-        set_random_seed(5)
-        change(model)
-        model.learn(2 * model.n_steps, reset_num_timesteps=False)
-        model.learn(model.n_steps)
-    assert_same_training(*models)
-
-
-def copy_the_policy(model):
-    # The policy's last distribution must not carry a graph, which nothing can copy
-    model.predict(model.env.reset())
-    model.policy = copy.deepcopy(model.policy)
-
-
-def double_the_value_net(model):
-    model.policy.value_net.weight.data = model.policy.value_net.weight.data * 2
-
-
-def freeze_a_bias(model):
-    model.policy.action_net.bias.requires_grad_(False)
-    model.policy.action_net.bias.grad = None
-
-
-def freeze_and_thaw(model):
-    model.policy.action_net.requires_grad_(False)
-    model.policy.action_net.zero_grad()
-    model.learn(model.n_steps, reset_num_timesteps=False)
-    model.policy.action_net.requires_grad_(True)
-
-
-def halve_a_gradient(model):
-    model.policy.action_net.weight.register_hook(lambda gradient: gradient / 2)
-
-
-def clip_a_gradient_once_it_is_accumulated(model):
-    def clip(parameter):
-        parameter.grad.clamp_(-0.01, 0.01)
-
-    model.policy.action_net.weight.register_post_accumulate_grad_hook(clip)
-
-
-def shrink_after_each_step(model):
-    def shrink(*_):
-        with th.no_grad():
-            model.policy.value_net.weight.mul_(0.99)
-
-    model.policy.optimizer.register_step_post_hook(shrink)
-
-
-def step_by_hand(model):
-    for parameter in model.policy.parameters():
-        parameter.grad = th.full_like(parameter, 0.1)
-    model.policy.optimizer.step()
-
-
-def reset_the_optimizer(model):
-    model.policy.optimizer = th.optim.Adam(model.policy.parameters(), lr=1e-3)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: None,
-        lambda model: model.policy.load_from_vector(model.policy.parameters_to_vector() * 1.5),
-        lambda model: model.policy.load_state_dict({k: v + 0.01 for k, v in model.policy.state_dict().items()}),
-        lambda model: model.set_parameters(copy.deepcopy(model.get_parameters())),
-        copy_the_policy,
-        double_the_value_net,
-        freeze_a_bias,
-        freeze_and_thaw,
-        halve_a_gradient,
-        clip_a_gradient_once_it_is_accumulated,
-        shrink_after_each_step,
-        step_by_hand,
-        reset_the_optimizer,
-        lambda model: model.policy.optimizer.state.clear(),
-        lambda model: model.policy.optimizer.param_groups[0].update(betas=(0.5, 0.9), weight_decay=0.1),
-        lambda model: setattr(model, "max_grad_norm", 0.01),
-        lambda model: setattr(model, "ent_coef", 0.1),
-        lambda model: setattr(model, "batch_size", 8),
-        lambda model: setattr(model, "clip_range", lambda progress: 0.01),
-        lambda model: model.set_env(make_env(action_space=ASYMMETRIC, max_steps=3)),
-    ],
-    ids=[
-        "nothing",
-        "load_from_vector",
-        "load_state_dict",
-        "set_parameters",
-        "deepcopy of the policy",
-        "a parameter's data",
-        "requires_grad",
-        "requires_grad and back",
-        "a gradient hook",
-        "an accumulation hook",
-        "a step hook",
-        "a step by hand",
-        "optimizer",
-        "optimizer state",
-        "optimizer settings",
-        "max_grad_norm",
-        "ent_coef",
-        "batch_size",
-        "clip_range",
-        "set_env",
-    ],
-)
-def test_training_goes_on_alike_after_the_user_changes(change):
-    assert_continues_alike(change)
-
-
-def test_training_goes_on_alike_under_another_default_dtype():
-    def change(model):
-        # So that the flat parameters are made anew
-        freeze_a_bias(model)
-        th.set_default_dtype(th.float64)
-
-    try:
-        assert_continues_alike(change)
-    finally:
-        th.set_default_dtype(th.float32)
-
-
-@pytest.mark.parametrize(
-    ("env_kwargs", "settings"),
-    [
-        ({}, {"ent_coef": 0.01, "clip_range_vf": 0.05, "learning_rate": 1e-2}),
-        ({"action_space": spaces.Discrete(3)}, {"target_kl": 2e-3, "learning_rate": 1e-2}),
-        ({"action_space": spaces.MultiBinary(2)}, {"n_steps": 33}),
-        ({}, {"use_sde": True, **policy_kwargs(squash_output=True)}),
-        ({"max_steps": 1000, "p_terminate": 0.0}, {"learning_rate": LinearSchedule(1e-3, 0, 1)}),
-    ],
-    ids=["value clipping", "target_kl", "truncated", "squashed gSDE", "no episode ends"],
-)
-def test_logged_values_are_sb3s(env_kwargs, settings):
-    settings = SETTINGS | settings
-    total = UPDATES * 2 * settings["n_steps"]
-    sb3 = logs_of_updates(PPO("MlpPolicy", make_env(2, **env_kwargs), **settings), total)
-    model = PPOPlus("MlpPolicy", make_env(2, **env_kwargs), **settings, pessimistic_value_clip=False)
-    ours = logs_of_updates(model, total)
-    assert len(sb3) == len(ours) == UPDATES
-    for expected, actual in zip(sb3, ours, strict=True):
-        names = expected.keys() - {"time/fps", "time/time_elapsed"}
-        assert len(names) >= 9
-        assert names <= actual.keys()
-        for name in names:
-            assert actual[name] == pytest.approx(expected[name], rel=1e-5, abs=1e-7, nan_ok=True), name
-
-
-def test_progress_never_falls_below_zero():
-    """The one exception to this file: SB3's schedules overshoot with the last rollout."""
-    seen = {PPO: [], PPOPlus: []}
-    for algorithm, values in seen.items():
-
-        def learning_rate(progress, values=values):
-            values.append(progress)
-            return 1e-3 * abs(progress)
-
-        model = algorithm("MlpPolicy", make_env(), **SETTINGS, learning_rate=learning_rate)
-        model.learn(40)
-    assert min(seen[PPO]) == pytest.approx(1 - 64 / 40), "SB3 has mended it: this exception is no longer needed"
-    assert min(seen[PPOPlus]) == 0.0
-
-
-def test_overshoot_changes_nothing_without_a_schedule():
-    models = [algorithm("MlpPolicy", make_env(), **SETTINGS).learn(40) for algorithm in (PPO, PPOPlus)]
-    assert_same_training(*models)

@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,11 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stable_baselines3.common.utils import FloatSchedule, LinearSchedule
 
+import sb3_ppo_plus
+from sb3_ppo_plus import schedules
 from sb3_ppo_plus.schedules import (
+    SHAPES,
     Constant,
     Cosine,
     Exponential,
     Linear,
+    ProgressSchedule,
     WarmupCosine,
     make_schedule,
     schedule_value,
@@ -178,6 +183,48 @@ def test_numbers_and_strings_become_schedules(given_value, expected):
     assert make_schedule(given_value) == expected
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_each_shape_of_the_table_makes_its_own_class_from_value_and_end(shape):
+    schedule = make_schedule(f"{shape}_0.3_0.1")
+    assert type(schedule) is SHAPES[shape]
+    assert (schedule.value, schedule.end) == (0.3, 0.1)
+
+
+def test_every_class_is_public_and_all_but_the_constant_have_a_string_form():
+    ours = {cls for cls in ProgressSchedule.__subclasses__() if cls.__module__ == schedules.__name__}
+    assert {*SHAPES.values(), Constant} == ours
+    assert {cls.__name__ for cls in ours} <= set(schedules.__all__) & set(sb3_ppo_plus.__all__)
+
+
+@dataclass(frozen=True)
+class Stairs(ProgressSchedule):
+    end: float = 0.0
+
+    def __call__(self, progress_remaining):
+        return self.value if progress_remaining > 0.5 else self.end
+
+
+@dataclass(frozen=True)
+class Overshooting(Stairs):
+    @property
+    def limits(self):
+        return self.value, self.end - 1
+
+
+def test_a_new_shape_needs_no_more_than_its_line_in_the_table(monkeypatch):
+    monkeypatch.setitem(SHAPES, "stairs", Stairs)
+    assert make_schedule("stairs_0.3_0.1") == Stairs(0.3, 0.1)
+    assert make_schedule("stairs_0.3") == Stairs(0.3)
+    stairs = Stairs(0.3)
+    assert make_schedule(stairs) is stairs
+
+
+def test_the_limits_that_a_schedule_names_are_checked():
+    assert make_schedule(Stairs(0.3, 0.1), "ent_coef") == Stairs(0.3, 0.1)
+    with pytest.raises(ValueError, match="ent_coef must be finite and at least 0 throughout"):
+        make_schedule(Overshooting(0.3, 0.1), "ent_coef")
+
+
 @pytest.mark.parametrize("schedule", [*EXAMPLES, FloatSchedule(0.1)], ids=repr)
 def test_a_schedule_object_is_returned_unchanged(schedule):
     assert make_schedule(schedule) is schedule
@@ -231,7 +278,7 @@ def test_unknown_strings_list_the_allowed_forms(text):
 
 
 def test_an_exponential_string_needs_its_end():
-    with pytest.raises(ValueError, match="vf_coef: an exp schedule needs its end in 'exp_3e-4'"):
+    with pytest.raises(ValueError, match="vf_coef: a schedule of the shape exp needs its end in 'exp_3e-4'"):
         make_schedule("exp_3e-4", "vf_coef")
 
 

@@ -74,6 +74,21 @@ def test_only_publishing_may_write_and_only_an_identity_token():
     assert with_rights == [("publish.yml", {"id-token": "write"}, "pypi")]
 
 
+def test_what_is_published_was_tested_and_built_first():
+    publishing = read(ROOT / ".github/workflows/publish.yml")["jobs"]
+    assert set(publishing["pypi"]["needs"]) == {"test", "build"}
+    assert any(step.get("run", "").startswith("make test-all") for step in publishing["test"]["steps"])
+
+
+@pytest.mark.parametrize(("address", "status"), [("security@example.org", 1), ("security@sb3-ppo-plus.dev", 0)])
+def test_a_release_with_the_placeholder_of_the_address_is_stopped(tmp_path, address, status):
+    text = (ROOT / "SECURITY.md").read_text()
+    (tmp_path / "SECURITY.md").write_text(re.sub(r"\*\*\S+@\S+\*\*", f"**{address}**", text))
+    building = read(ROOT / ".github/workflows/publish.yml")["jobs"]["build"]["steps"]
+    (script,) = [step["run"] for step in building if "SECURITY.md" in step.get("run", "")]
+    assert subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True).returncode == status
+
+
 def test_no_checkout_leaves_its_token_behind():
     checkouts = [step for step in steps() if step.get("uses", "").startswith("actions/checkout@")]
     assert checkouts and all(step["with"]["persist-credentials"] is False for step in checkouts)

@@ -175,12 +175,13 @@ class Contender:
         """Medians, in microseconds and steps per second."""
         rollout, update = statistics.median(self.rollout), statistics.median(self.update)
         seconds = rollout * self.model.n_steps + update * self.minibatches
+        execution = getattr(self.model, "_execution", None)
         return {
             "rollout_us_per_step": rollout * 1e6,
             "update_us_per_minibatch": update * 1e6,
             "steps_per_second": self.model.n_steps * self.model.n_envs / seconds,
             "warm_up_seconds": self.warm_up_seconds,
-            "compile_seconds": getattr(getattr(self.model, "_reporter", None), "seconds", 0.0),
+            "compile_seconds": 0.0 if execution is None else execution.reporter.seconds,
         }
 
 

@@ -15,6 +15,7 @@ import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_plus.argument_checks import integer_of_at_least
 from sb3_ppo_plus.envs.questions import attributes_of, indices_of_wrapped
 
 
@@ -33,7 +34,7 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
     :param max_restarts: restarts allowed within ``window``; one more failure raises the environment's own error
     :param window: time in seconds over which restarts are counted; None: all restarts count
     :raises TypeError: for a ``make_env`` that is no function
-    :raises ValueError: for a negative ``max_restarts``, or a ``window`` that is not above 0
+    :raises ValueError: for a ``max_restarts`` that is no integer of at least 0, or a ``window`` that is not above 0
     """
 
     def __init__(
@@ -45,8 +46,7 @@ class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
                 "Zoo, which is given an environment, RestartingEnv cannot build another: register an id whose "
                 "entry_point returns RestartingEnv(make_env)"
             )
-        if isinstance(max_restarts, bool) or not isinstance(max_restarts, int) or max_restarts < 0:
-            raise ValueError(f"max_restarts must be an integer of at least 0, got {max_restarts!r}")
+        max_restarts = integer_of_at_least(0, "max_restarts", max_restarts)
         if window is not None and not window > 0:
             raise ValueError(f"window must be None or a number of seconds above 0, got {window!r}")
         super().__init__(make_env())

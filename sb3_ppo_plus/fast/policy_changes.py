@@ -21,7 +21,7 @@ from sb3_ppo_plus.policies.actor_critic import (
     MultiInputActorCriticPlusPolicy,
     has_own_methods,
 )
-from sb3_ppo_plus.torch_private import backward_hooks, contents_of, forward_hooks
+from sb3_ppo_plus.torch_private import backward_hooks, contents_of, forward_hooks, has_function_modes
 
 KNOWN_POLICIES = (ActorCriticPlusPolicy, ActorCriticPlusCnnPolicy, MultiInputActorCriticPlusPolicy)
 KNOWN_MODULES = (
@@ -89,6 +89,8 @@ def hindrance(policy: nn.Module) -> str | None:
         return "this PyTorch does not show the hooks and parts of modules"
     if any(forward) or any(backward):
         return "a module has a hook, which a graph would not call"
+    if has_function_modes():
+        return "a TorchFunctionMode is on, which a graph would not call"
     if action_dist is not None and has_own_methods(action_dist):
         return f"a method of the policy's {type(action_dist).__name__} was replaced, which a graph would not notice"
     for kind in classes_of([*parts, action_dist]):

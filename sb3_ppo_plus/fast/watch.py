@@ -17,7 +17,7 @@ from sb3_ppo_plus.fast.policy_changes import (
     classes_of,
     distribution_settings,
 )
-from sb3_ppo_plus.torch_private import contents_of, forward_hooks, without_hooks_of_all_modules
+from sb3_ppo_plus.torch_private import contents_of, forward_hooks, function_mode_counter, without_hooks_and_modes
 
 _METHODS_OF_MODULES = ("__call__", "forward")
 _METHODS_OF_DISTRIBUTIONS = ("proba_distribution", "log_prob", "entropy", "sample", "mode", "get_actions")
@@ -43,6 +43,8 @@ class PartsWatch:
         self._items = [*chain.from_iterable(self._filled)]
         self._sized = [*map(vars, parts), getattr(action_dist, "__dict__", {}), *self._filled]
         self._size = sum(map(len, self._sized))
+        self._count_modes = function_mode_counter()
+        self._n_modes = self._count_modes()
         self._methods = _methods_of_acting(policy, action_dist)
         # Each function looks up all watched attributes of its owner in one call
         self._look_ups: list[tuple[Callable[[Any], Any], object]] = [
@@ -65,6 +67,7 @@ class PartsWatch:
         try:
             return (
                 any(self._empty)
+                or self._count_modes() != self._n_modes
                 or sum(map(len, self._sized)) != self._size
                 or not all(map(is_, chain.from_iterable(self._filled), self._items))
                 or [*map(type, self._parts)] != self._kinds
@@ -76,7 +79,7 @@ class PartsWatch:
 
     @contextmanager
     def code_as_before(self) -> Iterator[None]:
-        """Undo inside the block what was done to classes, and what every module calls, since this object was made."""
+        """Undo inside the block what was done to classes, modules and functions of torch since this object was made."""
         replaced = []
         for kind, methods in self._methods.items():
             for name, before in methods.items():
@@ -85,7 +88,7 @@ class PartsWatch:
                     replaced.append((kind, name, now))
                     _put(kind, name, before)
         try:
-            with without_hooks_of_all_modules():
+            with without_hooks_and_modes():
                 yield
         finally:
             for kind, name, now in replaced:

@@ -28,7 +28,7 @@ from torch import nn
 from torch.distributions import Beta, Normal
 from torch.nn import functional as F
 
-from sb3_ppo_plus.argument_checks import did_you_mean
+from sb3_ppo_plus.argument_checks import did_you_mean, integer_of_at_least
 
 LOG_STD_MIN, LOG_STD_MAX = -5.0, 2.0
 """Range of the squashed Gaussian's log standard deviation; below it, float32 log-probabilities lose precision."""
@@ -83,9 +83,7 @@ class SquashedGaussianDistribution(BoundedDistribution):
 
     def __init__(self, action_dim: int, entropy_samples: int = 1) -> None:
         super().__init__(action_dim)
-        if isinstance(entropy_samples, bool) or not isinstance(entropy_samples, int) or entropy_samples < 1:
-            raise ValueError(f"entropy_samples must be an integer of at least 1, got {entropy_samples!r}")
-        self.entropy_samples = entropy_samples
+        self.entropy_samples = integer_of_at_least(1, "entropy_samples", entropy_samples)
 
     def proba_distribution_net(self, latent_dim: int, log_std_init: float = 0.0) -> tuple[nn.Module, nn.Parameter]:
         """Create the layer for the mean of u and the parameter for its log standard deviation.
@@ -265,6 +263,7 @@ ACTION_DISTRIBUTIONS: dict[str, type[DiagGaussianDistribution]] = {
     "squashed_gaussian": SquashedGaussianDistribution,
     "beta": BetaDistribution,
 }
+"""The names that ``action_dist`` may have. All but SB3's Gaussian are subclasses of :class:`BoundedDistribution`."""
 
 
 def make_action_distribution(
@@ -278,7 +277,7 @@ def make_action_distribution(
     :param action_dist_kwargs: keyword arguments of the distribution's constructor
     :return: the distribution
     :raises ValueError: for an unknown name, or a space that does not fit the distribution
-    :raises TypeError: for an unknown keyword argument
+    :raises TypeError: for an unknown keyword argument, or a class in ``ACTION_DISTRIBUTIONS`` that cannot be there
     """
     kwargs = dict(action_dist_kwargs or {})
     if not isinstance(action_dist, str) or action_dist not in ACTION_DISTRIBUTIONS:
@@ -293,8 +292,12 @@ def make_action_distribution(
             f'action_dist_kwargs of action_dist="{action_dist}" may hold {", ".join(allowed) or "nothing"}, '
             f"got {', '.join(map(repr, unknown))}{did_you_mean(unknown[0], allowed)}"
         )
-    if not issubclass(distribution_class, BoundedDistribution):
+    if distribution_class is DiagGaussianDistribution:
         return make_proba_distribution(action_space)
+    if not issubclass(distribution_class, BoundedDistribution):
+        raise TypeError(
+            f'action_dist="{action_dist}": {distribution_class.__name__} must be a subclass of BoundedDistribution'
+        )
     _check_bounded(action_space, action_dist)
     return distribution_class(get_action_dim(action_space), **kwargs)
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import torch as th
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -16,7 +15,7 @@ from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_ppo_plus.argument_checks import did_you_mean
+from sb3_ppo_plus.argument_checks import did_you_mean, is_integer
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.policies.gtrxl import GTrXLMemory
 from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, Memory, State
@@ -121,27 +120,23 @@ def _from_contrib(given: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= 1
-
-
 _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "shared": ("True, False or 'actor'", lambda value: isinstance(value, bool) or value == "actor"),
     "critic": ("True or False", lambda value: isinstance(value, bool)),
     "sequence_length": (
         "None, -1 or an integer of at least 1",
-        lambda value: value is None or _is_positive_int(value) or (isinstance(value, int) and value == -1),
+        lambda value: value is None or is_integer(value, 1) or (is_integer(value) and int(value) == -1),
     ),
     "bias": ("True or False", lambda value: isinstance(value, bool)),
     "dropout": ("a number in [0, 1)", lambda value: isinstance(value, int | float) and 0 <= value < 1),
     "forget_bias": ("a number", lambda value: isinstance(value, int | float)),
     "gate_bias": ("a number", lambda value: isinstance(value, int | float)),
-    "d_feedforward": ("None or an integer of at least 1", lambda value: value is None or _is_positive_int(value)),
+    "d_feedforward": ("None or an integer of at least 1", lambda value: value is None or is_integer(value, 1)),
 }
 
 
 def _check_option(name: str, value: object) -> None:
-    allowed, is_allowed = _CHECKS.get(name, ("an integer of at least 1", _is_positive_int))
+    allowed, is_allowed = _CHECKS.get(name, ("an integer of at least 1", lambda value: is_integer(value, 1)))
     if not is_allowed(value):
         raise ValueError(f"memory_kwargs: {name} must be {allowed}, got {value!r}")
 

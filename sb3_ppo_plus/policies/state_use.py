@@ -47,7 +47,8 @@ class StateUse:
                 "predict was called twice in a row without the state of the policy's memory, so the policy forgot what "
                 "came before. Within an episode, pass the state that it returned: action, state = predict(observation, "
                 "state, episode_start). If each observation begins an episode, pass episode_start=True for each",
-                stacklevel=2,
+                # Of who calls the model's predict
+                stacklevel=5,
             )
 
 
@@ -56,7 +57,8 @@ def state_use_of(policy: nn.Module) -> StateUse:
 
     :param policy: the policy
     """
-    return _WATCHES.setdefault(policy, StateUse())
+    watch = _WATCHES.get(policy)
+    return watch if watch is not None else _WATCHES.setdefault(policy, StateUse())
 
 
 # Not an attribute of the policy, because a change of its attributes makes compiled graphs again

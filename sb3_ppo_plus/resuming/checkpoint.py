@@ -9,6 +9,7 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_ppo_plus.argument_checks import is_integer
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.resuming.checkpoint_directory import (
     checkpoint_directories,
@@ -59,13 +60,13 @@ class TrainingCheckpoint(BaseCallback):
     ) -> None:
         super().__init__(verbose)
         for name, value in (("save_freq", save_freq), ("keep_last", keep_last)):
-            if isinstance(value, bool) or not isinstance(value, int):
+            if not is_integer(value):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < 1:
+            if not is_integer(value, 1):
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        self.save_freq = save_freq
+        self.save_freq = int(save_freq)
         self.save_path = Path(save_path)
-        self.keep_last = keep_last
+        self.keep_last = int(keep_last)
         self.on_signal = on_signal
         self.received_signal: signal.Signals | None = None
         """SIGTERM or SIGINT, if one arrived during the last ``learn``, even if something else ended it first."""
@@ -103,7 +104,7 @@ class TrainingCheckpoint(BaseCallback):
 
     @property
     def _learn_callback(self) -> BaseCallback:
-        run: Run = self._ppo_plus._run
+        run: Run = self._ppo_plus._current_run
         assert run.callback is not None
         return run.callback
 

@@ -75,7 +75,8 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
         if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
         goes_on = set_training_state(model, state)
-        model._run.continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
+        continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
+        model._current_run.continuation = continuation
     except (WrapperStackError, *BROKEN_PIPES):
         raise
     except Exception as error:
@@ -124,7 +125,8 @@ class Continuation(BaseCallback):
         super().__init__()
         self._num_timesteps_at_start = model._num_timesteps_at_start
         # Without a checkpoint, this model itself was interrupted: its callbacks still have their state
-        state = model._run.continuation or {"seconds": seconds_of_learning(model), "logger": pending_logs(model)}
+        here: dict[str, Any] = {"seconds": seconds_of_learning(model), "logger": pending_logs(model)}
+        state = model._current_run.continuation or here
         self._seconds: float = state["seconds"]
         self._logs: dict[str, Any] = state["logger"]
         self._callback_states: dict[str, Any] | None = state.get("callbacks")
@@ -136,7 +138,7 @@ class Continuation(BaseCallback):
         model._num_timesteps_at_start = self._num_timesteps_at_start
         restore_logs(model, self._logs)
         if self._callback_states is not None:
-            set_callback_states(model._run.callback, self._callback_states)
+            set_callback_states(model._current_run.callback, self._callback_states)
         # For the second time: since resume, code that made the callbacks may have drawn random numbers
         if self._generators is not None:
             set_global_generator_states(self._generators)

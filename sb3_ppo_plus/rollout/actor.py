@@ -96,6 +96,13 @@ class RolloutActor:
     def end_rollout(self) -> None:
         """Release what belongs to the rollout."""
 
+    def successor(self, policy: ActorCriticPolicy) -> RolloutActor:
+        """Return the actor that goes on amid a rollout with another policy. It leaves nothing for later.
+
+        :param policy: the other policy
+        """
+        return RolloutActor(policy)
+
 
 @th.no_grad()
 def predict_values(

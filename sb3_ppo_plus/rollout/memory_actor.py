@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch as th
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
@@ -25,6 +26,7 @@ class MemoryActor(RolloutActor):
     def __init__(self, policy: ActorCriticPlusPolicy, states: RNNStates | None, n_envs: int) -> None:
         super().__init__(policy)
         self.policy: ActorCriticPlusPolicy = policy
+        self._n_envs = n_envs
         initial = policy.initial_states(n_envs)
         is_usable = states is not None and _shapes(states) == _shapes(initial)
         self.states: RNNStates = states if is_usable and states is not None else initial
@@ -51,6 +53,11 @@ class MemoryActor(RolloutActor):
         tensor, _ = self.policy.obs_to_tensor(observation)
         states = tree_map(lambda part: part[:, index : index + 1], self.states)
         return self.policy.predict_values(tensor, states).item()
+
+    def successor(self, policy: ActorCriticPolicy) -> MemoryActor:
+        """Return the actor that goes on from the states of this one, see :meth:`RolloutActor.successor`."""
+        assert isinstance(policy, ActorCriticPlusPolicy)
+        return MemoryActor(policy, self.states, self._n_envs)
 
     def _context(self, episode_starts: np.ndarray | None) -> dict[str, Any]:
         assert episode_starts is not None

@@ -97,7 +97,11 @@ def _discrete(description: dict[str, Any], name: str, max_elements: int) -> spac
     n, start = (get(description, key, int, name) for key in ("n", "start"))
     if not 0 < n <= MAX_CHOICES:
         raise UntrustedFileError(f"{name}: n must be in [1, 2**31], got {n}")
-    return spaces.Discrete(n, start=start, dtype=_dtype(description, name).type)
+    dtype = _dtype(description, name).type
+    # Before gymnasium 1.2.3 every Discrete is of int64, and takes no dtype
+    if dtype is np.int64:
+        return spaces.Discrete(n, start=start)
+    return spaces.Discrete(n, start=start, dtype=dtype)
 
 
 def _multi_discrete(description: dict[str, Any], name: str, max_elements: int) -> spaces.Space[Any]:

@@ -8,7 +8,7 @@ import pathlib
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import RLock
 from typing import Any
 
 from stable_baselines3 import PPO
@@ -23,7 +23,8 @@ from sb3_ppo_plus.saving.untrusted_model import add_description
 File = str | pathlib.Path | io.BufferedIOBase
 
 _POLICY_CLASSES: set[type] = {getattr(policies, name) for name in policies.__all__}
-_naming = Lock()
+# A signal handler may save while another save is going on
+_naming = RLock()
 
 
 def loading_arguments(

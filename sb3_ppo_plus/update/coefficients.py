@@ -26,6 +26,8 @@ class Coefficients:
 
     def __init__(self) -> None:
         self._parsed: dict[str, tuple[object, Schedule]] = {}
+        self._learning_rate: object = None
+        """What SB3's ``lr_schedule`` was made from."""
         self._groups: LearningRateGroups | None = None
 
     def setup(self, model: PlusModel) -> None:
@@ -51,7 +53,7 @@ class Coefficients:
         :raises TypeError: for a value of the wrong type
         """
         model.lr_schedule = _float_schedule(model.learning_rate, "learning_rate")
-        self._schedule("learning_rate", model.learning_rate)
+        self._learning_rate = model.learning_rate
         if model.critic_learning_rate is not None:
             self._schedule("critic_learning_rate", model.critic_learning_rate)
 
@@ -77,8 +79,10 @@ class Coefficients:
         :param optimizers: the policy's optimiser
         :raises ValueError: for a schedule's value that is not allowed
         """
-        if self._is_new("learning_rate", model.learning_rate):
-            self.setup_learning_rate(model)
+        if not _is_same(self._learning_rate, model.learning_rate):
+            # The model's method, which a subclass may override
+            model._setup_lr_schedule()
+            self._learning_rate = model.learning_rate
         groups = self.groups(model)
         actor = critic = schedule_value(model.lr_schedule, model._current_progress_remaining, "learning_rate")
         if model.critic_learning_rate is not None:
@@ -106,6 +110,8 @@ class Coefficients:
         :param model: the model
         :param parameters: state dicts that SB3's ``get_parameters`` returned
         """
+        if "policy.optimizer" not in parameters:
+            return parameters
         groups = self.groups(model)
         return {**parameters, "policy.optimizer": groups.state_dict(model.policy.optimizer)}
 
@@ -124,12 +130,14 @@ class Coefficients:
         return schedule_value(self._schedule(name, getattr(model, name)), model._current_progress_remaining, name)
 
     def _schedule(self, name: str, given: object) -> Schedule:
-        if self._is_new(name, given):
+        if name not in self._parsed or not _is_same(self._parsed[name][0], given):
             self._parsed[name] = given, make_schedule(given, name)
         return self._parsed[name][1]
 
-    def _is_new(self, name: str, given: object) -> bool:
-        return name not in self._parsed or self._parsed[name][0] is not given
+
+def _is_same(before: object, given: object) -> bool:
+    """Whether a coefficient is as before: an equal number or string, or the very schedule."""
+    return before is given or (type(before) is type(given) and isinstance(given, int | float | str) and before == given)
 
 
 def _float_schedule(given: object, name: str) -> FloatSchedule:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
@@ -16,8 +18,13 @@ from sb3_ppo_plus.update.losses import LossCoefficients
 
 
 def run_epochs(
-    gradient_step: GradientStep, objective: Objective, rollout_buffer: RolloutBuffer, n_epochs: int, batch_size: int
-) -> UpdateHistory:
+    gradient_step: GradientStep,
+    objective: Objective,
+    rollout_buffer: RolloutBuffer,
+    n_epochs: int,
+    batch_size: int,
+    history: UpdateHistory,
+) -> Iterator[None]:
     """Take a step on every minibatch of the rollout, ``n_epochs`` times, each time in another random order.
 
     The update stops at the first minibatch on which the limit of approx_kl forbids a step.
@@ -27,17 +34,17 @@ def run_epochs(
     :param rollout_buffer: the full buffer
     :param n_epochs: number of passes
     :param batch_size: transitions per minibatch
-    :return: the metrics of all minibatches
+    :param history: takes the metrics of all minibatches
+    :return: an item after each epoch
     """
-    history = UpdateHistory()
-    gradient_step.begin_update()
     try:
+        gradient_step.begin_update()
         with without_argument_validation():
             while history.n_epochs_done < n_epochs and not history.was_stopped:
                 _run_epoch(gradient_step, objective, rollout_buffer, batch_size, history)
+                yield
     finally:
         gradient_step.end_update()
-    return history
 
 
 def _run_epoch(
@@ -63,6 +70,7 @@ def log_update(
     coefficients: LossCoefficients,
     policy: ActorCriticPolicy,
     rollout_buffer: RolloutBuffer,
+    n_updates: int,
 ) -> None:
     """Log what SB3's ``PPO.train`` logs of an update, and the values of the coefficients.
 
@@ -71,6 +79,7 @@ def log_update(
     :param coefficients: the coefficients' values in the update
     :param policy: the policy after the update
     :param rollout_buffer: the rollout of the update
+    :param n_updates: epochs of all updates so far
     """
     for name, value in history.logged().items():
         logger.record(f"train/{name}", value)
@@ -79,6 +88,7 @@ def log_update(
     log_std = getattr(policy, "log_std", None)
     if log_std is not None:
         logger.record("train/std", th.exp(log_std).mean().item())
+    logger.record("train/n_updates", n_updates, exclude="tensorboard")
     for name, value in coefficients._asdict().items():
         if value is not None:
             logger.record(f"train/{name}", value)

@@ -50,7 +50,7 @@ class FlatGroup:
         self.flat.grad = th.zeros_like(self.flat)
         self.gradients = self.views(self.flat.grad)
         self._views = self.views(self.flat)
-        self._pointers = [view.data_ptr() for view in self._views]
+        self._pointers: list[int] = []
         self._own: list[th.Tensor] = []
         make_optimizer: Callable[[list[dict[str, Any]]], Optimizer] = type(optimizer)
         self.optimizer = make_optimizer([{**optimizer.param_groups[index], "params": [self.flat]}])
@@ -91,12 +91,11 @@ class FlatGroup:
         return [part[: parameter.numel()].view(parameter.shape) for part, parameter in parts]
 
     @th.no_grad()
-    def borrow(self) -> None:
-        """Fill the flat tensors. Parameters and their state are parts of these until :meth:`give_back`."""
+    def fill(self) -> None:
+        """Copy parameters and optimiser state into the flat tensors. Nobody else sees a change."""
         self._own = [parameter.data for parameter in self.parameters]
         copy_each(self._views, self._own)
-        for parameter, view in zip(self.parameters, self._views, strict=True):
-            parameter.data = view
+        self._pointers = [view.data_ptr() for view in self._views]
         old = self.optimizer.state.pop(self.flat, {})
         self._shown, self._counts_on_device, self._undecided = {}, False, None
         self._entries = [self._visible.state.get(parameter, {}) for parameter in self.parameters]
@@ -109,9 +108,20 @@ class FlatGroup:
                 else:
                     state[name] = old[name] if isinstance(old.get(name), th.Tensor) else th.zeros_like(self.flat)
                     copy_each(self._moments_of(name), own)
-                self._show(name, own)
+                self._shown[name] = self._shown_as(name, own)
             else:
                 state[name] = first
+
+    def borrow(self) -> None:
+        """Let parameters and optimiser state be parts of the flat tensors until :meth:`give_back`.
+
+        :meth:`fill` comes first, for all groups: whatever interrupts this, :meth:`give_back` then has all it needs.
+        """
+        for parameter, view in zip(self.parameters, self._views, strict=True):
+            parameter.data = view
+        for name, shown in self._shown.items():
+            for entry, view in zip(self._entries, shown.views, strict=True):
+                entry[name] = view
 
     def _moments_of(self, name: str) -> list[th.Tensor]:
         """Return the parts of a flat tensor of the state. They are made once for each flat tensor."""
@@ -122,11 +132,8 @@ class FlatGroup:
             self._moments[name] = (flat, moments)
         return moments
 
-    def _show(self, name: str, own: list[th.Tensor]) -> None:
-        views = [self.state[name]] * len(self.parameters) if name == "step" else self._moments_of(name)
-        self._shown[name] = _Shown(own, views)
-        for entry, view in zip(self._entries, views, strict=True):
-            entry[name] = view
+    def _shown_as(self, name: str, own: list[th.Tensor]) -> _Shown:
+        return _Shown(own, [self.state[name]] * len(self.parameters) if name == "step" else self._moments_of(name))
 
     def _show_new_state(self) -> None:
         """Give the parameters the state that the optimiser has made in its first step."""
@@ -134,7 +141,10 @@ class FlatGroup:
         for name, value in self.state.items():
             if isinstance(value, th.Tensor) and name not in self._shown:
                 like = value if name == "step" else None
-                self._show(name, [th.empty_like(p if like is None else like) for p in self.parameters])
+                own = [th.empty_like(parameter if like is None else like) for parameter in self.parameters]
+                self._shown[name] = self._shown_as(name, own)
+                for entry, view in zip(self._entries, self._shown[name].views, strict=True):
+                    entry[name] = view
             elif not isinstance(value, th.Tensor):
                 for entry in self._entries:
                     entry[name] = value
@@ -261,7 +271,7 @@ class FlatParameters:
         self._trainable = [parameter.requires_grad for parameter in parameters]
         self.has_gradient = list(has_gradient)
         self.groups = [FlatGroup(optimizer, index, alike) for index, alike in self._alike()]
-        self._shapes = [parameter.shape for parameter in parameters]
+        self._places = [(parameter.shape, parameter.device) for parameter in parameters]
         views = {
             id(parameter): view
             for group in self.groups
@@ -269,7 +279,6 @@ class FlatParameters:
         }
         self._gradients = [views[id(parameter)] for parameter in parameters if id(parameter) in views]
         self._is_borrowed = False
-        self._param_groups: list[dict[str, Any]] = []
         self._n_groups = 0
         self.has_stepped = False
         """Whether a step was taken since :meth:`borrow`."""
@@ -291,7 +300,7 @@ class FlatParameters:
         return list(parts.values())
 
     def still_fits(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
-        """Whether these flat parameters can still be used: nothing was replaced, frozen or freed.
+        """Whether these flat parameters can still be used: nothing was replaced, frozen, freed or moved.
 
         :param optimizer: the policy's optimiser now
         :param parameters: the policy's parameters now, in order
@@ -300,7 +309,7 @@ class FlatParameters:
             optimizer is self._optimizer
             and [*map(id, parameters)] == [*map(id, self._all)]
             and [parameter.requires_grad for parameter in parameters] == self._trainable
-            and [parameter.shape for parameter in parameters] == self._shapes
+            and [(parameter.shape, parameter.device) for parameter in parameters] == self._places
             and [(index, [*map(id, alike)]) for index, alike in self._alike()]
             == [(group.index, [*map(id, group.parameters)]) for group in self.groups]
         )
@@ -318,9 +327,12 @@ class FlatParameters:
         return [gradient is not None for gradient in gradients] == self.has_gradient
 
     def borrow(self) -> None:
-        """Fill the flat tensors, see :meth:`FlatGroup.borrow`."""
-        self._is_borrowed, self.has_stepped = True, False
-        self._param_groups, self._n_groups = self._optimizer.param_groups, len(self._optimizer.param_groups)
+        """Let parameters and state be parts of the flat tensors, see :meth:`FlatGroup.borrow`."""
+        self.has_stepped = False
+        self._n_groups = len(self._optimizer.param_groups)
+        for group in self.groups:
+            group.fill()
+        self._is_borrowed = True
         for group in self.groups:
             group.borrow()
 
@@ -328,9 +340,9 @@ class FlatParameters:
         """Put parameters and state back, see :meth:`FlatGroup.give_back`. A second call does nothing."""
         if not self._is_borrowed:
             return
-        self._is_borrowed = False
         for group in self.groups:
             group.give_back(has_gradients=self.has_stepped)
+        self._is_borrowed = False
 
     def was_touched(self, optimizer: Optimizer) -> bool:
         """Whether a user's hook has replaced something since :meth:`borrow`.
@@ -339,8 +351,7 @@ class FlatParameters:
         """
         return (
             optimizer is not self._optimizer
-            or optimizer.param_groups is not self._param_groups
-            or len(self._param_groups) != self._n_groups
+            or len(optimizer.param_groups) != self._n_groups
             or any(group.was_touched() for group in self.groups)
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -153,6 +153,10 @@ class GradientStep:
         self._parameters: list[th.nn.Parameter] = []
         self._obstacle_to_flat: str | None = None
         self._ran_policy = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of a model have parameters of their own, from which they make their flat ones
+        return {**vars(self), "_flat": None, "_parameters": []}
 
     @property
     def has_gradient(self) -> list[bool] | None:

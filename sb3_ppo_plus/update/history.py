@@ -16,7 +16,6 @@ class UpdateHistory:
 
     :param metrics: metrics of every minibatch whose loss was computed, float32 of shape (len(METRICS),)
     :param last_epoch_start: index in ``metrics`` of the last epoch's first minibatch
-    :param n_epochs_begun: number of epochs that were begun
     :param n_epochs_done: number of epochs that were completed
     :param was_stopped: whether ``target_kl`` forbade the step on the last minibatch
     :param is_fine: True for minibatches with finite loss and gradient, bool of shape (n_minibatches,); None: all are
@@ -24,7 +23,6 @@ class UpdateHistory:
 
     metrics: list[th.Tensor] = field(default_factory=list)
     last_epoch_start: int = 0
-    n_epochs_begun: int = 0
     n_epochs_done: int = 0
     was_stopped: bool = False
     is_fine: th.Tensor | None = None
@@ -32,7 +30,6 @@ class UpdateHistory:
     def begin_epoch(self) -> None:
         """Note that the next minibatches belong to a new epoch."""
         self.last_epoch_start = len(self.metrics)
-        self.n_epochs_begun += 1
 
     @cached_property
     def table(self) -> th.Tensor:

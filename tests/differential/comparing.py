@@ -139,7 +139,9 @@ def _is_close(expected: np.ndarray, actual: np.ndarray, tolerance: float) -> boo
 def _shown(expected: np.ndarray, actual: np.ndarray) -> str:
     if expected.dtype != actual.dtype or expected.shape != actual.shape:
         return f"{expected.dtype}{expected.shape} and {actual.dtype}{actual.shape}"
-    where = tuple(np.argwhere((expected != actual).reshape(expected.shape))[0]) if expected.ndim else ()
+    # The largest difference is what a comparison to rounding is about
+    distances = np.nan_to_num(np.abs(expected.astype(np.float64) - actual.astype(np.float64)))
+    where = np.unravel_index(distances.argmax(), distances.shape) if expected.size else ()
     return f"{expected[where]!r} and {actual[where]!r} at {tuple(map(int, where))} of {expected.shape}"
 
 

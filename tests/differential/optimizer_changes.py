@@ -57,10 +57,9 @@ def set_settings_of_groups(run, number):
 
 @change(*ANYTIME)
 def replace_the_optimizer(run, number):
-    classes = (th.optim.Adam, th.optim.SGD, th.optim.AdamW, th.optim.Adagrad)
     # Compiled training is compared to rounding, of which a small eps makes steps
-    settings = {} if number % 2 else {"eps": 1e-5}
-    optimizer_class = classes[(number // 2 * 2 + number % 2) % 4] if number % 2 else th.optim.Adam
+    kinds = ((th.optim.Adam, {"eps": 1e-5}), (th.optim.SGD, {}), (th.optim.AdamW, {"eps": 1e-5}))
+    optimizer_class, settings = kinds[number % len(kinds)]
     run.model.policy.optimizer = optimizer_class(run.model.policy.parameters(), lr=1e-3, **settings)
 
 
@@ -89,3 +88,25 @@ def hook_the_optimizer_before_a_step(run, number):
                     parameter.grad.mul_(0.5)
 
     run.handles.append(run.model.policy.optimizer.register_step_pre_hook(halve))
+
+
+@change(*ANYTIME)
+def let_a_hook_change_the_learning_rate(run, number):
+    def shrink(optimizer, *_):
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+
+    run.handles.append(run.model.policy.optimizer.register_step_post_hook(shrink))
+
+
+@change(*ANYTIME)
+def let_a_gradient_hook_replace_the_optimizers_state(run, number):
+    optimizer = run.model.policy.optimizer
+
+    def load(gradient):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        return gradient
+
+    parameter = next(run.model.policy.parameters())
+    if parameter.requires_grad:
+        run.handles.append(parameter.register_hook(load))

@@ -89,6 +89,13 @@ def store_a_copy_of_the_policy(run, number):
     run.kept = policy_copied(run.model)
 
 
+@change(*ANYTIME)
+def put_in_another_policy(run, number):
+    policy = policy_copied(run.model)
+    policy.load_from_vector(policy.parameters_to_vector() * 0.9 + 0.01)
+    run.model.policy = policy
+
+
 # Gradients
 
 

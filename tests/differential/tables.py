@@ -19,7 +19,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecCheckNan, VecFrameStack, VecMonitor, VecNormalize
+from stable_baselines3.common.vec_env import VecCheckNan, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 from torch import nn
 
 OBSERVATIONS = {
@@ -144,6 +144,18 @@ COMPARABLE_OPTIMIZERS = [
     if issubclass(optimizer, th.optim.SGD) or settings.get("eps", 0.0) >= 1e-5
 ]
 
+
+class Float64Rewards(VecEnvWrapper):
+    """Rewards as a SubprocVecEnv has them."""
+
+    def reset(self):
+        return self.venv.reset()
+
+    def step_wait(self):
+        observations, rewards, dones, infos = self.venv.step_wait()
+        return observations, rewards.astype(np.float64), dones, infos
+
+
 WRAPPERS = {
     "normalize": VecNormalize,
     "normalize observations": lambda env: VecNormalize(env, norm_reward=False, clip_obs=0.8),
@@ -151,6 +163,7 @@ WRAPPERS = {
     "normalize as it is": lambda env: VecNormalize(env, training=False),
     "stack": lambda env: VecFrameStack(env, 3),
     "monitor": VecMonitor,
+    "float64 rewards": Float64Rewards,
     "check": VecCheckNan,
 }
 

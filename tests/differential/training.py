@@ -98,12 +98,23 @@ class Run(BaseCallback):
                 self.model.learn(n_timesteps, self, reset_num_timesteps=resets)
             except Interruption:
                 pass
-        for name, value in self.model.logger.name_to_value.items():
-            if not name.startswith("time/"):
-                self.records.append((f"logged {name}", np.array(value)))
-        normalize = unwrap_vec_normalize(self.model.env)
+        self._record_the_end()
+
+    def _record_the_end(self) -> None:
+        model = self.model
+        for name, parameter in model.policy.named_parameters():
+            self.record(f"gradient of {name}", np.array(np.nan) if parameter.grad is None else parameter.grad)
+        episodes = [(episode["r"], episode["l"]) for episode in model.ep_info_buffer or ()]
+        self.record("episodes", np.array(episodes))
+        self.record("last observations", model._last_obs)
+        self.record("last episode starts", model._last_episode_starts)
+        self.record("training mode", np.array([part.training for part in model.policy.modules()]))
+        normalize = unwrap_vec_normalize(model.env)
         if normalize is not None and normalize.norm_obs and not isinstance(normalize.obs_rms, dict):
             self.record("mean of observations", normalize.obs_rms.mean)
+        for name, value in model.logger.name_to_value.items():
+            if not name.startswith("time/"):
+                self.records.append((f"logged {name}", np.array(value)))
 
     def _change(self, moment: str, number_of_moment: int) -> None:
         for when, at, name, number in self.configuration.get("changes", ()):

@@ -1,11 +1,12 @@
 """Changes that users and callbacks make in a policy have the effect on compiled training that they have on SB3's."""
 
-import warnings
+import copy
 
 import numpy as np
 import pytest
 import torch as th
-from environments import ACTION_SPACES, IMAGE, make_env
+from compiled_like_sb3 import ROLLOUT, assert_close, assert_compiled_follows_sb3, build, changing
+from environments import IMAGE
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, FlattenExtractor
@@ -24,171 +25,6 @@ pytestmark = [
     pytest.mark.usefixtures("graphs_without_code"),
     pytest.mark.filterwarnings("ignore:You are trying to run PPO on the GPU"),
 ]
-
-# Several timeouts and terminations in each rollout of 32 steps
-SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "learning_rate": 3e-3}
-ROLLOUT = 64
-
-
-def build(algorithm=PPOPlus, action_space="box", policy="MlpPolicy", observation_space=None, **settings):
-    spaces = {} if observation_space is None else {"observation_space": observation_space}
-    env = make_env(2, action_space=ACTION_SPACES[action_space], **spaces)
-    policy_kwargs = {"net_arch": [8, 8], **settings.pop("policy_kwargs", {})}
-    return algorithm(policy, env, policy_kwargs=policy_kwargs, **SETTINGS | settings)
-
-
-def assert_close(model, other):
-    """Check that two models have equal parameters, to rounding."""
-    for (name, expected), actual in zip(model.policy.named_parameters(), other.policy.parameters(), strict=True):
-        th.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def assert_compiled_follows_sb3(n_rollouts=3, callback=None, warns=0, **settings):
-    """Check that compiled training equals SB3's to rounding, and warns ``warns`` times that something is eager."""
-    sb3 = build(PPO, **settings).learn(ROLLOUT * n_rollouts, callback and callback())
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = build(compile=True, **settings).learn(ROLLOUT * n_rollouts, callback and callback())
-    assert len([one for one in caught if "compile=True" in str(one.message)]) == warns
-    assert_close(sb3, model)
-    for name in ("approx_kl", "value_loss", "policy_gradient_loss"):
-        expected, actual = (one.logger.name_to_value[f"train/{name}"] for one in (sb3, model))
-        assert actual == pytest.approx(expected, rel=1e-3, abs=1e-5), name
-    return model
-
-
-def changing(change, *, when=lambda n_calls: True, between=False):
-    """A callback that changes the model at some steps, or after each rollout."""
-
-    class Change(BaseCallback):
-        def _on_step(self):
-            if not between and when(self.n_calls):
-                with th.no_grad():
-                    change(self.model)
-            return True
-
-        def _on_rollout_start(self):
-            if between:
-                change(self.model)
-
-    return Change
-
-
-# During a rollout
-
-
-def fill(model):
-    model.policy.log_std.fill_(-0.01 * (model.num_timesteps % 100))
-
-
-def assign_data(model):
-    model.policy.log_std.data = th.full_like(model.policy.log_std, -0.01 * (model.num_timesteps % 100))
-
-
-def scale_all(model):
-    for parameter in model.policy.parameters():
-        parameter.mul_(1.001)
-
-
-def assign_parameter(model):
-    # The optimiser does not hold the new parameter, as in SB3
-    model.policy.value_net.bias = nn.Parameter(th.full_like(model.policy.value_net.bias, 0.5))
-
-
-@pytest.mark.parametrize("change", [fill, assign_data, scale_all, assign_parameter])
-@pytest.mark.parametrize("when", [lambda n_calls: True, lambda n_calls: n_calls == 41], ids=["always", "once"])
-def test_each_step_has_the_log_prob_and_value_of_the_policy_that_took_it(change, when):
-    # The optimiser does not hold a parameter that was added, so that the step stays eager
-    assert_compiled_follows_sb3(
-        callback=changing(change, when=when), learning_rate=1e-4, warns=int(change is assign_parameter)
-    )
-
-
-def test_values_are_left_to_the_end_until_a_change():
-    seen = []
-
-    class Look(BaseCallback):
-        def _on_step(self):
-            seen.append(self.locals["values"] is None)
-            if self.n_calls == 40:
-                scale_all_now(self.model)
-            return True
-
-    def scale_all_now(model):
-        with th.no_grad():
-            scale_all(model)
-
-    build(compile=True).learn(ROLLOUT * 4, Look())
-    by_rollout = np.array(seen).reshape(4, 32)
-    assert by_rollout[0].all()
-    assert by_rollout[1, :8].all() and not by_rollout[1, 8:].any()
-    assert by_rollout[2:].all()
-
-
-def hook_value_net(policy):
-    policy.value_net.register_forward_hook(lambda module, inputs, output: output * 2.0)
-
-
-def replace_method(policy):
-    policy.value_net.forward = lambda features: features.sum(-1, keepdim=True)
-
-
-def replace_layer(policy):
-    policy.mlp_extractor.value_net[2] = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8))
-
-
-def replace_activation(policy):
-    policy.mlp_extractor.policy_net[1] = nn.ReLU()
-
-
-def hook_policy(policy):
-    policy.calls = []
-    policy.register_forward_hook(lambda module, inputs, output: policy.calls.append(len(output[0])))
-
-
-@pytest.mark.parametrize("change", [hook_value_net, replace_method, replace_layer, replace_activation, hook_policy])
-@pytest.mark.filterwarnings("ignore:compile=True. acting runs eagerly")
-def test_steps_before_another_structure_keep_what_the_old_one_said(change):
-    class Change(BaseCallback):
-        def _on_step(self):
-            if self.n_calls == 20:
-                th.manual_seed(1)
-                change(self.model.policy)
-            return True
-
-        def _on_rollout_end(self):
-            buffer = self.model.rollout_buffer
-            self.arrays = {name: getattr(buffer, name).copy() for name in ("values", "log_probs", "rewards")}
-
-    models, callbacks = [], []
-    for algorithm, settings in ((PPO, {}), (PPOPlus, {"compile": True})):
-        callbacks.append(Change())
-        models.append(build(algorithm, **settings).learn(ROLLOUT, callbacks[-1]))
-    for name, expected in callbacks[0].arrays.items():
-        np.testing.assert_allclose(callbacks[1].arrays[name], expected, atol=1e-5, err_msg=name)
-    if change is hook_policy:
-        assert models[0].policy.calls == models[1].policy.calls == [2] * 12
-
-
-def test_a_change_at_the_step_of_a_timeout_is_in_its_value_and_not_in_those_before():
-    class Change(BaseCallback):
-        def _on_step(self):
-            timeouts = sum(info.get("TimeLimit.truncated", False) for info in self.locals["infos"])
-            self.n_timeouts = getattr(self, "n_timeouts", 0) + timeouts
-            if self.n_timeouts >= 3 and timeouts:
-                with th.no_grad():
-                    self.model.policy.value_net.bias.add_(1.0)
-            return True
-
-        def _on_rollout_end(self):
-            self.rewards = self.model.rollout_buffer.rewards.copy()
-
-    callbacks = []
-    for algorithm, settings in ((PPO, {}), (PPOPlus, {"compile": True})):
-        callbacks.append(Change())
-        build(algorithm, **settings).learn(ROLLOUT, callbacks[-1])
-    assert callbacks[0].n_timeouts >= 5
-    np.testing.assert_allclose(callbacks[1].rewards, callbacks[0].rewards, atol=1e-5)
 
 
 # Parts that do something else at each call
@@ -475,3 +311,19 @@ def test_settings_of_parts_reach_the_graphs(change):
         model.learn(ROLLOUT * 2)
     assert models[1]._execution.gradient_step.n_compilations == 2
     assert_close(*models)
+
+
+def put_in_another_policy(model):
+    policy = copy.deepcopy(model.policy)
+    for parameter in policy.parameters():
+        parameter.mul_(0.9)
+    model.policy = policy
+
+
+def lower_gamma(model):
+    model.gamma = 0.5
+
+
+@pytest.mark.parametrize("change", [put_in_another_policy, lower_gamma])
+def test_the_models_own_changes_count_from_the_next_step_on(change):
+    assert_compiled_follows_sb3(callback=changing(change, when=lambda n_calls: n_calls == 41))

@@ -22,6 +22,7 @@ from stable_baselines3.common.policies import BaseModel
 from states import assert_same_training
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.overrides import TorchFunctionMode
 
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.fast import replays
@@ -49,6 +50,14 @@ def build(algorithm=PPOPlus, action_space=None, **settings):
     return algorithm("MlpPolicy", make_env(2, **spaces), policy_kwargs=policy_kwargs, **settings)
 
 
+def is_fast(model):
+    """Whether the steps of the rollout are compiled or replayed."""
+    execution = model._execution
+    if model.compile:
+        return execution.compiled_actor.n_compilations > 0
+    return execution.replayed_actor.replays.n_replays > 0
+
+
 class Change(BaseCallback):
     """Changes the policy after some step, and notes whether its steps had been replayed until then."""
 
@@ -59,10 +68,7 @@ class Change(BaseCallback):
 
     def _on_step(self):
         if self.n_calls == self.at:
-            if isinstance(self.model, PPOPlus):
-                execution = self.model._execution
-                compiled, replayed = execution.compiled_actor, execution.replayed_actor
-                self.was_fast = bool(compiled.n_compilations if compiled else replayed.replays.n_replays)
+            self.was_fast = isinstance(self.model, PPOPlus) and is_fast(self.model)
             self.change(self.model.policy, self.stack)
         return True
 
@@ -186,7 +192,18 @@ def tie_weights(policy, stack):
     policy.mlp_extractor.value_net[0].weight = policy.mlp_extractor.policy_net[0].weight
 
 
+class ScaleLeakyReLU(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        return output * 1.1 if func is nn.functional.leaky_relu else output
+
+
+def function_mode(policy, stack):
+    stack.enter_context(ScaleLeakyReLU())
+
+
 CHANGES = {
+    "a mode that acts on functions of torch": function_mode,
     "a hook on all modules": hook_all_modules,
     "a hook before all modules": hook_before_all_modules,
     "an attribute of a module": change_slope,
@@ -275,8 +292,9 @@ def test_attributes_that_a_callback_sets_and_resets_compile_nothing_again():
             self.model.predict(self.locals["new_obs"])
             return True
 
-    models = [build(compile=True).learn(ROLLOUT * N_ROLLOUTS, callback) for callback in (None, Predict())]
-    assert models[0]._execution.compiled_actor.n_compilations == models[1]._execution.compiled_actor.n_compilations == 2
+    for callback in (None, Predict()):
+        model = build(compile=True).learn(ROLLOUT * N_ROLLOUTS, callback)
+        assert model._execution.compiled_actor.n_compilations == 2
 
 
 def test_a_policy_that_changes_at_every_step_is_not_looked_through_at_each(monkeypatch):
@@ -292,6 +310,15 @@ def test_a_policy_that_changes_at_every_step_is_not_looked_through_at_each(monke
     assert_same_training(build(PPO).learn(ROLLOUT * 8), model)
     # Besides, one at the beginning of each rollout and of each update
     assert len(n_refreshes) <= 8 * (2 + MAX_CHANGES + 1)
+
+
+def test_a_default_device_is_no_code_of_others():
+    policy = build().policy
+    assert hindrance(policy) is None
+    with th.device("cpu"):
+        assert hindrance(policy) is None
+    with ScaleLeakyReLU():
+        assert "TorchFunctionMode" in hindrance(policy)
 
 
 # Which code is known

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 import torch as th
-from environments import ACTION_SPACES, SMALL_NET, logs_of_updates, make_env, make_masked_env
+from environments import ACTION_SPACES, logs_of_updates, make_env, make_masked_env
 from gymnasium import spaces
 from sb3_contrib import MaskablePPO
 from stable_baselines3 import PPO
@@ -18,13 +18,12 @@ from torch import nn
 from torch.distributions import Distribution
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
+from trained_alike import SETTINGS
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
 from sb3_ppo_plus.fast import replays
 from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, REPLAY_AFTER, can_replay, make_replay
 from sb3_ppo_plus.update.argument_validation import without_argument_validation
-
-SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from environments import ACTION_SPACES, ASYMMETRIC, BOX, CHANNEL_FIRST, IMAGE, SMALL_DICT, SMALL_NET, make_env, toy_envs
 from gymnasium import spaces
+from models import SETTINGS, build
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticCnnPolicy, ActorCriticPolicy, MultiInputActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
@@ -26,7 +27,6 @@ from sb3_ppo_plus.policies.bounded_distributions import BetaDistribution, Squash
 from sb3_ppo_plus.policies.lean_distributions import LeanDiagGaussianDistribution
 from sb3_ppo_plus.policies.names import resolve_policy_kwargs
 
-SETTINGS = {"n_steps": 16, "batch_size": 16, "n_epochs": 1, "seed": 0, "device": "cpu"}
 OBSERVATIONS = np.random.default_rng(0).uniform(-1, 1, (20, 3)).astype(np.float32)
 FRAMES = spaces.Box(-1, 1, (4, 3), np.float32)
 
@@ -36,7 +36,7 @@ def make(policy_class=MlpPolicy, observation_space=BOX, action_space=ASYMMETRIC,
 
 
 def learn(policy="MlpPolicy", env=None, **policy_kwargs):
-    return PPOPlus(policy, env or make_env(), policy_kwargs=SMALL_NET | policy_kwargs, **SETTINGS).learn(32)
+    return build(env, policy, SMALL_NET | policy_kwargs, n_steps=16, n_epochs=1).learn(32)
 
 
 # Which class is used

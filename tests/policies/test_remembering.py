@@ -2,11 +2,13 @@
 
 import copy
 
+import models
 import numpy as np
 import pytest
 import torch as th
 from environments import BOX, CHANNEL_FIRST, DICT, SMALL_NET, make_env
 from gymnasium import spaces
+from models import build
 from sb3_contrib import RecurrentPPO
 from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
@@ -18,7 +20,7 @@ from sb3_ppo_plus.policies.remembering import MemoryOptions, resolve_sequence_le
 
 MEMORIES = ["lstm", "gru", "gtrxl"]
 SIZES = {"hidden_size": 8, "n_layers": 2}
-SETTINGS = {"n_steps": 16, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
+SETTINGS = models.SETTINGS | {"n_steps": 16}
 DISCRETE = spaces.Discrete(3)
 
 
@@ -29,7 +31,7 @@ def make(policy_class=MlpPolicy, observation_space=BOX, **kwargs):
 
 def make_model(env=None, policy="MlpPolicy", **policy_kwargs):
     env = env or make_env(2, action_space=DISCRETE)
-    return PPOPlus(policy, env, policy_kwargs=SMALL_NET | policy_kwargs, **SETTINGS)
+    return build(env, policy, SMALL_NET | policy_kwargs, **SETTINGS)
 
 
 # Options

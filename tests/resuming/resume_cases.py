@@ -1,6 +1,6 @@
 """Training runs that SIGKILL interrupts and that another process resumes. Each case runs in its own processes.
 
-``python resume_cases.py interrupt|resume FOLDER`` leaves the results in FOLDER. test_checkpoint.py compares them.
+``python resume_cases.py interrupt|resume FOLDER`` leaves the results in FOLDER. test_kills.py compares them.
 """
 
 import os
@@ -18,6 +18,7 @@ import numpy as np
 import torch as th
 from environments import ASYMMETRIC, DICT, IMAGE, MASKED_ACTION_SPACES, MaskedEnv, ToyEnv, record_logs
 from gymnasium import spaces
+from interrupted_runs import make_envs
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
@@ -89,10 +90,6 @@ def gym_envs(env_id: str, **kwargs: Any) -> VecEnv:
     return make_vec_env(env_id, n_envs=2, seed=0, wrapper_class=ResumableEnv, **kwargs)
 
 
-def toy_envs(**kwargs: Any) -> VecEnv:
-    return make_vec_env(lambda: ToyEnv(**kwargs), n_envs=2, seed=0, wrapper_class=ResumableEnv)
-
-
 def wrapped_envs() -> VecEnv:
     """Make environments with all of SB3's wrappers that have a state, and a Monitor outside ResumableEnv."""
 
@@ -131,12 +128,12 @@ CASES = {
     "discrete": Case(lambda: gym_envs("CartPole-v1")),
     "mujoco": Case(lambda: gym_envs("HalfCheetah-v5", env_kwargs={"max_episode_steps": 45})),
     "cnn": Case(
-        lambda: VecFrameStack(toy_envs(observation_space=IMAGE), 2),
+        lambda: VecFrameStack(make_envs(observation_space=IMAGE), 2),
         "CnnPolicy",
         {"policy_kwargs": {"features_extractor_kwargs": {"features_dim": 8}}},
     ),
     "dict": Case(
-        lambda: toy_envs(observation_space=DICT, action_space=spaces.MultiDiscrete([3, 2])),
+        lambda: make_envs(observation_space=DICT, action_space=spaces.MultiDiscrete([3, 2])),
         "MultiInputPolicy",
         {"policy_kwargs": {"features_extractor_kwargs": {"cnn_output_dim": 8}, "net_arch": [8]}},
     ),
@@ -182,7 +179,7 @@ CASES = {
     ),
     "callbacks": Case(pendulum, make_callbacks=eval_callbacks, log_interval=2),
     "compile": Case(
-        lambda: toy_envs(action_space=ASYMMETRIC),
+        lambda: make_envs(action_space=ASYMMETRIC),
         arguments={
             "compile": True,
             "critic_learning_rate": 1e-3,
@@ -258,6 +255,8 @@ def run_resumed(name: str, folder: Path) -> None:
 
 
 def main(command: str, folder: Path) -> None:
+    # PyTorch imports much when the first optimiser is made: here once, rather than in each fork
+    CASES["mlp"].make_model()
     for name in CASES:
         if command == "resume":
             assert in_a_fork(lambda name=name: run_resumed(name, folder)) == 0, name

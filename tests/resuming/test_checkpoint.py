@@ -1,18 +1,12 @@
-import json
-import os
 import resource
-import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch as th
-from environments import SMALL_NET, ToyEnv, record_logs
-from resume_cases import CASES, INTERRUPTED_AFTER, N_STEPS, in_a_fork
+from environments import ToyEnv, record_logs
+from interrupted_runs import StopAfter, interrupted, learned, make_envs, make_model, steps_of
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecMonitor, VecNormalize
 from states import assert_same_bits, state_of
@@ -26,54 +20,7 @@ from sb3_ppo_plus import (
     latest_checkpoint,
 )
 from sb3_ppo_plus.resuming import checkpoint_directory
-from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories, read_checkpoint, write_checkpoint
-
-
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """Folder with the results of whole runs, and of runs that were killed and resumed."""
-    folder = tmp_path_factory.mktemp("runs")
-    for command in ("interrupt", "resume"):
-        script = Path(__file__).with_name("resume_cases.py")
-        # The script imports modules beside conftest.py, as the tests do
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(script.parents[1])])}
-        ran = subprocess.run(
-            [sys.executable, str(script), command, str(folder)], capture_output=True, text=True, env=environment
-        )
-        assert ran.returncode == 0, ran.stderr
-        assert "were reset" not in ran.stderr and "do not hold everything" not in ran.stderr
-    return folder
-
-
-# The first case waits for all runs, and three of them compile
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", CASES)
-def test_a_run_that_is_killed_and_resumed_in_another_process_equals_one_without_interruption(results, name):
-    whole, resumed = (th.load(results / f"{name}.{kind}", weights_only=False) for kind in ("whole", "resumed"))
-    done = INTERRUPTED_AFTER * N_STEPS * whole["n_envs"]
-    # The last entry is what was not dumped yet
-    rest = [log for log in whole["logs"][:-1] if log["time/total_timesteps"] > done]
-    assert len(rest) >= 2
-    assert_same_bits(resumed, {**whole, "logs": [*rest, whole["logs"][-1]]})
-
-
-def make_model(env=None, **kwargs):
-    defaults = {"n_steps": 8, "batch_size": 8, "n_epochs": 2, "seed": 0, "device": "cpu", "policy_kwargs": SMALL_NET}
-    return PPOPlus("MlpPolicy", env or make_envs(), **{**defaults, **kwargs})
-
-
-def make_envs(n_envs=2, wrapper_class=ResumableEnv, **kwargs):
-    return make_vec_env(lambda: ToyEnv(**kwargs), n_envs=n_envs, seed=0, wrapper_class=wrapper_class)
-
-
-def steps_of(save_path):
-    return sorted(int(directory.name.split("_")[2]) for directory in checkpoint_directories(save_path))
-
-
-def learned(total=96, **kwargs):
-    model = make_model(**kwargs)
-    model.learn(total)
-    return state_of(model)
+from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 
 
 @pytest.mark.parametrize(
@@ -134,27 +81,6 @@ def test_a_finished_run_stays_finished(tmp_path):
     assert steps_of(tmp_path) == [64, 80, 96]
 
 
-class StopAfter(BaseCallback):
-    """Stops training at the end of an update. SB3's callbacks stop it in the middle of a rollout."""
-
-    def __init__(self, num_timesteps):
-        super().__init__()
-        self.n_last = num_timesteps
-
-    def _on_step(self):
-        return True
-
-    def on_update_end(self):
-        return self.model.num_timesteps < self.n_last
-
-
-def interrupted(save_path, after=48, total=96, **kwargs):
-    model = make_model(**kwargs)
-    model.learn(total, [TrainingCheckpoint(1, save_path), StopAfter(after)])
-    assert model.num_timesteps == after
-    return model
-
-
 def test_resumes_from_the_newest_valid_checkpoint_or_from_a_given_one(tmp_path):
     interrupted(tmp_path)
     oldest, middle, newest = reversed(checkpoint_directories(tmp_path))
@@ -203,54 +129,6 @@ def test_without_a_run_to_resume_or_to_continue_there_is_an_error(tmp_path):
         PPOPlus.resume(tmp_path, make_envs())
     with pytest.raises(ValueError, match="no learn to continue: call learn, or resume"):
         make_model().continue_learning()
-
-
-def test_can_be_resumed_without_trust(tmp_path):
-    interrupted(tmp_path, learning_rate="lin_1e-3")
-    resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu", trusted=False)
-    resumed.continue_learning()
-    assert_same_bits(state_of(resumed), learned(learning_rate="lin_1e-3"))
-
-
-def test_numbers_and_lists_beyond_those_of_a_description_are_resumed_without_trust(tmp_path):
-    nested = []
-    for _ in range(40):
-        nested = [nested]
-
-    class Keeps(ToyEnv):
-        def reset(self, **kwargs):
-            self.kept = {"integer": -(10**300), "infinity": -np.inf, "nested": nested, "nan": float("nan")}
-            return super().reset(**kwargs)
-
-    def envs():
-        return make_vec_env(Keeps, 2, seed=0, wrapper_class=ResumableEnv)
-
-    evaluation = EvalCallback(make_envs(), eval_freq=1000)
-    make_model(envs()).learn(96, [TrainingCheckpoint(1, tmp_path), evaluation, StopAfter(48)])
-    resumed = PPOPlus.resume(tmp_path, envs(), device="cpu", trusted=False)
-    (kept, _) = resumed.env.get_attr("kept")
-    assert kept["integer"] == -(10**300) and kept["infinity"] == -np.inf and kept["nested"] == nested
-    assert np.isnan(kept["nan"])
-    resumed.continue_learning(EvalCallback(make_envs(), eval_freq=1000))
-    assert_same_bits(state_of(resumed), state_of(make_model(envs()).learn(96)))
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ('{"attributes": {}, "attributes": {}}', "a key occurs twice"),
-        ("[" * 200 + "]" * 200, "nested more than 128 levels deep"),
-        ('{"attributes": 1' + "0" * 4300 + "}", "4301 digits"),
-        ('{"attributes": 1e999}', "too large"),
-    ],
-    ids=["twice", "nested", "digits", "too large"],
-)
-def test_without_trust_a_training_state_is_read_strictly(tmp_path, text, message):
-    interrupted(tmp_path)
-    files = dict(read_checkpoint(latest_checkpoint(tmp_path)).files) | {"training_state.json": text.encode()}
-    directory = write_checkpoint(tmp_path / "rewritten", files, 48)
-    with pytest.raises(CheckpointError, match=rf"training_state\.json .*{message}"):
-        PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
 
 
 def test_goes_on_in_the_same_process(tmp_path):
@@ -304,63 +182,6 @@ def test_another_wrapper_stack_is_an_error_that_names_both(tmp_path, make_env, m
     interrupted(tmp_path, env=VecMonitor(make_envs()))
     with pytest.raises(WrapperStackError, match=message):
         PPOPlus.resume(tmp_path, make_env(), device="cpu")
-
-
-def rewritten(save_path, change):
-    """Write a forged checkpoint with right hashes: the newest one after a change of its files and its state."""
-    files = dict(read_checkpoint(latest_checkpoint(save_path)).files)
-    state = json.loads(files["training_state.json"])
-    change(files, state)
-    if "training_state.json" in files:
-        files["training_state.json"] = json.dumps(state).encode()
-    return write_checkpoint(save_path / "rewritten", files, 48)
-
-
-def array(dtype, shape, **more):
-    return {"$array": {"type": dtype, "shape": shape, "offset": 0, **more}}
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda files, state: files.pop("model.zip"), "no training state"),
-        (lambda files, state: files.pop("training_state.json"), "no training state"),
-        (lambda files, state: files.update(more=b""), "no training state"),
-        (lambda files, state: files.update({"training_state.bin": b""}), "buffer is smaller"),
-        (lambda files, state: state.clear(), "KeyError: 'attributes'"),
-        # The compiler would be this program
-        (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must hold .* 'compile'"),
-        (lambda files, state: state["attributes"].update(num_timesteps="x"), "num_timesteps must be of type int"),
-        (lambda files, state: state["attributes"].update(_last_obs=array("|O", [1])), "dtypes without objects"),
-        (lambda files, state: state["attributes"].update(_last_obs=array("<f4", [2**40])), "buffer is smaller"),
-        (lambda files, state: state["attributes"].update(_last_obs=array("|S0", [2**36])), "no bytes"),
-        (
-            lambda files, state: state["attributes"].update(_last_obs=array("|u1", [2, 2], strides=[2**36, 1])),
-            "with strides",
-        ),
-        (lambda files, state: state["generators"].update(torch=3), "TypeError"),
-        (lambda files, state: state["env"]["attributes"].update(step=[1, 2]), "step is no state"),
-        (lambda files, state: state["env"]["wrappers"][0]["$tuple"][1].update(step_wait=["plain", 1]), "is no state"),
-        (
-            lambda files, state: state["env"]["envs"][0]["layers"][0]["$tuple"][1].update(reset=["plain", 1]),
-            "reset is no state",
-        ),
-    ],
-)
-def test_a_forged_checkpoint_is_one_clear_error(tmp_path, change, message):
-    interrupted(tmp_path, env=VecMonitor(make_envs()))
-    directory = rewritten(tmp_path, change)
-    with pytest.raises(CheckpointError, match=f"{directory.name} .*{message}"):
-        PPOPlus.resume(directory, VecMonitor(make_envs()), device="cpu", trusted=False)
-
-
-@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere"])
-def test_without_trust_the_log_stays_inside_its_folder(tmp_path, name):
-    interrupted(tmp_path)
-    directory = rewritten(tmp_path, lambda files, state: state["attributes"].update(_tb_log_name=name))
-    with pytest.raises(CheckpointError, match=f"_tb_log_name.*{name}"):
-        PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
-    assert PPOPlus.resume(directory, make_envs(), device="cpu").num_timesteps == 48
 
 
 def test_environments_that_were_made_in_another_way_are_an_error_that_says_what_they_lack(tmp_path):
@@ -436,21 +257,3 @@ def test_a_full_disk_ends_learning_with_one_error_and_training_goes_on_when_ther
     model.continue_learning(TrainingCheckpoint(1, tmp_path / "elsewhere"))
     assert_same_bits(state_of(model), learned())
     assert PPOPlus.resume(tmp_path, make_envs(), device="cpu").num_timesteps == 32
-
-
-def test_a_run_that_is_killed_at_any_moment_resumes_to_the_end_of_a_whole_run(tmp_path):
-    expected = learned(200)
-    for index in range(8):
-        save_path = tmp_path / str(index)
-
-        def learn(save_path=save_path, index=index):
-            signal.setitimer(signal.ITIMER_REAL, 0.05 + 0.05 * index)
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-            make_model().learn(200, TrainingCheckpoint(1, save_path, keep_last=1))
-
-        in_a_fork(learn)
-        if latest_checkpoint(save_path) is None:
-            continue
-        model = PPOPlus.resume(save_path, make_envs(), device="cpu")
-        model.continue_learning()
-        assert_same_bits(state_of(model), expected)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from environments import DICT, IMAGE, ToyEnv
 from gymnasium.wrappers import FrameStackObservation, TimeLimit
+from interrupted_runs import make_envs
 from resume_cases import OwnMethods
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
@@ -25,11 +26,6 @@ from states import encoded, written_and_read
 from sb3_ppo_plus import ResumableEnv, WrapperStackError
 from sb3_ppo_plus.resuming.signals import keep_signals_from_workers
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
-
-
-def toys(observation_space=None, **kwargs):
-    kwargs |= {} if observation_space is None else {"observation_space": observation_space}
-    return make_vec_env(lambda: ToyEnv(**kwargs), n_envs=2, seed=0, wrapper_class=ResumableEnv)
 
 
 class CountsSteps(VecEnvWrapper):
@@ -67,16 +63,16 @@ class CountsBehindMethods(CountsSteps):
 
 
 STACKS = {
-    "no_wrapper": toys,
-    "normalize": lambda: VecNormalize(toys()),
-    "normalize_dict": lambda: VecNormalize(toys(DICT), norm_obs_keys=["vector"]),
-    "frame_stack": lambda: VecFrameStack(toys(), 3),
-    "frame_stack_dict": lambda: VecFrameStack(VecExtractDictObs(toys(DICT), "image"), 2),
-    "monitor": lambda: VecMonitor(toys()),
-    "transpose": lambda: VecTransposeImage(VecFrameStack(toys(IMAGE), 2)),
-    "check_nan": lambda: VecNormalize(VecCheckNan(VecMonitor(VecFrameStack(toys(), 2)))),
-    "users_wrapper": lambda: VecNormalize(CountsSteps(toys())),
-    "users_wrapper_with_methods": lambda: VecNormalize(CountsBehindMethods(toys())),
+    "no_wrapper": make_envs,
+    "normalize": lambda: VecNormalize(make_envs()),
+    "normalize_dict": lambda: VecNormalize(make_envs(observation_space=DICT), norm_obs_keys=["vector"]),
+    "frame_stack": lambda: VecFrameStack(make_envs(), 3),
+    "frame_stack_dict": lambda: VecFrameStack(VecExtractDictObs(make_envs(observation_space=DICT), "image"), 2),
+    "monitor": lambda: VecMonitor(make_envs()),
+    "transpose": lambda: VecTransposeImage(VecFrameStack(make_envs(observation_space=IMAGE), 2)),
+    "check_nan": lambda: VecNormalize(VecCheckNan(VecMonitor(VecFrameStack(make_envs(), 2)))),
+    "users_wrapper": lambda: VecNormalize(CountsSteps(make_envs())),
+    "users_wrapper_with_methods": lambda: VecNormalize(CountsBehindMethods(make_envs())),
     "monitor_outside": lambda: DummyVecEnv([lambda: Monitor(TimeLimit(ResumableEnv(ToyEnv(max_steps=99)), 5))] * 2),
     "own_methods": lambda: make_vec_env(lambda: TimeLimit(OwnMethods(), 5), n_envs=2, seed=0),
     "subproc": lambda: SubprocVecEnv([lambda: Monitor(ResumableEnv(ToyEnv()))] * 2),
@@ -127,7 +123,7 @@ def test_wrappers_outside_resumable_env_that_are_not_saved_are_named():
 
 
 def test_the_episodes_do_not_go_on_where_either_side_lacks_the_methods():
-    with_methods, without = toys(), make_vec_env(ToyEnv, n_envs=2)
+    with_methods, without = make_envs(), make_vec_env(ToyEnv, n_envs=2)
     for env in (with_methods, without):
         env.reset()
     state = vec_env_state(without)
@@ -138,7 +134,7 @@ def test_the_episodes_do_not_go_on_where_either_side_lacks_the_methods():
 
 
 def test_a_reset_without_learning_leaves_running_means_alone():
-    env = VecNormalize(toys())
+    env = VecNormalize(make_envs())
     env.reset()
     transitions(env, 3, np.random.default_rng(0))
     before = encoded(vars(env.obs_rms))

@@ -39,7 +39,7 @@ from sb3_ppo_plus.zoo.enjoy import read_hyperparams
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))
 pytestmark = [
-    pytest.mark.timeout(240 if EXAMPLES == 0 else 3600),
+    pytest.mark.timeout(900 if EXAMPLES == 0 else 3600),
     # Allowed but odd values are warned of, such as a minibatch size that does not divide the rollout
     pytest.mark.filterwarnings("ignore"),
 ]

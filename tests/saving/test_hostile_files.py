@@ -5,62 +5,17 @@ import io
 import json
 import pickle
 import stat
-import time
 import zipfile
 
 import cloudpickle
 import numpy as np
 import pytest
 import torch as th
-from environments import SMALL_NET, make_env
+from altered_files import FORMS, described, load, refused, zipped
+from environments import make_env
 from hostile import Payload
 
 from sb3_ppo_plus import PPOPlus, UntrustedFileError
-
-
-@pytest.fixture(scope="module")
-def model_file():
-    model = PPOPlus(
-        "MlpPolicy", make_env(), n_steps=32, batch_size=16, n_epochs=1, policy_kwargs=SMALL_NET, device="cpu"
-    )
-    file = io.BytesIO()
-    model.learn(32).save(file)
-    with zipfile.ZipFile(file) as archive:
-        return {name: archive.read(name) for name in archive.namelist()}
-
-
-def zipped(members, compression=zipfile.ZIP_STORED):
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w", compression) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
-    return file.getvalue()
-
-
-def load(content):
-    return PPOPlus.load(io.BytesIO(content), trusted=False, device="cpu")
-
-
-def refused(content, match=None):
-    started = time.perf_counter()
-    with pytest.raises(UntrustedFileError, match=match):
-        load(content)
-    assert time.perf_counter() - started < 5
-
-
-def described(members, change):
-    description = json.loads(members["ppo_plus.json"])
-    change(description)
-    return members | {"ppo_plus.json": json.dumps(description)}
-
-
-def tensors(members, name, change):
-    state = th.load(io.BytesIO(members[name]), weights_only=True)
-    changed = change(state)
-    state = state if changed is None else changed
-    file = io.BytesIO()
-    th.save(state, file)
-    return members | {name: file.getvalue()}
 
 
 def test_the_file_that_the_tests_alter_loads_and_the_payload_works(model_file, tmp_path):
@@ -90,28 +45,6 @@ def test_pickles_among_sb3s_own_data_are_never_read(field, model_file, tmp_path)
     with pytest.raises(Exception):  # noqa: B017  # some error of SB3 afterwards
         PPOPlus.load(io.BytesIO(content)).learn("no number")
     assert mark.exists()
-
-
-def in_a_torch_archive(pickled):
-    return zipped({"archive/data.pkl": pickled, "archive/version": "3\n", "archive/byteorder": "little"})
-
-
-def legacy(pickled):
-    prefix = [pickle.dumps(value, 2) for value in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
-    return b"".join([*prefix, pickled, pickle.dumps([], 2)])
-
-
-def torchscript(pickled):
-    files = {"archive/data.pkl": pickled, "archive/constants.pkl": pickled, "archive/version": "3\n"}
-    return zipped(files | {"archive/code/__torch__.py": "import os; os.system('false')"})
-
-
-FORMS = {
-    "plain pickle": lambda pickled: pickled,
-    "torch archive": in_a_torch_archive,
-    "legacy": legacy,
-    "torchscript": torchscript,
-}
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
@@ -355,6 +288,7 @@ def encoded(shape, dtype="float32", data=b""):
 
 
 ZERO, ONE = (encoded([], data=np.float32(number).tobytes()) for number in (0, 1))
+
 BOX = {"space": "Box", "shape": [3], "dtype": "float32", "low": ZERO, "high": ONE}
 
 
@@ -405,136 +339,3 @@ def test_counters_are_checked(name, value, model_file):
         (description if name == "n_envs" else description["counters"])[name] = value
 
     refused(zipped(described(model_file, change)), name)
-
-
-# Tensors
-
-BIAS = "mlp_extractor.policy_net.0.bias"
-
-
-def put(name, value):
-    return lambda state: {**state, name: value(state[name]) if callable(value) else value}
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (put(BIAS, lambda bias: bias.double()), "float64"),
-        (put(BIAS, lambda bias: bias.to(th.complex64)), "complex64"),
-        (put(BIAS, lambda bias: bias.int()), "int32"),
-        (put(BIAS, lambda bias: bias[:-1].clone()), "shape"),
-        (put(BIAS, lambda bias: bias.reshape(1, -1)), "shape"),
-        (put(BIAS, lambda bias: th.zeros(()).expand(8)), "more elements than numbers"),
-        (put(BIAS, lambda bias: th.zeros(1).expand(10**12)), "more elements than numbers"),
-        (put(BIAS, lambda bias: bias.to_sparse()), "no dense tensor|no plain tensors"),
-        (put(BIAS, lambda bias: 1.0), "no tensor"),
-        (put(BIAS, None), "no tensor"),
-        (put("another", th.zeros(1)), "unknown tensor 'another'"),
-        (put(5, th.zeros(1)), "no string"),
-        (lambda state: {key: value for key, value in state.items() if key != BIAS}, f"has no tensor '{BIAS}'"),
-        (lambda state: {"state": state}, "no tensor"),
-        (lambda state: [], "no state dict"),
-        (lambda state: th.zeros(3), "no state dict"),
-    ],
-)
-def test_tensors_of_the_policy_must_be_those_of_the_policy(change, match, model_file):
-    refused(zipped(tensors(model_file, "policy.pth", change)), match)
-
-
-def in_group(**settings):
-    def change(state):
-        state["param_groups"][0].update(settings)
-
-    return change
-
-
-def in_state(index, name, value):
-    def change(state):
-        entry = state["state"][index]
-        entry[name] = value(entry[name]) if callable(value) else value
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        in_group(lr="x"),
-        in_group(lr=float("nan")),
-        in_group(betas=(5.0, 0.9)),
-        in_group(betas=(0.9,)),
-        in_group(betas=0.9),
-        in_group(eps=-1.0),
-        in_group(fused="x"),
-        in_group(unheard_of=1),
-        in_group(params=[0]),
-        in_group(params=list(range(100))),
-        in_state(0, "exp_avg", lambda value: value.double()),
-        in_state(0, "exp_avg", lambda value: value[:1].clone()),
-        in_state(0, "exp_avg", lambda value: th.zeros(1).expand(10**12)),
-        in_state(0, "exp_avg", lambda value: th.zeros(())),
-        in_state(1, "exp_avg_sq", 0.5),
-        in_state(1, "step", lambda value: th.zeros(10)),
-        in_state(1, "step", lambda value: value.long()),
-        in_state(1, "step", "x"),
-        in_state(1, "more", th.zeros(1)),
-        lambda state: state["state"][0].__delitem__("step"),
-        lambda state: state["state"].update({99: {}}),
-        lambda state: state["state"].update({"x": {}}),
-        lambda state: state["state"].update({0: []}),
-        lambda state: state["param_groups"].append(state["param_groups"][0]),
-        lambda state: {"state": []},
-        lambda state: {"state": [], "param_groups": []},
-        lambda state: [],
-    ],
-)
-def test_the_optimisers_state_must_be_one_that_the_optimiser_makes(change, model_file):
-    refused(zipped(tensors(model_file, "policy.optimizer.pth", change)), "policy.optimizer.pth")
-
-
-def test_settings_of_an_older_torch_are_completed(model_file):
-    def change(state):
-        del state["param_groups"][0]["decoupled_weight_decay"]
-
-    model = load(zipped(tensors(model_file, "policy.optimizer.pth", change)))
-    assert model.policy.optimizer.param_groups[0]["decoupled_weight_decay"] is False
-
-
-# Parameters only
-
-
-def set_parameters(content, tmp_path):
-    (tmp_path / "model.zip").write_bytes(content)
-    model = PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, policy_kwargs=SMALL_NET, device="cpu")
-    model.set_parameters(tmp_path / "model.zip", device="cpu")
-
-
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("member", ["policy.pth", "policy.optimizer.pth"])
-def test_set_parameters_runs_no_pickle(member, form, model_file, tmp_path):
-    mark = tmp_path / "mark"
-    content = zipped(model_file | {member: form(pickle.dumps(Payload(mark))), "data": pickle.dumps(Payload(mark))})
-    with pytest.raises(UntrustedFileError, match=member):
-        set_parameters(content, tmp_path)
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_set_parameters_unpacks_no_bomb(inside, model_file, tmp_path):
-    zeros = b"\0" * 2**24
-    files = {"archive/data.pkl": pickle.dumps({}, 2), "archive/data/0": zeros}
-    compression = zipfile.ZIP_STORED if inside else zipfile.ZIP_DEFLATED
-    member = zipped(files, zipfile.ZIP_DEFLATED) if inside else zeros
-    bomb = zipped(model_file | {"policy.pth": member}, compression)
-    assert len(bomb) < 2**18
-    with pytest.raises(UntrustedFileError, match="is compressed"):
-        set_parameters(bomb, tmp_path)
-
-
-def test_set_parameters_takes_what_torch_saved_before_1_6(model_file, tmp_path):
-    old = io.BytesIO()
-    state = th.load(io.BytesIO(model_file["policy.pth"]), weights_only=True)
-    th.save(state, old, _use_new_zipfile_serialization=False)
-    set_parameters(zipped(model_file | {"policy.pth": old.getvalue(), "tensors.pth": b"no state dict"}), tmp_path)
-    with pytest.raises(UntrustedFileError, match="no readable zip archive"):
-        load(zipped(model_file | {"policy.pth": old.getvalue()}))

@@ -24,10 +24,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
 from states import assert_same_training
+from trained_alike import SETTINGS
 
 from sb3_ppo_plus import MlpPolicy, PPOPlus, make_schedule
-
-SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
 
 
 class CustomPolicy(ActorCriticPolicy):

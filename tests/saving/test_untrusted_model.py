@@ -6,6 +6,7 @@ import json
 import runpy
 import zipfile
 
+import models
 import numpy as np
 import pytest
 import torch as th
@@ -32,7 +33,7 @@ from sb3_ppo_plus import (
     buffers,
 )
 
-SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
+SETTINGS = models.SETTINGS | {"seed": 3, "policy_kwargs": SMALL_NET}
 
 
 class OwnPolicy(MlpPolicy):

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch as th
-from states import assert_same_bits
+from models import STEPS, build
+from states import assert_same_bits, assert_same_training
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
@@ -165,3 +166,107 @@ def test_a_parameter_without_a_gradient_from_the_loss_is_not_stepped():
     pair.reference.step()
     pair.assert_alike()
     assert pair.parameters[1].grad is None
+
+
+def new_shape(pair):
+    pair.parameters[1].data = th.zeros(2)
+
+
+def freeze(pair):
+    pair.parameters[1].requires_grad_(False)
+
+
+def count_one_anew(pair):
+    pair.optimizer.state[pair.parameters[1]]["step"] = th.tensor(7.0)
+
+
+def forget_one(pair):
+    del pair.optimizer.state[pair.parameters[1]]
+
+
+def regroup(pair):
+    (group,) = pair.optimizer.param_groups
+    pair.optimizer.add_param_group({**group, "params": [group["params"].pop()]})
+
+
+@pytest.mark.parametrize("change", [new_shape, freeze, count_one_anew, forget_one, regroup])
+def test_flat_parameters_do_not_fit_any_more_after(change):
+    pair = Pair("Adam")
+    pair.flat.borrow()
+    pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
+    pair.flat.give_back()
+    # New with the first step
+    flat = FlatParameters(pair.optimizer, pair.parameters, [True] * len(SHAPES))
+    assert flat.still_fits(pair.optimizer, pair.parameters)
+    change(pair)
+    assert not flat.still_fits(pair.optimizer, pair.parameters)
+
+
+def new_memory(pair):
+    pair.parameters[1].data = pair.parameters[1].data.clone()
+
+
+def clear_state(pair):
+    pair.optimizer.state.clear()
+
+
+def load_state(pair):
+    pair.optimizer.load_state_dict(copy.deepcopy(pair.optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("change", [new_memory, clear_state, load_state, regroup])
+def test_a_replacement_during_an_update_is_noticed(change):
+    pair = Pair("Adam")
+    pair.flat.borrow()
+    assert not pair.flat.was_touched(pair.optimizer)
+    pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
+    assert not pair.flat.was_touched(pair.optimizer)
+    change(pair)
+    assert pair.flat.was_touched(pair.optimizer)
+    assert pair.flat.was_touched(Adam(pair.parameters))
+
+
+def test_what_is_replaced_during_an_update_stays_so_after_it():
+    pair = Pair("Adam")
+    for _ in range(2):
+        pair.flat.borrow()
+        pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
+        pair.parameters[0].data = data = th.ones(SHAPES[0])
+        pair.optimizer.state[pair.parameters[1]]["exp_avg"] = moment = th.ones(SHAPES[1])
+        pair.flat.give_back()
+        assert pair.parameters[0].data_ptr() == data.data_ptr() and (data == 1.0).all()
+        assert pair.optimizer.state[pair.parameters[1]]["exp_avg"] is moment and (moment == 1.0).all()
+
+
+def test_flat_parameters_fit_no_other_optimizer_and_no_other_parameters():
+    pair = Pair("Adam")
+    assert pair.flat.still_fits(pair.optimizer, pair.parameters)
+    assert not pair.flat.still_fits(Adam(pair.parameters), pair.parameters)
+    assert not pair.flat.still_fits(pair.optimizer, pair.parameters[:-1])
+    assert not pair.flat.still_fits(pair.optimizer, [*pair.parameters[:-1], nn.Parameter(th.zeros(()))])
+
+
+def test_another_default_type_does_not_make_parameters_double():
+    pair = Pair("Adam")
+    th.set_default_dtype(th.float64)
+    try:
+        flat = FlatParameters(pair.optimizer, pair.parameters, [True] * len(SHAPES))
+    finally:
+        th.set_default_dtype(th.float32)
+    flat.borrow()
+    flat.step(random_gradients(), 1e9, th.tensor(0.0))
+    flat.give_back()
+    assert {parameter.dtype for parameter in pair.parameters} == {th.float32}
+
+
+def test_a_copy_of_a_model_goes_on_as_the_model_does():
+    model = build().learn(2 * STEPS)
+    # What the policy remembers of the update has a gradient, and cannot be copied
+    model.predict(model.observation_space.sample())
+    copied = copy.deepcopy(model)
+    memory = [parameter.data_ptr() for parameter in copied.policy.parameters()]
+    for one in (model, copied):
+        one.set_random_seed(0)
+        one.learn(2 * STEPS, reset_num_timesteps=False)
+    assert_same_training(model, copied)
+    assert memory == [parameter.data_ptr() for parameter in copied.policy.parameters()]

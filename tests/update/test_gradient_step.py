@@ -1,7 +1,9 @@
 """One optimiser step as users see it: clipping, early stop, and precision (AMP)."""
 
 import copy
+from functools import partial
 
+import models
 import numpy as np
 import pytest
 import torch as th
@@ -9,7 +11,7 @@ from environments import ACTION_SPACES, SMALL_DICT, SMALL_NET, logs_of_updates, 
 from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
 
-from sb3_ppo_plus import PPOPlus, PPOPlusRolloutBuffer
+from sb3_ppo_plus import PPOPlusRolloutBuffer
 from sb3_ppo_plus.update import gradient_step
 from sb3_ppo_plus.update.gradient_step import resolve_amp
 
@@ -17,11 +19,10 @@ from sb3_ppo_plus.update.gradient_step import resolve_amp
 DEVICES = ["cpu", "cuda"] if th.cuda.is_available() else ["cpu"]
 PRECISIONS = [("cpu", "bf16"), *([("cuda", "bf16"), ("cuda", "fp16")] if th.cuda.is_available() else [])]
 STEPS = 32
-ONE_STEP = {"n_steps": STEPS, "batch_size": STEPS, "n_epochs": 1, "seed": 0, "device": "cpu"}
 
 
-def build(env=None, policy="MlpPolicy", policy_kwargs=SMALL_NET, **settings):
-    return PPOPlus(policy, make_env() if env is None else env, policy_kwargs=policy_kwargs, **ONE_STEP | settings)
+build = partial(models.build, batch_size=STEPS, n_epochs=1)
+"""A model that takes one gradient step per update."""
 
 
 def vector_of(model):

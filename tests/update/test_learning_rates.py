@@ -4,6 +4,7 @@ import pytest
 import torch as th
 from environments import ASYMMETRIC, BOX, CHANNEL_FIRST, DICT, IMAGE, SMALL_DICT, logs_of_updates, make_env
 from gymnasium import spaces
+from models import SETTINGS
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -11,8 +12,6 @@ from torch import nn
 
 from sb3_ppo_plus import CnnPolicy, MlpPolicy, MultiInputPolicy, PPOPlus
 from sb3_ppo_plus.update.learning_rates import critic_only_parameters
-
-SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 0, "device": "cpu"}
 
 
 class Extractor(BaseFeaturesExtractor):

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import models
 import numpy as np
 import pytest
 import torch as th
@@ -15,7 +16,7 @@ from states import assert_same_bits, state_of
 from sb3_ppo_plus import MlpPolicy, NonFiniteError, PPOPlus, TrainingCheckpoint
 from sb3_ppo_plus.update.losses import METRICS
 
-SETTINGS = {"n_steps": 32, "batch_size": 16, "n_epochs": 2, "seed": 3, "device": "cpu", "policy_kwargs": SMALL_NET}
+SETTINGS = models.SETTINGS | {"seed": 3, "policy_kwargs": SMALL_NET}
 
 
 class OwnAdam(th.optim.Adam):

@@ -1,0 +1,120 @@
+"""Checkpoints that are resumed without trust, and forged ones."""
+
+import json
+
+import numpy as np
+import pytest
+from environments import ToyEnv
+from interrupted_runs import StopAfter, interrupted, learned, make_envs, make_model
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecMonitor
+from states import assert_same_bits, state_of
+
+from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, TrainingCheckpoint, latest_checkpoint
+from sb3_ppo_plus.resuming.checkpoint_directory import read_checkpoint, write_checkpoint
+
+
+def test_can_be_resumed_without_trust(tmp_path):
+    interrupted(tmp_path, learning_rate="lin_1e-3")
+    resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu", trusted=False)
+    resumed.continue_learning()
+    assert_same_bits(state_of(resumed), learned(learning_rate="lin_1e-3"))
+
+
+def test_numbers_and_lists_beyond_those_of_a_description_are_resumed_without_trust(tmp_path):
+    nested = []
+    for _ in range(40):
+        nested = [nested]
+
+    class Keeps(ToyEnv):
+        def reset(self, **kwargs):
+            self.kept = {"integer": -(10**300), "infinity": -np.inf, "nested": nested, "nan": float("nan")}
+            return super().reset(**kwargs)
+
+    def envs():
+        return make_vec_env(Keeps, 2, seed=0, wrapper_class=ResumableEnv)
+
+    evaluation = EvalCallback(make_envs(), eval_freq=1000)
+    make_model(envs()).learn(96, [TrainingCheckpoint(1, tmp_path), evaluation, StopAfter(48)])
+    resumed = PPOPlus.resume(tmp_path, envs(), device="cpu", trusted=False)
+    (kept, _) = resumed.env.get_attr("kept")
+    assert kept["integer"] == -(10**300) and kept["infinity"] == -np.inf and kept["nested"] == nested
+    assert np.isnan(kept["nan"])
+    resumed.continue_learning(EvalCallback(make_envs(), eval_freq=1000))
+    assert_same_bits(state_of(resumed), state_of(make_model(envs()).learn(96)))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"attributes": {}, "attributes": {}}', "a key occurs twice"),
+        ("[" * 200 + "]" * 200, "nested more than 128 levels deep"),
+        ('{"attributes": 1' + "0" * 4300 + "}", "4301 digits"),
+        ('{"attributes": 1e999}', "too large"),
+    ],
+    ids=["twice", "nested", "digits", "too large"],
+)
+def test_without_trust_a_training_state_is_read_strictly(tmp_path, text, message):
+    interrupted(tmp_path)
+    files = dict(read_checkpoint(latest_checkpoint(tmp_path)).files) | {"training_state.json": text.encode()}
+    directory = write_checkpoint(tmp_path / "rewritten", files, 48)
+    with pytest.raises(CheckpointError, match=rf"training_state\.json .*{message}"):
+        PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
+
+
+def rewritten(save_path, change):
+    """Write a forged checkpoint with right hashes: the newest one after a change of its files and its state."""
+    files = dict(read_checkpoint(latest_checkpoint(save_path)).files)
+    state = json.loads(files["training_state.json"])
+    change(files, state)
+    if "training_state.json" in files:
+        files["training_state.json"] = json.dumps(state).encode()
+    return write_checkpoint(save_path / "rewritten", files, 48)
+
+
+def array(dtype, shape, **more):
+    return {"$array": {"type": dtype, "shape": shape, "offset": 0, **more}}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda files, state: files.pop("model.zip"), "no training state"),
+        (lambda files, state: files.pop("training_state.json"), "no training state"),
+        (lambda files, state: files.update(more=b""), "no training state"),
+        (lambda files, state: files.update({"training_state.bin": b""}), "buffer is smaller"),
+        (lambda files, state: state.clear(), "KeyError: 'attributes'"),
+        # The compiler would be this program
+        (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must hold .* 'compile'"),
+        (lambda files, state: state["attributes"].update(num_timesteps="x"), "num_timesteps must be of type int"),
+        (lambda files, state: state["attributes"].update(_last_obs=array("|O", [1])), "dtypes without objects"),
+        (lambda files, state: state["attributes"].update(_last_obs=array("<f4", [2**40])), "buffer is smaller"),
+        (lambda files, state: state["attributes"].update(_last_obs=array("|S0", [2**36])), "no bytes"),
+        (
+            lambda files, state: state["attributes"].update(_last_obs=array("|u1", [2, 2], strides=[2**36, 1])),
+            "with strides",
+        ),
+        (lambda files, state: state["generators"].update(torch=3), "TypeError"),
+        (lambda files, state: state["env"]["attributes"].update(step=[1, 2]), "step is no state"),
+        (lambda files, state: state["env"]["wrappers"][0]["$tuple"][1].update(step_wait=["plain", 1]), "is no state"),
+        (
+            lambda files, state: state["env"]["envs"][0]["layers"][0]["$tuple"][1].update(reset=["plain", 1]),
+            "reset is no state",
+        ),
+    ],
+)
+def test_a_forged_checkpoint_is_one_clear_error(tmp_path, change, message):
+    interrupted(tmp_path, env=VecMonitor(make_envs()))
+    directory = rewritten(tmp_path, change)
+    with pytest.raises(CheckpointError, match=f"{directory.name} .*{message}"):
+        PPOPlus.resume(directory, VecMonitor(make_envs()), device="cpu", trusted=False)
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere"])
+def test_without_trust_the_log_stays_inside_its_folder(tmp_path, name):
+    interrupted(tmp_path)
+    directory = rewritten(tmp_path, lambda files, state: state["attributes"].update(_tb_log_name=name))
+    with pytest.raises(CheckpointError, match=f"_tb_log_name.*{name}"):
+        PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
+    assert PPOPlus.resume(directory, make_envs(), device="cpu").num_timesteps == 48
