@@ -331,7 +331,8 @@ def test_a_campaign_pauses_ends_with_its_runs_and_continues(tmp_path, uninterrup
 def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path):
     broken = {**TINY_RUN, "hyperparams": {"compile": False, "n_steps": -1}, "variant": "broken", "steps": 256}
     plan = write_plan(tmp_path / "plan.yml", broken, {**TINY_RUN, **EAGER, "steps": 256})
-    process = start(BENCHMARKS / "campaign.py", plan, "--results", tmp_path, "--work", tmp_path / "work")
+    arguments = "--results", tmp_path, "--work", tmp_path / "work", "--nice", "0"
+    process = start(BENCHMARKS / "campaign.py", plan, *arguments)
     out, _ = process.communicate()
     assert process.returncode == 1
     log = Path(re.search(r"FAILED .*broken.* see (.*)", out)[1])
