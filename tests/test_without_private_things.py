@@ -19,7 +19,7 @@ MEMORY = {"memory": "lstm", "memory_kwargs": {"hidden_size": 4}}
 
 
 @pytest.fixture(autouse=True)
-def recorded_at_once(monkeypatch):
+def replayed_at_once(monkeypatch):
     monkeypatch.setattr(replays, "REPLAY_AFTER", 2)
 
 
@@ -62,7 +62,7 @@ PRIVATE = {
     "versions": (renamed("VERSION"), False),
     "_foreach_copy_": (renamed("FOREACH_COPY"), False),
     "_foreach_norm": (renamed("FOREACH_NORM"), False),
-    "_validate_args": (renamed("DEFAULT_VALIDATION"), True),
+    "_validate_args": (renamed("DEFAULT_VALIDATION"), False),
     "_create_graph_by_tracing": (lambda patch: patch.delattr(th._C, "_create_graph_by_tracing"), False),
     "_create_function_from_graph": (lambda patch: patch.delattr(th._C, "_create_function_from_graph"), False),
     "make_fx": (lambda patch: without_module(patch, "torch.fx.experimental.proxy_tensor"), True),
@@ -126,7 +126,8 @@ def test_without_a_compiler_all_is_eager_after_one_warning(name, monkeypatch, sb
     with pytest.warns(UserWarning, match="compile=True: .* could not be compiled") as caught:
         model = train(compile=True)
     assert len([one for one in caught if "compile=True" in str(one.message)]) == 1
-    assert model._compiled_actor.has_given_up and model._gradient_step.n_compilations == 0
+    execution = model._execution
+    assert execution.compiled_actor.has_given_up and execution.gradient_step.n_compilations == 0
     assert_close(model, sb3)
 
 

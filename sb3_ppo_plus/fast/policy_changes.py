@@ -177,7 +177,7 @@ def constant_tensors(policy: nn.Module) -> Hashable:
     """Return the tensors that are attributes, and neither parameters nor buffers: a graph holds them as constants.
 
     :param policy: the policy
-    :return: equal only to one with the same tensor objects
+    :return: equal to another result only if both have the very same tensor objects
     """
     tensors = [value for part in policy.modules() for value in vars(part).values() if isinstance(value, th.Tensor)]
     return _frozen(tensors)

@@ -74,6 +74,7 @@ class PolicyFunctions(ABC, Generic[Function]):
         self.is_possible = state.hindrance is None and not self.has_given_up
 
     def _make(self, key: Hashable, make: Callable[[], Function], what: str = "a function") -> None:
+        """Make the function of a key, or give up."""
         try:
             self._functions[key] = make()
         except Exception as error:  # tracing and compilers raise errors of all kinds
@@ -83,7 +84,7 @@ class PolicyFunctions(ABC, Generic[Function]):
         """Make no more functions.
 
         :param reason: why
-        :param what: what the function does for which that was found
+        :param what: what the failed function does
         """
         self.has_given_up, self.is_possible = True, False
         self._functions.clear()

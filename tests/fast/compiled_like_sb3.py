@@ -24,13 +24,13 @@ def build(algorithm=PPOPlus, action_space="box", policy="MlpPolicy", observation
 
 
 def assert_close(model, other):
-    """Two models have the same parameters, to rounding."""
+    """Check that two models have equal parameters, to rounding."""
     for (name, expected), actual in zip(model.policy.named_parameters(), other.policy.parameters(), strict=True):
         th.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def assert_compiled_follows_sb3(n_rollouts=3, callback=None, warns=0, **settings):
-    """Compiled training equals SB3's to rounding, and says ``warns`` times that something is eager."""
+    """Check that compiled training equals SB3's to rounding, and warns ``warns`` times that something is eager."""
     sb3 = build(PPO, **settings).learn(ROLLOUT * n_rollouts, callback and callback())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,4 +1,4 @@
-"""A rollout that is evaluated afterwards holds what one that is evaluated at each step holds."""
+"""A rollout that is evaluated after its last step has the numbers of one that is evaluated at each step."""
 
 from typing import Any
 
@@ -80,7 +80,7 @@ def test_compiled_and_eager_rollouts_are_the_same(
         return make_env(2, observation_space=observation_space, action_space=action_space, p_terminate=0.05)
 
     eager, compiled = rollouts(env, policy, **kwargs)
-    # A features extractor that learns is not asked twice
+    # With a features extractor that learns, values are computed at each step
     assert all((values is None) == (policy != "CnnPolicy") for values in compiled.seen)
     assert all(values is not None for values in eager.seen)
     assert_same_rollouts(eager, compiled)
@@ -98,7 +98,7 @@ def test_timeouts_are_bootstrapped_after_a_compiled_rollout_and_terminations_are
 
 
 def narrow_env(dtype: Any, parts: Any = None) -> Any:
-    """Observations of a narrow type, of which VecNormalize makes floats that the rollout buffer cannot hold."""
+    """Return an env with narrow observations. VecNormalize makes floats of them, which the buffer cannot store."""
     space: Any = spaces.Box(0, 100, (3,), dtype)
     normalized = None
     if parts is not None:
@@ -124,7 +124,7 @@ def test_one_narrow_part_of_dict_observations_is_enough() -> None:
 
 
 @pytest.mark.usefixtures("graphs_without_code")
-def test_observations_that_become_wider_amid_a_rollout_are_evaluated_at_once_from_then_on() -> None:
+def test_observations_that_become_wider_during_a_rollout_are_evaluated_at_once_from_then_on() -> None:
     class Widen(KeepRollout):
         def _on_step(self) -> bool:
             if self.n_calls == 5:
@@ -196,7 +196,7 @@ def test_a_policy_with_a_forward_of_its_own_is_asked_at_every_step_after_one_war
 
 
 def raises_values(method: str) -> Any:
-    """Make a subclass whose method, in which values come first, adds 100 to them."""
+    """Make a subclass with a method that adds 100 to the values, which it returns first."""
 
     def own(self: Any, *args: Any, **kwargs: Any) -> Any:
         values, *others = getattr(ActorCriticPlusPolicy, method)(self, *args, **kwargs)

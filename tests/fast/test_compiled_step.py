@@ -1,4 +1,4 @@
-"""Invariant 4: compile=True changes no semantics, compiles once, and gives way to eager where it must."""
+"""Invariant 4: compile=True changes no semantics, compiles once, and leaves to eager mode what a graph cannot do."""
 
 import warnings
 from collections.abc import Callable
@@ -89,8 +89,8 @@ CASES: dict[str, tuple[spaces.Space[Any], spaces.Space[Any], str, dict[str, Any]
 }
 
 
-# All models act in two environments and learn in minibatches of the same size where they can: TorchInductor's cache on
-# the disk then has the graphs that several tests need
+# Most models act in two environments and learn in minibatches of one size. So several tests find their graphs in
+# TorchInductor's cache on the disk
 SETTINGS: dict[str, Any] = models.SETTINGS | {"n_steps": 16}
 
 
@@ -112,7 +112,7 @@ def build_case(case: str, compile: bool | dict[str, Any]) -> PPOPlus:
 
 @cache
 def trained(case: str, *, compile: bool) -> PPOPlus:
-    """A model after three updates, for several tests to look at."""
+    """A model after three updates. Several tests use it."""
     return build_case(case, compile).learn(3 * 32)
 
 
@@ -129,7 +129,7 @@ WITHOUT_CODE = (
     "Dict, separate extractors",
 )
 
-# Whose rollouts are evaluated at each step, in the graph that acts
+# Policies whose rollouts are evaluated at each step, in the graph that acts
 LEARNED_FEATURES = ("Dict, separate extractors", "CNN", "Transformer")
 
 
@@ -256,7 +256,7 @@ class RunningMean(nn.Module):
 
 
 class PlainAttribute(RunningMean):
-    """The same with a tensor that is no buffer."""
+    """Keeps a running mean as a tensor that is no buffer, and replaces it in each call of training."""
 
     def __init__(self) -> None:
         nn.Module.__init__(self)
@@ -415,7 +415,7 @@ def test_an_update_that_the_limit_of_kl_stops_leaves_the_gradient_of_its_last_st
 
 
 def test_a_gradient_scaler_is_named_as_what_keeps_the_step_eager() -> None:
-    """Float16 needs one, which there is on CUDA alone; here it is asked for by hand."""
+    """Float16 needs a GradScaler. PPOPlus makes one only on CUDA, so the test makes it."""
     model = build(compile=True)
     step = CompiledGradientStep(model.policy, th.amp.GradScaler("cpu"), {}, CompilationReporter(0))
     with pytest.warns(UserWarning, match=r"since a GradScaler scales the loss under amp='fp16'.*amp='bf16'"):

@@ -1,4 +1,4 @@
-"""Operations as TorchInductor fuses them, against PyTorch's own."""
+"""Operations that TorchInductor fuses are equal to PyTorch's own, to rounding."""
 
 import pytest
 import torch as th

@@ -32,7 +32,7 @@ def test_ten_updates_equal_ten_steps_of_torch_optim(
     generator = th.Generator().manual_seed(0)
     expected = th.randn(20, generator=generator)
     optimizer = optimizer_class([expected], lr=1e-2, **settings)
-    # The first step creates torch.optim's state, which the updates go on from
+    # The first step creates torch.optim's state, from which the updates continue
     expected.grad = th.randn(20, generator=generator)
     optimizer.step()
     actual = expected.clone()

@@ -1,4 +1,4 @@
-"""Compiling is paid for by those who compile, and once for all processes."""
+"""Only those who compile pay for it, and only once for all processes."""
 
 import subprocess
 import sys
@@ -35,8 +35,8 @@ def test_every_graph_is_found_in_pytorchs_cache_the_second_time() -> None:
     assert found == {"fxgraph_cache_hit": n_graphs}
 
 
-def test_who_does_not_compile_does_not_load_inductor() -> None:
-    # It takes as long to import, and a third of the memory, of all the rest
+def test_a_model_that_does_not_compile_does_not_load_inductor() -> None:
+    # TorchInductor takes as long to import as all the rest, and a third of its memory
     code = """
 import sys
 from sb3_ppo_plus import PPOPlus
@@ -57,7 +57,7 @@ def test_a_compiled_model_is_pickled_without_its_graphs_and_trains_on() -> None:
         one.set_random_seed(1)
         one.learn(64)
     assert twin._execution.gradient_step.n_compilations == 1
-    # Its first step is eager once more
+    # The copy's first step is eager
     assert_close(model, twin)
 
 
@@ -66,9 +66,9 @@ def test_weights_of_another_layout_than_the_graphs_were_compiled_for_get_graphs_
     models = [build(compile=compile) for compile in (False, True)]
     for model in models:
         model.set_random_seed(0)
+        model.learn(64)
         weight = model.policy.mlp_extractor.policy_net[0].weight
         weight.data = weight.data.t().contiguous().t()
-        # Flat steps make it contiguous
         model.learn(64)
     assert models[1]._execution.compiled_actor.n_compilations == 4
     assert_close(*models)

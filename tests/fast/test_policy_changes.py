@@ -1,4 +1,4 @@
-"""Whatever users and callbacks change in a policy reaches compiled training as it reaches SB3's PPO."""
+"""Changes that users and callbacks make in a policy have the effect on compiled training that they have on SB3's."""
 
 import copy
 
@@ -36,7 +36,7 @@ class Noise(FlattenExtractor):
 
 
 class RunningMean(BaseFeaturesExtractor):
-    """Subtracts the mean of what it was called with, in evaluation mode."""
+    """Subtracts the mean of its inputs in evaluation mode."""
 
     def __init__(self, observation_space):
         super().__init__(observation_space, observation_space.shape[0])
@@ -113,7 +113,7 @@ def test_a_forward_hook_is_called_as_often_as_with_sb3():
     np.testing.assert_allclose(model.activations, expected.activations, atol=1e-5)
 
 
-@pytest.mark.parametrize("n_calls", [32, 41], ids=["between", "amid"])
+@pytest.mark.parametrize("n_calls", [32, 41], ids=["between", "during"])
 def test_a_hook_that_comes_late_counts(n_calls):
     def halve(model):
         model.policy.mlp_extractor.policy_net.register_forward_hook(lambda module, inputs, output: output * 0.5)
@@ -187,7 +187,7 @@ def clear_state(model):
 
 
 @pytest.mark.parametrize("change", [auxiliary_step, clear_state])
-def test_steps_and_resets_of_the_users_own_compile_nothing_anew(change):
+def test_steps_and_resets_of_the_users_own_compile_nothing_again(change):
     model = assert_compiled_follows_sb3(5, callback=changing(change, between=True), learning_rate=1e-4)
     assert model._execution.gradient_step.n_compilations == 1
 

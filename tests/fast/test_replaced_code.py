@@ -1,4 +1,4 @@
-"""Code that others put into a policy amid a rollout runs from the next step on, replayed and compiled, as with SB3."""
+"""Code that users put into a policy during a rollout runs from the next step on, replayed and compiled, as in SB3."""
 
 import copy
 import functools
@@ -27,13 +27,12 @@ from torch.overrides import TorchFunctionMode
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.fast import replays
 from sb3_ppo_plus.fast.policy_changes import KNOWN_MODULES, KNOWN_POLICIES, _Code, hindrance, python_state
-from sb3_ppo_plus.fast.replayed_actor import MAX_CHANGES
 from sb3_ppo_plus.policies import bounded_distributions, lean_distributions, masked_distributions
 
 STEPS = 16
 ROLLOUT = 2 * STEPS
 N_ROLLOUTS = 3
-AMID = STEPS + 9
+DURING_ROLLOUT = STEPS + 9
 BETWEEN = 2 * STEPS
 
 
@@ -42,9 +41,9 @@ def fast_paths_at_once(monkeypatch, graphs_without_code):
     monkeypatch.setattr(replays, "REPLAY_AFTER", 2)
 
 
-def build(algorithm=PPOPlus, action_space=None, **settings):
+def build(algorithm=PPOPlus, action_space=None, policy_kwargs=None, **settings):
     # LeakyReLU has an attribute to change; episodes of 7 steps, so that timeouts are bootstrapped
-    policy_kwargs = {"net_arch": [8, 8], "activation_fn": nn.LeakyReLU}
+    policy_kwargs = {"net_arch": [8, 8], "activation_fn": nn.LeakyReLU, **(policy_kwargs or {})}
     settings = {"n_steps": STEPS, "batch_size": 16, "n_epochs": 3, "seed": 3, "device": "cpu", **settings}
     spaces = {} if action_space is None else {"action_space": action_space}
     return algorithm("MlpPolicy", make_env(2, **spaces), policy_kwargs=policy_kwargs, **settings)
@@ -74,7 +73,7 @@ class Change(BaseCallback):
 
 
 def train(algorithm, change, at, *, compile=None, is_replayed=True, **settings):
-    """Train with a change, whose traces outside the model are removed afterwards."""
+    """Train with a change, and undo afterwards what it did outside the model."""
     if compile is not None:
         settings["compile"] = compile
     with ExitStack() as stack:
@@ -84,12 +83,12 @@ def train(algorithm, change, at, *, compile=None, is_replayed=True, **settings):
     return model
 
 
-def assert_all_follow(change, at, **settings):
-    """Replays have the bits of SB3 and compiled graphs its numbers, and the change makes a difference."""
+def assert_all_follow(change, at, is_replayed=True, **settings):
+    """Check that replays have SB3's bits, compiled graphs its numbers, and that the change makes a difference."""
     sb3 = train(PPO, change, at, **settings)
     unchanged = build(PPO, **settings).learn(ROLLOUT * N_ROLLOUTS)
     assert not all(map(th.equal, sb3.policy.parameters(), unchanged.policy.parameters())), "it changes nothing"
-    assert_same_training(sb3, train(PPOPlus, change, at, **settings))
+    assert_same_training(sb3, train(PPOPlus, change, at, is_replayed=is_replayed, **settings))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compiled = train(PPOPlus, change, at, compile=True, **settings)
@@ -225,8 +224,8 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_code_that_comes_amid_a_rollout_counts_from_the_next_step(change):
-    assert_all_follow(change, AMID)
+def test_code_that_comes_during_a_rollout_counts_from_the_next_step(change):
+    assert_all_follow(change, DURING_ROLLOUT)
 
 
 @pytest.mark.parametrize(
@@ -255,16 +254,25 @@ def test_code_that_comes_at_the_end_of_a_rollout_counts_from_the_update(name):
     ids=lambda value: getattr(value, "__name__", value),
 )
 def test_methods_that_are_replaced_in_sb3s_distributions_are_called(kind, action_space, name):
-    # Ours have methods of their own in their place
+    # Our distributions override these methods
     settings = {"action_space": ACTION_SPACES[action_space], "ent_coef": 0.1}
-    sb3 = train(PPO, replacing(kind, name), AMID, is_replayed=False, **settings)
-    assert_same_training(sb3, train(PPOPlus, replacing(kind, name), AMID, is_replayed=False, **settings))
+    sb3 = train(PPO, replacing(kind, name), DURING_ROLLOUT, is_replayed=False, **settings)
+    assert_same_training(sb3, train(PPOPlus, replacing(kind, name), DURING_ROLLOUT, is_replayed=False, **settings))
+
+
+def test_a_setting_of_the_noise_that_changes_during_a_rollout_counts_from_the_next_step():
+    def use_expln(policy, stack):
+        policy.action_dist.use_expln = True
+
+    # Where exp and expln differ
+    settings = {"use_sde": True, "policy_kwargs": {"log_std_init": 0.5}}
+    assert_all_follow(use_expln, DURING_ROLLOUT, is_replayed=False, **settings)
 
 
 @pytest.mark.parametrize("compile", [False, True], ids=["replayed", "compiled"])
 @pytest.mark.parametrize("what", ["hook", "class", "distribution"])
 @pytest.mark.filterwarnings("ignore:compile=True")
-def test_code_that_comes_amid_a_rollout_is_called_as_often_as_with_sb3(compile, what):
+def test_code_that_comes_during_a_rollout_is_called_as_often_as_with_sb3(compile, what):
     def counting(calls):
         def change(policy, stack):
             def count(function):
@@ -280,12 +288,12 @@ def test_code_that_comes_amid_a_rollout_is_called_as_often_as_with_sb3(compile, 
         return change
 
     expected, calls = [], []
-    train(PPO, counting(expected), AMID)
-    train(PPOPlus, counting(calls), AMID, compile=compile)
+    train(PPO, counting(expected), DURING_ROLLOUT)
+    train(PPOPlus, counting(calls), DURING_ROLLOUT, compile=compile)
     assert len(calls) == len(expected) > 0
 
 
-def test_attributes_that_a_callback_sets_and_resets_compile_nothing_anew():
+def test_attributes_that_a_callback_sets_and_resets_compile_nothing_again():
     class Predict(BaseCallback):
         def _on_step(self):
             self.model.policy.net_arch = [*self.model.policy.net_arch]
@@ -308,8 +316,8 @@ def test_a_policy_that_changes_at_every_step_is_not_looked_through_at_each(monke
     monkeypatch.setattr(replays.Replays, "refresh", lambda self: n_refreshes.append(1) or refresh(self))
     model = build().learn(ROLLOUT * 8, SetAttribute())
     assert_same_training(build(PPO).learn(ROLLOUT * 8), model)
-    # At the beginning of a rollout and of an update, besides
-    assert len(n_refreshes) <= 8 * (2 + MAX_CHANGES + 1)
+    # Besides, one at the beginning of each rollout and of each update
+    assert len(n_refreshes) <= 8 * 6 < 8 * STEPS
 
 
 def test_a_default_device_is_no_code_of_others():
@@ -356,10 +364,10 @@ def test_methods_of_others_are_seen_however_they_are_made(method):
     assert hindrance(policy) is None
 
 
-def test_what_is_no_code_does_not_matter():
+def test_attributes_of_classes_that_are_no_code_do_not_matter():
     policy = build().policy
     before = python_state(policy)
-    # Both leave something in the class
+    # Both store something in the class
     copy.copy(policy.action_net)
     inspect.get_annotations(nn.LeakyReLU)
     with patch.object(nn.LeakyReLU, "note", 1, create=True):

@@ -1,4 +1,4 @@
-"""Replays do what eager mode does, bit for bit, and where they would not there are none."""
+"""Replays do what eager mode does, bit for bit. If they could not, everything stays eager."""
 
 import copy
 import gc
@@ -58,7 +58,7 @@ def test_rollouts_are_replayed(action_space):
     assert n_replays(model)[0] == 1
     expected = build(PPO, action_space).learn(64)
     for name in ("actions", "values", "log_probs", "advantages"):
-        # SB3's has flattened its arrays for the update
+        # SB3's buffer has flattened its arrays for the update
         replayed = RolloutBuffer.swap_and_flatten(getattr(model.rollout_buffer, name))
         assert np.array_equal(replayed, getattr(expected.rollout_buffer, name)), name
 
@@ -74,7 +74,7 @@ def test_masked_training_is_replayed():
 def test_schedules_move_what_is_replayed(short):
     settings = {
         "learning_rate": lambda progress: 2e-2 * progress,
-        # 1 - 0.067 and 1 + 0.111 are rounded otherwise where they are added up in float32
+        # In float32, 1 - 0.067 and 1 + 0.111 would be rounded differently
         "clip_range": lambda progress: 0.111 if progress > 0.5 else 0.067,
         "clip_range_vf": lambda progress: 0.1 * progress + 1e-3,
         "ent_coef": 0.013,
@@ -87,7 +87,7 @@ def test_schedules_move_what_is_replayed(short):
         kept.extend(logs_of_updates(one, 64 * 8))
     assert n_replays(model)[1] == (2 if short else 1)
     assert_same_training(sb3, model)
-    # The limits of clipping show in the loss alone, not in its gradient
+    # The limits of clipping change only the loss, not its gradient
     for name in ("train/loss", "train/policy_gradient_loss", "train/value_loss", "train/clip_fraction"):
         assert [update[name] for update in logs] == [update[name] for update in expected], name
 
@@ -98,7 +98,7 @@ def test_coefficients_that_are_assigned_count_at_once():
         model = build(algorithm).learn(64 * 2)
         model.ent_coef, model.vf_coef = 0.5, 0.1
         models.append(model.learn(64 * 2, reset_num_timesteps=False))
-    # Without the entropy's gradient at first, and with it then
+    # The first replay has no gradient of the entropy, the second has one
     assert n_replays(models[1])[1] == 2
     assert_same_training(*models)
 
@@ -140,12 +140,12 @@ def test_replays_that_are_dropped_leave_nothing_behind():
     replay = make_replay(lambda x: (x + constants[0],), [th.ones(3)], build().policy)
     for _ in range(CHECKED_REPLAYS):
         assert replay(th.ones(3))[0].tolist() == [2.0] * 3
-    of_constant = StorageWeakRef(constants.pop().untyped_storage())
+    weak_reference = StorageWeakRef(constants.pop().untyped_storage())
     gc.collect()
-    assert not of_constant.expired()
+    assert not weak_reference.expired()
     del replay
     gc.collect()
-    assert of_constant.expired()
+    assert weak_reference.expired()
 
 
 def test_parameters_that_a_callback_assigns_count_at_the_next_step():
@@ -161,11 +161,11 @@ def test_parameters_that_a_callback_assigns_count_at_the_next_step():
     assert_same_training(build(PPO).learn(64 * 2, Assign()), model)
 
 
-# What others see of it
+# What callbacks and users see
 
 
 class KeepDistribution(BaseCallback):
-    """Notes the probabilities that callbacks find, and those of the step's observations."""
+    """Notes whether callbacks find the probabilities of the step's observations."""
 
     def _on_step(self):
         policy = self.model.policy
@@ -275,7 +275,7 @@ def test_a_replay_of_other_bits_is_given_up(monkeypatch, n_good):
         def bad(*inputs):
             calls.append(1)
             first, *others = replay(*inputs)
-            # The last bit of one number
+            # Another last bit
             return (first if len(calls) <= n_good else first + th.finfo().eps * first.abs(), *others)
 
         return bad
@@ -320,7 +320,7 @@ def test_images_are_acted_on_by_a_replay():
 
 
 class AtStep(BaseCallback):
-    """Changes the model once, amid a rollout."""
+    """Changes the model once, during a rollout."""
 
     def __init__(self, change):
         super().__init__()
@@ -408,7 +408,7 @@ def test_changes_at_each_update_do_not_cost_a_replay_each(monkeypatch):
     monkeypatch.setattr(replays, "REPLAY_AFTER", 20)
     model = build()
     for _ in range(3):
-        # Twelve minibatches are too few, however many came before the change
+        # Twelve minibatches are too few. Those before the change do not count
         model.policy.mlp_extractor.policy_net[1] = nn.Tanh()
         model.learn(64)
         assert n_replays(model)[1] == 0

@@ -1,4 +1,4 @@
-"""The watch over a policy notices every kind of change, and nothing where there is none."""
+"""The watch over a policy notices every kind of change, and reports none if there is none."""
 
 from unittest.mock import patch
 
@@ -158,7 +158,7 @@ def test_a_watch_notices_a_hook_on_all_modules_and_takes_it_away_for_a_while(pol
 def test_training_and_acting_are_no_change(policy):
     observations, actions = th.zeros(2, 3), th.zeros(2, 2)
     policy.set_training_mode(False)
-    # What the distribution remembers of a step is new after the first
+    # After the first step, the distribution has new attributes
     with th.no_grad():
         policy(observations)
     watch = PartsWatch(policy)

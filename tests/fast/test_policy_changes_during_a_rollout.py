@@ -1,4 +1,4 @@
-"""What changes a policy amid a rollout reaches compiled training as it reaches SB3's PPO."""
+"""What changes a policy during a rollout reaches compiled training as it reaches SB3's PPO."""
 
 import numpy as np
 import pytest
@@ -30,14 +30,14 @@ def scale_all(model):
 
 
 def assign_parameter(model):
-    # Not in the optimiser any more, with SB3 either
+    # The optimiser does not hold the new parameter, as in SB3
     model.policy.value_net.bias = nn.Parameter(th.full_like(model.policy.value_net.bias, 0.5))
 
 
 @pytest.mark.parametrize("change", [fill, assign_data, scale_all, assign_parameter])
 @pytest.mark.parametrize("when", [lambda n_calls: True, lambda n_calls: n_calls == 41], ids=["always", "once"])
 def test_each_step_has_the_log_prob_and_value_of_the_policy_that_took_it(change, when):
-    # The optimiser does not have a parameter that was put in, which keeps the step eager
+    # The optimiser does not hold a parameter that was added, so that the step stays eager
     assert_compiled_follows_sb3(
         callback=changing(change, when=when), learning_rate=1e-4, warns=int(change is assign_parameter)
     )
