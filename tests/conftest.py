@@ -50,7 +50,7 @@ QUICK = (
     "update",
 )
 # Words in the names of tests and files there that are not quick: compiling takes seconds
-NOT_QUICK = ("compile", "graph", "inductor", "test_changes_")
+NOT_QUICK = ("compile", "graph", "inductor", "test_a_transformer_", "test_changes_")
 
 
 def pytest_collection_modifyitems(items):
