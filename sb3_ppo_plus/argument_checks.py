@@ -14,8 +14,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
 
-from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
-
 ON_NON_FINITE = ("raise", "skip")
 MAX_SEED = 2**32 - 1
 Parameters = ParamSpec("Parameters")
@@ -133,12 +131,6 @@ def check_ranges(algorithm: object) -> None:
         value = getattr(algorithm, name)
         if not is_allowed(value):
             raise ValueError(f"{name.removeprefix('_')} must be {allowed}, got {value!r}")
-    amp, buffer_class = getattr(algorithm, "amp", False), getattr(algorithm, "rollout_buffer_class", None)
-    if amp and not (buffer_class is not None and issubclass(buffer_class, PPOPlusRolloutBuffer)):
-        raise ValueError(
-            f"amp={amp!r} needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, "
-            f"got {buffer_class}"
-        )
 
 
 def did_you_mean(given: object, allowed: Iterable[str]) -> str:

@@ -44,7 +44,7 @@ from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_nam
 from sb3_ppo_plus.saving.untrusted_model import load_without_trust, read_parameters
 from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
 from sb3_ppo_plus.update.epochs import log_update, run_epochs
-from sb3_ppo_plus.update.gradient_step import Objective, recompute_log_prob, resolve_amp
+from sb3_ppo_plus.update.gradient_step import Objective, check_amp, recompute_log_prob, resolve_amp
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS
 from sb3_ppo_plus.update.non_finite import check_epsilon, check_steps
@@ -149,7 +149,7 @@ class PPOPlus(PPO):
             self._built_for_masks, self._was_given_masks = True, self.num_timesteps > 0
         self.policy_class = PLUS_POLICY_OF.get(self.policy_class, self.policy_class)
         self.rollout_buffer_class = plus_buffer_class(self.rollout_buffer_class, self.observation_space)
-        resolve_amp(self.amp, self.device)
+        check_amp(self)
         check_ranges(self)
         inductor_options(self.compile)
         self._mask_use = MaskUse()

@@ -129,6 +129,9 @@ class _Code:
         return hash(tuple(self.methods))
 
 
+# torch.compile, once used anywhere in the process, has every Module note when it is made
+OWN_PATCHES_OF_TORCH = "torch._dynamo."
+
 # The known classes as they were last seen, because looking through their methods takes long
 _KNOWN_CODE: dict[type, _Code] = {}
 
@@ -169,7 +172,7 @@ def _is_foreign(value: object, kind: type) -> bool:
     """Whether a value in a class is a function from another file, or an object that may wrap one."""
     if isinstance(value, FunctionType):
         # A decorator may copy a method's name and module, but not the globals of its file
-        return not str(value.__globals__.get("__name__")).startswith(kind.__module__)
+        return not str(value.__globals__.get("__name__")).startswith((kind.__module__, OWN_PATCHES_OF_TORCH))
     return _is_code(value) and not isinstance(value, type | GetSetDescriptorType)
 
 

@@ -39,6 +39,21 @@ def resolve_amp(amp: bool | str, device: th.device) -> th.dtype | None:
     return AMP_DTYPES[amp]
 
 
+def check_amp(model: PlusModel) -> None:
+    """Check that a model can have the mixed precision that it asks for.
+
+    :param model: the model
+    :raises ValueError: see :func:`resolve_amp`; or for a rollout buffer whose log-probabilities cannot be replaced
+    """
+    buffer_class = model.rollout_buffer_class
+    is_ours = buffer_class is not None and issubclass(buffer_class, PPOPlusRolloutBuffer)
+    if resolve_amp(model.amp, model.device) is not None and not is_ours:
+        raise ValueError(
+            f"amp={model.amp!r} needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, "
+            f"got {buffer_class}"
+        )
+
+
 @dataclass(frozen=True)
 class Objective:
     """The settings of an update, for all its minibatches.

@@ -372,3 +372,10 @@ def test_attributes_of_classes_that_are_no_code_do_not_matter():
     inspect.get_annotations(nn.LeakyReLU)
     with patch.object(nn.LeakyReLU, "note", 1, create=True):
         assert python_state(policy) == before and hindrance(policy) is None
+
+
+def test_a_use_of_torch_compile_elsewhere_ends_no_fast_path():
+    torch_compile_use = th.compile(th.nn.Linear(2, 2), backend="eager")
+    torch_compile_use(th.ones(1, 2))
+    assert nn.Module.__init__.__globals__["__name__"].startswith("torch._dynamo"), "it proves nothing"
+    assert hindrance(build().policy) is None

@@ -120,8 +120,9 @@ def test_each_field_has_its_own_table(field, foreign_name, model_file):
 )
 def test_no_member_has_another_name_than_sb3s(name, model_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    before = set(tmp_path.parent.glob("**/evil"))
     refused(zipped(model_file | {name: b"evil"}))
-    assert not list(tmp_path.parent.glob("**/evil"))
+    assert set(tmp_path.parent.glob("**/evil")) == before
 
 
 @pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFDIR, stat.S_IFIFO, stat.S_IFCHR])
