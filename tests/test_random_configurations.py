@@ -67,7 +67,6 @@ def keep_the_first_learning_rate(monkeypatch):
 
 
 def replay_past_hooks(monkeypatch):
-    monkeypatch.setattr(replays, "can_replay", lambda policy: True)
     monkeypatch.setattr(PartsWatch, "has_changed", lambda watch: False)
 
 
