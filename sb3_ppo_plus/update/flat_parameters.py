@@ -342,6 +342,7 @@ class FlatParameters:
             return
         for group in self.groups:
             group.give_back(has_gradients=self.has_stepped)
+        _separate_counters(self._optimizer)
         self._is_borrowed = False
 
     def was_touched(self, optimizer: Optimizer) -> bool:
@@ -397,3 +398,18 @@ class FlatParameters:
             for parameter, gradient in zip(group.parameters, group.gradients, strict=True):
                 parameter.grad = gradient
         self.has_stepped = True
+
+
+def _separate_counters(optimizer: Optimizer) -> None:
+    """Give each parameter a counter of steps of its own.
+
+    During an update the parameters of a group show one counter. If a user's hook then loads a copy of the state, they
+    would share the counter of the copy.
+    """
+    seen = set()
+    for entry in optimizer.state.values():
+        step = entry.get("step")
+        if isinstance(step, th.Tensor):
+            if step.data_ptr() in seen:
+                entry["step"] = step.clone()
+            seen.add(step.data_ptr())

@@ -73,6 +73,11 @@ def layers_in_sequence(model, number):
     return found[number % len(found)] if found else None
 
 
+def has_batch_norm(module):
+    """Whether a module refuses single observations in training mode."""
+    return any(isinstance(part, nn.BatchNorm1d) for part in module.modules())
+
+
 def sampled_observation(model, number):
     """An observation of the model's space, the same one for the same number."""
     space = copy.deepcopy(model.observation_space)

@@ -10,7 +10,18 @@ from stable_baselines3.common.utils import FloatSchedule, set_random_seed
 from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 from torch.distributions import Distribution
 
-from differential.changes import ANYTIME, BETWEEN, END, NOT_AMID, START, STEP, Interruption, change, sampled_observation
+from differential.changes import (
+    ANYTIME,
+    BETWEEN,
+    END,
+    NOT_AMID,
+    START,
+    STEP,
+    Interruption,
+    change,
+    has_batch_norm,
+    sampled_observation,
+)
 
 SETTINGS = (
     ("max_grad_norm", 0.01),
@@ -188,7 +199,7 @@ def stop_normalising(run, number):
 
 @change(*ANYTIME)
 def set_the_policys_training_mode(run, number):
-    run.model.policy.set_training_mode(bool(number % 2))
+    run.model.policy.set_training_mode(number % 2 == 0 and not has_batch_norm(run.model.policy))
 
 
 # What PyTorch holds for all
@@ -216,3 +227,28 @@ def set_default_dtype(run, number):
 def check_arguments_of_distributions(run, number):
     run.undo(lambda: Distribution.set_default_validate_args(True))
     Distribution.set_default_validate_args(bool(number % 2))
+
+
+@change(*ANYTIME)
+def set_default_device(run, number):
+    # This puts a mode around all functions of PyTorch
+    run.undo(lambda: th.set_default_device(None))
+    th.set_default_device("cpu")
+
+
+@change(*ANYTIME)
+def set_precision_of_products(run, number):
+    run.undo(lambda: th.set_float32_matmul_precision("highest"))
+    th.set_float32_matmul_precision(("high", "medium")[number % 2])
+
+
+@change(*ANYTIME)
+def set_number_of_threads(run, number):
+    run.undo(lambda: th.set_num_threads(1))
+    th.set_num_threads(2)
+
+
+@change(*ANYTIME)
+def do_without_mkldnn(run, number):
+    run.undo(lambda: th.backends.mkldnn.set_flags(True))
+    th.backends.mkldnn.set_flags(False)

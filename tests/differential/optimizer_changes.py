@@ -3,6 +3,7 @@
 import copy
 
 import torch as th
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from differential.changes import ANYTIME, change
 
@@ -110,3 +111,16 @@ def let_a_gradient_hook_replace_the_optimizers_state(run, number):
     parameter = next(run.model.policy.parameters())
     if parameter.requires_grad:
         run.handles.append(parameter.register_hook(load))
+
+
+@change(*ANYTIME)
+def hook_all_optimizers(run, number):
+    def halve(optimizer, *_):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad.mul_(0.5)
+
+    handle = register_optimizer_step_pre_hook(halve)
+    run.handles.append(handle)
+    run.undo(handle.remove)

@@ -13,6 +13,7 @@ from differential.changes import (
     NOT_AMID,
     START,
     change,
+    has_batch_norm,
     layers_in_sequence,
     linear_of,
     parameter_of,
@@ -40,7 +41,8 @@ def load_other_weights(run, number):
 
 @change(*ANYTIME)
 def load_from_vector(run, number):
-    run.model.policy.load_from_vector(run.model.policy.parameters_to_vector() * 1.2)
+    if all(parameter.is_contiguous() for parameter in run.model.policy.parameters()):
+        run.model.policy.load_from_vector(run.model.policy.parameters_to_vector() * 1.2)
 
 
 @change(*ANYTIME)
@@ -92,7 +94,9 @@ def store_a_copy_of_the_policy(run, number):
 @change(*ANYTIME)
 def put_in_another_policy(run, number):
     policy = policy_copied(run.model)
-    policy.load_from_vector(policy.parameters_to_vector() * 0.9 + 0.01)
+    with th.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(0.9)
     run.model.policy = policy
 
 
@@ -181,7 +185,18 @@ def hook_all_modules(run, number):
     def shrink(module, inputs, output):
         return output * 0.95 if isinstance(module, nn.Linear) else None
 
-    handle = nn.modules.module.register_module_forward_hook(shrink)
+    def shrink_inputs(module, inputs):
+        return (inputs[0] * 0.95,) if isinstance(module, nn.Linear) else None
+
+    def halve(module, inputs, outputs):
+        return tuple(None if gradient is None else gradient / 2 for gradient in inputs)
+
+    register, hook = (
+        (nn.modules.module.register_module_forward_hook, shrink),
+        (nn.modules.module.register_module_forward_pre_hook, shrink_inputs),
+        (nn.modules.module.register_module_full_backward_hook, halve),
+    )[number % 3]
+    handle = register(hook)
     run.handles.append(handle)
     run.undo(handle.remove)
 
@@ -268,7 +283,7 @@ def set_attributes_of_modules(run, number):
 
 @change(*ANYTIME, compiled=NOT_AMID)
 def set_training_mode_of_a_part(run, number):
-    parts = list(run.model.policy.modules())
+    parts = [part for part in run.model.policy.modules() if not has_batch_norm(part)]
     parts[number % len(parts)].train(number % 2 == 0)
 
 

@@ -92,6 +92,16 @@ def test_changes_during_an_update_take_effect(change, has_an_effect, before, opt
         assert_has_an_effect(sb3, optimizer=optimizer)
 
 
+def test_each_parameter_counts_its_own_steps_after_a_copy_of_the_state_is_loaded_during_an_update():
+    models = []
+    for algorithm in (PPO, PPOPlus):
+        model = trained(algorithm, during_update(load_a_copy_of_its_state, at=range(1000)))
+        # If parameters shared a counter, a step outside PPOPlus would count once for each of them
+        model.policy.optimizer.step()
+        models.append(model)
+    assert_same_training(*models)
+
+
 @pytest.mark.parametrize("before", [(0,), (2,)], ids=["first update", "later"])
 @pytest.mark.parametrize("optimizer_class", [Adam, th.optim.NAdam])
 def test_an_optimizer_that_is_replaced_during_an_update_is_used(optimizer_class, before):
