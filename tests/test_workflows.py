@@ -126,7 +126,8 @@ def test_the_pythons_of_the_classifiers_are_tested():
         for text in PROJECT["classifiers"]
         if text.startswith(prefix)
     }
-    assert {combination["python"] for combination in matrix()} == declared
+    # The workflow may try a Python before the classifiers promise it
+    assert declared <= {combination["python"] for combination in matrix()}
     oldest = min(declared, key=lambda version: int(version.partition(".")[2]))
     assert PROJECT["requires-python"] == f">={oldest}"
 
