@@ -191,7 +191,7 @@ class PPOPlus(PPO):
         if self.use_sde:
             self.policy.reset_noise(env.num_envs)
         callback.on_rollout_start()
-        actor = self._execution.actor_for(self, rollout_buffer)
+        actor = self._execution.actor_for(self, rollout_buffer, callback)
         mask_source = self._mask_use.source(env, self)
         action_masks: np.ndarray | None = None
         context: dict[str, th.Tensor] = {}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -16,6 +18,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.fast.functional import call_with
 from sb3_ppo_plus.fast.graphs import CompilationReporter, Graph, GraphCache
+from sb3_ppo_plus.fast.known_callbacks import is_known_callback
 from sb3_ppo_plus.fast.policy_changes import (
     METHODS_OF_ACTING,
     has_known_modules,
@@ -35,6 +38,9 @@ EVALUATION_ROWS = 2048
 
 class CompiledActor(RolloutActor):
     """Computes the actions at each step, and values and log-probabilities after the rollout, in compiled graphs.
+
+    A callback may edit the actions that the buffer stores. As in SB3, the log-probabilities are those of the actions
+    that were chosen.
 
     Values and log-probabilities are computed at each step, together with the actions, in three cases. The features
     extractor learns: it does most of the work, and would run twice. The policy has parts that may answer differently
@@ -74,17 +80,16 @@ class CompiledActor(RolloutActor):
         """Whether no graph will be compiled any more."""
         return self._graphs.has_given_up
 
-    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
-        """Notice what has changed since the last rollout.
-
-        :param rollout_buffer: the buffer that stores the rollout; None: it is not known
-        """
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None, callback: BaseCallback | None = None) -> None:
+        """Notice what has changed since the last rollout."""
         self._buffer = rollout_buffer
+        self._runs_users_code = callback is None or not is_known_callback(callback)
         # Without versions, nobody would notice a parameter that is changed in place during the rollout
         self._defers = has_known_modules(self.policy) and versions_of(self.policy.parameters()) is not None
         self.evaluates_later = self._defers and not _features_are_learned(self.policy)
         self._has_changed = False
         self._n_later = 0
+        self._chosen: list[th.Tensor] = []
         self._take_note()
         if self._is_eager:
             self._defers = self.evaluates_later = False
@@ -120,7 +125,7 @@ class CompiledActor(RolloutActor):
         if self._is_eager:
             return
         has_changed = self._memory_now() != self._memory
-        if not has_changed and self._watch.has_changed():
+        if not has_changed and self._watch.has_changed(self._runs_users_code):
             # A callback that calls predict sets attributes and sets them back. Then the graphs still hold
             has_same_tensors = [*map(id, tensor_places(self.policy).values())] == [*map(id, self._places)]
             has_changed = not (has_same_tensors and self._graphs.is_current())
@@ -151,6 +156,8 @@ class CompiledActor(RolloutActor):
         else:
             computed = self._graph(*leaves, *self._tensors)
         actions, values, log_probs = (*computed, None, None)[:3]
+        if self.evaluates_later and self._runs_users_code:
+            self._chosen.append(actions.clone())
         return actions, values, log_probs
 
     def _keep_from_narrowing(self, observations: PyTorchObs) -> None:
@@ -171,7 +178,11 @@ class CompiledActor(RolloutActor):
         self._follow_changes()
         if not self._n_later:
             return None
-        return self._evaluate_rollout(rollout_buffer.rollout().select(slice(0, self._n_later * rollout_buffer.n_envs)))
+        rollout = rollout_buffer.rollout().select(slice(0, self._n_later * rollout_buffer.n_envs))
+        if self._chosen:
+            stored = rollout.actions
+            rollout = replace(rollout, actions=th.cat(self._chosen).reshape(stored.shape).to(stored.dtype))
+        return self._evaluate_rollout(rollout)
 
     def terminal_values(self, observations: list[Any]) -> np.ndarray:
         """Predict the values of timeouts, with the policy that took the steps."""
@@ -180,7 +191,7 @@ class CompiledActor(RolloutActor):
 
     def end_rollout(self) -> None:
         """Release the copies of the policy's parameters."""
-        self._kept = {}
+        self._kept, self._chosen = {}, []
 
     def _call_as_begun(self, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401  # as the function returns
         """Call a function with the policy as it was when the rollout began."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch as th
@@ -31,13 +31,13 @@ class _GraphInputs(NamedTuple):
     :param rollout: the rollout that the minibatches come from
     :param leaves: the graph's inputs except the indices
     :param spec: puts the leaves together again
-    :param static_key: everything that the graph holds as constants
+    :param static_key: number of everything that the graph holds as constants
     """
 
     rollout: RolloutBatch
     leaves: list[th.Tensor]
     spec: TreeSpec
-    static_key: Hashable
+    static_key: int
 
 
 class CompiledGradientStep(ReplayedGradientStep):
@@ -121,7 +121,8 @@ class CompiledGradientStep(ReplayedGradientStep):
         assert self._flat is not None
         self._flat.keep_steps_with_parameters()
         leaves, spec = tree_flatten(self._inputs(objective, rollout))
-        return _GraphInputs(rollout, leaves, spec, (*self._static_key(objective), spec, layout_of(leaves)))
+        constants = (*self._static_key(objective), spec, layout_of(leaves))
+        return _GraphInputs(rollout, leaves, spec, self._graphs.number_of(constants))
 
     def _inputs(self, objective: Objective, rollout: RolloutBatch) -> Tensors:
         """Collect everything that the graph reads or changes, except the indices."""

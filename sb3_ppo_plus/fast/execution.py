@@ -6,6 +6,7 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
 from sb3_ppo_plus.attributes import PlusModel
@@ -55,14 +56,17 @@ class Execution:
             self.gradient_step = step
         return step
 
-    def actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:
+    def actor_for(
+        self, model: PlusModel, rollout_buffer: RolloutBuffer, callback: BaseCallback | None = None
+    ) -> RolloutActor:
         """Return the actor that chooses the actions of a rollout, ready for its first step.
 
         :param model: the model
         :param rollout_buffer: the buffer of the rollout
+        :param callback: the callback of the rollout; None: it is not known
         """
         actor = self._actor_for(model, rollout_buffer)
-        actor.begin_rollout(rollout_buffer)
+        actor.begin_rollout(rollout_buffer, callback)
         return actor
 
     def _actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:

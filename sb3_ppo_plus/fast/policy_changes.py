@@ -30,7 +30,7 @@ KNOWN_MODULES = (
     *(nn.Mish, nn.SELU, nn.CELU, nn.ReLU6, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.LayerNorm),
     *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor),
 )
-KNOWN_DISTRIBUTIONS = ("sb3_ppo_plus.", "stable_baselines3.common.")
+KNOWN_PACKAGES = ("sb3_ppo_plus.", "stable_baselines3.common.")
 
 Policy = TypeVar("Policy", bound=nn.Module)
 
@@ -94,7 +94,7 @@ def hindrance(policy: nn.Module) -> str | None:
     if action_dist is not None and has_own_methods(action_dist):
         return f"a method of the policy's {type(action_dist).__name__} was replaced, which a graph would not notice"
     for kind in classes_of([*parts, action_dist]):
-        if _code_of(kind).is_patched:
+        if is_patched(kind):
             return f"a method of the class {kind.__name__} was replaced, which a graph would not notice"
     return None
 
@@ -146,8 +146,16 @@ def _code_of(kind: type) -> _Code:
     return now
 
 
+def is_patched(kind: type) -> bool:
+    """Whether a class is known, and somebody has put another method into it.
+
+    :param kind: the class
+    """
+    return _code_of(kind).is_patched
+
+
 def _is_known(kind: type) -> bool:
-    return kind in _KNOWN_CLASSES or kind.__module__.startswith(KNOWN_DISTRIBUTIONS)
+    return kind in _KNOWN_CLASSES or kind.__module__.startswith(KNOWN_PACKAGES)
 
 
 def _is_equal(first: object, second: object) -> bool:

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.func import functional_call
 
+from sb3_ppo_plus.fast.known_callbacks import is_known_callback
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replays import Replays
 from sb3_ppo_plus.fast.watch import PartsWatch
@@ -37,25 +39,27 @@ class ReplayedActor(RolloutActor):
         self._names: list[str] = []
         self._tensors: list[th.Tensor] = []
         self._attributes: dict[Hashable, tuple[list[str], dict[str, Any]]] = {}
-        self._layout: Hashable = None
+        self._layout = 0
         self._is_replayed = False
         self._n_changes = 0
+        self._runs_users_code = True
         self._watch = PartsWatch(policy)
 
     def __reduce__(self) -> tuple[type[ReplayedActor], tuple[ActorCriticPolicy]]:
         # All else belongs to one rollout and one process
         return ReplayedActor, (self.policy,)
 
-    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None, callback: BaseCallback | None = None) -> None:
         """Notice what has changed since the last rollout."""
         self._n_changes = 0
+        self._runs_users_code = callback is None or not is_known_callback(callback)
         self._take_note()
 
     def _take_note(self) -> None:
         places = tensor_places(self.policy)
         # Not detached, because a callback may assign a parameter's data, which changes the next step
         self._names, self._tensors = [*places], [*places.values()]
-        self._layout = layout_of(self._tensors)
+        self._layout = self.replays.number_of(layout_of(self._tensors))
         self.replays.refresh()
         is_lean = isinstance(self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution))
         self._is_replayed = is_lean and self.replays.is_possible and self._n_changes <= MAX_CHANGES
@@ -67,7 +71,7 @@ class ReplayedActor(RolloutActor):
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions, see :meth:`RolloutActor.act`."""
-        if self._is_replayed and self._watch.has_changed():
+        if self._is_replayed and self._watch.has_changed(self._runs_users_code):
             # A callback has changed the policy
             self._n_changes += 1
             self._take_note()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch as th
@@ -24,13 +24,13 @@ class _Prepared(NamedTuple):
     :param rollout: the rollout that the minibatches come from
     :param inputs: the replay's inputs except the indices
     :param spec: puts the inputs together again
-    :param key: everything that the replay holds as constants, besides the policy
+    :param key: number of everything that the replay holds as constants, besides the policy
     """
 
     rollout: RolloutBatch
     inputs: list[th.Tensor]
     spec: TreeSpec
-    key: Hashable
+    key: int
 
 
 class ReplayedGradientStep(GradientStep):
@@ -103,7 +103,7 @@ class ReplayedGradientStep(GradientStep):
             spec,
             layout_of(inputs),
         )
-        return _Prepared(rollout, inputs, spec, key)
+        return _Prepared(rollout, inputs, spec, self.replays.number_of(key))
 
     def _function(self, objective: Objective, spec: TreeSpec) -> Callable[..., tuple[th.Tensor, ...]]:
         """Return :meth:`GradientStep._differentiate` as a function of tensors, which is then replayed."""

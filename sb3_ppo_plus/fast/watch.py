@@ -63,20 +63,29 @@ class PartsWatch:
         # In one call of C, because each step of a rollout does this
         return [*map(call, self._look_ups, self._owners)]
 
-    def has_changed(self) -> bool:
-        """Whether the policy has changed since this object was made."""
+    def has_changed(self, is_thorough: bool = True) -> bool:
+        """Whether the policy has changed since this object was made.
+
+        :param is_thorough: False: look only for attributes that were added or removed, and for other modules,
+            parameters and buffers. This takes a fifth of the time
+        """
         try:
             return (
-                any(self._empty)
-                or self._count_modes() != self._n_modes
-                or sum(map(len, self._sized)) != self._size
+                sum(map(len, self._sized)) != self._size
                 or not all(map(is_, chain.from_iterable(self._filled), self._items))
-                or [*map(type, self._parts)] != self._kinds
-                # For identical objects, Python's comparison of lists makes no call
-                or self._look_up() != self._values
+                or (is_thorough and self._has_other_code())
             )
         except Exception:  # an attribute was deleted, or is an array, which has no single truth value
             return True
+
+    def _has_other_code(self) -> bool:
+        return (
+            any(self._empty)
+            or self._count_modes() != self._n_modes
+            or [*map(type, self._parts)] != self._kinds
+            # For identical objects, Python's comparison of lists makes no call
+            or self._look_up() != self._values
+        )
 
     @contextmanager
     def code_as_before(self) -> Iterator[None]:

@@ -55,6 +55,8 @@ class UpdateHistory:
         last_epoch_mean = dict(zip(METRICS, table[start:].mean(dim=0).tolist(), strict=True))
         # The minibatch that was stopped has no gradient
         grad_norms = table[:n_stepped, METRICS.index("grad_norm")]
+        # Under float16, a gradient overflows where the scale is too large. Then the scaler takes no step
+        grad_norms = grad_norms[grad_norms.isfinite()]
         return {
             "entropy_loss": mean["entropy_loss"],
             "policy_gradient_loss": mean["policy_loss"],

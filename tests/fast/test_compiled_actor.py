@@ -61,6 +61,25 @@ def assert_same_rollouts(eager: KeepRollout, compiled: KeepRollout) -> None:
             np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+class EditActions(KeepRollout):
+    """Edits the actions that the buffer is about to store."""
+
+    def _on_step(self) -> bool:
+        self.locals["actions"][...] = 0
+        return super()._on_step()
+
+
+@pytest.mark.parametrize("action_space", [ASYMMETRIC, spaces.Discrete(3), spaces.MultiDiscrete([3, 2])], ids=type)
+@pytest.mark.filterwarnings("error:compile=True")
+def test_actions_that_a_callback_edits_keep_the_log_probs_of_those_that_were_chosen(
+    action_space: spaces.Space[Any],
+) -> None:
+    eager, compiled = rollouts(lambda: make_env(2, action_space=action_space), callback=EditActions)
+    assert all((rollout["actions"] == 0).all() for rollout in compiled.rollouts)
+    assert np.ptp(eager.rollouts[0]["log_probs"]) > 0.01, "one action has one log-prob here: the case proves nothing"
+    assert_same_rollouts(eager, compiled)
+
+
 @pytest.mark.parametrize(
     ("observation_space", "action_space", "policy", "kwargs"),
     [
