@@ -27,7 +27,7 @@ from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
 from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
-from sb3_ppo_plus.envs.workers import eval_envs_of, naming_dead_workers
+from sb3_ppo_plus.envs.workers import NamesDeadWorkers, eval_envs_of
 from sb3_ppo_plus.fast.execution import Execution
 from sb3_ppo_plus.fast.graphs import inductor_options
 from sb3_ppo_plus.masking.evaluation import MaskedPredictor, evaluate_with_masks, evaluate_without_masks
@@ -321,7 +321,7 @@ class PPOPlus(PPO):
         check_epsilon(self.policy)
         self._current_run.was_asked_to_stop = False
         try:
-            with naming_dead_workers(lambda: [self.env, *eval_envs_of(self._current_run.callback)]):
+            with NamesDeadWorkers(lambda: [self.env, *eval_envs_of(self._current_run.callback)]):
                 return super().learn(*arguments)
         finally:
             callback, self._current_run.callback = self._current_run.callback, None

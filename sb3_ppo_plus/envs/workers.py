@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
 
 from stable_baselines3.common.callbacks import BaseCallback
@@ -20,20 +19,34 @@ BROKEN_PIPES = (EOFError, ConnectionError)
 MAX_WAIT = 2.0
 
 
-@contextmanager
-def naming_dead_workers(envs: Callable[[], Iterable[object]]) -> Iterator[None]:
-    """Raise :class:`DeadWorkerError` in place of SB3's error about a broken pipe.
+class NamesDeadWorkers:
+    """A context that raises :class:`DeadWorkerError` in place of SB3's error about a broken pipe.
+
+    It is no generator, because a generator's frame and the error would hold each other, and with them what was being
+    sent to the worker. Python 3.12.1 crashes when it collects that.
 
     :param envs: returns the vectorised environments in use; other objects are ignored
-    :raises DeadWorkerError: if a pipe is broken and a worker of these environments is dead
     """
-    try:
-        yield
-    except BROKEN_PIPES as error:
-        dead = dead_worker_error(envs())
-        if dead is None:
-            raise
-        raise dead from error
+
+    def __init__(self, envs: Callable[[], Iterable[object]]) -> None:
+        self._envs = envs
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Raise the error that names the dead workers.
+
+        :raises DeadWorkerError: if a pipe is broken and a worker of these environments is dead
+        """
+        if not isinstance(error, BROKEN_PIPES):
+            return
+        dead = dead_worker_error(self._envs())
+        if dead is not None:
+            try:
+                raise dead from error
+            finally:
+                del dead
 
 
 def eval_envs_of(callback: BaseCallback | None) -> list[object]:

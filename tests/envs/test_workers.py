@@ -1,5 +1,7 @@
+import gc
 import os
 import signal
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -90,6 +92,23 @@ def test_resuming_with_a_dead_worker_names_it(tmp_path):
     env.processes[0].join()
     with pytest.raises(DeadWorkerError, match="worker 0 of 2 of the SubprocVecEnv was killed by SIGKILL"):
         PPOPlus.resume(tmp_path, env, device="cpu")
+
+
+def test_the_error_holds_nothing_that_only_the_garbage_collector_frees():
+    # Python 3.12.1 crashes when it collects the frames of an error that was raised while something was sent
+    def errors():
+        return [one for one in gc.get_objects() if isinstance(one, EOFError | ConnectionError | DeadWorkerError)]
+
+    model = build(envs("exit"), n_steps=16)
+    gc.collect()
+    before = len(errors())
+    gc.disable()
+    try:
+        with suppress(DeadWorkerError):
+            model.learn(96)
+        assert len(errors()) == before
+    finally:
+        gc.enable()
 
 
 class Raises(BaseCallback):

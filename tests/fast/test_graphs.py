@@ -10,6 +10,7 @@ from environments import make_env
 from torch._dynamo.utils import counters
 
 from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.fast.tracing import trace
 
 # As small as in test_compiled_step.py
 SETTINGS = {"n_steps": 16, "batch_size": 16, "seed": 0, "device": "cpu", "policy_kwargs": {"net_arch": [8]}}
@@ -40,6 +41,7 @@ def test_a_model_that_does_not_compile_does_not_load_inductor() -> None:
     code = """
 import sys
 from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.fast.tracing import trace
 from sb3_ppo_plus.fast import replays
 replays.REPLAY_AFTER = 2
 model = PPOPlus("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128)
@@ -101,3 +103,14 @@ def test_a_tensor_that_is_replaced_and_is_no_parameter_or_buffer_ends_the_graphs
         model.learn(64)
     assert model._execution.compiled_actor.has_given_up
     assert n_compilations(model) == 3
+
+
+def test_tracing_draws_no_random_numbers() -> None:
+    # As an operation does of which PyTorch knows no fake form, on CUDA: it is run
+    def draws(inputs: th.Tensor) -> th.Tensor:
+        th.default_generator.manual_seed(int(th.initial_seed()) + 1)
+        return inputs + 1
+
+    before = th.get_rng_state()
+    trace(draws, [th.zeros(2)], th.nn.Identity())
+    assert th.equal(th.get_rng_state(), before)
