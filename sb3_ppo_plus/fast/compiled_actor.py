@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import Distribution, StateDependentNoiseDistribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
@@ -18,13 +18,13 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.fast.functional import call_with
 from sb3_ppo_plus.fast.graphs import CompilationReporter, Graph, GraphCache
-from sb3_ppo_plus.fast.known_callbacks import is_known_callback
 from sb3_ppo_plus.fast.policy_changes import (
     METHODS_OF_ACTING,
     has_known_modules,
     layout_of,
     structural_copy,
 )
+from sb3_ppo_plus.fast.users_code import UsersCode
 from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of, predict_values, rows_of_chunk
@@ -39,8 +39,8 @@ EVALUATION_ROWS = 2048
 class CompiledActor(RolloutActor):
     """Computes the actions at each step, and values and log-probabilities after the rollout, in compiled graphs.
 
-    A callback may edit the actions that the buffer stores. As in SB3, the log-probabilities are those of the actions
-    that were chosen.
+    Callbacks and environments may edit the actions that the buffer stores. As in SB3, the log-probabilities are those
+    of the actions that were chosen.
 
     Values and log-probabilities are computed at each step, together with the actions, in three cases. The features
     extractor learns: it does most of the work, and would run twice. The policy has parts that may answer differently
@@ -53,10 +53,18 @@ class CompiledActor(RolloutActor):
     :param policy: a policy for which :func:`can_act_alone` is True
     :param options: options of TorchInductor
     :param reporter: told what was compiled, or why it could not be
+    :param users_code: decides whether each step looks for new methods, hooks and settings
     """
 
-    def __init__(self, policy: ActorCriticPlusPolicy, options: dict[str, Any], reporter: CompilationReporter) -> None:
+    def __init__(
+        self,
+        policy: ActorCriticPlusPolicy,
+        options: dict[str, Any],
+        reporter: CompilationReporter,
+        users_code: UsersCode | None = None,
+    ) -> None:
         super().__init__(policy)
+        self.users_code = users_code or UsersCode()
         self.policy: ActorCriticPlusPolicy = policy
         self._options, self._reporter = options, reporter
         self._graphs = GraphCache(policy, options, reporter)
@@ -68,7 +76,7 @@ class CompiledActor(RolloutActor):
 
     def __reduce__(self) -> tuple[type[CompiledActor], tuple[Any, ...]]:
         # All else belongs to one rollout, or is compiled code, which cannot be pickled
-        return CompiledActor, (self.policy, self._options, self._reporter)
+        return CompiledActor, (self.policy, self._options, self._reporter, self.users_code)
 
     @property
     def n_compilations(self) -> int:
@@ -80,10 +88,11 @@ class CompiledActor(RolloutActor):
         """Whether no graph will be compiled any more."""
         return self._graphs.has_given_up
 
-    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None, callback: BaseCallback | None = None) -> None:
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Notice what has changed since the last rollout."""
         self._buffer = rollout_buffer
-        self._runs_users_code = callback is None or not is_known_callback(callback)
+        # The buffer stores the array that callbacks get; so does env.step, unless the actions are clipped
+        self._may_be_edited = self.users_code.may_run or not isinstance(self.policy.action_space, spaces.Box)
         # Without versions, nobody would notice a parameter that is changed in place during the rollout
         self._defers = has_known_modules(self.policy) and versions_of(self.policy.parameters()) is not None
         self.evaluates_later = self._defers and not _features_are_learned(self.policy)
@@ -125,7 +134,7 @@ class CompiledActor(RolloutActor):
         if self._is_eager:
             return
         has_changed = self._memory_now() != self._memory
-        if not has_changed and self._watch.has_changed(self._runs_users_code):
+        if not has_changed and self._watch.has_changed(self.users_code.may_run):
             # A callback that calls predict sets attributes and sets them back. Then the graphs still hold
             has_same_tensors = [*map(id, tensor_places(self.policy).values())] == [*map(id, self._places)]
             has_changed = not (has_same_tensors and self._graphs.is_current())
@@ -156,7 +165,7 @@ class CompiledActor(RolloutActor):
         else:
             computed = self._graph(*leaves, *self._tensors)
         actions, values, log_probs = (*computed, None, None)[:3]
-        if self.evaluates_later and self._runs_users_code:
+        if self.evaluates_later and self._may_be_edited:
             self._chosen.append(actions.clone())
         return actions, values, log_probs
 
@@ -190,8 +199,10 @@ class CompiledActor(RolloutActor):
         return predict_values(self.policy, observations, predict)
 
     def end_rollout(self) -> None:
-        """Release the copies of the policy's parameters."""
+        """Release the copies of the policy's parameters, and notice what has changed during the rollout."""
         self._kept, self._chosen = {}, []
+        if not self._is_eager:
+            self.users_code.end_rollout(self._watch, self._graphs)
 
     def _call_as_begun(self, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401  # as the function returns
         """Call a function with the policy as it was when the rollout began."""

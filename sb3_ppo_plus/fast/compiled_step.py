@@ -99,14 +99,17 @@ class CompiledGradientStep(ReplayedGradientStep):
         if flat is None or not flat.has_state or minibatch.indices is None or self._has_hooks:
             return super().__call__(objective, minibatch)
         shared = self._shared
-        if shared is None or shared.rollout is not minibatch.rollout:
+        is_new = shared is None or shared.rollout is not minibatch.rollout
+        if is_new and len(self._compiled_settings) <= MAX_COMPILATIONS:
+            self._compiled_settings.add(self._settings())
+        if len(self._compiled_settings) > MAX_COMPILATIONS:
+            self._reporter.failed("the gradient step", "settings of the optimizer change again and again")
+            return super().__call__(objective, minibatch)
+        if shared is None or is_new:
             shared = self._shared = self._graph_inputs(objective, minibatch.rollout)
         key = (len(minibatch.indices), shared.static_key)
         inputs = [minibatch.indices, *shared.leaves]
         spec = shared.spec
-        if len(self._compiled_settings) > MAX_COMPILATIONS:
-            self._reporter.failed("the gradient step", "settings of the optimizer change again and again")
-            return super().__call__(objective, minibatch)
         graph = self._graphs.get(key, "the gradient step", lambda: self._graph_function(objective, spec), inputs)
         if graph is None:
             return super().__call__(objective, minibatch)
@@ -151,11 +154,13 @@ class CompiledGradientStep(ReplayedGradientStep):
             "rollout": tensors_of(rollout.by_field()),
         }
 
+    def _settings(self) -> str:
+        assert self._flat is not None
+        return str([_constants_of(group) for group in self._flat.groups])
+
     def _static_key(self, objective: Objective) -> tuple[Any, ...]:
         """Return everything that a graph holds as constants, except the layout of its inputs."""
         assert self._flat is not None
-        settings = str([_constants_of(group) for group in self._flat.groups])
-        self._compiled_settings.add(settings)
         names = {id(tensor): name for name, tensor in tensor_places(self.policy).items()}
         return (
             objective.normalize_advantage,
@@ -164,7 +169,7 @@ class CompiledGradientStep(ReplayedGradientStep):
             objective.kl_limit is None,
             objective.amp_dtype,
             type(self.policy.optimizer),
-            settings,
+            self._settings(),
             tuple(tuple(names[id(parameter)] for parameter in group.parameters) for group in self._flat.groups),
         )
 

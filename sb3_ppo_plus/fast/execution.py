@@ -17,6 +17,7 @@ from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
 from sb3_ppo_plus.fast.policy_changes import hindrance
 from sb3_ppo_plus.fast.replayed_actor import ReplayedActor
 from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
+from sb3_ppo_plus.fast.users_code import UsersCode
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor
 from sb3_ppo_plus.rollout.memory_actor import MemoryActor
@@ -35,6 +36,7 @@ class Execution:
     def __init__(self, grad_scaler: th.amp.GradScaler, verbose: int) -> None:
         self.grad_scaler = grad_scaler
         self.reporter = CompilationReporter(verbose)
+        self.users_code = UsersCode()
         self.gradient_step: GradientStep | None = None
         self.compiled_actor: CompiledActor | None = None
         self.replayed_actor: ReplayedActor | None = None
@@ -65,8 +67,9 @@ class Execution:
         :param rollout_buffer: the buffer of the rollout
         :param callback: the callback of the rollout; None: it is not known
         """
+        self.users_code.begin_rollout(callback)
         actor = self._actor_for(model, rollout_buffer)
-        actor.begin_rollout(rollout_buffer, callback)
+        actor.begin_rollout(rollout_buffer)
         return actor
 
     def _actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:
@@ -78,7 +81,7 @@ class Execution:
         if actor is not None:
             return actor
         if self.replayed_actor is None or self.replayed_actor.policy is not policy:
-            self.replayed_actor = ReplayedActor(policy)
+            self.replayed_actor = ReplayedActor(policy, self.users_code)
         return self.replayed_actor
 
     def _compiled_actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> CompiledActor | None:
@@ -94,7 +97,8 @@ class Execution:
             self.reporter.failed("acting", reason)
             return None
         if self.compiled_actor is None or self.compiled_actor.policy is not policy:
-            self.compiled_actor = CompiledActor(policy, inductor_options(model.compile), self.reporter)
+            options = inductor_options(model.compile)
+            self.compiled_actor = CompiledActor(policy, options, self.reporter, self.users_code)
         return None if self.compiled_actor.has_given_up else self.compiled_actor
 
     def log_to(self, logger: Logger, model: PlusModel) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch.func import functional_call
 
-from sb3_ppo_plus.fast.known_callbacks import is_known_callback
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replays import Replays
+from sb3_ppo_plus.fast.users_code import UsersCode
 from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.policies.lean_distributions import LeanCategoricalDistribution, LeanDiagGaussianDistribution
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of
@@ -31,10 +30,12 @@ class ReplayedActor(RolloutActor):
     """Chooses the actions of :class:`RolloutActor`, by replays if :func:`can_replay` allows them.
 
     :param policy: the policy
+    :param users_code: decides whether each step looks for new methods, hooks and settings
     """
 
-    def __init__(self, policy: ActorCriticPolicy) -> None:
+    def __init__(self, policy: ActorCriticPolicy, users_code: UsersCode | None = None) -> None:
         super().__init__(policy)
+        self.users_code = users_code or UsersCode()
         self.replays = Replays(policy)
         self._names: list[str] = []
         self._tensors: list[th.Tensor] = []
@@ -42,18 +43,21 @@ class ReplayedActor(RolloutActor):
         self._layout = 0
         self._is_replayed = False
         self._n_changes = 0
-        self._runs_users_code = True
         self._watch = PartsWatch(policy)
 
-    def __reduce__(self) -> tuple[type[ReplayedActor], tuple[ActorCriticPolicy]]:
+    def __reduce__(self) -> tuple[type[ReplayedActor], tuple[Any, ...]]:
         # All else belongs to one rollout and one process
-        return ReplayedActor, (self.policy,)
+        return ReplayedActor, (self.policy, self.users_code)
 
-    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None, callback: BaseCallback | None = None) -> None:
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Notice what has changed since the last rollout."""
         self._n_changes = 0
-        self._runs_users_code = callback is None or not is_known_callback(callback)
         self._take_note()
+
+    def end_rollout(self) -> None:
+        """Notice what has changed during the rollout."""
+        if self._is_replayed:
+            self.users_code.end_rollout(self._watch, self.replays)
 
     def _take_note(self) -> None:
         places = tensor_places(self.policy)
@@ -71,7 +75,7 @@ class ReplayedActor(RolloutActor):
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions, see :meth:`RolloutActor.act`."""
-        if self._is_replayed and self._watch.has_changed(self._runs_users_code):
+        if self._is_replayed and self._watch.has_changed(self.users_code.may_run):
             # A callback has changed the policy
             self._n_changes += 1
             self._take_note()

@@ -41,7 +41,7 @@ def trace(
         tracer = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
         # PyTorch runs an operation that has no fake form, such as the sampling of Beta. This draws random numbers
         devices = {tensor.device for tensor in inputs if tensor.is_cuda}
-        with th.random.fork_rng(devices), _without_checks_of_values(is_checked=decompositions is None):
+        with _without_checks_of_values(is_checked=decompositions is None), th.random.fork_rng(devices):
             graph: th.fx.GraphModule = tracer(*inputs)
         for owner, attributes in before:
             changed = [name for name, value in vars(owner).items() if attributes.get(name) is not value]

@@ -38,10 +38,10 @@ class PartsWatch:
         parts, action_dist = [*policy.modules()], getattr(policy, "action_dist", None)
         self._parts, self._kinds = parts, [*map(type, parts)]
         contents = [items for part in parts for items in contents_of(part) or ()]
-        self._empty = [*(items for items in contents if not items), *(forward_hooks(parts) or ())]
+        self._hooks = forward_hooks(parts) or []
         self._filled = [items.values() for items in contents if items]
         self._items = [*chain.from_iterable(self._filled)]
-        self._sized = [*map(vars, parts), getattr(action_dist, "__dict__", {}), *self._filled]
+        self._sized = [*map(vars, parts), getattr(action_dist, "__dict__", {}), *contents]
         self._size = sum(map(len, self._sized))
         self._count_modes = function_mode_counter()
         self._n_modes = self._count_modes()
@@ -66,8 +66,8 @@ class PartsWatch:
     def has_changed(self, is_thorough: bool = True) -> bool:
         """Whether the policy has changed since this object was made.
 
-        :param is_thorough: False: look only for attributes that were added or removed, and for other modules,
-            parameters and buffers. This takes a fifth of the time
+        :param is_thorough: False: look only at how many attributes there are, and at modules, parameters and buffers.
+            This takes a third of the time
         """
         try:
             return (
@@ -80,7 +80,7 @@ class PartsWatch:
 
     def _has_other_code(self) -> bool:
         return (
-            any(self._empty)
+            any(self._hooks)
             or self._count_modes() != self._n_modes
             or [*map(type, self._parts)] != self._kinds
             # For identical objects, Python's comparison of lists makes no call

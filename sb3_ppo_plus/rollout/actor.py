@@ -9,7 +9,6 @@ import numpy as np
 import torch as th
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
@@ -31,11 +30,10 @@ class RolloutActor:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
 
-    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None, callback: BaseCallback | None = None) -> None:
+    def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Notice what has changed since the last rollout.
 
         :param rollout_buffer: the buffer that stores the rollout; None: it is not known
-        :param callback: the callback of the rollout; None: it is not known
         """
 
     @th.no_grad()

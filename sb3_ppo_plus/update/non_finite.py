@@ -55,19 +55,18 @@ def check_steps(history: UpdateHistory, model: PlusModel, *, checks_gradient: bo
         in_a_row = 0 if was_stepped_on else in_a_row + 1
         total += not was_stepped_on
         if in_a_row > max_in_a_row:
-            raise NonFiniteError(_message(table[index].tolist(), index, in_a_row, model))
+            raise NonFiniteError(_message(table[index].tolist(), history.place_of(index), in_a_row, model))
     history.is_fine = th.cat([is_fine, th.ones(int(history.was_stopped), dtype=th.bool)])
     return total, in_a_row
 
 
-def _message(metrics: list[float], index: int, in_a_row: int, model: PlusModel) -> str:
+def _message(metrics: list[float], place: tuple[int, int], in_a_row: int, model: PlusModel) -> str:
     values = dict(zip(METRICS, metrics, strict=True))
     terms = [f"the {text} is {values[name]}" for name, text in TERMS.items() if not math.isfinite(values[name])]
     terms = terms or [f"the norm of the gradient is {values['grad_norm']}, of the loss {values['loss']}"]
-    n_minibatches = -(-model.n_steps * model.n_envs // model.batch_size)
-    where = f"epoch {index // n_minibatches}, minibatch {index % n_minibatches}"
+    where = f"epoch {place[0]}, minibatch {place[1]}"
     if model.on_non_finite == "skip":
-        where += f", the {in_a_row}th in a row, and max_skipped={model.max_skipped}"
+        where += f", {in_a_row} in a row, and max_skipped={model.max_skipped}"
     when = f"update {model._n_iterations + 1}, {model.num_timesteps} timesteps; no step was taken on it"
     if model.last_checkpoint is not None:
         when += f"; the last checkpoint is {model.last_checkpoint}"

@@ -9,10 +9,11 @@ from environments import ASYMMETRIC, BOX, IMAGE, SMALL_DICT, ConstantRewardEnv, 
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecNormalize
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 
 from sb3_ppo_plus import ActorCriticPlusPolicy, PPOPlus
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer
+from sb3_ppo_plus.fast import users_code
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
 from sb3_ppo_plus.rollout.actor import EVALUATION_CHUNK, predict_values
 
@@ -61,6 +62,20 @@ def assert_same_rollouts(eager: KeepRollout, compiled: KeepRollout) -> None:
             np.testing.assert_allclose(actual[name], expected[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+class EditingEnvs(VecEnvWrapper):
+    """Edits the array of actions that it is given."""
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_async(self, actions: np.ndarray) -> None:
+        actions[...] = 0
+        self.venv.step_async(actions)
+
+    def step_wait(self) -> Any:
+        return self.venv.step_wait()
+
+
 class EditActions(KeepRollout):
     """Edits the actions that the buffer is about to store."""
 
@@ -77,6 +92,16 @@ def test_actions_that_a_callback_edits_keep_the_log_probs_of_those_that_were_cho
     eager, compiled = rollouts(lambda: make_env(2, action_space=action_space), callback=EditActions)
     assert all((rollout["actions"] == 0).all() for rollout in compiled.rollouts)
     assert np.ptp(eager.rollouts[0]["log_probs"]) > 0.01, "one action has one log-prob here: the case proves nothing"
+    assert_same_rollouts(eager, compiled)
+
+
+@pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.MultiDiscrete([3, 2])], ids=type)
+def test_actions_that_an_environment_edits_keep_the_log_probs_of_those_that_were_chosen(
+    monkeypatch: pytest.MonkeyPatch, action_space: spaces.Space[Any]
+) -> None:
+    monkeypatch.setattr(users_code, "is_known_callback", lambda callback: True)
+    eager, compiled = rollouts(lambda: EditingEnvs(make_env(2, action_space=action_space)))
+    assert all((rollout["actions"] == 0).all() for rollout in compiled.rollouts)
     assert_same_rollouts(eager, compiled)
 
 

@@ -41,7 +41,6 @@ def test_a_model_that_does_not_compile_does_not_load_inductor() -> None:
     code = """
 import sys
 from sb3_ppo_plus import PPOPlus
-from sb3_ppo_plus.fast.tracing import trace
 from sb3_ppo_plus.fast import replays
 replays.REPLAY_AFTER = 2
 model = PPOPlus("MlpPolicy", "CartPole-v1", n_steps=64, device="cpu").learn(128)

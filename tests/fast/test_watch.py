@@ -115,6 +115,21 @@ def test_a_watch_notices(policy, change):
         assert not PartsWatch(policy).has_changed()
 
 
+# What is counted or held: the quick look notices it
+QUICKLY_NOTICED = [
+    *(own_method, own_method_of_the_distribution, module, first_module, parameter, parameter_of_one_equal_number),
+    *(buffer, new_attribute, attribute_taken_away),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_a_quick_look_notices_attributes_that_come_or_go_and_other_parts(policy, change):
+    watch = PartsWatch(policy)
+    assert not watch.has_changed(is_thorough=False)
+    change(policy)
+    assert watch.has_changed(is_thorough=False) == (change in QUICKLY_NOTICED)
+
+
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
