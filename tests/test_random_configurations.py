@@ -67,7 +67,7 @@ def keep_the_first_learning_rate(monkeypatch):
 
 
 def replay_past_hooks(monkeypatch):
-    monkeypatch.setattr(PartsWatch, "has_changed", lambda watch: False)
+    monkeypatch.setattr(PartsWatch, "has_changed", lambda watch, is_thorough=True: False)
 
 
 def step_what_was_frozen(monkeypatch):
@@ -117,7 +117,7 @@ def further(update):
 
 def keep_graphs_after_a_change(monkeypatch):
     monkeypatch.setattr("sb3_ppo_plus.fast.policy_functions.python_state", lambda policy: None)
-    monkeypatch.setattr(PartsWatch, "has_changed", lambda watch: False)
+    monkeypatch.setattr(PartsWatch, "has_changed", lambda watch, is_thorough=True: False)
 
 
 def forget_timeouts(monkeypatch):
