@@ -243,6 +243,7 @@ def wait_for(condition, what, seconds=600):
         time.sleep(0.02)
 
 
+@pytest.mark.heavy
 def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, uninterrupted):
     (tmp_path / "job.json").write_text(long_job(tmp_path).to_json())
     command = BENCHMARKS / "campaign_run.py", tmp_path, os.getpid()
@@ -294,6 +295,7 @@ def begin_campaign(arguments):
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="asks Linux for the states of processes")
+@pytest.mark.heavy
 def test_a_campaign_pauses_ends_with_its_runs_and_continues(tmp_path, uninterrupted, capsys):
     plan = write_plan(tmp_path / "plan.yml", {**TINY_RUN, **EAGER, "steps": 20_000})
     work, results = tmp_path / "work", tmp_path / "results"
@@ -328,6 +330,7 @@ def test_a_campaign_pauses_ends_with_its_runs_and_continues(tmp_path, uninterrup
     assert "0 runs left" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_a_run_that_fails_is_reported_and_the_others_go_on(tmp_path):
     broken = {**TINY_RUN, "hyperparams": {"compile": False, "n_steps": -1}, "variant": "broken", "steps": 256}
     plan = write_plan(tmp_path / "plan.yml", broken, {**TINY_RUN, **EAGER, "steps": 256})

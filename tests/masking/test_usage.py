@@ -187,6 +187,7 @@ def test_compiled_and_eager_training_is_the_same_without_recompiling(policy, req
     ("space", "settings"), [*SPACES_AND_SETTINGS, ("multi_binary", {"compile": True, "amp": True})], ids=str
 )
 @pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.usefixtures("graphs_without_code")
 def test_the_logit_of_an_action_that_is_never_valid_changes_nothing(space, settings):
     action_space = MASKED_ACTION_SPACES[space]
     mask = np.ones(sum(mask_sizes(action_space)), bool)
