@@ -32,6 +32,9 @@ MEMORY_SHARE = 0.25
 SAFE_RANDOM_OPERATIONS = {
     *("normal_", "normal_functional", "randn", "randn_like", "rand", "rand_like", "uniform", "uniform_"),
     *("exponential", "exponential_", "bernoulli", "bernoulli_", "_sample_dirichlet", "_standard_gamma"),
+    # Attention may drop out
+    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention"),
+    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
 }
 
 # PyTorch captures one graph at a time
@@ -339,8 +342,7 @@ def obstacle(graph: th.fx.GraphModule, inputs: Sequence[th.Tensor]) -> str | Non
         return "it does not compute on one device alone"
     for node in _random_operations(graph):
         name = str(node.target).split(".")[1]
-        arguments = (*node.args, *node.kwargs.values())
-        if name not in SAFE_RANDOM_OPERATIONS or any(isinstance(one, th.Generator) for one in arguments):
+        if name not in SAFE_RANDOM_OPERATIONS or node.kwargs.get("generator") is not None:
             return f"a CUDA graph cannot draw the random numbers of {node.target}"
     return None
 
