@@ -8,7 +8,8 @@ so that a stage that takes too long loses only what it has not done yet. Stages 
 measure run alone, the most telling ones first. OUT/log.txt holds what the stages print, OUT/summary.txt the table.
 
 Stages: a versions; b bits beside SB3's; c1-c4 compiled beside eager; d resuming; e the project's tests on the device; h
-where the host waits for the GPU; f1-f5 speed of SB3, PPOPlus, compiled and captured, interleaved; g the profiler.
+where the host waits for the GPU; f1-f5 speed of SB3, PPOPlus, compiled, and that without CUDA graphs, interleaved; g
+the profiler.
 The exit status is 1 where a result is not ok; a stage that did not end is such a result.
 """
 

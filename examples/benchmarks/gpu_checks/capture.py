@@ -35,14 +35,20 @@ def parts_of(model: Any, kind: type) -> list[Any]:  # noqa: ANN401  # private pa
 
 @contextmanager
 def graphs_without_code(options: Options) -> Iterator[None]:
-    """Run compiled graphs operation by operation inside the block, where ``no_code`` asks for that."""
-    generate = graphs._generate_code
+    """Run compiled graphs operation by operation inside the block, where ``no_code`` asks for that.
+
+    On the CPU they are then replayed as a GPU would, see :class:`PretendedReplay`.
+    """
+    generate, replays = graphs._generate_code, dict(captured.REPLAYS)
     if options.no_code:
         graphs._generate_code = lambda graph, _: graph
+        captured.REPLAYS["cpu"] = PretendedReplay
     try:
         yield
     finally:
         graphs._generate_code = generate
+        captured.REPLAYS.clear()
+        captured.REPLAYS.update(replays)
 
 
 class PretendedReplay:
@@ -99,16 +105,6 @@ class _Place:
         if storage is None:
             raise SystemError("a captured graph uses memory that was freed")
         return th.empty(0, dtype=self._dtype).set_(storage, *self._geometry)
-
-
-@contextmanager
-def pretended_replays() -> Iterator[None]:
-    """Let compiled graphs on the CPU be captured and replayed inside the block."""
-    captured.REPLAYS["cpu"] = PretendedReplay
-    try:
-        yield
-    finally:
-        del captured.REPLAYS["cpu"]
 
 
 def replays_of(model: PPOPlus) -> list[int]:
