@@ -7,7 +7,6 @@ same kernels, with the same bits.
 from __future__ import annotations
 
 import gc
-import operator
 import threading
 import weakref
 from collections import Counter
@@ -18,7 +17,8 @@ from typing import Any, Protocol
 
 import torch as th
 
-from sb3_ppo_plus.torch_private import aliased_arguments, argument_names, copy_each, versions_of
+from sb3_ppo_plus.fast.effects import changed_inputs, obstacle, random_operations
+from sb3_ppo_plus.torch_private import copy_each, versions_of
 from sb3_ppo_plus.update.tensor_places import tensor_places
 
 Graph = Callable[..., Any]
@@ -26,16 +26,6 @@ Report = Callable[[Exception | str], None]
 
 # Tensors of a graph's own may take this share of the device's free memory. A rollout of images takes gigabytes
 MEMORY_SHARE = 0.25
-
-# Random operations that wait for nothing. In a replay they draw what they would draw anyway, since PyTorch gives the
-# replay the default generator's state. Others, such as ``normal`` with a tensor of deviations, wait for values
-SAFE_RANDOM_OPERATIONS = {
-    *("normal_", "normal_functional", "randn", "randn_like", "rand", "rand_like", "uniform", "uniform_"),
-    *("exponential", "exponential_", "bernoulli", "bernoulli_", "_sample_dirichlet", "_standard_gamma"),
-    # Attention may drop out
-    *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_flash_attention"),
-    *("_scaled_dot_product_cudnn_attention", "_scaled_dot_product_flash_attention_for_cpu"),
-}
 
 # PyTorch captures one graph at a time
 _CAPTURING = threading.Lock()
@@ -284,7 +274,7 @@ def with_capture(
     replay_type = REPLAYS.get(inputs[0].device.type)
     if replay_type is None:
         return code
-    changed, reason = changed_inputs(graph), obstacle(graph, inputs)
+    changed, reason = changed_inputs(graph), obstacle(graph, inputs, module)
     if reason is None and changed is None:
         reason = "it is not known what it changes"
     if changed is None or reason is not None:
@@ -292,61 +282,4 @@ def with_capture(
         return code
     of_module = {tensor.data_ptr() for tensor in tensor_places(module).values() if tensor.numel()}
     in_place = {index for index, tensor in enumerate(inputs) if tensor.data_ptr() in of_module}
-    return CapturedGraph(code, replay_type, changed, changed | in_place, any(_random_operations(graph)), report)
-
-
-def changed_inputs(graph: th.fx.GraphModule) -> set[int] | None:
-    """Return the indices of the inputs that a graph changes in place; None if this cannot be known.
-
-    :param graph: the operations
-    """
-    changed: set[int] = set()
-    # The inputs whose memory the result of an operation may share
-    roots: dict[th.fx.Node, set[int]] = {
-        node: {index} for index, node in enumerate(graph.graph.find_nodes(op="placeholder"))
-    }
-    for node in graph.graph.nodes:
-        if node.op != "call_function":
-            continue
-        if node.target is operator.getitem:
-            roots[node] = roots.get(node.args[0], set())
-            continue
-        names, aliased = argument_names(node.target), aliased_arguments(node.target)
-        if names is None or aliased is None:
-            return None
-        given = dict(zip(names, node.args, strict=False)) | node.kwargs
-        for name, is_changed in aliased.items():
-            shared = {root for argument in _nodes_in(given.get(name)) for root in roots.get(argument, ())}
-            roots[node] = roots.get(node, set()) | shared
-            if is_changed:
-                changed |= shared
-    return changed
-
-
-def _nodes_in(argument: Any) -> list[th.fx.Node]:  # noqa: ANN401  # of an operation
-    nodes: list[th.fx.Node] = []
-    th.fx.node.map_arg(argument, nodes.append)
-    return nodes
-
-
-def obstacle(graph: th.fx.GraphModule, inputs: Sequence[th.Tensor]) -> str | None:
-    """Return why a graph cannot be captured; None: it can be, as far as its operations tell.
-
-    :param graph: the operations
-    :param inputs: those for which it was compiled
-    """
-    values = [node.meta.get("val") for node in graph.graph.nodes if node.op in ("call_function", "get_attr")]
-    tensors = [*inputs, *(value for value in values if isinstance(value, th.Tensor)), *graph.buffers()]
-    # A single number on the CPU is a constant of the code
-    if any(tensor.device.type != inputs[0].device.type and tensor.dim() for tensor in tensors):
-        return "it does not compute on one device alone"
-    for node in _random_operations(graph):
-        name = str(node.target).split(".")[1]
-        if name not in SAFE_RANDOM_OPERATIONS or node.kwargs.get("generator") is not None:
-            return f"a CUDA graph cannot draw the random numbers of {node.target}"
-    return None
-
-
-def _random_operations(graph: th.fx.GraphModule) -> list[th.fx.Node]:
-    nodes = graph.graph.nodes
-    return [node for node in nodes if th.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())]
+    return CapturedGraph(code, replay_type, changed, changed | in_place, any(random_operations(graph)), report)

@@ -6,8 +6,9 @@ from gpu_checks.capture import PretendedReplay, replays_of
 from gpu_checks.cases import CASES, ROLLOUT
 from states import assert_same_training
 
+from sb3_ppo_plus import torch_private
 from sb3_ppo_plus.fast import captured, graphs
-from sb3_ppo_plus.fast.captured import changed_inputs
+from sb3_ppo_plus.fast.effects import changed_inputs, obstacle
 from sb3_ppo_plus.fast.tracing import trace
 
 GENERATOR = th.Generator()
@@ -169,3 +170,31 @@ def test_only_known_random_operations_are_captured(monkeypatch, function, is_saf
     graph = compiled(function, th.full((3,), 0.5), monkeypatch=monkeypatch, said=said)
     assert isinstance(graph, captured.CapturedGraph) is is_safe
     assert (not said) is is_safe
+
+
+def test_without_schemas_of_operations_nothing_is_captured(monkeypatch):
+    said = []
+    monkeypatch.setattr(torch_private, "SCHEMA", "_gone")
+    graph = compiled(lambda x: (x + 1,), th.ones(3), monkeypatch=monkeypatch, said=said)
+    assert not isinstance(graph, captured.CapturedGraph) and len(said) == 1
+
+
+class OnTwoDevices(th.nn.Module):
+    """Has constants on the CPU and on the device "meta", which stands for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.vector = th.tensor(2.0), th.ones(3)
+
+
+@pytest.mark.parametrize("name", ["number", "vector", None])
+def test_what_computes_with_tensors_of_another_device_is_not_captured(name):
+    module = OnTwoDevices()
+    constant = getattr(module, name) if name else th.tensor(3.0)
+    graph = trace(lambda x: (x * 2,), [th.ones(3)], th.nn.Identity())
+    graph.register_buffer("constant", constant)
+    on_device = [th.ones(3, device="meta")]
+    for node in graph.graph.nodes:
+        node.meta["val"] = on_device[0]
+    assert (obstacle(graph, on_device, module) is None) is (name is None)
+    assert obstacle(graph, [*on_device, th.tensor(1.0)], module) is not None

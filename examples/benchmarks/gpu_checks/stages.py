@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_plus import PPOPlus, ResumableEnv, TrainingCheckpoint
+from sb3_ppo_plus.fast.captured import CudaReplay
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 
@@ -168,6 +170,28 @@ def compiled(options: Options, report: Report) -> None:
         if report.stage == "c1" and captures:
             for name in cases_for(["box", "squashed", "beta", "cnn"], options.device, options.quick):
                 report.check(f"replayed as CUDA graphs: {name}", captured, name)
+    # Last: it may take the rest with it
+    if report.stage == "c1" and options.device == "cuda":
+        report.check("a capture that fails", _failed_capture)
+
+
+def _failed_capture() -> dict[str, Any]:
+    """Fail to capture what waits for the GPU; then the stream, the generator and the next capture are as before."""
+    device = th.device("cuda", th.cuda.current_device())
+    numbers, state, error = th.ones(3, device=device), th.cuda.get_rng_state(), ""
+    try:
+        CudaReplay(partial(lambda x: [x * x.sum().item()], numbers), device)
+    except RuntimeError as caught:
+        error = str(caught).partition("\n")[0][:80]
+    is_back = th.cuda.current_stream() == th.cuda.default_stream()
+    is_same = th.equal(state, th.cuda.get_rng_state())
+    drawn = th.rand(3, device=device)
+    replay = CudaReplay(partial(lambda x: [x + th.rand_like(x)], numbers), device)
+    th.cuda.set_rng_state(state)
+    replay.replay()
+    draws_alike = th.equal(replay.outputs[0], numbers + drawn)
+    is_ok = bool(error) and is_back and is_same and draws_alike
+    return {"ok": is_ok, "error": error, "stream": is_back, "state": is_same, "draws_alike": draws_alike}
 
 
 COMPILING = (CompiledGradientStep, CompiledActor)
