@@ -184,6 +184,8 @@ CHANGES = (
     set_parameters,
     load_optimizer,
     forget_optimizer_state,
+    # What was replaced is copied in each step
+    add_to_data,
 )
 
 
@@ -262,13 +264,13 @@ class Kill(BaseCallback):
 
 
 @pytest.mark.filterwarnings("error:compile=True")
-def test_a_run_that_is_killed_and_resumed_draws_the_same_numbers(both, tmp_path):
+def test_a_run_that_is_killed_and_resumed_draws_the_same_numbers(both, tmp_path_factory):
     def run():
-        model = build(wrapper=ResumableEnv)
+        model, folder = build(wrapper=ResumableEnv), tmp_path_factory.mktemp("run")
         with pytest.raises(Killed):
-            model.learn(ROLLOUT * 6, [TrainingCheckpoint(1, tmp_path), Kill()])
+            model.learn(ROLLOUT * 6, [TrainingCheckpoint(1, folder), Kill()])
         th.manual_seed(5)
-        resumed = PPOPlus.resume(tmp_path, make_toys(ResumableEnv), device="cpu")
+        resumed = PPOPlus.resume(folder, make_toys(ResumableEnv), device="cpu")
         resumed.continue_learning()
         return resumed
 
