@@ -37,6 +37,7 @@ FUNCTION_MODES = "_get_current_function_mode_stack"
 COUNT_OF_FUNCTION_MODES = "_len_torch_function_stack"
 NO_FUNCTION_MODES = "DisableTorchFunction"
 DEVICE_MODES = "torch.utils._device"
+SCHEMA = "_schema"
 
 
 def attributes(owner: object, names: Iterable[str]) -> list[Any] | None:
@@ -172,6 +173,27 @@ def script_of(function: Callable[..., Any], inputs: Sequence[th.Tensor]) -> Call
     traced, _ = trace(lambda *tensors: function(*tensors), tuple(inputs), lambda _: "", True, False)
     made: Callable[..., Any] = make_function("replay", traced)
     return made
+
+
+def argument_names(operation: object) -> list[str] | None:
+    """Return the names of the arguments of an operation, in order; None if they cannot be known.
+
+    :param operation: such as ``torch.ops.aten.copy_.default``
+    """
+    schema = getattr(operation, SCHEMA, None)
+    return None if schema is None else [argument.name for argument in schema.arguments]
+
+
+def aliased_arguments(operation: object) -> dict[str, bool] | None:
+    """Return the arguments whose memory the results of an operation may share, or that it changes; None if unknown.
+
+    :param operation: such as ``torch.ops.aten.copy_.default``
+    :return: whether it changes the argument, by the argument's name
+    """
+    schema = getattr(operation, SCHEMA, None)
+    if schema is None:
+        return None
+    return {one.name: one.alias_info.is_write for one in schema.arguments if one.alias_info is not None}
 
 
 def inductor_mode(mode: str | None) -> dict[str, Any]:

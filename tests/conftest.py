@@ -11,10 +11,11 @@ os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(__file__).resolve().pa
 
 import pytest
 import torch as th
+from gpu_checks.capture import PretendedReplay
 from hypothesis import HealthCheck, settings
 from torch.distributions import Distribution
 
-from sb3_ppo_plus.fast import execution, graphs, replays
+from sb3_ppo_plus.fast import captured, execution, graphs, replays
 from sb3_ppo_plus.rollout.actor import RolloutActor
 
 # Their asserts say what they compared, as those of tests do
@@ -76,6 +77,12 @@ def graphs_without_code(monkeypatch):
     TorchInductor takes seconds for each.
     """
     monkeypatch.setattr(graphs, "_generate_code", lambda graph, options: graph)
+
+
+@pytest.fixture
+def captures(monkeypatch, graphs_without_code):
+    """Compiled graphs are captured and replayed as on a GPU."""
+    monkeypatch.setitem(captured.REPLAYS, "cpu", PretendedReplay)
 
 
 @pytest.fixture

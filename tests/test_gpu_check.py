@@ -22,7 +22,7 @@ ITEMS = {
     "h": {"waits: box", "waits: box compiled", "waits: SB3 box"},
     "f1": {f"pixels 84x84x4, 8 envs: {label}" for label in speed.CONTENDERS}
     - {"pixels 84x84x4, 8 envs: compiled, CPU"},
-    "g": {"64x64 net, 8 envs, batch 64: SB3", "64x64 net, 8 envs, batch 64: compiled, CUDA graphs"},
+    "g": {"64x64 net, 8 envs, batch 64: SB3", "64x64 net, 8 envs, batch 64: compiled, not captured"},
 }
 
 

@@ -16,8 +16,9 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.fast.captured import Graph
 from sb3_ppo_plus.fast.functional import call_with
-from sb3_ppo_plus.fast.graphs import CompilationReporter, Graph, GraphCache
+from sb3_ppo_plus.fast.graphs import CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import (
     METHODS_OF_ACTING,
     has_known_modules,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
+from sb3_ppo_plus.fast.captured import CapturedGraph, Graph, Report, with_capture
 from sb3_ppo_plus.fast.decompositions import FUSED_OPERATIONS
 from sb3_ppo_plus.fast.policy_changes import hindrance
 from sb3_ppo_plus.fast.policy_functions import PolicyFunctions, PolicyState
@@ -27,7 +29,8 @@ DEFAULT_OPTIONS: dict[str, Any] = {"fallback_random": True}
 # A compilation takes seconds. A policy that changes more often than this runs faster eagerly
 MAX_COMPILATIONS = 3
 
-Graph = Callable[..., Any]
+# TorchInductor's option for CUDA graphs. Its own would not capture graphs that change their inputs
+CAPTURES = "triton.cudagraphs"
 
 
 class CompilationReporter:
@@ -40,6 +43,7 @@ class CompilationReporter:
         self.verbose = verbose
         self.seconds = 0.0
         self._has_warned = False
+        self._has_warned_of_capture = False
 
     def compiled(self, what: str, seconds: float) -> None:
         """Count the seconds, and print a line.
@@ -59,10 +63,25 @@ class CompilationReporter:
         """
         if not self._has_warned:
             if isinstance(reason, Exception):
-                first_line = (str(reason).strip().splitlines() or [""])[0]
-                reason = f"it could not be compiled: {type(reason).__name__}: {first_line}"
+                reason = f"it could not be compiled: {_in_one_line(reason)}"
             warnings.warn(f"compile=True: {what} runs eagerly, since {reason}", stacklevel=2)
         self._has_warned = True
+
+    def not_captured(self, what: str, reason: Exception | str) -> None:
+        """Warn that a compiled graph is not replayed as a CUDA graph. Only the first call warns.
+
+        :param what: what the graph does
+        :param reason: why, or the error of the capture or replay
+        """
+        if not self._has_warned_of_capture:
+            if isinstance(reason, Exception):
+                reason = f"this failed: {_in_one_line(reason)}"
+            warnings.warn(f"compile=True: {what} runs compiled, but not as a CUDA graph: {reason}", stacklevel=2)
+        self._has_warned_of_capture = True
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
 
 
 class GraphCache(PolicyFunctions[Graph]):
@@ -78,6 +97,11 @@ class GraphCache(PolicyFunctions[Graph]):
         self.n_compilations = 0
         self._options = options
         self._reporter = reporter
+
+    @property
+    def captured(self) -> list[CapturedGraph]:
+        """The present graphs that are, or soon will be, replayed as CUDA graphs."""
+        return [graph for graph in self._functions.values() if isinstance(graph, CapturedGraph)]
 
     def _hindrance(self) -> str | None:
         return hindrance(self._policy)
@@ -119,7 +143,8 @@ class GraphCache(PolicyFunctions[Graph]):
             self._give_up("attributes or parts of the policy change again and again", what)
             return
         started = time.perf_counter()
-        self._make(key, lambda: compile_graph(make_function(), inputs, self._policy, self._options), what)
+        report = partial(self._reporter.not_captured, what)
+        self._make(key, lambda: compile_graph(make_function(), inputs, self._policy, self._options, report), what)
         if key in self._functions:
             self.n_compilations += 1
             self._reporter.compiled(f"{what} ({len(inputs[0])} at once)", time.perf_counter() - started)
@@ -139,7 +164,10 @@ def inductor_options(compile: bool | dict[str, Any]) -> dict[str, Any]:
 
     options = dict(compile)
     if options.keys() <= {"mode", "options"}:
-        options = {**inductor_mode(options.get("mode")), **options.get("options", {})}
+        mode = options.get("mode")
+        # For Inductor this mode says nothing about CUDA graphs, which it does not use by default
+        captures = {CAPTURES: False} if mode == "max-autotune-no-cudagraphs" else {}
+        options = {**captures, **inductor_mode(mode), **options.get("options", {})}
     known = inductor_option_names()
     unknown = [] if known is None else sorted(options.keys() - known)
     if unknown:
@@ -152,6 +180,7 @@ def compile_graph(
     inputs: Sequence[th.Tensor],
     module: th.nn.Module,
     options: dict[str, Any] | None = None,
+    report: Report = lambda reason: None,
 ) -> Graph:
     """Compile a function for inputs of the shapes, dtypes and devices of ``inputs``.
 
@@ -159,7 +188,8 @@ def compile_graph(
     :param inputs: examples; their values do not matter
     :param module: the module that the function calls; it is not changed
     :param options: options of TorchInductor, as in the argument ``options`` of ``torch.compile``
-    :return: the compiled function
+    :param report: told why the function is not replayed as a CUDA graph, where it might be
+    :return: the compiled function; what it returns is the caller's
     :raises RuntimeError: if the module keeps a state in Python, which a graph would not follow
     :raises Exception: errors of many kinds, from tracing or the compiler
     """
@@ -168,7 +198,10 @@ def compile_graph(
         graph, again = (trace(function, examples, module, FUSED_OPERATIONS) for _ in range(2))
     if graph.code != again.code:
         raise RuntimeError("each call computes something else")
-    return _generate_code(graph, {**DEFAULT_OPTIONS, **(options or {})})
+    options = {**DEFAULT_OPTIONS, **(options or {})}
+    captures = options.get(CAPTURES, True)
+    code = _generate_code(graph, {**options, CAPTURES: False})
+    return with_capture(code, graph, inputs, module, report) if captures else code
 
 
 def _generate_code(graph: th.fx.GraphModule, options: dict[str, Any]) -> Graph:

@@ -60,6 +60,7 @@ class FlatGroup:
         self._shown: dict[str, _Shown] = {}
         self._moments: dict[str, tuple[th.Tensor, list[th.Tensor]]] = {}
         self._counts_on_device = False
+        self._count_on_device: th.Tensor | None = None
         self._undecided: _UndecidedStep | None = None
 
     @property
@@ -229,7 +230,12 @@ class FlatGroup:
         """Count steps on the parameters' device. Adam counts on the host, for which graphs would have to wait."""
         if "step" in self.state:
             self._counts_on_device = True
-            self.state["step"] = self.state["step"].to(self.flat.device)
+            step = self.state["step"]
+            if step.device != self.flat.device:
+                # In one place in all updates, as CUDA graphs need it
+                if self._count_on_device is None:
+                    self._count_on_device = th.empty_like(step, device=self.flat.device)
+                self.state["step"] = self._count_on_device.copy_(step)
 
 
 class _UndecidedStep:

@@ -10,7 +10,7 @@ from states import assert_same_bits, assert_same_training
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
-from sb3_ppo_plus.update.flat_parameters import FlatParameters
+from sb3_ppo_plus.update.flat_parameters import FlatGroup, FlatParameters
 
 OPTIMIZERS = {
     "Adam": (Adam, {}),
@@ -270,3 +270,16 @@ def test_a_copy_of_a_model_goes_on_as_the_model_does():
         one.learn(2 * STEPS, reset_num_timesteps=False)
     assert_same_training(model, copied)
     assert memory == [parameter.data_ptr() for parameter in copied.policy.parameters()]
+
+
+def test_the_counter_of_steps_is_in_one_place_of_the_device_in_all_updates():
+    # CUDA graphs are captured for this place. The device "meta" stands for a GPU
+    parameter = th.nn.Parameter(th.zeros(3, device="meta"))
+    group = FlatGroup(th.optim.Adam([parameter]), 0, [parameter])
+    places = []
+    for n_steps in (1.0, 5.0):
+        group.state["step"] = th.tensor(n_steps)
+        for _ in range(2):
+            group.keep_step_with_parameters()
+            places.append(group.state["step"])
+    assert places[0].device.type == "meta" and all(place is places[0] for place in places)

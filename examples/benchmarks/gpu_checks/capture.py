@@ -1,22 +1,23 @@
-"""Looks inside a model: its parts, its compiled graphs without TorchInductor, and their replays as CUDA graphs."""
+"""Looks inside a model: its parts, its compiled graphs without TorchInductor, and pretended CUDA graphs on the CPU."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch as th
 from gpu_checks.report import Options
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from sb3_ppo_plus import PPOPlus
-from sb3_ppo_plus.fast import graphs
+from sb3_ppo_plus.fast import captured, graphs
 from sb3_ppo_plus.fast.graphs import GraphCache
-from sb3_ppo_plus.update.flat_parameters import FlatParameters
 
 
 def parts_of(model: Any, kind: type) -> list[Any]:  # noqa: ANN401  # private parts, of any class
     """Return every object of a class that a model holds, itself or inside another part of this package.
 
-    :param model: a PPOPlus
+    :param model: a PPOPlus, or a part of it
     :param kind: the class
     """
     found, seen, waiting = [], set(), [model]
@@ -34,142 +35,83 @@ def parts_of(model: Any, kind: type) -> list[Any]:  # noqa: ANN401  # private pa
 
 @contextmanager
 def graphs_without_code(options: Options) -> Iterator[None]:
-    """Run compiled graphs operation by operation inside the block, where ``no_code`` asks for that."""
-    generate = graphs._generate_code
+    """Run compiled graphs operation by operation inside the block, where ``no_code`` asks for that.
+
+    On the CPU they are then replayed as a GPU would, see :class:`PretendedReplay`.
+    """
+    generate, replays = graphs._generate_code, dict(captured.REPLAYS)
     if options.no_code:
         graphs._generate_code = lambda graph, _: graph
+        captured.REPLAYS["cpu"] = PretendedReplay
     try:
         yield
     finally:
         graphs._generate_code = generate
-
-
-class CudaReplay:
-    """A function of no arguments, captured as a CUDA graph. Capturing does nothing else.
-
-    :param function: returns the tensors that each replay fills anew
-    """
-
-    def __init__(self, function: Callable[[], Any]) -> None:
-        th.cuda.synchronize()
-        self.graph = th.cuda.CUDAGraph()
-        with th.cuda.graph(self.graph):
-            self.outputs = function()
-
-    def replay(self) -> None:
-        self.graph.replay()
+        captured.REPLAYS.clear()
+        captured.REPLAYS.update(replays)
 
 
 class PretendedReplay:
-    """What :class:`CudaReplay` does, on the CPU, for a dry run.
+    """What a CUDA graph does, on the CPU. It is as unforgiving, and notices where a GPU would compute something else.
 
-    :param function: returns the tensors that each replay fills anew
+    It reads the memory of its capture alone, fails if that was freed, and overwrites its outputs at each replay. The
+    capture changes nothing.
+
+    :param function: a partial with all arguments
+    :param device: without effect
     """
 
-    def __init__(self, function: Callable[[], Any]) -> None:
-        self.function = function
-        self.outputs = function()
-        # Here, unlike there, the capture has computed once
-        self.is_first = True
+    def __init__(self, function: partial[Any], device: th.device) -> None:
+        self._code = function.func
+        self._places = [_Place(tensor) for tensor in function.args]
+        contents = [tensor.untyped_storage().clone() for tensor in function.args]
+        state = th.get_rng_state()
+        self.outputs = [output.clone() for output in function()]
+        self._spoil_outputs()
+        self.is_random = not th.equal(state, th.get_rng_state())
+        th.set_rng_state(state)
+        for tensor, before in zip(function.args, contents, strict=True):
+            tensor.untyped_storage().copy_(before)
 
     def replay(self) -> None:
-        if not self.is_first:
-            for output, value in zip(self.outputs, self.function(), strict=True):
-                output.copy_(value)
-        self.is_first = False
+        self._spoil_outputs()
+        values = self._code(*(place.tensor() for place in self._places))
+        for output, value in zip(self.outputs, values, strict=True):
+            output.copy_(value)
+
+    def _spoil_outputs(self) -> None:
+        for output in self.outputs:
+            output.fill_(float("nan") if output.is_floating_point() else 77)
+
+    @staticmethod
+    def free_bytes(device: th.device) -> int:
+        return 2**33
+
+    @staticmethod
+    def generator(device: th.device) -> th.Generator:
+        return th.default_generator
 
 
-class CapturedGraph:
-    """A compiled graph that is called once, then captured, then replayed.
+class _Place:
+    """A tensor's memory, which this does not keep alive."""
 
-    A replay reads and writes fixed memory. Parameters and the optimiser's state, which a graph changes, mostly stay
-    where they are. All other inputs are copied into places of their own before a replay.
+    def __init__(self, tensor: th.Tensor) -> None:
+        self._storage = StorageWeakRef(tensor.untyped_storage())
+        self._geometry = tensor.storage_offset(), tensor.shape, tensor.stride()
+        self._dtype = tensor.dtype
 
-    :param graph: the compiled graph
-    :param model: whose parameters and state it reads
-    :param device: "cuda", or "cpu" for a dry run
+    def tensor(self) -> th.Tensor:
+        storage = th.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None:
+            raise SystemError("a captured graph uses memory that was freed")
+        return th.empty(0, dtype=self._dtype).set_(storage, *self._geometry)
+
+
+def replays_of(model: PPOPlus) -> list[int]:
+    """Return how often the graphs of the gradient step, and of acting and evaluating, were replayed.
+
+    :param model: a PPOPlus
     """
-
-    def __init__(self, graph: Callable[..., Any], model: PPOPlus, device: str) -> None:
-        self.graph, self.model = graph, model
-        self.n_calls = self.n_replays = 0
-        self._make_replay = CudaReplay if device == "cuda" else PretendedReplay
-        self._replay: CudaReplay | PretendedReplay | None = None
-        self._static: list[th.Tensor] = []
-        self._may_change: list[bool] = []
-        self._last: list[th.Tensor] = []
-        self._moved: list[tuple[th.Tensor, th.Tensor]] = []
-
-    def __call__(self, *inputs: th.Tensor) -> list[Any]:
-        self.n_calls += 1
-        if self.n_calls == 1:
-            return self.graph(*inputs)
-        if self._replay is None:
-            self._capture(inputs)
-        assert self._replay is not None
-        self._place(inputs)
-        self._replay.replay()
-        self.n_replays += 1
-        for tensor, static in self._moved:
-            tensor.copy_(static)
-        return [output.clone() if isinstance(output, th.Tensor) else output for output in self._replay.outputs]
-
-    def _capture(self, inputs: Sequence[th.Tensor]) -> None:
-        fixed = self._fixed_places()
-        self._may_change = [tensor.data_ptr() in fixed for tensor in inputs]
-        self._static = [
-            tensor if may_change else tensor.clone()
-            for tensor, may_change in zip(inputs, self._may_change, strict=True)
-        ]
-        self._last = list(inputs)
-        self._replay = self._make_replay(lambda: self.graph(*self._static))
-
-    def _place(self, inputs: Sequence[th.Tensor]) -> None:
-        """Put the inputs where the graph reads them, and note those that it changes in another place than theirs."""
-        # Nobody writes into a tensor that was handed over, but for those that may change
-        new = [index for index, tensor in enumerate(inputs) if tensor is not self._last[index]]
-        for index in new:
-            if inputs[index].data_ptr() != self._static[index].data_ptr():
-                self._static[index].copy_(inputs[index], non_blocking=True)
-        if new:
-            self._last = list(inputs)
-            self._moved = [
-                (tensor, static)
-                for tensor, static, may_change in zip(inputs, self._static, self._may_change, strict=True)
-                if may_change and tensor.data_ptr() != static.data_ptr()
-            ]
-
-    def _fixed_places(self) -> set[int]:
-        policy = self.model.policy
-        tensors = [*policy.parameters(), *policy.buffers()]
-        for flat in parts_of(self.model, FlatParameters):
-            for group in flat.groups:
-                tensors += [tensor for tensor in (group.flat, group.flat.grad) if tensor is not None]
-                tensors += [value for value in group.state.values() if isinstance(value, th.Tensor)]
-        return {tensor.data_ptr() for tensor in tensors}
-
-
-def capture_graphs(model: PPOPlus, device: str, captured: list[CapturedGraph]) -> None:
-    """Have a model replay its compiled graphs as CUDA graphs.
-
-    :param model: has compiled its graphs already
-    :param device: "cuda", or "cpu" for a dry run
-    :param captured: the graphs are added to it
-    """
-    for cache in parts_of(model, GraphCache):
-        by_graph: dict[int, CapturedGraph] = {}
-
-        def get(
-            *arguments: Any,  # those of GraphCache.get
-            original: Callable[..., Any] = cache.get,
-            by_graph: dict[int, CapturedGraph] = by_graph,
-        ) -> CapturedGraph | None:
-            graph = original(*arguments)
-            if graph is None:
-                return None
-            if id(graph) not in by_graph:
-                by_graph[id(graph)] = CapturedGraph(graph, model, device)
-                captured.append(by_graph[id(graph)])
-            return by_graph[id(graph)]
-
-        cache.get = get
+    parts = model._execution.gradient_step, model._execution.compiled_actor
+    caches = [parts_of(part, GraphCache) for part in parts]
+    return [sum(graph.n_replays for cache in found for graph in cache.captured) for found in caches]
