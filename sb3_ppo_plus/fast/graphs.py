@@ -66,7 +66,7 @@ class CompilationReporter:
 
 
 class GraphCache(PolicyFunctions[Graph]):
-    """The compiled graphs of one thing that a policy does.
+    """The compiled graphs of one task of a policy, such as acting.
 
     :param policy: the policy that the graphs are traced from
     :param options: options of TorchInductor
@@ -85,7 +85,7 @@ class GraphCache(PolicyFunctions[Graph]):
     def _drop(self, state: PolicyState) -> None:
         if self._functions and state.constants != self.state.constants:
             self._give_up("a tensor that is neither parameter nor buffer was replaced", "what was compiled")
-        # A hook alone is no reason: the graphs fit again once it is gone
+        # A hook is no reason to drop them: they fit again once it is removed
         if state.python != self.state.python:
             self._functions.clear()
 
@@ -105,7 +105,7 @@ class GraphCache(PolicyFunctions[Graph]):
         """
         if self.state.hindrance is not None:
             self._reporter.failed(what, self.state.hindrance)
-        if not self.is_possible:
+        if not self.is_usable:
             return None
         if key not in self._functions:
             self._compile(key, what, make_function, inputs)
@@ -167,7 +167,7 @@ def compile_graph(
     with may_round():
         graph, again = (trace(function, examples, module, FUSED_OPERATIONS) for _ in range(2))
     if graph.code != again.code:
-        raise RuntimeError("each call computes something else")
+        raise RuntimeError("two traces of the policy differ, so each call computes something else")
     return _generate_code(graph, {**DEFAULT_OPTIONS, **(options or {})})
 
 
