@@ -27,7 +27,7 @@ from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
 from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
-from sb3_ppo_plus.envs.workers import NamesDeadWorkers, eval_envs_of
+from sb3_ppo_plus.envs.workers import NamingDeadWorkers, eval_envs_of
 from sb3_ppo_plus.fast.execution import Execution
 from sb3_ppo_plus.fast.graphs import inductor_options
 from sb3_ppo_plus.masking.evaluation import MaskedPredictor, evaluate_with_masks, evaluate_without_masks
@@ -197,7 +197,7 @@ class PPOPlus(PPO):
         action_masks: np.ndarray | None = None
         context: dict[str, th.Tensor] = {}
         check_output = EnvOutputCheck(env)
-        later = RolloutValues(actor, check_output)
+        rollout_values = RolloutValues(actor, check_output)
         check_output(self._last_obs, None, n_steps)
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -218,16 +218,16 @@ class PPOPlus(PPO):
             callback.update_locals(locals())
             if not callback.on_step():
                 return False
-            actor = later.actor_of(self.policy)
+            actor = rollout_values.actor_of(self.policy)
             self._update_info_buffer(infos, dones)
-            later.bootstrap_timeouts(rewards, dones, infos, n_steps, self.gamma)
+            rollout_values.bootstrap_timeouts(rewards, dones, infos, n_steps, self.gamma)
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
             rollout_buffer.add(*last, *((context,) if context else ()))  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
             self._last_episode_starts = dones
             self._last_states = actor.states
-        later.finish(rollout_buffer)
+        rollout_values.finish(rollout_buffer)
         values = actor.last_values(obs_as_tensor(self._last_obs, self.device), dones)  # type: ignore[arg-type]  # not None in a rollout
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
@@ -241,8 +241,10 @@ class PPOPlus(PPO):
         started = time.perf_counter()
         self._update_learning_rate(self.policy.optimizer)
         objective = Objective.of_update(self, self._coefficients.of_loss(self))
-        is_sensitive = isinstance(getattr(self.policy, "action_dist", None), SquashedGaussianDistribution)
-        if (objective.amp_dtype is not None or is_sensitive) and isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
+        # One row and a batch round to other log-probabilities
+        depends_on_batch_size = isinstance(getattr(self.policy, "action_dist", None), SquashedGaussianDistribution)
+        is_recomputed = objective.amp_dtype is not None or depends_on_batch_size
+        if is_recomputed and isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
             self.policy.set_training_mode(False)
             recompute_log_prob(self.policy, objective, self.rollout_buffer, self.batch_size)
         self.policy.set_training_mode(True)
@@ -291,7 +293,8 @@ class PPOPlus(PPO):
     ) -> Self:
         """Load the newest valid checkpoint of a run. :meth:`continue_learning` then finishes the run.
 
-        A damaged checkpoint is skipped with a warning. The file ``model.zip`` is unpickled unless ``trusted=False``.
+        A damaged checkpoint is skipped with a warning. ``model.zip`` is unpickled unless you pass
+        ``trusted=False`` (an argument of :meth:`load`).
 
         :param save_path: the ``save_path`` of :class:`TrainingCheckpoint`, or the directory of one checkpoint
         :param env: as many environments as before, with the same wrappers. An environment without
@@ -304,7 +307,7 @@ class PPOPlus(PPO):
         return load_checkpoint(cls, save_path, env, device, **load_arguments)
 
     def continue_learning(self, callback: MaybeCallback = None, progress_bar: bool = False) -> Self:
-        """Finish the ``learn`` that was interrupted, bit for bit as it would have gone on.
+        """Finish the ``learn`` that was interrupted. The result has the bits of a run without interruption.
 
         :param callback: the callbacks of that ``learn``; new objects of their classes get the checkpoint's state
         :param progress_bar: display a progress bar
@@ -322,7 +325,7 @@ class PPOPlus(PPO):
         check_epsilon(self.policy)
         self._current_run.was_asked_to_stop = False
         try:
-            with NamesDeadWorkers(lambda: [self.env, *eval_envs_of(self._current_run.callback)]):
+            with NamingDeadWorkers(lambda: [self.env, *eval_envs_of(self._current_run.callback)]):
                 return super().learn(*arguments)
         finally:
             callback, self._current_run.callback = self._current_run.callback, None
@@ -389,8 +392,8 @@ class PPOPlus(PPO):
         self._coefficients.update_learning_rates(self, optimizers)
 
     def get_parameters(self) -> dict[str, dict[str, Any]]:
-        """Return the state dicts of policy and optimiser; the optimiser's is in SB3's order, without split groups."""
-        return self._coefficients.grouped_as_saved(self, super().get_parameters())
+        """Return state dicts of policy and optimiser, the latter in SB3's order with the critic's groups joined."""
+        return self._coefficients.to_saved_groups(self, super().get_parameters())
 
     def set_parameters(
         self, load_path_or_dict: str | dict[str, Any], exact_match: bool = True, device: th.device | str = "auto"
@@ -403,7 +406,7 @@ class PPOPlus(PPO):
         parameters = load_path_or_dict
         if not isinstance(parameters, dict):
             parameters = read_parameters(parameters, device)
-        super().set_parameters(self._coefficients.grouped_as_now(self, parameters), exact_match, device)
+        super().set_parameters(self._coefficients.to_present_groups(self, parameters), exact_match, device)
 
     @classmethod
     def load(

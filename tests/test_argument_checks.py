@@ -74,7 +74,7 @@ def test_a_value_out_of_range_is_named(name, value):
 
 
 @pytest.mark.parametrize("name", ["n_steps", "batch_size"])
-def test_where_advantages_are_not_normalised_one_step_and_one_transition_are_the_least(name):
+def test_without_normalisation_one_step_and_batch_size_one_are_allowed(name):
     settings = {"n_steps": 1, "batch_size": 1, "normalize_advantage": False}
     build(**settings).learn(1)
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):

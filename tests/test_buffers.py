@@ -121,7 +121,7 @@ def test_a_buffer_that_is_not_full_is_refused():
     [(PPOPlusRolloutBuffer, BOX), (PPOPlusDictRolloutBuffer, SMALL_DICT)],
     ids=["box", "dict"],
 )
-def test_the_next_rollout_is_not_the_last_one(buffer_class, observation_space):
+def test_a_new_rollout_does_not_overwrite_the_previous_batch(buffer_class, observation_space):
     buffer = make(buffer_class, observation_space)
     first = fill(buffer, seed=0).rollout()
     kept = {name: getattr(first, name).clone() for name in FIELDS}

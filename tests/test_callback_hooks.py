@@ -146,7 +146,7 @@ def test_all_callbacks_are_told_even_if_the_first_one_stops():
     assert (first.n_updates, second.n_updates) == (1, 1)
 
 
-def test_callbacks_without_the_hook_are_none_of_its_business():
+def test_callbacks_without_on_update_end_are_passed_over():
     callbacks = [StopTrainingOnMaxEpisodes(1), Recorder()]
     assert list(iterate_callbacks(CallbackList(callbacks)))[1:] == callbacks
     assert notify_update_end(callbacks[0])

@@ -34,7 +34,7 @@ MAX_MODULES_AT_THE_TOP = 12
 MAX_LINES, MAX_CLASS_LINES, MAX_FUNCTION_LINES = 450, 400, 60
 
 
-def room_of(module):
+def folder_of(module):
     parts = module.split(".")[1:]
     if len(parts) > 1 or (PACKAGE / parts[0]).is_dir():
         return parts[0]
@@ -61,10 +61,10 @@ IMPORTS = {module: sorted(set(imports_of(path))) for module, path in MODULES.ite
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "sb3_ppo_plus"])
 def test_imports_run_one_way(module):
-    room = room_of(module)
-    allowed = MAY_IMPORT[room] | {room}
-    wrong = [name for name in IMPORTS[module] if name != "sb3_ppo_plus" and room_of(name) not in allowed]
-    assert not wrong, f"{room} may import {sorted(allowed)}"
+    folder = folder_of(module)
+    allowed = MAY_IMPORT[folder] | {folder}
+    wrong = [name for name in IMPORTS[module] if name != "sb3_ppo_plus" and folder_of(name) not in allowed]
+    assert not wrong, f"{folder} may import {sorted(allowed)}"
     assert "sb3_ppo_plus" not in IMPORTS[module], "a module imports from the one that defines, not from the package"
 
 
@@ -84,8 +84,8 @@ def test_no_module_imports_itself_by_way_of_others():
         visit(module, [])
 
 
-def test_every_room_is_known_and_used():
-    assert {room_of(module) for module in MODULES if module != "sb3_ppo_plus"} == MAY_IMPORT.keys()
+def test_every_folder_is_known_and_used():
+    assert {folder_of(module) for module in MODULES if module != "sb3_ppo_plus"} == MAY_IMPORT.keys()
 
 
 def test_a_dozen_modules_at_the_top():

@@ -71,7 +71,7 @@ def replay_past_hooks(monkeypatch):
 
 
 def step_what_was_frozen(monkeypatch):
-    monkeypatch.setattr(FlatParameters, "still_fits", lambda *arguments: True)
+    monkeypatch.setattr(FlatParameters, "is_current", lambda *arguments: True)
 
 
 def draw_a_random_number_more(monkeypatch):

@@ -19,11 +19,11 @@ BROKEN_PIPES = (EOFError, ConnectionError)
 MAX_WAIT = 2.0
 
 
-class NamesDeadWorkers:
+class NamingDeadWorkers:
     """A context that raises :class:`DeadWorkerError` in place of SB3's error about a broken pipe.
 
-    It is no generator, because a generator's frame and the error would hold each other, and with them what was being
-    sent to the worker. Python 3.12.1 crashes when it collects that.
+    A generator-based context manager would keep its frame and the error in a reference cycle, together with what was
+    being sent. Python 3.12.1 crashes when it collects that cycle.
 
     :param envs: returns the vectorised environments in use; other objects are ignored
     """

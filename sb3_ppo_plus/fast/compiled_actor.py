@@ -43,9 +43,11 @@ class CompiledActor(RolloutActor):
     Callbacks and environments may edit the actions that the buffer stores. As in SB3, the log-probabilities are those
     of the actions that were chosen.
 
-    Values and log-probabilities are computed at each step, together with the actions, in three cases. The features
-    extractor learns: it does most of the work, and would run twice. The policy has parts that may answer differently
-    later. Or the rollout buffer stores observations in a type that cannot hold them.
+    Values and log-probabilities are computed at each step, together with the actions, in three cases:
+
+    - The features extractor learns. It does most of the work, and would run twice.
+    - The policy has parts that may answer differently later.
+    - The rollout buffer stores observations in a type that cannot hold them.
 
     When a callback changes the policy during a rollout, the steps before the change are evaluated with the policy that
     took them, and the later steps are evaluated one by one. The graphs draw the random numbers that eager mode draws.
@@ -70,8 +72,8 @@ class CompiledActor(RolloutActor):
         self._options, self._reporter = options, reporter
         self._graphs = GraphCache(policy, options, reporter)
         self._watch = PartsWatch(policy)
-        self._kept_policy = policy
-        self._state_of_kept: Hashable = None
+        self._policy_at_start = policy
+        self._state_at_start: Hashable = None
         self._buffer: RolloutBuffer | None = None
         self.begin_rollout()
 
@@ -94,24 +96,27 @@ class CompiledActor(RolloutActor):
         self._buffer = rollout_buffer
         # The buffer stores the array that callbacks get; so does env.step, unless the actions are clipped
         self._may_be_edited = self.users_code.may_run or not isinstance(self.policy.action_space, spaces.Box)
-        # Without versions, nobody would notice a parameter that is changed in place during the rollout
+        # Whether values of timeouts may wait until the end. Without versions, nobody would notice a parameter that is
+        # changed in place during the rollout
         self._defers = has_known_modules(self.policy) and versions_of(self.policy.parameters()) is not None
-        self.evaluates_later = self._defers and not _features_are_learned(self.policy)
+        self.leaves_evaluation = self._defers and not _features_are_learned(self.policy)
         self._has_changed = False
         self._n_later = 0
         self._chosen: list[th.Tensor] = []
         self._take_note()
         if self._is_eager:
-            self._defers = self.evaluates_later = False
+            self._defers = self.leaves_evaluation = False
         # If a callback changes the policy, the steps before the change are evaluated with this copy
-        self._begun, self._kept = self._watch, {}
+        self._watch_at_start, self._tensors_at_start = self._watch, {}
         if self._defers:
-            self._kept = {name: tensor.clone() for name, tensor in zip(self._names, self._tensors, strict=True)}
-            if self._graphs.state.python != self._state_of_kept:
-                self._kept_policy, self._state_of_kept = structural_copy(self.policy), self._graphs.state.python
+            self._tensors_at_start = {
+                name: tensor.clone() for name, tensor in zip(self._names, self._tensors, strict=True)
+            }
+            if self._graphs.state.python != self._state_at_start:
+                self._policy_at_start, self._state_at_start = structural_copy(self.policy), self._graphs.state.python
 
     def _take_note(self) -> None:
-        self._acting: Callable[..., Any] = _act if self.evaluates_later else _act_and_evaluate
+        self._acting: Callable[..., Any] = _act if self.leaves_evaluation else _act_and_evaluate
         places = tensor_places(self.policy)
         self._names = [*places]
         self._places = list(places.values())
@@ -124,9 +129,9 @@ class CompiledActor(RolloutActor):
         self._layout: list[tuple[th.Size, th.dtype]] | None = None
         if self._watch.has_changed():
             self._watch = PartsWatch(self.policy)
-        self._memory = self._memory_now()
+        self._seen_addresses_and_versions = self._addresses_and_versions()
 
-    def _memory_now(self) -> list[int]:
+    def _addresses_and_versions(self) -> list[int]:
         # Without the versions of buffers, because a policy may change its buffers itself
         return [*map(th.Tensor.data_ptr, self._places), *(versions_of(self._parameters) or ())]
 
@@ -134,14 +139,14 @@ class CompiledActor(RolloutActor):
         """Notice what a callback has changed since the last step."""
         if self._is_eager:
             return
-        has_changed = self._memory_now() != self._memory
+        has_changed = self._addresses_and_versions() != self._seen_addresses_and_versions
         if not has_changed and self._watch.has_changed(self.users_code.may_run):
             # A callback that calls predict sets attributes and sets them back. Then the graphs still hold
             has_same_tensors = [*map(id, tensor_places(self.policy).values())] == [*map(id, self._places)]
             has_changed = not (has_same_tensors and self._graphs.is_current())
             self._watch = PartsWatch(self.policy)
         if has_changed:
-            self._has_changed, self._defers, self.evaluates_later = True, False, False
+            self._has_changed, self._defers, self.leaves_evaluation = True, False, False
             self._take_note()
 
     def act(
@@ -159,26 +164,26 @@ class CompiledActor(RolloutActor):
             self._keep_from_narrowing(observations)
             self._graph = self._find_graph("acting", self._acting, (observations, context, noise))
             self._layout = layout
-        self._n_later += self.evaluates_later
+        self._n_later += self.leaves_evaluation
         if self._graph is None:
             with th.no_grad():
                 computed = self._acting(self.policy, observations, context, noise)
         else:
             computed = self._graph(*leaves, *self._tensors)
         actions, values, log_probs = (*computed, None, None)[:3]
-        if self.evaluates_later and self._may_be_edited:
+        if self.leaves_evaluation and self._may_be_edited:
             self._chosen.append(actions.clone())
         return actions, values, log_probs
 
     def _keep_from_narrowing(self, observations: PyTorchObs) -> None:
         """Evaluate at each step from now on, if the buffer cannot store the observations exactly."""
         buffer = self._buffer
-        if self.evaluates_later and isinstance(buffer, PPOPlusRolloutBuffer) and buffer.narrows(observations):
-            self.evaluates_later = False
+        if self.leaves_evaluation and isinstance(buffer, PPOPlusRolloutBuffer) and buffer.narrows(observations):
+            self.leaves_evaluation = False
             self._acting = _act_and_evaluate
 
     def terminal_value(self, observation: Any, index: int) -> th.Tensor | float | None:  # noqa: ANN401  # array or dict
-        """Return None, so that the value is computed after the rollout, unless it may differ by then."""
+        """Return None if the value can be computed after the rollout. Otherwise compute it now."""
         self._follow_changes()
         return None if self._defers else super().terminal_value(observation, index)
 
@@ -196,19 +201,19 @@ class CompiledActor(RolloutActor):
 
     def terminal_values(self, observations: list[Any]) -> np.ndarray:
         """Predict the values of timeouts, with the policy that took the steps."""
-        predict = partial(self._call_as_begun, _predict_values) if self._has_changed else None
+        predict = partial(self._call_with_policy_at_start, _predict_values) if self._has_changed else None
         return predict_values(self.policy, observations, predict)
 
     def end_rollout(self) -> None:
         """Release the copies of the policy's parameters, and notice what has changed during the rollout."""
-        self._kept, self._chosen = {}, []
+        self._tensors_at_start, self._chosen = {}, []
         if not self._is_eager:
             self.users_code.end_rollout(self._watch, self._graphs)
 
-    def _call_as_begun(self, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401  # as the function returns
+    def _call_with_policy_at_start(self, function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401  # as the function returns
         """Call a function with the policy as it was when the rollout began."""
-        with self._begun.code_as_before():
-            return call_with(self._kept, function, self._kept_policy, *arguments)
+        with self._watch_at_start.code_as_before():
+            return call_with(self._tensors_at_start, function, self._policy_at_start, *arguments)
 
     @th.no_grad()
     def _evaluate_rollout(self, rollout: RolloutBatch) -> tuple[th.Tensor, th.Tensor]:
@@ -227,7 +232,7 @@ class CompiledActor(RolloutActor):
             if graph is not None:
                 evaluation = graph(*tree_flatten(arguments)[0], *self._tensors)
             elif self._has_changed:
-                evaluation = self._call_as_begun(_evaluate, *arguments)
+                evaluation = self._call_with_policy_at_start(_evaluate, *arguments)
             else:
                 evaluation = _evaluate(self.policy, *arguments)
             values[rows], log_probs[rows] = evaluation
@@ -287,7 +292,7 @@ def _evaluate(
 
 
 def _predict_values(policy: ActorCriticPlusPolicy, observations: PyTorchObs) -> th.Tensor:
-    # The method is looked up at the call, when the classes have their former methods
+    # Looked up here, inside ``code_as_before``, so that it is the old method
     return policy.predict_values(observations)
 
 

@@ -31,7 +31,7 @@ class _GraphInputs(NamedTuple):
     :param rollout: the rollout that the minibatches come from
     :param leaves: the graph's inputs except the indices
     :param spec: puts the leaves together again
-    :param static_key: number of everything that the graph holds as constants
+    :param static_key: what ``number_of`` gives for all constants of the graph
     """
 
     rollout: RolloutBatch
@@ -61,7 +61,7 @@ class CompiledGradientStep(ReplayedGradientStep):
     ) -> None:
         super().__init__(policy, grad_scaler)
         self._reporter = reporter
-        # A step calls dozens of kernels. Called from C++, a step takes a fifth less time (measured). An actor calls few
+        # A step calls dozens of kernels and takes a fifth less time from C++ (measured). An actor calls few
         self._graphs = GraphCache(policy, {"cpp_wrapper": policy.device.type == "cpu", **options}, reporter)
         self._has_hooks = False
         self._compiled_settings: set[str] = set()
@@ -87,7 +87,7 @@ class CompiledGradientStep(ReplayedGradientStep):
         return None
 
     def end_update(self) -> None:
-        """Leave the policy and its optimiser as their own steps would have left them, and release the rollout."""
+        """Leave the policy and its optimiser as separate steps would have left them, and release the rollout."""
         super().end_update()
         self._shared = None
 
@@ -184,7 +184,10 @@ class CompiledGradientStep(ReplayedGradientStep):
 
 
 def _constants_of(group: FlatGroup) -> dict[str, Any]:
-    """Return the settings that a graph holds as constants. Tensors become numbers, because they print few digits."""
+    """Return the settings that a graph holds as constants.
+
+    Tensors become numbers, because a tensor's text has only a few digits.
+    """
     constants = {name: value for name, value in group.settings.items() if name != "lr"}
     as_numbers: dict[str, Any] = tree_map(lambda v: v.tolist() if isinstance(v, th.Tensor) else v, constants)
     return as_numbers

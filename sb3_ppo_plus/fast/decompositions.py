@@ -27,7 +27,7 @@ _TANH_DENOMINATOR = (1.19825839466702e-06, 1.18534705686654e-04, 2.2684346324390
 def multinomial(weights: th.Tensor, n_samples: int, replacement: bool = False) -> th.Tensor:
     """Draw a sample from the random numbers that PyTorch's ``multinomial`` uses.
 
-    Each category has an exponential clock, and the clock that rings first decides.
+    Each category draws an exponential number whose rate is its weight. The smallest number wins.
 
     :param weights: shape (batch, categories)
     :param n_samples: for more than 1, PyTorch's own operation is kept

@@ -48,7 +48,8 @@ class Execution:
         """
         policy, step = model.policy, self.gradient_step
         options = getattr(policy, "memory_options", None)
-        # An LSTM or GRU cuts sequences at episode starts, so that shapes differ between minibatches. A graph's do not
+        # A graph needs fixed shapes. An LSTM or GRU cuts sequences at episode starts, so the shapes differ between
+        # minibatches
         is_compiled = model.compile is not False and (options is None or options.kind == "gtrxl")
         if step is None or step.policy is not policy or isinstance(step, CompiledGradientStep) != is_compiled:
             if is_compiled:
@@ -89,7 +90,7 @@ class Execution:
         if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not can_act_alone(policy):
             other = type(policy if isinstance(rollout_buffer, PPOPlusRolloutBuffer) else rollout_buffer)
             self.reporter.failed(
-                "acting", f"{other.__name__} has methods of its own, which may need all values at each step"
+                "acting", f"{other.__name__} may have methods of its own, which need values and log-probs at each step"
             )
             return None
         reason = hindrance(policy)
@@ -121,7 +122,7 @@ class Execution:
         """Put back what :meth:`state` has returned.
 
         :param model: the model
-        :param state: may hold other entries too
+        :param state: the result of :meth:`state`; other entries are ignored
         """
         self.grad_scaler.load_state_dict(state["grad_scaler"])
         if state["has_gradient"] is not None:

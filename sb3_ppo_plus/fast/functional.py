@@ -32,7 +32,7 @@ def call_with(
     policy: th.nn.Module,
     *arguments: Any,
 ) -> Any:  # noqa: ANN401  # as the function returns
-    """Call ``function(policy, *arguments)`` while other tensors stand in the policy.
+    """Call ``function(policy, *arguments)`` with other tensors in place of the policy's own.
 
     :param tensors: by their names in :func:`sb3_ppo_plus.update.tensor_places.tensor_places`
     :param function: computes something with the policy

@@ -85,7 +85,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 class GraphCache(PolicyFunctions[Graph]):
-    """The compiled graphs of one thing that a policy does.
+    """The compiled graphs of one task of a policy, such as acting.
 
     :param policy: the policy that the graphs are traced from
     :param options: options of TorchInductor
@@ -109,7 +109,7 @@ class GraphCache(PolicyFunctions[Graph]):
     def _drop(self, state: PolicyState) -> None:
         if self._functions and state.constants != self.state.constants:
             self._give_up("a tensor that is neither parameter nor buffer was replaced", "what was compiled")
-        # A hook alone is no reason: the graphs fit again once it is gone
+        # A hook is no reason to drop them: they fit again once it is removed
         if state.python != self.state.python:
             self._functions.clear()
 
@@ -129,7 +129,7 @@ class GraphCache(PolicyFunctions[Graph]):
         """
         if self.state.hindrance is not None:
             self._reporter.failed(what, self.state.hindrance)
-        if not self.is_possible:
+        if not self.is_usable:
             return None
         if key not in self._functions:
             self._compile(key, what, make_function, inputs)
@@ -197,7 +197,7 @@ def compile_graph(
     with may_round():
         graph, again = (trace(function, examples, module, FUSED_OPERATIONS) for _ in range(2))
     if graph.code != again.code:
-        raise RuntimeError("each call computes something else")
+        raise RuntimeError("two traces of the policy differ, so each call computes something else")
     options = {**DEFAULT_OPTIONS, **(options or {})}
     captures = options.get(CAPTURES, True)
     code = _generate_code(graph, {**options, CAPTURES: False})

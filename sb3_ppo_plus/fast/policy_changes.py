@@ -50,7 +50,7 @@ METHODS_OF_ACTING = (
 )
 
 # Attributes that every module has
-OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+ATTRIBUTES_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
 
 _KNOWN_CLASSES = {base for known in (*KNOWN_POLICIES, *KNOWN_MODULES) for base in known.__mro__} - {object}
 
@@ -71,7 +71,7 @@ def has_known_parts(policy: ActorCriticPolicy) -> bool:
 
 
 def has_known_modules(policy: nn.Module) -> bool:
-    """Whether the classes of all parts are known. These draw no random numbers, and calls change no state of theirs.
+    """Whether all parts are of known classes. Such parts draw no random numbers and keep no state between calls.
 
     :param policy: the policy
     """
@@ -79,7 +79,7 @@ def has_known_modules(policy: nn.Module) -> bool:
 
 
 def hindrance(policy: nn.Module) -> str | None:
-    """Return which code of users a call of the policy runs, and a replay or graph would not; None: there is none.
+    """Return why a replay or graph would skip a user's code, such as a hook; None: it would skip nothing.
 
     :param policy: the policy
     """
@@ -109,7 +109,7 @@ def classes_of(owners: Iterable[object]) -> list[type]:
 
 
 class _Code:
-    """The methods of a class at a time. Two are equal if their methods are equal.
+    """The methods of a class at one moment. Two are equal if their methods are equal.
 
     :param kind: the class
     """
@@ -129,7 +129,8 @@ class _Code:
         return hash(tuple(self.methods))
 
 
-# torch.compile, once used anywhere in the process, has every Module note when it is made
+# After the first use of torch.compile in a process, torch._dynamo wraps the constructor of Module. This is no user's
+# change
 OWN_PATCHES_OF_TORCH = "torch._dynamo."
 
 # The known classes as they were last seen, because looking through their methods takes long
@@ -147,7 +148,7 @@ def _code_of(kind: type) -> _Code:
 
 
 def is_patched(kind: type) -> bool:
-    """Whether a class is known, and somebody has put another method into it.
+    """Whether somebody has replaced or added a method of a known class; False for other classes.
 
     :param kind: the class
     """
@@ -185,7 +186,7 @@ def _is_foreign(value: object, kind: type) -> bool:
 
 
 def constant_tensors(policy: nn.Module) -> Hashable:
-    """Return the tensors that are attributes, and neither parameters nor buffers: a graph holds them as constants.
+    """Return the tensors that a graph holds as constants: attributes that are neither parameters nor buffers.
 
     :param policy: the policy
     :return: equal to another result only if both have the very same tensor objects
@@ -222,7 +223,7 @@ def _settings(owner: object) -> list[tuple[str, Hashable]]:
     return [
         (name, _frozen(value))
         for name, value in getattr(owner, "__dict__", {}).items()
-        if name not in OF_EVERY_MODULE and not isinstance(value, th.Tensor | Distribution | Optimizer)
+        if name not in ATTRIBUTES_OF_EVERY_MODULE and not isinstance(value, th.Tensor | Distribution | Optimizer)
     ]
 
 
@@ -235,17 +236,17 @@ def _frozen(value: object) -> Hashable:
         return tuple(map(_frozen, value))
     if isinstance(value, set | frozenset):
         return frozenset(map(_frozen, value))
-    return (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else _Itself(value)
+    return (value.shape, value.tobytes()) if isinstance(value, np.ndarray) else _ByIdentity(value)
 
 
-class _Itself:
-    """Holds an object, and is equal to what holds that very object. Tensors, for example, have no such comparison."""
+class _ByIdentity:
+    """Wraps an object so that it is compared by identity. Tensors, for example, have no usable ``==``."""
 
     def __init__(self, value: object) -> None:
         self._value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Itself) and self._value is other._value
+        return isinstance(other, _ByIdentity) and self._value is other._value
 
     def __hash__(self) -> int:
         return id(self._value)

@@ -15,7 +15,7 @@ Function = TypeVar("Function")
 
 
 class PolicyState(NamedTuple):
-    """What a policy is at a time, as far as functions that are made from it depend on it.
+    """What a policy is at one moment, as far as functions that are made from it depend on it.
 
     :param python: see :func:`policy_changes.python_state`
     :param constants: see :func:`policy_changes.constant_tensors`
@@ -31,7 +31,7 @@ class PolicyFunctions(ABC, Generic[Function]):
     """Functions that are made from a policy, one for each key. After a failure no more are made.
 
     :param policy: the policy
-    :param settings: the other arguments of the subclass
+    :param settings: further arguments of the subclass's constructor; a copy gets them too
     """
 
     def __init__(self, policy: ActorCriticPolicy, *settings: Any) -> None:
@@ -44,7 +44,7 @@ class PolicyFunctions(ABC, Generic[Function]):
         """What the policy was at the last refresh."""
         self.has_given_up = False
         """Whether no function will be made any more."""
-        self.is_possible = False
+        self.is_usable = False
         """Whether functions may be made and used until the next refresh."""
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
@@ -63,7 +63,9 @@ class PolicyFunctions(ABC, Generic[Function]):
         return PolicyState(python_state(self._policy), constant_tensors(self._policy), self._hindrance())
 
     def number_of(self, constants: Hashable) -> int:
-        """Return a number that stands for a part of a key: equal for equal parts. A number is hashed much faster.
+        """Return a small number in place of a part of a key. Equal parts have equal numbers.
+
+        A number takes less time to hash.
 
         :param constants: what a function holds as constants
         """
@@ -79,7 +81,7 @@ class PolicyFunctions(ABC, Generic[Function]):
         if state != self.state:
             self._drop(state)
         self.state = state
-        self.is_possible = state.hindrance is None and not self.has_given_up
+        self.is_usable = state.hindrance is None and not self.has_given_up
 
     def _make(self, key: Hashable, make: Callable[[], Function], what: str = "a function") -> None:
         """Make the function of a key, or give up."""
@@ -94,5 +96,5 @@ class PolicyFunctions(ABC, Generic[Function]):
         :param reason: why
         :param what: what the failed function does
         """
-        self.has_given_up, self.is_possible = True, False
+        self.has_given_up, self.is_usable = True, False
         self._functions.clear()

@@ -22,7 +22,7 @@ from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of
 from sb3_ppo_plus.trees import tree_flatten, tree_unflatten
 from sb3_ppo_plus.update.tensor_places import tensor_places
 
-# After more changes than this in a rollout, the rest of it is eager: noticing a change takes as long as a step
+# After more changes than this, the rest of the rollout is eager, because noting a change takes as long as a step
 MAX_CHANGES = 3
 
 
@@ -61,12 +61,12 @@ class ReplayedActor(RolloutActor):
 
     def _take_note(self) -> None:
         places = tensor_places(self.policy)
-        # Not detached, because a callback may assign a parameter's data, which changes the next step
+        # Not detached: a detached tensor would not show that a callback assigns parameter.data
         self._names, self._tensors = [*places], [*places.values()]
         self._layout = self.replays.number_of(layout_of(self._tensors))
         self.replays.refresh()
         is_lean = isinstance(self.policy.action_dist, (LeanDiagGaussianDistribution, LeanCategoricalDistribution))
-        self._is_replayed = is_lean and self.replays.is_possible and self._n_changes <= MAX_CHANGES
+        self._is_replayed = is_lean and self.replays.is_usable and self._n_changes <= MAX_CHANGES
         if self._is_replayed and self._watch.has_changed():
             self._watch = PartsWatch(self.policy)
 

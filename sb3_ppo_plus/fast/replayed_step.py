@@ -24,7 +24,7 @@ class _Prepared(NamedTuple):
     :param rollout: the rollout that the minibatches come from
     :param inputs: the replay's inputs except the indices
     :param spec: puts the inputs together again
-    :param key: number of everything that the replay holds as constants, besides the policy
+    :param key: what ``number_of`` gives for all constants of the replay, besides the policy
     """
 
     rollout: RolloutBatch
@@ -51,7 +51,7 @@ class ReplayedGradientStep(GradientStep):
         self.replays.refresh()
 
     def end_update(self) -> None:
-        """Leave the policy and its optimiser as their own steps would have left them, and release the rollout."""
+        """Leave the policy and its optimiser as separate steps would have left them, and release the rollout."""
         super().end_update()
         self._prepared = None
 
@@ -59,8 +59,8 @@ class ReplayedGradientStep(GradientStep):
         self, objective: Objective, minibatch: Minibatch
     ) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
         indices = minibatch.indices
-        # Padded sequences have other shapes, and autocast keeps casts of parameters from call to call
-        is_replayed = self.replays.is_possible and objective.amp_dtype is None
+        # Padding changes the shapes of sequences. Autocast keeps casts of parameters between calls
+        is_replayed = self.replays.is_usable and objective.amp_dtype is None
         if not is_replayed or self._flat is None or indices is None or indices.dim() != 1:
             return super()._differentiate(objective, minibatch)
         prepared = self._prepared

@@ -1,8 +1,8 @@
 """Replays: the operations of a policy's computation, done again without Python and autograd around them.
 
 Small networks spend two thirds of their time on what surrounds the operations. A replay does the operations of eager
-mode in their order, so that every bit is equal. Its first results are compared with eager ones. Only policies of known
-parts are replayed, because a replay runs no hooks, and no Python code that may do something else at each call.
+mode in their order, so that every bit is equal. Its first results are compared with eager ones. A replay runs no hooks,
+and no Python code that may differ from call to call. So only policies of known parts are replayed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from sb3_ppo_plus.fast.policy_functions import PolicyFunctions, PolicyState
 from sb3_ppo_plus.fast.tracing import trace
 from sb3_ppo_plus.torch_private import has_accumulation_hooks, has_gradient_hooks, script_of
 
-# Making a replay takes as long as some hundred minibatches or steps. Shorter trainings are faster without
+# Making a replay takes as long as a few hundred steps or minibatches. A short training is faster without it
 REPLAY_AFTER = 300
 # The first replays are checked. Not only the very first, because PyTorch optimises a graph after its first runs
 CHECKED_REPLAYS = 4
@@ -89,7 +89,7 @@ class _Replay:
 
 
 class Replays(PolicyFunctions[_Replay]):
-    """The replays of one thing that a policy does."""
+    """The replays of one task of a policy, such as acting."""
 
     @property
     def n_replays(self) -> int:
@@ -118,7 +118,7 @@ class Replays(PolicyFunctions[_Replay]):
         :param make_function: makes a function of ``inputs`` for :func:`make_replay`
         :param eager: computes the results without a replay
         """
-        replay = self._functions.get(key) or self._make_in_time(key, inputs, make_function)
+        replay = self._functions.get(key) or self._make_if_often_asked(key, inputs, make_function)
         if replay is None:
             return eager()
         if replay.n_checks < CHECKED_REPLAYS:
@@ -130,10 +130,10 @@ class Replays(PolicyFunctions[_Replay]):
             self._give_up(error)
         return eager()
 
-    def _make_in_time(
+    def _make_if_often_asked(
         self, key: Hashable, inputs: Sequence[th.Tensor], make_function: Callable[[], Callable[..., Any]]
     ) -> _Replay | None:
-        if self.is_possible:
+        if self.is_usable:
             self._n_requests[key] += 1
             if self._n_requests[key] > REPLAY_AFTER:
                 self._make(key, lambda: _Replay(make_replay(make_function(), inputs, self._policy)))

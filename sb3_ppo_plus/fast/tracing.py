@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sb3_ppo_plus.update.argument_validation import without_argument_validation
 
-# Tracing replaces a function of torch meanwhile, which two threads must not do at once
+# While a thread traces, torch's one_hot is replaced. Two threads must not do this at once
 _TRACING = threading.RLock()
 
 
@@ -39,9 +39,10 @@ def trace(
     contents = [_Contents(value) for _, attributes in before for value in attributes.values()]
     try:
         tracer = make_fx(function, decompositions, tracing_mode="fake", _allow_non_fake_inputs=True)
-        # PyTorch runs an operation that has no fake form, such as the sampling of Beta. This draws random numbers
+        # Some operations, such as sampling from Beta, have no fake form. PyTorch really runs them, which draws random
+        # numbers
         devices = {tensor.device for tensor in inputs if tensor.is_cuda}
-        with _without_checks_of_values(is_checked=decompositions is None), th.random.fork_rng(devices):
+        with _traceable(checks_range=decompositions is None), th.random.fork_rng(devices):
             graph: th.fx.GraphModule = tracer(*inputs)
         for owner, attributes in before:
             changed = [name for name, value in vars(owner).items() if attributes.get(name) is not value]
@@ -60,7 +61,7 @@ def trace(
 
 
 class _Contents:
-    """What a list, dict or set holds at a time, to compare with and to restore. Other objects hold nothing here."""
+    """What a list, dict or set holds at one moment, for comparing and restoring. For other objects it does nothing."""
 
     def __init__(self, owned: object) -> None:
         self._owned = owned
@@ -97,11 +98,11 @@ def _owners_of_state(module: th.nn.Module) -> list[Any]:
 
 
 @contextmanager
-def _without_checks_of_values(*, is_checked: bool) -> Iterator[None]:
+def _traceable(*, checks_range: bool) -> Iterator[None]:
     # A graph cannot check values: the arguments of distributions, and the range of what is one-hot encoded
     with _TRACING:
         one_hot = F.one_hot
-        F.one_hot = _checked_one_hot if is_checked else _one_hot  # type: ignore[assignment]  # SB3 always gives num_classes, which has a default in torch
+        F.one_hot = _checked_one_hot if checks_range else _one_hot  # type: ignore[assignment]  # SB3 always gives num_classes, which has a default in torch
         try:
             with without_argument_validation():
                 yield

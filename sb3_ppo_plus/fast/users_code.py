@@ -52,7 +52,7 @@ class UsersCode:
 
 
 def is_known_callback(callback: BaseCallback) -> bool:
-    """Whether a callback and all inside it are SB3's or ours, without a function of the user's.
+    """Whether a callback, and each one inside it, is SB3's or ours and calls no function of the user.
 
     None of these changes a class, a method or a setting of the policy.
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from sb3_ppo_plus.fast.policy_changes import (
+    ATTRIBUTES_OF_EVERY_MODULE,
     KNOWN_MODULES,
     METHODS_OF_ACTING,
-    OF_EVERY_MODULE,
     classes_of,
     distribution_settings,
 )
@@ -27,9 +27,9 @@ _ABSENT = object()
 class PartsWatch:
     """Notices if attributes, methods, hooks, modules or parameters are assigned, added, removed or replaced.
 
-    A check takes some microseconds, so that each step can make one. It does not look into lists, dicts and arrays that
-    attributes hold, and not at methods that acting does not call. It may report a change that has no effect. If the
-    policy has a hook, it always reports a change.
+    A check takes some microseconds, so that each step can make one. It does not look inside lists, dicts and arrays. It
+    does not look at methods that acting does not call. It may report a change without effect. If the policy has a hook,
+    it always reports a change.
 
     :param policy: the policy as it is now
     """
@@ -73,12 +73,12 @@ class PartsWatch:
             return (
                 sum(map(len, self._sized)) != self._size
                 or not all(map(is_, chain.from_iterable(self._filled), self._items))
-                or (is_thorough and self._has_other_code())
+                or (is_thorough and self._has_other_code_or_settings())
             )
         except Exception:  # an attribute was deleted, or is an array, which has no single truth value
             return True
 
-    def _has_other_code(self) -> bool:
+    def _has_other_code_or_settings(self) -> bool:
         return (
             any(self._hooks)
             or self._count_modes() != self._n_modes
@@ -89,7 +89,11 @@ class PartsWatch:
 
     @contextmanager
     def code_as_before(self) -> Iterator[None]:
-        """Undo inside the block what was done to classes, modules and functions of torch since this object was made."""
+        """Run the block with the policy's former code.
+
+        Inside it, classes have the methods that they had when this object was made. The hooks that act on all modules
+        and the function modes of torch are off.
+        """
         replaced = []
         for kind, methods in self._methods.items():
             for name, before in methods.items():
@@ -115,7 +119,8 @@ def _methods_of_acting(policy: nn.Module, action_dist: object) -> dict[type, dic
     ):
         final = {*map(type, owners)}
         for kind in classes_of(owners):
-            # The class of a part may get any of the methods. Of its bases, those that define one matter, by super()
+            # A user may add any of these methods to the class of a part. A base class matters only if it defines one,
+            # because super() may call it
             watched = [name for name in names if (hasattr(kind, name) if kind in final else name in vars(kind))]
             if watched:
                 methods.setdefault(kind, {}).update((name, vars(kind).get(name, _ABSENT)) for name in watched)
@@ -131,4 +136,4 @@ def _put(kind: type, name: str, value: object) -> None:
 
 def _unwatched(part: nn.Module) -> set[str]:
     # Known modules do not use their attribute ``training``
-    return {*OF_EVERY_MODULE, "training"} if type(part) in KNOWN_MODULES else {*OF_EVERY_MODULE}
+    return {*ATTRIBUTES_OF_EVERY_MODULE, "training"} if type(part) in KNOWN_MODULES else {*ATTRIBUTES_OF_EVERY_MODULE}

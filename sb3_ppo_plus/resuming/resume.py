@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.envs.workers import BROKEN_PIPES, NamesDeadWorkers
+from sb3_ppo_plus.envs.workers import BROKEN_PIPES, NamingDeadWorkers
 from sb3_ppo_plus.errors import CheckpointError, WrapperStackError
 from sb3_ppo_plus.resuming.callback_state import set_callback_states
 from sb3_ppo_plus.resuming.checkpoint_directory import Checkpoint, newest_checkpoint, versions
@@ -61,7 +61,7 @@ def load_checkpoint(
     checkpoint = newest_checkpoint(save_path)
     if checkpoint is None:
         raise CheckpointError(f"there is no valid checkpoint in {save_path}")
-    with NamesDeadWorkers(lambda: [env]):
+    with NamingDeadWorkers(lambda: [env]):
         return _resumed(cls, checkpoint, env, device, **kwargs)
 
 

@@ -97,7 +97,9 @@ class RolloutActor:
         """Release what belongs to the rollout."""
 
     def successor(self, policy: ActorCriticPolicy) -> RolloutActor:
-        """Return the actor that goes on amid a rollout with another policy. It leaves nothing for later.
+        """Return the actor for the rest of a rollout after a callback has replaced the policy.
+
+        It computes all values at each step.
 
         :param policy: the other policy
         """

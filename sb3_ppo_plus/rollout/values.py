@@ -32,9 +32,9 @@ class RolloutValues:
         self._observations: list[Any] = []
 
     def actor_of(self, policy: ActorCriticPolicy) -> RolloutActor:
-        """Return the actor of the next steps: another one after a callback has put in another policy.
+        """Return the actor of the next steps. It is a new one if a callback has assigned another policy.
 
-        :param policy: the model's policy by now
+        :param policy: the model's policy now
         """
         if policy is not self._actor.policy:
             self._actor = self._actor.successor(policy)

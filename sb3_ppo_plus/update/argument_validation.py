@@ -23,10 +23,10 @@ _UNVALIDATED = _Unvalidated()
 
 @contextmanager
 def without_argument_validation() -> Iterator[None]:
-    """Have torch.distributions take arguments unchecked, for the while.
+    """Turn off the argument checks of torch.distributions inside the block.
 
-    An update checks every minibatch otherwise, at the cost of several operations each. NaN still raises SB3's error, at
-    the first step of the next rollout.
+    With them, every minibatch would cost several operations more. NaN still raises SB3's error, at the first step of
+    the next rollout.
     """
     base = torch_distributions.Distribution
     # Models may learn in several threads: the first to come takes the checks away, the last to leave brings them back

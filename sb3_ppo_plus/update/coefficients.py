@@ -104,7 +104,7 @@ class Coefficients:
             self._groups.split_off_critic(optimizer, critic_only_parameters(model.policy))
         return self._groups
 
-    def grouped_as_saved(self, model: PlusModel, parameters: dict[str, Any]) -> dict[str, Any]:
+    def to_saved_groups(self, model: PlusModel, parameters: dict[str, Any]) -> dict[str, Any]:
         """Return state dicts in which the optimiser has the groups that the policy made, in SB3's order.
 
         :param model: the model
@@ -115,11 +115,11 @@ class Coefficients:
         groups = self.groups(model)
         return {**parameters, "policy.optimizer": groups.state_dict(model.policy.optimizer)}
 
-    def grouped_as_now(self, model: PlusModel, parameters: dict[str, Any]) -> dict[str, Any]:
+    def to_present_groups(self, model: PlusModel, parameters: dict[str, Any]) -> dict[str, Any]:
         """Return state dicts in which the optimiser has the groups that the policy's optimiser has now.
 
         :param model: the model
-        :param parameters: state dicts that :meth:`grouped_as_saved` returned; the optimiser's may be missing
+        :param parameters: state dicts that :meth:`to_saved_groups` returned; the optimiser's may be missing
         """
         if "policy.optimizer" not in parameters:
             return parameters

@@ -35,7 +35,7 @@ def run_epochs(
     :param n_epochs: number of passes
     :param batch_size: transitions per minibatch
     :param history: takes the metrics of all minibatches
-    :return: an item after each epoch
+    :return: yields None after each epoch
     """
     try:
         gradient_step.begin_update()

@@ -38,9 +38,9 @@ def obstacle_to_flat_steps(
     if not _has_methods_of_torch(optimizer) or th.nn.utils.clip_grad_norm_ is not _CLIP_GRAD_NORM:
         return f"a method of {name} or the clipping of gradients was replaced"
     if has_step_hooks(optimizer) or has_accumulation_hooks(parameters):
-        return f"a hook on {name}'s step or on a parameter wants to be called"
+        return f"a hook on {name}'s step or on a parameter must be called"
     if not _are_plain(parameters):
-        return "the parameters are not all float32 on one device, in memory of their own"
+        return "a parameter is not a plain, aligned float32 tensor in memory of its own, or is on another device"
     if _share_memory(chain(parameters, policy.buffers(), _attributes_of(policy))):
         return "some parameters share their memory with other tensors of the policy"
     if not all(_is_plain_state(parameter, optimizer.state.get(parameter, {})) for parameter in parameters):

@@ -21,7 +21,7 @@ from sb3_ppo_plus.torch_private import copy_each, norm_of_each
 ALIGNMENT = 16
 
 
-class _Shown(NamedTuple):
+class _SharedEntry(NamedTuple):
     """One entry of the optimiser's state, such as a moment, during an update.
 
     :param own: each parameter's own tensor, which it gets back after the update
@@ -57,7 +57,7 @@ class FlatGroup:
         # Without PyTorch's wrapper for profilers, hooks and gradients of the step, which are not needed here
         self._step = inspect.unwrap(type(optimizer).step)
         self._entries: list[dict[str, Any]] = []
-        self._shown: dict[str, _Shown] = {}
+        self._shown: dict[str, _SharedEntry] = {}
         self._moments: dict[str, tuple[th.Tensor, list[th.Tensor]]] = {}
         self._counts_on_device = False
         self._count_on_device: th.Tensor | None = None
@@ -93,7 +93,7 @@ class FlatGroup:
 
     @th.no_grad()
     def fill(self) -> None:
-        """Copy parameters and optimiser state into the flat tensors. Nobody else sees a change."""
+        """Copy parameters and optimiser state into the flat tensors. The parameters themselves do not change."""
         self._own = [parameter.data for parameter in self.parameters]
         copy_each(self._views, self._own)
         self._pointers = [view.data_ptr() for view in self._views]
@@ -116,7 +116,8 @@ class FlatGroup:
     def borrow(self) -> None:
         """Let parameters and optimiser state be parts of the flat tensors until :meth:`give_back`.
 
-        :meth:`fill` comes first, for all groups: whatever interrupts this, :meth:`give_back` then has all it needs.
+        Call :meth:`fill` for all groups first. Then :meth:`give_back` can restore everything, even if an error
+        interrupts this.
         """
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.data = view
@@ -133,8 +134,9 @@ class FlatGroup:
             self._moments[name] = (flat, moments)
         return moments
 
-    def _shown_as(self, name: str, own: list[th.Tensor]) -> _Shown:
-        return _Shown(own, [self.state[name]] * len(self.parameters) if name == "step" else self._moments_of(name))
+    def _shown_as(self, name: str, own: list[th.Tensor]) -> _SharedEntry:
+        views = [self.state[name]] * len(self.parameters) if name == "step" else self._moments_of(name)
+        return _SharedEntry(own, views)
 
     def _show_new_state(self) -> None:
         """Give the parameters the state that the optimiser has made in its first step."""
@@ -152,7 +154,7 @@ class FlatGroup:
 
     @th.no_grad()
     def give_back(self, *, has_gradients: bool) -> None:
-        """Put parameters and state, as separate steps would leave them, back into their own memory.
+        """Put parameters and state back into their own memory, as separate steps would leave them.
 
         A tensor that was replaced since :meth:`borrow` is not changed.
 
@@ -196,7 +198,7 @@ class FlatGroup:
     def step_where(self, is_allowed: th.Tensor) -> None:
         """Let the optimiser take a step if a tensor is True, without waiting for the tensor's value.
 
-        The optimiser's counter of steps may be on the host, which reads the value only before the next step.
+        If the optimiser counts steps on the host, the count is corrected before the next step.
 
         :param is_allowed: 0-dim, bool
         """
@@ -276,7 +278,7 @@ class FlatParameters:
         self._all = list(parameters)
         self._trainable = [parameter.requires_grad for parameter in parameters]
         self.has_gradient = list(has_gradient)
-        self.groups = [FlatGroup(optimizer, index, alike) for index, alike in self._alike()]
+        self.groups = [FlatGroup(optimizer, index, alike) for index, alike in self._with_equal_steps()]
         self._places = [(parameter.shape, parameter.device) for parameter in parameters]
         views = {
             id(parameter): view
@@ -289,7 +291,7 @@ class FlatParameters:
         self.has_stepped = False
         """Whether a step was taken since :meth:`borrow`."""
 
-    def _alike(self) -> list[tuple[int, list[th.nn.Parameter]]]:
+    def _with_equal_steps(self) -> list[tuple[int, list[th.nn.Parameter]]]:
         """Find the parameters that a flat tensor can hold together, with the index of their group.
 
         They have taken equally many steps. Parameters that were frozen for a while have taken fewer.
@@ -305,7 +307,7 @@ class FlatParameters:
                     parts.setdefault(key, (index, []))[1].append(parameter)
         return list(parts.values())
 
-    def still_fits(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
+    def is_current(self, optimizer: Optimizer, parameters: Sequence[th.nn.Parameter]) -> bool:
         """Whether these flat parameters can still be used: nothing was replaced, frozen, freed or moved.
 
         :param optimizer: the policy's optimiser now
@@ -316,7 +318,7 @@ class FlatParameters:
             and [*map(id, parameters)] == [*map(id, self._all)]
             and [parameter.requires_grad for parameter in parameters] == self._trainable
             and [(parameter.shape, parameter.device) for parameter in parameters] == self._places
-            and [(index, [*map(id, alike)]) for index, alike in self._alike()]
+            and [(index, [*map(id, alike)]) for index, alike in self._with_equal_steps()]
             == [(group.index, [*map(id, group.parameters)]) for group in self.groups]
         )
 
@@ -325,7 +327,7 @@ class FlatParameters:
         """Whether all state that a step reads exists."""
         return all(group.has_state for group in self.groups)
 
-    def fits(self, gradients: Sequence[th.Tensor | None]) -> bool:
+    def fits_gradients(self, gradients: Sequence[th.Tensor | None]) -> bool:
         """Whether the parameters that have a gradient are those for which this was built.
 
         :param gradients: gradient of each parameter; None: the loss does not depend on it

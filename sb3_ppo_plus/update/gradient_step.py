@@ -15,7 +15,7 @@ from sb3_ppo_plus.update.flat_conditions import obstacle_to_flat_steps
 from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
 
-# With more numbers in a policy, they do not fit the caches, and copying gradients takes longer than flat steps save
+# The numbers of a larger policy do not fit the caches. Copying its gradients takes more time than flat steps save
 MAX_FLAT_ON_CPU = 2**20
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
@@ -197,21 +197,21 @@ class GradientStep:
         self._parameters = list(self.policy.parameters())
         self._obstacle_to_flat = self._find_obstacle()
         if self._obstacle_to_flat is not None or (
-            self._flat is not None and not self._flat.still_fits(self.policy.optimizer, self._parameters)
+            self._flat is not None and not self._flat.is_current(self.policy.optimizer, self._parameters)
         ):
             self._flat = None
 
     def _find_obstacle(self) -> str | None:
         """Return why steps are not flat; None: they are."""
         if self.grad_scaler.is_enabled():
-            return "a GradScaler scales the loss under amp='fp16', and no graph holds that; amp='bf16' needs none"
+            return "a GradScaler scales the loss under amp='fp16', which no graph can do; amp='bf16' needs none"
         obstacle = obstacle_to_flat_steps(self.policy, self.policy.optimizer, self._parameters)
         return obstacle or self._reason_against_flat()
 
     def _reason_against_flat(self) -> str | None:
         """Return why flat steps would have other bits than SB3's, or take more time; None: they do not."""
         if any(group.get("fused") for group in self.policy.optimizer.param_groups):
-            return "a fused kernel rounds the end of a tensor in another way than the rest"
+            return "a fused kernel rounds the end of a tensor differently from the rest"
         if not all(parameter.is_contiguous() for parameter in self._parameters):
             return "BLAS rounds by the layout of a parameter, and one is not contiguous"
         numbers = sum(parameter.numel() for parameter in self._parameters)
@@ -220,7 +220,7 @@ class GradientStep:
         return None
 
     def end_update(self) -> None:
-        """Leave the policy and its optimiser as their own steps would have left them."""
+        """Leave the policy and its optimiser as separate steps would have left them."""
         if self._flat is not None:
             self._flat.give_back()
 
@@ -273,7 +273,7 @@ class GradientStep:
     def _is_flat_for(self, gradients: Sequence[th.Tensor | None]) -> bool:
         return (
             self._flat is not None
-            and self._flat.fits(gradients)
+            and self._flat.fits_gradients(gradients)
             # During an update, only a user's code that runs inside the policy can change anything
             and not (self._ran_policy and self._flat.was_touched(self.policy.optimizer))
         )
@@ -286,7 +286,7 @@ class GradientStep:
         if self._obstacle_to_flat is not None or [*map(id, before)] != [*map(id, self._parameters)]:
             self._flat, self._parameters = None, before
             return False
-        if self._flat is None or not self._flat.fits(gradients):
+        if self._flat is None or not self._flat.fits_gradients(gradients):
             has_gradient = [gradient is not None for gradient in gradients]
             self._flat = FlatParameters(self.policy.optimizer, self._parameters, has_gradient)
         self._flat.borrow()

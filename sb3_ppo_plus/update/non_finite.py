@@ -19,7 +19,7 @@ TERMS = {"policy_loss": "policy loss", "value_loss": "value loss", "entropy_loss
 def check_epsilon(policy: ActorCriticPolicy) -> None:
     """Refuse an optimiser that would divide 0 by 0 in a Transformer.
 
-    A key bias adds one number to all logits of a softmax, which changes nothing. Its gradient is 0 but for rounding,
+    A key bias adds one number to all logits of a softmax, which changes nothing. Its gradient is 0 apart from rounding,
     and whether it is exactly 0 differs from seed to seed, and between compiled and eager updates.
 
     :param policy: the policy
@@ -40,7 +40,7 @@ def check_steps(history: UpdateHistory, model: PlusModel, *, checks_gradient: bo
     :param history: the history of the update; its ``is_fine`` is set
     :param model: the model; its ``on_non_finite`` and ``max_skipped`` say how many such steps are allowed in a row
     :param checks_gradient: whether the gradient counts too; False: a gradient scaler deals with its overflow
-    :return: the number of steps that training has skipped so far, and how many of them are the latest in a row
+    :return: the number of steps that training has skipped so far, and how many were skipped in a row up to now
     :raises NonFiniteError: if more are skipped in a row; the message names the term, epoch and minibatch
     """
     # If the limit of approx_kl stopped the update, no step was due on the last minibatch

@@ -1,4 +1,4 @@
-"""What is done to a model amid its training: by callbacks at steps and around rollouts, and between two learns.
+"""What is done to a model during its training: by callbacks at steps and around rollouts, and between two learns.
 
 A change is a function of the run and of a number, which says to which of several parts it is done. Where a model has
 no such part, nothing is done: a configuration that was made smaller must still run.

@@ -237,7 +237,7 @@ def test_no_restarts_are_logged(make):
 
 
 @EACH_VEC_ENV
-def test_masks_that_are_asked_for_are_missing(make):
+def test_required_masks_that_the_vec_env_cannot_give_are_an_error(make):
     with pytest.raises(ValueError, match="action_masking=True needs"):
         build(PPOPlus, make(), action_masking=True)
     with pytest.raises(ValueError, match="action_masks"):
@@ -293,13 +293,13 @@ def test_sb3s_vec_envs_are_understood():
     assert attributes_of(env, "nothing", [1]) is None
 
 
-def test_an_answer_of_the_wrong_length_counts_as_no_answer():
+def test_an_answer_of_the_wrong_length_is_ignored():
     env = make_env(2)
     env.env_is_wrapped = lambda wrapper_class: [True]
     assert indices_of_wrapped(env, ResumableEnv) == []
 
 
-def test_a_dead_worker_does_not_count_as_no_answer():
+def test_a_dead_worker_raises_and_is_not_ignored():
     env = make_env(2)
 
     def broken(*_):

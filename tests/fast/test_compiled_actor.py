@@ -154,7 +154,7 @@ def narrow_env(dtype: Any, parts: Any = None) -> Any:
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.float16], ids=lambda dtype: dtype.__name__)
 @pytest.mark.usefixtures("graphs_without_code")
 @pytest.mark.filterwarnings("error:compile=True")
-def test_values_are_those_of_the_observations_that_the_env_returned_not_of_what_the_buffer_keeps(dtype: Any) -> None:
+def test_values_use_the_exact_observations_not_the_rounded_ones_in_the_buffer(dtype: Any) -> None:
     eager, compiled = rollouts(lambda: narrow_env(dtype))
     assert all(isinstance(values, th.Tensor) for values in compiled.seen)
     assert_same_rollouts(eager, compiled)
@@ -162,13 +162,13 @@ def test_values_are_those_of_the_observations_that_the_env_returned_not_of_what_
 
 @pytest.mark.usefixtures("graphs_without_code")
 @pytest.mark.filterwarnings("error:compile=True")
-def test_one_narrow_part_of_dict_observations_is_enough() -> None:
+def test_one_dict_key_that_the_buffer_rounds_keeps_eager_values() -> None:
     eager, compiled = rollouts(lambda: narrow_env(np.uint8, {"wide": BOX}), "MultiInputPolicy")
     assert_same_rollouts(eager, compiled)
 
 
 @pytest.mark.usefixtures("graphs_without_code")
-def test_observations_that_become_wider_during_a_rollout_are_evaluated_at_once_from_then_on() -> None:
+def test_values_are_computed_at_each_step_once_the_buffer_rounds_observations() -> None:
     class Widen(KeepRollout):
         def _on_step(self) -> bool:
             if self.n_calls == 5:

@@ -427,7 +427,7 @@ def test_a_gradient_scaler_is_named_as_what_keeps_the_step_eager() -> None:
     ("settings", "what"),
     [
         ({"policy_kwargs": {"optimizer_class": th.optim.NAdam}}, "NAdam has no flat form"),
-        ({"rollout_buffer_class": type("OwnBuffer", (RolloutBuffer,), {})}, "OwnBuffer has methods of its own"),
+        ({"rollout_buffer_class": type("OwnBuffer", (RolloutBuffer,), {})}, "OwnBuffer may have methods of its own"),
     ],
     ids=["optimizer", "buffer"],
 )

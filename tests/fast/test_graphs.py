@@ -89,7 +89,7 @@ def test_a_hook_that_is_removed_again_costs_no_compilation() -> None:
     handle.remove()
     model.learn(64)
     assert n_compilations(model) == n_before == 3
-    assert model._execution.gradient_step._graphs.is_possible
+    assert model._execution.gradient_step._graphs.is_usable
 
 
 @pytest.mark.usefixtures("graphs_without_code")

@@ -114,7 +114,7 @@ def test_a_forward_hook_is_called_as_often_as_with_sb3():
 
 
 @pytest.mark.parametrize("n_calls", [32, 41], ids=["between", "during"])
-def test_a_hook_that_comes_late_counts(n_calls):
+def test_a_hook_that_is_added_after_compiling_is_called(n_calls):
     def halve(model):
         model.policy.mlp_extractor.policy_net.register_forward_hook(lambda module, inputs, output: output * 0.5)
 
@@ -214,7 +214,7 @@ def test_layers_that_were_frozen_are_stepped_flat_again():
 
 
 @pytest.mark.filterwarnings("error:compile=True")
-def test_a_first_minibatch_that_is_not_finite_keeps_nothing_from_being_compiled():
+def test_training_is_compiled_although_its_first_minibatch_is_nan():
     class Poison(BaseCallback):
         def _on_step(self):
             return True

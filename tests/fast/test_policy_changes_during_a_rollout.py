@@ -43,7 +43,7 @@ def test_each_step_has_the_log_prob_and_value_of_the_policy_that_took_it(change,
     )
 
 
-def test_values_are_left_to_the_end_until_a_change():
+def test_values_wait_for_the_end_until_the_policy_changes():
     seen = []
 
     class Look(BaseCallback):
@@ -87,7 +87,7 @@ def hook_policy(policy):
 
 @pytest.mark.parametrize("change", [hook_value_net, replace_method, replace_layer, replace_activation, hook_policy])
 @pytest.mark.filterwarnings("ignore:compile=True. acting runs eagerly")
-def test_steps_before_another_structure_keep_what_the_old_one_said(change):
+def test_steps_before_a_changed_network_keep_the_old_networks_values(change):
     class Change(BaseCallback):
         def _on_step(self):
             if self.n_calls == 20:
@@ -109,7 +109,7 @@ def test_steps_before_another_structure_keep_what_the_old_one_said(change):
         assert models[0].policy.calls == models[1].policy.calls == [2] * 12
 
 
-def test_a_change_at_the_step_of_a_timeout_is_in_its_value_and_not_in_those_before():
+def test_a_policy_change_at_a_timeout_counts_for_its_value_only_from_that_step():
     class Change(BaseCallback):
         def _on_step(self):
             timeouts = sum(info.get("TimeLimit.truncated", False) for info in self.locals["infos"])

@@ -224,7 +224,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_code_that_comes_during_a_rollout_counts_from_the_next_step(change):
+def test_a_change_during_a_rollout_is_used_from_the_next_step(change):
     assert_all_follow(change, DURING_ROLLOUT)
 
 
@@ -238,7 +238,7 @@ def test_code_that_comes_during_a_rollout_counts_from_the_next_step(change):
         "another class of the policy",
     ],
 )
-def test_code_that_comes_at_the_end_of_a_rollout_counts_from_the_update(name):
+def test_a_change_at_the_end_of_a_rollout_is_used_in_the_update(name):
     assert_all_follow(CHANGES[name], BETWEEN)
 
 
@@ -272,7 +272,7 @@ def test_a_setting_of_the_noise_that_changes_during_a_rollout_counts_from_the_ne
 @pytest.mark.parametrize("compile", [False, True], ids=["replayed", "compiled"])
 @pytest.mark.parametrize("what", ["hook", "class", "distribution"])
 @pytest.mark.filterwarnings("ignore:compile=True")
-def test_code_that_comes_during_a_rollout_is_called_as_often_as_with_sb3(compile, what):
+def test_a_method_or_hook_added_during_a_rollout_is_called_as_often_as_in_sb3(compile, what):
     def counting(calls):
         def change(policy, stack):
             def count(function):
@@ -320,7 +320,7 @@ def test_a_policy_that_changes_at_every_step_is_not_looked_through_at_each(monke
     assert len(n_refreshes) <= 8 * 6 < 8 * STEPS
 
 
-def test_a_default_device_is_no_code_of_others():
+def test_a_default_device_does_not_end_replays():
     policy = build().policy
     assert hindrance(policy) is None
     with th.device("cpu"):
@@ -332,7 +332,7 @@ def test_a_default_device_is_no_code_of_others():
 # Which code is known
 
 
-def test_known_classes_are_as_they_came():
+def test_no_known_class_counts_as_patched():
     kinds = [*KNOWN_POLICIES, *KNOWN_MODULES]
     for module in (bounded_distributions, lean_distributions, masked_distributions, sb3_distributions):
         kinds += [value for value in vars(module).values() if isinstance(value, type)]
@@ -356,7 +356,7 @@ def foreign(self, x):
     ],
     ids=["a function", "a wrapper", "a partial method", "a static method", "a property", "a mock"],
 )
-def test_methods_of_others_are_seen_however_they_are_made(method):
+def test_every_way_of_patching_a_method_is_noticed(method):
     policy = build().policy
     assert hindrance(policy) is None
     with patch.object(nn.LeakyReLU, "forward", method):
@@ -364,7 +364,7 @@ def test_methods_of_others_are_seen_however_they_are_made(method):
     assert hindrance(policy) is None
 
 
-def test_attributes_of_classes_that_are_no_code_do_not_matter():
+def test_class_attributes_that_are_not_code_change_nothing():
     policy = build().policy
     before = python_state(policy)
     # Both store something in the class

@@ -92,7 +92,7 @@ def test_schedules_move_what_is_replayed(short):
         assert [update[name] for update in logs] == [update[name] for update in expected], name
 
 
-def test_coefficients_that_are_assigned_count_at_once():
+def test_assigned_coefficients_reach_the_next_replay():
     models = []
     for algorithm in (PPO, PPOPlus):
         model = build(algorithm).learn(64 * 2)
@@ -103,7 +103,7 @@ def test_coefficients_that_are_assigned_count_at_once():
     assert_same_training(*models)
 
 
-def test_parameters_that_are_loaded_count_at_once():
+def test_loaded_parameters_reach_the_next_replay():
     models = build(PPO), build()
     for model in models:
         model.learn(64 * 2)
@@ -120,7 +120,7 @@ def test_target_kl_stops_replayed_updates():
     assert_same_training(build(PPO, **settings).learn(64 * 3), model)
 
 
-def test_nothing_is_replayed_before_it_pays(monkeypatch):
+def test_no_replay_is_made_in_a_short_training(monkeypatch):
     monkeypatch.setattr(replays, "REPLAY_AFTER", REPLAY_AFTER)
     assert REPLAY_AFTER >= 100
     assert n_replays(build().learn(64)) == (0, 0)
@@ -245,7 +245,7 @@ def test_policies_of_ones_own_are_not_replayed():
     ids=["autocast", "anomalies"],
 )
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_modes_that_act_on_operations_keep_them_eager(mode):
+def test_autocast_and_anomaly_detection_keep_the_policy_eager(mode):
     policy = build().policy
     with mode():
         assert not can_replay(policy)
@@ -266,7 +266,7 @@ def test_hooks_between_updates_end_the_replays():
 
 
 @pytest.mark.parametrize("n_good", [0, 2])
-def test_a_replay_of_other_bits_is_given_up(monkeypatch, n_good):
+def test_replays_end_if_their_bits_differ_from_eager(monkeypatch, n_good):
     calls = []
 
     def make_badly(*arguments):
@@ -352,7 +352,7 @@ def test_parts_that_a_callback_changes_count_at_the_next_step(change):
     assert_same_training(build(PPO, "box").learn(64).learn(64 * 2, AtStep(change)), model)
 
 
-def test_a_first_part_counts_at_the_next_step():
+def test_a_module_added_to_an_empty_sequential_is_used_at_the_next_step():
     def append(model):
         model.policy.mlp_extractor.policy_net.append(nn.Tanh())
 

@@ -140,7 +140,7 @@ def test_a_quick_look_notices_attributes_that_come_or_go_and_other_parts(policy,
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_watch_notices_a_method_of_a_class_and_puts_it_back_for_a_while(policy, owner, name):
+def test_a_watch_notices_a_replaced_method_and_code_as_before_restores_it(policy, owner, name):
     watch, whole, had = PartsWatch(policy), getattr(owner, name), name in vars(owner)
     with patch.object(owner, name, lambda *_: None):
         new = vars(owner)[name]
@@ -151,7 +151,7 @@ def test_a_watch_notices_a_method_of_a_class_and_puts_it_back_for_a_while(policy
     assert not watch.has_changed()
 
 
-def test_a_watch_notices_a_hook_on_all_modules_and_takes_it_away_for_a_while(policy):
+def test_a_watch_notices_a_hook_on_all_modules_and_code_as_before_removes_it(policy):
     calls = []
     for register in (nn_module.register_module_forward_hook, nn_module.register_module_forward_pre_hook):
         watch = PartsWatch(policy)

@@ -224,7 +224,7 @@ def test_infinite_bounds_are_refused_with_the_space_and_the_remedy(name, space):
     assert str(space) in str(caught.value)
 
 
-def test_the_remedy_for_infinite_bounds_works(name):
+def test_the_wrapper_that_the_error_proposes_gives_finite_bounds(name):
     env = gym.make("Pendulum-v1").unwrapped
     env.action_space = spaces.Box(-np.inf, np.inf, (1,))
     remedied = gym.wrappers.TransformAction(

@@ -143,7 +143,7 @@ def test_envs_do_not_see_each_other(memory):
     th.testing.assert_close(alone, outputs[2:3], rtol=0, atol=1e-6)
 
 
-def test_steps_after_the_last_change_nothing(memory):
+def test_padding_after_a_sequence_changes_no_earlier_output(memory):
     """Padding may therefore follow a shorter sequence."""
     features, state, episode_starts = th.randn(2, 9, FEATURES), random_state(memory, 2), th.rand(2, 9) < 0.2
     outputs = memory.sequence(features, state, episode_starts)

@@ -65,7 +65,7 @@ def test_changes_of_the_step_counters_take_effect(change):
     assert_changes_alike(change, optimizer="Adam")
 
 
-def test_training_uses_an_entry_of_the_state_that_replaced_an_equal_one():
+def test_training_uses_a_state_entry_that_replaces_an_equal_one():
     assert_changes_alike(replace_an_entry, has_an_effect=False)
 
 

@@ -105,15 +105,15 @@ OBSTACLES = {
         lambda policy, _: policy.log_std.register_post_accumulate_grad_hook(lambda _: None),
         "or on a parameter",
     ),
-    "doubles": (lambda policy, _: policy.double(), "not all float32"),
+    "doubles": (lambda policy, _: policy.double(), "plain, aligned float32"),
     "another kind of parameter": (
         lambda policy, _: setattr(policy.log_std, "__class__", OwnParameter),
-        "not all float32",
+        "plain, aligned float32",
     ),
-    "shared with processes": (lambda policy, _: policy.share_memory(), "memory of their own"),
+    "shared with processes": (lambda policy, _: policy.share_memory(), "memory of its own"),
     "no alignment": (
         lambda policy, _: setattr(policy.log_std, "data", th.zeros(3)[1:]),
-        "memory of their own",
+        "memory of its own",
     ),
     "one memory": (
         lambda policy, _: setattr(policy.value_net.bias, "data", policy.action_net.bias.data[:1]),

@@ -104,7 +104,7 @@ def test_a_step_that_a_tensor_forbids_is_left_out(pair, allowed, counts_on_devic
         pair.assert_alike()
 
 
-def test_the_host_learns_before_the_next_step_whether_the_last_was_taken():
+def test_the_step_counter_is_corrected_before_the_next_step():
     pair = Pair("Adam")
     pair.flat.borrow()
     counts = []
@@ -190,16 +190,16 @@ def regroup(pair):
 
 
 @pytest.mark.parametrize("change", [new_shape, freeze, count_one_anew, forget_one, regroup])
-def test_flat_parameters_do_not_fit_any_more_after(change):
+def test_flat_parameters_no_longer_fit_after_a_change(change):
     pair = Pair("Adam")
     pair.flat.borrow()
     pair.flat.step(random_gradients(), 1e9, th.tensor(0.0))
     pair.flat.give_back()
     # New with the first step
     flat = FlatParameters(pair.optimizer, pair.parameters, [True] * len(SHAPES))
-    assert flat.still_fits(pair.optimizer, pair.parameters)
+    assert flat.is_current(pair.optimizer, pair.parameters)
     change(pair)
-    assert not flat.still_fits(pair.optimizer, pair.parameters)
+    assert not flat.is_current(pair.optimizer, pair.parameters)
 
 
 def new_memory(pair):
@@ -226,7 +226,7 @@ def test_a_replacement_during_an_update_is_noticed(change):
     assert pair.flat.was_touched(Adam(pair.parameters))
 
 
-def test_what_is_replaced_during_an_update_stays_so_after_it():
+def test_tensors_replaced_during_an_update_stay_after_it():
     pair = Pair("Adam")
     for _ in range(2):
         pair.flat.borrow()
@@ -240,13 +240,13 @@ def test_what_is_replaced_during_an_update_stays_so_after_it():
 
 def test_flat_parameters_fit_no_other_optimizer_and_no_other_parameters():
     pair = Pair("Adam")
-    assert pair.flat.still_fits(pair.optimizer, pair.parameters)
-    assert not pair.flat.still_fits(Adam(pair.parameters), pair.parameters)
-    assert not pair.flat.still_fits(pair.optimizer, pair.parameters[:-1])
-    assert not pair.flat.still_fits(pair.optimizer, [*pair.parameters[:-1], nn.Parameter(th.zeros(()))])
+    assert pair.flat.is_current(pair.optimizer, pair.parameters)
+    assert not pair.flat.is_current(Adam(pair.parameters), pair.parameters)
+    assert not pair.flat.is_current(pair.optimizer, pair.parameters[:-1])
+    assert not pair.flat.is_current(pair.optimizer, [*pair.parameters[:-1], nn.Parameter(th.zeros(()))])
 
 
-def test_another_default_type_does_not_make_parameters_double():
+def test_default_dtype_float64_leaves_parameters_float32():
     pair = Pair("Adam")
     th.set_default_dtype(th.float64)
     try:

@@ -224,7 +224,7 @@ def test_under_autocast_hidden_layers_are_bf16_and_heads_losses_inputs_float32(c
 
 
 def test_the_rollout_itself_is_float32():
-    """Thus predict, callbacks and the env see equal actions with and without AMP."""
+    """So predict, callbacks and the env see equal actions with and without AMP."""
     actions = []
     for amp in (False, True):
         model = build(amp=amp)

@@ -123,7 +123,7 @@ def test_a_separate_extractor_belongs_to_the_critic_and_a_shared_one_to_both(kwa
     assert names_of_critic(make_policy(**kwargs)) == VALUE
 
 
-def test_the_graph_decides_which_parameters_are_the_critics_and_names_do_not():
+def test_autograd_not_names_finds_the_critics_parameters():
     # Actor and critic both use the trunk, and neither uses the spare layer
     assert names_of_critic(make_policy(CrossedPolicy)) == layer("mlp_extractor.actor") | layer("value_net")
 

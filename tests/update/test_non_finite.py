@@ -165,7 +165,7 @@ TRANSFORMER = {
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "rmsprop"])
 @pytest.mark.usefixtures("graphs_without_code")
 def test_a_transformer_is_not_trained_where_zero_would_be_divided_by_zero(optimizer, compile):
-    """The gradient of a key bias is 0 but for rounding, so that it depends on luck where NaN appears."""
+    """The gradient of a key bias is 0 apart from rounding, so that it depends on luck where NaN appears."""
     env = make_env(observation_space=spaces.Box(-1, 1, (4, 3), np.float32))
     kwargs = SMALL_NET | TRANSFORMER | {"optimizer_class": optimizer, "optimizer_kwargs": {"eps": 0.0}}
     # Loading, and asking for actions, is possible

@@ -125,7 +125,7 @@ def test_nothing_in_args_yml_is_run(value, folder):
     assert not Path("mark").exists()
 
 
-def test_with_trust_the_same_folder_is_the_rl_zoos_business(folder):
+def test_with_trust_the_rl_zoo_reads_the_folder(folder):
     config(folder, normalize=EVIL_YAML[5])
     with pytest.raises((TypeError, SystemExit)):
         zoo.main([*ENJOY, "--trust"])

@@ -1,4 +1,4 @@
-"""Copies of a model learn on, and whatever interrupts an update leaves parameters and optimiser whole."""
+"""Copies of a model learn on, and whatever interrupts an update leaves parameters and optimiser intact."""
 
 import copy
 
@@ -64,7 +64,7 @@ def test_gamma_may_change_from_step_to_step():
 
 
 @pytest.mark.parametrize("nth", [1, 2, 3, 4, 5, 6])
-def test_an_error_while_the_flat_parameters_are_filled_or_given_back_leaves_all_whole(monkeypatch, nth):
+def test_an_error_while_filling_or_giving_back_leaves_parameters_and_optimizer_intact(monkeypatch, nth):
     model, twin = build(), build()
     for each in (model, twin):
         each.learn(64)
