@@ -29,6 +29,7 @@ class Coefficients:
         self._learning_rate: object = None
         """What SB3's ``lr_schedule`` was made from."""
         self._groups: LearningRateGroups | None = None
+        self._latest: tuple[float, ...] = ()
 
     def setup(self, model: PlusModel) -> None:
         """Validate the coefficients of the loss, and turn clip ranges into the schedules that SB3's PPO keeps.
@@ -89,6 +90,7 @@ class Coefficients:
             critic = self._value(model, "critic_learning_rate")
         for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
             groups.update(optimizer, actor, critic)
+        self._latest = actor, critic
         model.logger.record("train/learning_rate", actor)
         model.logger.record("train/critic_learning_rate", critic)
 
@@ -99,7 +101,7 @@ class Coefficients:
         """
         optimizer = model.policy.optimizer
         if self._groups is None or self._groups.optimizer is not optimizer:
-            self._groups = LearningRateGroups(optimizer, model.lr_schedule(1))
+            self._groups = LearningRateGroups(optimizer, model.lr_schedule(1), self._latest)
         if model.critic_learning_rate is not None and not self._groups.knows_critic:
             self._groups.split_off_critic(optimizer, critic_only_parameters(model.policy))
         return self._groups

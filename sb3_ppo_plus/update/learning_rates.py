@@ -55,15 +55,21 @@ class LearningRateGroups:
 
     :param optimizer: the policy's optimiser
     :param initial_learning_rate: value of the learning rate's schedule at progress_remaining = 1
+    :param latest: values of the learning rate's and the critic's schedule at the last update. If a group has one of
+        them, the policy is a copy of one in training, and the groups' ratios are those to these values
     """
 
-    def __init__(self, optimizer: th.optim.Optimizer, initial_learning_rate: float) -> None:
+    def __init__(
+        self, optimizer: th.optim.Optimizer, initial_learning_rate: float, latest: tuple[float, ...] = ()
+    ) -> None:
         self.optimizer = optimizer
         self.knows_critic = False
         self._saved_order = _parameters_of(optimizer)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        reference = latest[0] if any(rate in latest for rate in rates) else initial_learning_rate
         self._rates = [
-            _GroupRate(is_critic=False, factor=_relative_rate(group["lr"], initial_learning_rate))
-            for group in optimizer.param_groups
+            _GroupRate(is_critic=False, factor=1.0 if rate in latest else _relative_rate(rate, reference))
+            for rate in rates
         ]
         if len(self._rates) == 1:
             # A single group follows the schedule, as in SB3

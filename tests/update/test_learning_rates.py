@@ -355,3 +355,18 @@ def test_a_group_without_a_ratio_to_the_schedule_keeps_its_rate():
     (first, last) = logs_of_updates(model, 64)
     assert first["train/learning_rate"] > 0.0
     assert [group["lr"] for group in model.policy.optimizer.param_groups] == [0.5, last["train/learning_rate"]]
+
+
+@pytest.mark.parametrize("critic_learning_rate", [None, "lin_1e-2_1e-3"])
+def test_the_copy_of_a_policy_in_training_goes_on_at_its_rates(critic_learning_rate):
+    class PutInCopy(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps >= 64:
+                self.model.policy = copy.deepcopy(self.model.policy)
+            return True
+
+    rates = []
+    for callback in (None, PutInCopy()):
+        model = build("own groups", learning_rate="lin_1e-3_2e-4", critic_learning_rate=critic_learning_rate)
+        rates.append(rates_by_name(model.learn(160, callback)))
+    assert rates[1] == pytest.approx(rates[0])
