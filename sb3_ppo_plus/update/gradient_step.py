@@ -279,15 +279,16 @@ class GradientStep:
         )
 
     def _flatten_again(self, gradients: Sequence[th.Tensor | None]) -> bool:
-        """Build the flat parameters that a step needs; return False if that is no longer possible."""
+        """Build the flat parameters that a step needs; return False if that is not possible, or not any more."""
         before = self._parameters
         self.end_update()
         self._note_changes()
-        if self._obstacle_to_flat is not None or [*map(id, before)] != [*map(id, self._parameters)]:
+        has_gradient = [gradient is not None for gradient in gradients]
+        has_same_parameters = [*map(id, before)] == [*map(id, self._parameters)]
+        if self._obstacle_to_flat is not None or not has_same_parameters or not any(has_gradient):
             self._flat, self._parameters = None, before
             return False
         if self._flat is None or not self._flat.fits_gradients(gradients):
-            has_gradient = [gradient is not None for gradient in gradients]
             self._flat = FlatParameters(self.policy.optimizer, self._parameters, has_gradient)
         self._flat.borrow()
         return True

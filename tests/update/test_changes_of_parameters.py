@@ -1,5 +1,7 @@
 """What users change in parameters between updates works as in SB3, bit for bit."""
 
+import copy
+
 import pytest
 import torch as th
 from changed_training import ROLLOUTS, assert_changes_alike, assert_has_an_effect, build, trained
@@ -180,3 +182,21 @@ def test_parameters_and_moments_stay_in_their_memory_between_updates():
     trained(PPOPlus, change, before=range(1, ROLLOUTS))
     assert len(places) == ROLLOUTS - 1 and all(place == places[0] for place in places)
     assert len({pointer for pointer in places[0]}) == len(places[0])
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+@pytest.mark.usefixtures("graphs_without_code")
+@pytest.mark.filterwarnings("ignore:compile=True")
+def test_without_any_gradient_nothing_is_stepped(compile):
+    """A copy of a policy with the original's method, as ``deepcopy`` leaves a wrapped method."""
+    models = []
+    for algorithm, settings in ((PPO, {}), (PPOPlus, {"compile": compile})):
+        model = build(algorithm, **settings)
+        copied = copy.deepcopy(model.policy)
+        copied.evaluate_actions = model.policy.evaluate_actions
+        model.policy = copied
+        before = [parameter.detach().clone() for parameter in copied.parameters()]
+        model.learn(ROLLOUTS * 16)
+        assert all(map(th.equal, before, copied.parameters()))
+        models.append(model)
+    assert_same_training(*models)
