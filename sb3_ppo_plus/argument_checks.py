@@ -16,6 +16,18 @@ from stable_baselines3.common.policies import BasePolicy
 
 ON_NON_FINITE = ("raise", "skip")
 MAX_SEED = 2**32 - 1
+# What users give to the constructor, and what belongs elsewhere
+_ELSEWHERE = {
+    "n_timesteps": "the number of timesteps is an argument of learn",
+    **dict.fromkeys(
+        ("total_timesteps", "callback", "log_interval", "tb_log_name", "reset_num_timesteps", "progress_bar"),
+        "it is an argument of learn",
+    ),
+    **dict.fromkeys(
+        ("n_envs", "normalize", "env_wrapper", "vec_env_wrapper", "frame_stack"),
+        "it is a key of the RL Zoo's hyperparameter files, which describes the environments",
+    ),
+}
 Parameters = ParamSpec("Parameters")
 
 
@@ -211,6 +223,8 @@ def _unknown_keyword(owner: str, name: str, known: Iterable[str], policy_argumen
     message = f"{owner}() got an unexpected keyword argument {name!r}"
     if name in policy_arguments:
         return f"{message}: it is an argument of the policy, give it in policy_kwargs={{{name!r}: ...}}"
+    if name in _ELSEWHERE:
+        return f"{message}: {_ELSEWHERE[name]}"
     public = [each for each in known if not each.startswith("_") and each != "self"]
     nearest = _nearest_name(name, [*policy_arguments, *public])
     if nearest is None:

@@ -157,7 +157,7 @@ class PPOPlus(PPO):
         self._coefficients = Coefficients()
         self._coefficients.setup(self)
         given = self.policy_kwargs
-        self.policy_kwargs = resolve_policy_kwargs(self.policy_class, given)
+        self.policy_kwargs = resolve_policy_kwargs(self.policy_class, given, self.observation_space)
         self._built_for_masks = self._mask_use.builds_for_masks(self)
         if self._built_for_masks:
             self.policy_kwargs["action_masking"] = True

@@ -249,3 +249,18 @@ def test_integers_of_python_and_numpy_become_ints(value):
 def test_what_is_no_integer_or_is_too_small_is_named(value):
     with pytest.raises(ValueError, match="n must be an integer of at least 3, got "):
         integer_of_at_least(3, "n", value)
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [("n_timesteps", "argument of learn"), ("callback", "argument of learn"), ("n_envs", "RL Zoo's hyperparameter")],
+)
+def test_what_belongs_elsewhere_says_where(name, where):
+    with pytest.raises(TypeError, match=where):
+        PPOPlus("MlpPolicy", make_env(), **{name: 1})
+
+
+@pytest.mark.parametrize("policy", ["MlpLstmPolicy", "CnnLstmPolicy"])
+def test_dict_observations_need_the_policy_for_them_with_an_lstm_too(policy):
+    with pytest.raises(ValueError, match="You must use `MultiInputLstmPolicy` when working with dict observation"):
+        PPOPlus(policy, make_env(observation_space=SMALL_DICT))

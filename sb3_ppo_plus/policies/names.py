@@ -13,7 +13,7 @@ from torch import nn
 
 from sb3_ppo_plus.argument_checks import accepted_names, did_you_mean
 from sb3_ppo_plus.extractors import resolve_features_extractor
-from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy, CnnLstmPolicy, MlpLstmPolicy
 from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -38,12 +38,15 @@ POLICY_ARGUMENTS = [
 ]
 
 
-def resolve_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: dict[str, Any]) -> dict[str, Any]:
+def resolve_policy_kwargs(
+    policy_class: type[BasePolicy], policy_kwargs: dict[str, Any], observation_space: spaces.Space[Any]
+) -> dict[str, Any]:
     """Replace registered names in ``policy_kwargs`` by their classes.
 
     :param policy_class: the class that will take them
     :param policy_kwargs: as the user gave them; not changed
-    :raises ValueError: for a name that is not registered
+    :param observation_space: the observation space
+    :raises ValueError: for a name that is not registered, or observations that the policy cannot take
     :raises TypeError: for an argument that ``policy_class`` does not take, or a value that is neither name nor class
     """
     resolved = dict(policy_kwargs)
@@ -62,6 +65,7 @@ def resolve_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: dict[st
                 f"policy_kwargs: {policy_class.__name__} has no {' or '.join(lacking)}; subclass "
                 "sb3_ppo_plus.ActorCriticPlusPolicy instead of SB3's ActorCriticPolicy to use it"
             )
+    _check_observations(policy_class, observation_space, policy_kwargs)
     if "features_extractor_class" in resolved:
         resolved["features_extractor_class"] = resolve_features_extractor(resolved["features_extractor_class"])
     for name, table, base in (
@@ -71,6 +75,18 @@ def resolve_policy_kwargs(policy_class: type[BasePolicy], policy_kwargs: dict[st
         if name in resolved:
             resolved[name] = _from_table(name, resolved[name], table, base)
     return resolved
+
+
+def _check_observations(
+    policy_class: type[BasePolicy], observation_space: spaces.Space[Any], policy_kwargs: Mapping[str, Any]
+) -> None:
+    """Refuse Dict observations for the policies with an LSTM that cannot take them, as SB3 does for the others."""
+    # An extractor of the user's may take them
+    takes_one_array = policy_class in (MlpLstmPolicy, CnnLstmPolicy) and "features_extractor_class" not in policy_kwargs
+    if takes_one_array and isinstance(observation_space, spaces.Dict):
+        raise ValueError(
+            f"You must use `MultiInputLstmPolicy` when working with dict observation space, not {policy_class.__name__}"
+        )
 
 
 @contextmanager

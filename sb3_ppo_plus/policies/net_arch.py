@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 from sb3_ppo_plus.argument_checks import did_you_mean
@@ -16,12 +17,19 @@ NET_ARCHS: dict[str, dict[str, list[int]]] = {
 
 
 def resolve_net_arch(net_arch: Any) -> Any:  # noqa: ANN401  # SB3 takes several types
-    """Replace a registered name by the layers that it stands for.
+    """Replace a registered name by the layers that it stands for, and warn of keys that SB3 passes over in silence.
 
     :param net_arch: a key of ``NET_ARCHS``, or layers in SB3's form
     :return: layers in SB3's form
     :raises ValueError: for another name
     """
+    unused = sorted(map(repr, net_arch.keys() - {"pi", "vf"})) if isinstance(net_arch, dict) else []
+    if unused:
+        # Without a key of its own, a network has no hidden layers
+        warnings.warn(
+            f"policy_kwargs: net_arch has the keys {', '.join(unused)}, which are not used; allowed: 'pi' and 'vf'",
+            stacklevel=2,
+        )
     if not isinstance(net_arch, str):
         return net_arch
     if net_arch not in NET_ARCHS:

@@ -225,7 +225,7 @@ def test_registered_names_become_classes_and_classes_stay():
         "ortho_init": False,
     }
     kept = dict(given)
-    assert resolve_policy_kwargs(MlpPolicy, given) == {
+    assert resolve_policy_kwargs(MlpPolicy, given, BOX) == {
         "features_extractor_class": TransformerExtractor,
         "activation_fn": nn.ELU,
         "optimizer_class": th.optim.RMSprop,
@@ -233,7 +233,7 @@ def test_registered_names_become_classes_and_classes_stay():
     }
     assert given == kept
     classes = {"features_extractor_class": NatureCNN, "activation_fn": nn.Tanh, "optimizer_class": th.optim.Adam}
-    assert resolve_policy_kwargs(MlpPolicy, classes) == classes
+    assert resolve_policy_kwargs(MlpPolicy, classes, BOX) == classes
 
 
 NAMES = {
@@ -263,13 +263,13 @@ NAMES = {
 
 @pytest.mark.parametrize(("argument", "name"), [(argument, name) for argument in NAMES for name in NAMES[argument]])
 def test_each_registered_name_stands_for_its_class(argument, name):
-    assert resolve_policy_kwargs(ActorCriticPolicy, {argument: name}) == {argument: NAMES[argument][name]}
+    assert resolve_policy_kwargs(ActorCriticPolicy, {argument: name}, BOX) == {argument: NAMES[argument][name]}
 
 
 @pytest.mark.parametrize("argument", ["activation_fn", "optimizer_class", "features_extractor_class"])
 def test_unknown_names_are_refused_with_the_allowed_ones(argument):
     with pytest.raises(ValueError, match=rf"{argument}.*'swish'") as error:
-        resolve_policy_kwargs(MlpPolicy, {argument: "swish"})
+        resolve_policy_kwargs(MlpPolicy, {argument: "swish"}, BOX)
     assert all(name in str(error.value) for name in NAMES[argument])
 
 
@@ -277,7 +277,7 @@ def test_unknown_names_are_refused_with_the_allowed_ones(argument):
 @pytest.mark.parametrize("value", [3, int, None], ids=str)
 def test_a_value_that_is_neither_a_name_nor_a_class_is_refused(argument, value):
     with pytest.raises(TypeError, match=argument):
-        resolve_policy_kwargs(MlpPolicy, {argument: value})
+        resolve_policy_kwargs(MlpPolicy, {argument: value}, BOX)
 
 
 @pytest.mark.parametrize("argument", ["action_dist", "action_dist_kwargs"])

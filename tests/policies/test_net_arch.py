@@ -33,3 +33,9 @@ def test_a_policy_of_the_users_may_understand_other_names():
 
     model = PPOPlus(Own, make_env(), policy_kwargs={"net_arch": "8x4"}, **SETTINGS)
     assert model.policy.net_arch == [8, 4]
+
+
+@pytest.mark.parametrize("net_arch", [{"actor": [8], "critic": [8]}, {"pi": [8], "qf": [8]}], ids=str)
+def test_keys_that_sb3_passes_over_are_warned_of(net_arch):
+    with pytest.warns(UserWarning, match=r"net_arch has the keys .*('actor', 'critic'|'qf'), which are not used"):
+        build(policy_kwargs={"net_arch": net_arch})
