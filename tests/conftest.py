@@ -94,4 +94,4 @@ def replayed_after_a_while(monkeypatch):
 @pytest.fixture
 def acts_eagerly(monkeypatch):
     """Record no actor: for tests of updates alone. A recording takes as long as 100 eager steps."""
-    monkeypatch.setattr(execution, "ReplayedActor", RolloutActor)
+    monkeypatch.setattr(execution, "ReplayedActor", lambda policy, users_code: RolloutActor(policy))

@@ -18,6 +18,8 @@ from sb3_ppo_plus.fast import captured
 # Their gradient step is compiled; "cnn bf16" is "bf16" and "cnn"
 NAMES = [name for name, case in CASES.items() if not case.runs_eagerly and name not in ("cnn bf16", "reduce-overhead")]
 WITHOUT_ACTOR = ("gtrxl",)
+# The others are for `make test-all`: they differ in what they compute, not in what is captured
+QUICK = ("box", "masks", "critic_lr, clip_vf")
 
 
 @pytest.fixture
@@ -45,7 +47,9 @@ def assert_same(models, is_acting=True):
 
 
 @pytest.mark.filterwarnings("error:compile=True")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.heavy) for name in NAMES]
+)
 def test_every_kind_of_policy_trains_alike(both, name):
     def run():
         model = build(name).learn(ROLLOUT * 3)
@@ -65,6 +69,7 @@ def test_minibatches_of_two_sizes_have_a_graph_each(both):
 
 
 @pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.heavy
 def test_code_of_inductor_is_replayed(monkeypatch):
     models = [build().learn(ROLLOUT * 3)]
     monkeypatch.setitem(captured.REPLAYS, "cpu", PretendedReplay)
@@ -77,7 +82,7 @@ def bias(model):
 
 
 class Changes(BaseCallback):
-    """Makes one change after the other, each between two rollouts or amid one, and notes what the parameters are.
+    """Makes one change after the other, each between two rollouts or during one, and notes what the parameters are.
 
     :param at: the step of the rollout before which it changes; None: between rollouts
     """
@@ -190,7 +195,11 @@ CHANGES = (
 
 
 @pytest.mark.filterwarnings("error:compile=True")
-@pytest.mark.parametrize("at", [None, 5, 0, 15], ids=["between", "amid", "first", "last"])
+@pytest.mark.parametrize(
+    "at",
+    [None, 5, *(pytest.param(at, marks=pytest.mark.heavy) for at in (0, 15))],
+    ids=["between", "during", "first", "last"],
+)
 def test_what_callbacks_change_is_followed(both, at):
     def run():
         callback = Changes(CHANGES, at=at)
@@ -204,6 +213,7 @@ def test_what_callbacks_change_is_followed(both, at):
 
 
 @pytest.mark.filterwarnings("ignore:compile=True")
+@pytest.mark.heavy
 def test_parameters_that_are_frozen_and_thawed_are_followed(both):
     assert_same(both(lambda: build().learn(ROLLOUT * 7, Changes([freeze_and_thaw]))))
 
@@ -222,6 +232,7 @@ def test_changes_between_calls_of_learn_are_followed(both):
 
 
 @pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.heavy
 def test_two_models_train_in_turns(both):
     def run():
         models = [build(seed=0), build(seed=1)]
@@ -236,6 +247,7 @@ def test_two_models_train_in_turns(both):
 
 
 @pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.heavy
 def test_saved_loaded_and_pickled_models_capture_anew(both, tmp_path):
     def run():
         model = build().learn(ROLLOUT * 3)
@@ -264,6 +276,7 @@ class Kill(BaseCallback):
 
 
 @pytest.mark.filterwarnings("error:compile=True")
+@pytest.mark.heavy
 def test_a_run_that_is_killed_and_resumed_draws_the_same_numbers(both, tmp_path_factory):
     def run():
         model, folder = build(wrapper=ResumableEnv), tmp_path_factory.mktemp("run")

@@ -444,6 +444,7 @@ def test_options_are_torch_compiles() -> None:
     assert inductor_options({"mode": "max-autotune-no-cudagraphs"}) == {
         "max_autotune": True,
         "coordinate_descent_tuning": True,
+        "triton.cudagraphs": False,
     }
     with pytest.raises(ValueError, match="no_such_option"):
         PPOPlus("MlpPolicy", "CartPole-v1", compile={"no_such_option": 1})
