@@ -85,6 +85,7 @@ class EditActions(KeepRollout):
 
 
 @pytest.mark.parametrize("action_space", [ASYMMETRIC, spaces.Discrete(3), spaces.MultiDiscrete([3, 2])], ids=type)
+@pytest.mark.usefixtures("graphs_without_code")
 @pytest.mark.filterwarnings("error:compile=True")
 def test_actions_that_a_callback_edits_keep_the_log_probs_of_those_that_were_chosen(
     action_space: spaces.Space[Any],
@@ -96,6 +97,7 @@ def test_actions_that_a_callback_edits_keep_the_log_probs_of_those_that_were_cho
 
 
 @pytest.mark.parametrize("action_space", [spaces.Discrete(3), spaces.MultiDiscrete([3, 2])], ids=type)
+@pytest.mark.usefixtures("graphs_without_code")
 def test_actions_that_an_environment_edits_keep_the_log_probs_of_those_that_were_chosen(
     monkeypatch: pytest.MonkeyPatch, action_space: spaces.Space[Any]
 ) -> None:
