@@ -33,7 +33,7 @@ TrainingState = dict[str, Any]
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
 # Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
 # there may be many environments, with nested lists. Python itself reads at most 4300 digits
-UNTRUSTED_LIMITS = Limits(max_bytes=2**30, max_depth=128, max_digits=4300, allows_non_finite=True)
+UNTRUSTED_LIMITS = Limits(2**28, max_depth=128, max_values=2**22, max_digits=4300, allows_non_finite=True)
 GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
