@@ -24,7 +24,7 @@ from typing import Any
 import torch as th
 
 from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
-from sb3_ppo_plus.strict_json import parse
+from sb3_ppo_plus.untrusted.strict_json import parse
 
 MANIFEST = "manifest.json"
 FORMAT = 1

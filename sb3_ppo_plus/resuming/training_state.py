@@ -25,8 +25,8 @@ from sb3_ppo_plus.resuming.generator_state import (
 )
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
-from sb3_ppo_plus.strict_json import Limits, parse
 from sb3_ppo_plus.trees import tree_map
+from sb3_ppo_plus.untrusted.strict_json import Limits, parse
 
 TrainingState = dict[str, Any]
 

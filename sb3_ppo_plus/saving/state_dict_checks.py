@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.policies.names import OPTIMIZERS
-from sb3_ppo_plus.strict_json import short
+from sb3_ppo_plus.untrusted.strict_json import short
 
 POLICY_FILE = "policy.pth"
 OPTIMIZER_FILE = "policy.optimizer.pth"

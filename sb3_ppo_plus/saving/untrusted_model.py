@@ -32,7 +32,6 @@ from sb3_ppo_plus.saving.model_description import (
     decode,
     describe,
 )
-from sb3_ppo_plus.saving.safe_zip import opened_model, read_members
 from sb3_ppo_plus.saving.state_dict_checks import (
     OPTIMIZER_FILE,
     POLICY_FILE,
@@ -42,8 +41,9 @@ from sb3_ppo_plus.saving.state_dict_checks import (
     check_plain_tensors,
     check_policy_state,
 )
-from sb3_ppo_plus.saving.tensor_file import load_tensors
-from sb3_ppo_plus.strict_json import get, parse, short
+from sb3_ppo_plus.untrusted.safe_zip import opened_model, read_members
+from sb3_ppo_plus.untrusted.strict_json import get, parse, short
+from sb3_ppo_plus.untrusted.tensor_file import load_tensors
 
 DESCRIPTION = "ppo_plus.json"
 # All members that SB3 and PPOPlus write; without trust, most of them are never used

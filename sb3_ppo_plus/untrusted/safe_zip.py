@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import pathlib
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import IO
+from contextlib import contextmanager, suppress
+from typing import IO, Any
 
 from stable_baselines3.common.save_util import open_path
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.strict_json import short
+from sb3_ppo_plus.untrusted.regular_files import open_regular_file
+from sb3_ppo_plus.untrusted.strict_json import short
 
 
 @contextmanager
@@ -21,13 +23,21 @@ def opened_model(path: str | pathlib.Path | io.BufferedIOBase) -> Iterator[IO[by
     """Open a saved model as SB3's ``load`` does. A file that the caller has opened stays open, at its position.
 
     :param path: the file, or its path, with or without ".zip"
+    :raises UntrustedFileError: if the path is that of a folder, a device or a named pipe
     """
-    file = open_path(path, "r", verbose=0, suffix="zip")
+    file: Any = None
+    if isinstance(path, str | pathlib.Path):
+        with suppress(FileNotFoundError):
+            file = open_regular_file(path if os.path.exists(path) else f"{path}.zip")
+    if file is None:
+        # An open file; or there is none, which SB3's own error says
+        file = open_path(path, "r", verbose=0, suffix="zip")
     position = file.tell()
     try:
         yield file
     finally:
-        if file is path:
+        is_callers = file is path
+        if is_callers:
             file.seek(position)
         else:
             file.close()

@@ -21,8 +21,8 @@ import numpy as np
 import torch as th
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.saving.safe_zip import read_members
-from sb3_ppo_plus.strict_json import short
+from sb3_ppo_plus.untrusted.safe_zip import read_members
+from sb3_ppo_plus.untrusted.strict_json import short
 
 #: A policy has at most a few hundred tensors, each of about 200 bytes and 30 operations here
 MAX_PICKLE_BYTES = 2**22
