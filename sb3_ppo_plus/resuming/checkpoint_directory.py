@@ -23,11 +23,14 @@ from typing import Any
 
 import torch as th
 
-from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
-from sb3_ppo_plus.untrusted.strict_json import parse
+from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError, UntrustedFileError
+from sb3_ppo_plus.untrusted.regular_files import open_regular_file
+from sb3_ppo_plus.untrusted.strict_json import parse, short
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+#: It names a few files and versions
+MAX_MANIFEST_BYTES = 2**20
 _NAME = re.compile(r"checkpoint_(\d+)_\d+_steps")
 _LEFTOVER = re.compile(r"\.checkpoint_\d+_\d+_steps\.(?:unfinished|removed)")
 _PACKAGES = ("gymnasium", "numpy", "sb3-ppo-plus", "stable-baselines3", "torch")
@@ -81,14 +84,16 @@ def write_checkpoint(save_path: Path, files: dict[str, bytes], num_timesteps: in
     return directory
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
+def read_checkpoint(directory: Path, follows_links: bool = True) -> Checkpoint:
     """Read a checkpoint, and verify the sizes and hashes of its files.
 
     :param directory: its directory
-    :raises InvalidCheckpointError: if it is incomplete or altered; the message names the file
+    :param follows_links: whether its files may be symbolic links
+    :raises InvalidCheckpointError: if it is incomplete or altered, or holds what is no regular file; the message names
+        the file
     """
     try:
-        text = (directory / MANIFEST).read_bytes()
+        text = _read(directory / MANIFEST, None, follows_links)
         manifest = parse(text, str(directory / MANIFEST))["manifest"]
         if text != _sealed(manifest):
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} was altered")
@@ -96,32 +101,45 @@ def read_checkpoint(directory: Path) -> Checkpoint:
             raise InvalidCheckpointError(f"{directory}: format {manifest['format']}, this version reads {FORMAT}")
         files = {}
         for name, expected in manifest["files"].items():
-            # Path(name).name: a name in the manifest must not lead out of the directory
-            files[name] = (directory / Path(name).name).read_bytes()
-            if len(files[name]) != expected["size"]:
-                raise InvalidCheckpointError(
-                    f"{directory}: {name} has {len(files[name])} bytes, its manifest says {expected['size']}"
-                )
+            # A name must not lead out of the directory, nor may two names lead to one large file
+            if Path(name).name != name:
+                raise InvalidCheckpointError(f"{directory}: {MANIFEST} names {short(name)}, which is no file's name")
+            files[name] = _read(directory / name, expected["size"], follows_links)
             if _sha256(files[name]) != expected["sha256"]:
                 raise InvalidCheckpointError(f"{directory}: {name} was altered")
-    except OSError as error:
-        raise InvalidCheckpointError(f"{directory}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidCheckpointError(f"{directory}: {MANIFEST} is no manifest") from error
     return Checkpoint(directory, files, manifest)
 
 
-def newest_checkpoint(save_path: str | Path) -> Checkpoint | None:
+def _read(path: Path, size: int | None, follows_links: bool) -> bytes:
+    """Read a file of a checkpoint. Its size is checked first: by the manifest, or for itself by a limit."""
+    try:
+        with open_regular_file(path, follows_links) as file:
+            found = os.fstat(file.fileno()).st_size
+            if size is None and found > MAX_MANIFEST_BYTES:
+                raise InvalidCheckpointError(f"{path.parent}: {path.name} has {found} bytes, which no manifest has")
+            if size is not None and found != size:
+                raise InvalidCheckpointError(f"{path.parent}: {path.name} has {found} bytes, its manifest says {size}")
+            return file.read(found)
+    except (OSError, UntrustedFileError) as error:
+        raise InvalidCheckpointError(f"{path.parent}: {error}") from error
+
+
+def newest_checkpoint(save_path: str | Path, follows_links: bool = True) -> Checkpoint | None:
     """Read the newest valid checkpoint, and warn of each newer one that is not valid.
 
     :param save_path: directory of the checkpoints, or the directory of one checkpoint
+    :param follows_links: whether what lies in ``save_path`` may be symbolic links
     :return: None if there is no valid checkpoint
     """
     save_path = Path(save_path)
     single = [save_path] if (save_path / MANIFEST).exists() else []
     for directory in single or checkpoint_directories(save_path):
         try:
-            return read_checkpoint(directory)
+            if directory.is_symlink() and not (follows_links or single):
+                raise InvalidCheckpointError(f"{directory} is a symbolic link")
+            return read_checkpoint(directory, follows_links)
         except InvalidCheckpointError as error:
             warnings.warn(f"skipped an invalid checkpoint: {error}", stacklevel=2)
     return None

@@ -58,7 +58,7 @@ def load_checkpoint(
     """
     if env is None:
         raise TypeError("env must be the environments to go on with, got None")
-    checkpoint = newest_checkpoint(save_path)
+    checkpoint = newest_checkpoint(save_path, follows_links=kwargs.get("trusted", True))
     if checkpoint is None:
         raise CheckpointError(f"there is no valid checkpoint in {save_path}")
     with NamingDeadWorkers(lambda: [env]):

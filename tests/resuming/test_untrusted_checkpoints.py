@@ -1,6 +1,7 @@
 """Checkpoints that are resumed without trust, and forged ones."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -118,3 +119,46 @@ def test_without_trust_the_log_stays_inside_its_folder(tmp_path, name):
     with pytest.raises(CheckpointError, match=f"_tb_log_name.*{name}"):
         PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
     assert PPOPlus.resume(directory, make_envs(), device="cpu").num_timesteps == 48
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "folder", "holes", "link"])
+@pytest.mark.parametrize("name", ["manifest.json", "model.zip", "training_state.json", "training_state.bin"])
+def test_without_trust_only_regular_files_are_read(tmp_path, name, kind):
+    interrupted(tmp_path)
+    path = latest_checkpoint(tmp_path) / name
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "holes":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    elif kind == "link":
+        (tmp_path / "content").write_bytes(content)
+        path.symlink_to(tmp_path / "content")
+    else:
+        path.symlink_to(kind)
+    with (
+        pytest.warns(UserWarning, match=f"skipped an invalid checkpoint: .*{name}"),
+        pytest.raises(CheckpointError, match="there is no valid checkpoint"),
+    ):
+        PPOPlus.resume(path.parent, make_envs(), device="cpu", trusted=False)
+
+
+def test_without_trust_a_linked_checkpoint_is_passed_by_but_the_users_own_link_is_followed(tmp_path):
+    interrupted(tmp_path / "run")
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / checkpoint.name).symlink_to(checkpoint)
+    with (
+        pytest.warns(UserWarning, match="is a symbolic link"),
+        pytest.raises(CheckpointError, match="there is no valid checkpoint"),
+    ):
+        PPOPlus.resume(tmp_path / "others", make_envs(), device="cpu", trusted=False)
+    for given in (tmp_path / "others" / checkpoint.name, tmp_path / "link"):
+        if given.name == "link":
+            given.symlink_to(tmp_path / "run")
+        assert PPOPlus.resume(given, make_envs(), device="cpu", trusted=False).num_timesteps == 48
+    assert PPOPlus.resume(tmp_path / "others", make_envs(), device="cpu").num_timesteps == 48
