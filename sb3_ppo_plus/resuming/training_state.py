@@ -77,12 +77,13 @@ def read_state(files: dict[str, bytes], trusted: bool) -> TrainingState:
     """Read the state that :func:`checkpoint_files` has written beside the model.
 
     :param files: contents by file name
-    :param trusted: False: a file that exceeds :data:`UNTRUSTED_LIMITS`, or has a key twice, is an error
+    :param trusted: False: a file that exceeds :data:`UNTRUSTED_LIMITS`, has a key twice, or would take more memory
+        than its size tells, is an error
     :raises UntrustedFileError: for such a file, if it is not trusted
     """
     text = files[STATE_FILE]
     encoded = json.loads(text) if trusted else parse(text, STATE_FILE, UNTRUSTED_LIMITS)
-    state: TrainingState = PlainStateReader(files[ARRAYS_FILE]).build(encoded)
+    state: TrainingState = PlainStateReader(files[ARRAYS_FILE], trusted).build(encoded)
     return state
 
 
