@@ -74,7 +74,7 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
         state = read_state(checkpoint.files, trusted)
         if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
-        goes_on = set_training_state(model, state)
+        goes_on = set_training_state(model, state, trusted)
         continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
         model._current_run.continuation = continuation
     except (WrapperStackError, *BROKEN_PIPES):

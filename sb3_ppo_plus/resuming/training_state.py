@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import time
-from collections import deque
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from sb3_ppo_plus.resuming.generator_state import (
     space_generator_states,
 )
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
+from sb3_ppo_plus.resuming.state_checks import check_attributes, check_logs, check_seconds
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.untrusted.strict_json import Limits, parse
@@ -87,18 +87,22 @@ def read_state(files: dict[str, bytes], trusted: bool) -> TrainingState:
     return state
 
 
-def set_training_state(model: PlusModel, state: TrainingState) -> bool:
+def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = True) -> bool:
     """Put back the state of a run into a model that was loaded from the checkpoint's ``model.zip``.
 
     :meth:`PPOPlus.continue_learning` sets up logs and callbacks, and puts back their state.
 
     :param model: the model, with its environments
     :param state: what :func:`read_state` has returned
+    :param trusted: False: only values that training could have given are taken
     :return: whether the episodes of the environments go on; otherwise all environments were reset
     :raises WrapperStackError: if the number of environments, or their wrappers, differ from the saved ones
     """
     assert model.env is not None
-    _check_attributes(model, state["attributes"])
+    check_attributes(model, state["attributes"], trusted)
+    check_seconds(state["seconds"])
+    if not trusted:
+        check_logs(state["logger"])
     for name, value in state["attributes"].items():
         setattr(model, name, tree_map(lambda leaf: _on_device(leaf, model.device), value))
     model._coefficients.groups(model).factors = state["learning_rate_factors"]
@@ -150,17 +154,6 @@ def pending_logs(model: PlusModel) -> dict[str, Any]:
         "name_to_count": {key: count for key, count in logger.name_to_count.items() if key in values},
         "name_to_excluded": {key: excluded for key, excluded in logger.name_to_excluded.items() if key in values},
     }
-
-
-def _check_attributes(model: PlusModel, attributes: dict[str, Any]) -> None:
-    """Refuse attributes that are no training state: some, such as the compiler's options, can run a program."""
-    names = set(model.TRAINING_STATE)
-    if attributes.keys() != names:
-        raise ValueError(f"the training state must hold {sorted(names)}, got {sorted(attributes)}")
-    for name, value in attributes.items():
-        existing = getattr(model, name)
-        if isinstance(existing, int | float | str | deque) and not isinstance(value, type(existing) | None):
-            raise TypeError(f"{name} must be of type {type(existing).__name__}, got {value!r}")
 
 
 def _is_plain(value: object) -> bool:

@@ -89,6 +89,28 @@ def array(dtype, shape, **more):
         # The compiler would be this program
         (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must hold .* 'compile'"),
         (lambda files, state: state["attributes"].update(num_timesteps="x"), "num_timesteps must be of type int"),
+        *(
+            (lambda files, state, name=name, value=value: state["attributes"].update({name: value}), name)
+            for name, value in {
+                "num_timesteps": -(10**15),
+                "_num_timesteps_at_start": 2**60,
+                "_total_timesteps": 1e300,
+                "_n_updates": True,
+                "_n_iterations": -1,
+                "_episode_num": None,
+                "_current_progress_remaining": 1.5,
+                "_log_interval": 0,
+                "_last_episode_starts": [True, False],
+                "_last_obs": array("|u1", [1, 3]),
+                "_last_original_obs": "x",
+                "_last_states": [1],
+                "ep_info_buffer": {"$deque": [{"r": {"a": 1}}], "maxlen": 100},
+                "ep_success_buffer": {"$deque": [], "maxlen": 10**9},
+            }.items()
+        ),
+        (lambda files, state: state.update(seconds="x"), "seconds must be"),
+        (lambda files, state: state.update(seconds=-1.0), "seconds must be"),
+        (lambda files, state: state["logger"]["name_to_value"].update(a={}), "logger"),
         (lambda files, state: state["attributes"].update(_last_obs=array("|O", [1])), "dtypes without objects"),
         (lambda files, state: state["attributes"].update(_last_obs=array("<f4", [2**40])), "buffer is smaller"),
         (lambda files, state: state["attributes"].update(_last_obs=array("|S0", [2**36])), "no bytes"),
