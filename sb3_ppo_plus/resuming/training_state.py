@@ -112,7 +112,7 @@ def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = T
     if state["gsde"] is not None:
         for name in GSDE_TENSORS:
             setattr(model.policy.action_dist, name, state["gsde"][name].to(model.device))
-    goes_on = set_vec_env_state(model.env, state["env"])
+    goes_on = set_vec_env_state(model.env, state["env"], trusted)
     if not goes_on:
         _reset_envs(model)
     # Last, since everything before may draw random numbers
