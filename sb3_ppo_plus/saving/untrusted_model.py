@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch as th
 from stable_baselines3 import PPO
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces, get_device, get_system_info
 from torch.nn.modules.module import (
@@ -136,15 +135,15 @@ def load_without_trust(
         ) from error
 
 
-def read_parameters(path: File, device: th.device | str, policy: ActorCriticPolicy) -> dict[str, Any]:
+def read_parameters(path: File, device: th.device | str, model: PPO) -> dict[str, Any]:
     """Read only the state dicts of a model that PPOPlus or SB3 saved.
 
     :param path: the file
     :param device: device of the tensors
-    :param policy: the policy that will load them
+    :param model: the model that will load them
     :return: state dicts by name, such as "policy" and "policy.optimizer"
-    :raises UntrustedFileError: for another kind of file, for what only unpickling could read, and for parameters that
-        are NaN or infinite
+    :raises UntrustedFileError: for another kind of file, for what only unpickling could read, for parameters that are
+        NaN or infinite, and for the state of another optimiser than the model's
     """
     with opened_model(path) as file:
         # Any name is allowed, since a subclass may save further state dicts
@@ -154,9 +153,22 @@ def read_parameters(path: File, device: th.device | str, policy: ActorCriticPoli
         name.removesuffix(".pth"): load_tensors(members[name], name, get_device(device), allows_legacy=True)
         for name in names
     }
-    if isinstance(states.get("policy"), dict):
-        check_finite(states["policy"], policy)
+    for name, state in states.items():
+        if not isinstance(state, dict):
+            raise UntrustedFileError(f"{path}: {name}.pth holds no state dict")
+    if "policy" in states:
+        check_plain_tensors(states["policy"], POLICY_FILE)
+        check_finite(states["policy"], model.policy)
+    if "policy.optimizer" in states:
+        states["policy.optimizer"] = _checked_optimizer_state(model, states["policy.optimizer"])
     return states
+
+
+def _checked_optimizer_state(model: Any, state: object) -> dict[str, Any]:  # noqa: ANN401  # a PPOPlus
+    checked = check_optimizer_groups(state, model.get_parameters()["policy.optimizer"])
+    optimizer = model.policy.optimizer
+    check_optimizer_entries(model._coefficients.groups(model).split_state_dict(optimizer, checked), optimizer)
+    return checked
 
 
 def _arguments(cls: type[PPO], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:
@@ -210,11 +222,7 @@ def _build(
     with _limited_tensors(policy_state, SPARE_BYTES_IF_ALLOWED if is_others_policy else SPARE_PARAMETER_BYTES):
         model._setup_model()
     check_policy_state(policy_state, model.policy)
-    optimizer_state = check_optimizer_groups(optimizer_state, model.get_parameters()["policy.optimizer"])
-    check_optimizer_entries(
-        model._coefficients.groups(model).split_state_dict(model.policy.optimizer, optimizer_state),
-        model.policy.optimizer,
-    )
+    optimizer_state = _checked_optimizer_state(model, optimizer_state)
     model.set_parameters({"policy": policy_state, "policy.optimizer": optimizer_state}, device=device)
     if model.use_sde:
         # As SB3's load does, so that the exploration matrix is on the right device

@@ -82,11 +82,8 @@ def models() -> tuple[bytes, ...]:
         {"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_model": 8, "seq_len": 1}},
         {"memory": "gtrxl", "memory_kwargs": {"hidden_size": 8, "memory_length": 2, "n_layers": 1, "n_heads": 2}},
     ]
-    files = []
-    for policy_kwargs in cases:
-        files.append(saved("MlpPolicy", make_env(), SMALL_NET | policy_kwargs))
-    files.append(saved("MultiInputPolicy", make_env(observation_space=dicts), SMALL_NET))
-    return tuple(files)
+    files = [saved("MlpPolicy", make_env(), SMALL_NET | policy_kwargs) for policy_kwargs in cases]
+    return (*files, saved("MultiInputPolicy", make_env(observation_space=dicts), SMALL_NET))
 
 
 def saved(policy: str, env: object, policy_kwargs: dict[str, object]) -> bytes:
@@ -282,9 +279,7 @@ TARGETS = {
     # A normaliser of other observations is refused by a ValueError that is no UntrustedFileError
     "normalizer": Target(read_normalizer, normalizers, (ValueError,), is_json=True),
     "config": Target(read_config, configs, JSON_ERRORS),
-    "manifest": Target(
-        read_manifest, file_of_checkpoint(MANIFEST), (CheckpointError,), is_json=True
-    ),
+    "manifest": Target(read_manifest, file_of_checkpoint(MANIFEST), (CheckpointError,), is_json=True),
     "state": Target(read_state, file_of_checkpoint("training_state.json"), RESUME_ERRORS, is_json=True),
     "arrays": Target(read_arrays, file_of_checkpoint("training_state.bin"), RESUME_ERRORS),
 }
