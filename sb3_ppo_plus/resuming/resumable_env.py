@@ -9,7 +9,8 @@ import gymnasium as gym
 
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.generator_state import global_generator_states, set_global_generator_states
-from sb3_ppo_plus.resuming.object_state import object_state, set_object_state
+from sb3_ppo_plus.resuming.object_graph_reader import GraphReader
+from sb3_ppo_plus.resuming.object_state import object_states, set_object_states
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -35,8 +36,17 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :return: plain values
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
-        layers = [(_name(layer), self._layer_state(layer)) for layer in self._layers()]
-        return {"layers": layers, "generators": global_generator_states()}
+        layers = list(self._layers())
+        try:
+            states, table = object_states(_without_own_methods(layers), [*layers, self], self.constant)
+        except PlainStateError as error:
+            raise PlainStateError(
+                f"{error}. Give its class get_resume_state() and set_resume_state(state), or, if the attribute never "
+                "changes, name it in ResumableEnv(env, constant=[...])"
+            ) from error
+        remaining = iter(states)
+        saved = [(_name(layer), _own_state(layer) if _has_own_methods(layer) else next(remaining)) for layer in layers]
+        return {"layers": saved, "table": table, "generators": global_generator_states()}
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned.
@@ -49,11 +59,15 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         if names != saved_names:
             saved_stack, stack = " of ".join(saved_names), " of ".join(names)
             raise ValueError(f"the saved state is of {saved_stack}, the environment is {stack}")
+        states = []
         for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
             if _has_own_methods(layer):
                 layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
             else:
-                set_object_state(layer, layer_state)
+                states.append(layer_state)
+        # States of version 0.2 have no table, and do not tell which attributes share a generator
+        reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
+        set_object_states(_without_own_methods(layers), states, reader, self.constant)
         set_global_generator_states(state["generators"])
 
     def _layers(self) -> Iterator[gym.Env[Any, Any]]:
@@ -62,17 +76,6 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         while isinstance(layer, gym.Wrapper):
             layer = layer.env
             yield layer
-
-    def _layer_state(self, layer: gym.Env[Any, Any]) -> Any:  # noqa: ANN401  # plain values
-        if _has_own_methods(layer):
-            return layer.get_resume_state()  # type: ignore[attr-defined]  # it has the method
-        try:
-            return object_state(layer, self.constant)
-        except PlainStateError as error:
-            raise PlainStateError(
-                f"{error}. Give {_name(layer)} get_resume_state() and set_resume_state(state), or, if the attribute "
-                "never changes, name it in ResumableEnv(env, constant=[...])"
-            ) from error
 
 
 def saved_name(name: str) -> str:
@@ -88,6 +91,14 @@ def saved_name(name: str) -> str:
 
 def _name(layer: gym.Env[Any, Any]) -> str:
     return saved_name(type(layer).__name__)
+
+
+def _own_state(layer: Any) -> Any:  # noqa: ANN401  # a layer with methods, and plain values
+    return layer.get_resume_state()
+
+
+def _without_own_methods(layers: list[gym.Env[Any, Any]]) -> list[gym.Env[Any, Any]]:
+    return [layer for layer in layers if not _has_own_methods(layer)]
 
 
 def _has_own_methods(layer: gym.Env[Any, Any]) -> bool:
