@@ -11,6 +11,7 @@ from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.resuming.object_graph_reader import GraphReader
 from sb3_ppo_plus.resuming.object_state import object_states, set_object_states
+from sb3_ppo_plus.resuming.proof import Finding, find_flaw
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -23,12 +24,16 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
 
     :param env: the environment
     :param constant: names of attributes that cannot be saved, and need not be, since they never change
+    :param prove: whether training with a :class:`TrainingCheckpoint` begins with a proof, see :meth:`prove_resumable`.
+        It takes up to 60 steps with random actions and two resets: give False where these move real hardware
     """
 
-    def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = ()) -> None:
-        gym.utils.RecordConstructorArgs.__init__(self, constant=constant)
+    def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = (), prove: bool = True) -> None:
+        constant = tuple(constant)
+        gym.utils.RecordConstructorArgs.__init__(self, constant=constant, prove=prove)
         super().__init__(env)
-        self.constant = tuple(constant)
+        self.constant = constant
+        self.prove = prove
 
     def get_resume_state(self) -> dict[str, Any]:
         """Copy the state of every layer, from the outside in, and of this process's global random generators.
@@ -65,10 +70,23 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                 layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
             else:
                 states.append(layer_state)
-        # States of version 0.2 have no table, and do not tell which attributes share a generator
+        # States of earlier versions have no table, and do not tell which attributes share a generator
         reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
         set_object_states(_without_own_methods(layers), states, reader, self.constant)
         set_global_generator_states(state["generators"])
+
+    def prove_resumable(self) -> Finding | None:
+        """Find out, on the environment itself, whether it goes on in the same way after its state was put back.
+
+        Some steps with random actions, and a reset, are done twice from the same state: observations, rewards, ends of
+        episodes and action masks must be the same. This shows what no look at attributes shows, such as state in
+        modules. It shows nothing that happens later in an episode. Afterwards everything is as it was: generators,
+        statistics, counters. Monitor and RecordVideo write nothing meanwhile; other wrappers may.
+
+        :return: what is wrong, for :class:`TrainingCheckpoint` to raise or to warn of; None: nothing, or ``prove`` is
+            False. It is returned since an exception would end a worker process
+        """
+        return find_flaw(self, self._layers()) if self.prove else None
 
     def _layers(self) -> Iterator[gym.Env[Any, Any]]:
         layer: gym.Env[Any, Any] = self.env
