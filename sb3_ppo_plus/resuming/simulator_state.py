@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import math
 import sys
-import warnings
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import numpy as np
+
+from sb3_ppo_plus.errors import PlainStateError
 
 # Largest probability that a sticky action outlives the frames that are tried out
 P_OVERLOOKED = 1e-12
@@ -93,50 +94,45 @@ def _derived_arrays() -> list[str]:
 def atari_state(ale: Any) -> bytes | dict[str, Any]:  # noqa: ANN401  # ale-py is an optional dependency
     """Copy the state of an ``ALEInterface``, its random generator included.
 
-    With sticky actions, the next frames may repeat the last action, which ALE's state lacks. The generator is in the
-    state, so which of the next frames repeat it is known. They are tried out: a digest of what they do tells the last
-    action later. Once a frame does not repeat it, the last action is forgotten, as it would be without the trial.
-    Until the next step, ``render()`` shows the last frame of the trial.
+    With sticky actions, the next frames may repeat the last action, which ALE's state lacks. It is found by trial: the
+    generator is in the state, so the next frames repeat it as often in each trial. The first trial shows what they do
+    with the true last action, which it overwrites. Then each action is made the last one, until one does the same.
+    Until the next step, ``render()`` shows the last frame of a trial.
 
     :param ale: an ``ALEInterface``
-    :return: what ``ALEState.serialize`` returns; with sticky actions a dict with it and the digest
+    :return: what ``ALEState.serialize`` returns; with sticky actions a dict with it and the last action, or another
+        action that does the same
+    :raises PlainStateError: if no action does the same
     """
     state = ale.cloneState(include_rng=True)
     serialized: bytes = state.serialize()
-    if _n_frames(ale) == 0:
+    if sticky_probability(ale) == 0:
         return serialized
-    digest = _digest_of_future(ale)
-    ale.restoreState(state)
-    return {"state": serialized, "digest": digest}
+    expected = list(_future(ale))
+    # The minimal actions first: most agents use no others
+    for action in dict.fromkeys([*ale.getMinimalActionSet(), *ale.getLegalActionSet()]):
+        _set_state_and_last_action(ale, state, action)
+        # Ends at the first frame that differs
+        if all(seen == frame for seen, frame in zip(_future(ale), expected, strict=True)):
+            _set_state_and_last_action(ale, state, action)
+            return {"state": serialized, "last_action": int(action.value)}
+    raise PlainStateError("the last action of an Atari game was not found, which sticky actions may repeat")
 
 
-def set_atari_state(ale: Any, saved: bytes | dict[str, Any]) -> None:  # noqa: ANN401  # ale-py is optional
-    """Put back the state of an ``ALEInterface``. With sticky actions, find the last action, and make it the last.
-
-    Warn if no action leads to the saved future.
+def set_atari_state(ale: Any, saved: bytes | dict[str, Any]) -> None:  # noqa: ANN401  # ale-py is an optional dependency
+    """Put back the state of an ``ALEInterface``.
 
     :param ale: an ``ALEInterface``
     :param saved: what :func:`atari_state` has returned
+    :raises ValueError: for the state of a game with sticky actions where there are none
     """
     ale_py = importlib.import_module("ale_py")
     if not isinstance(saved, dict):
         ale.restoreState(ale_py.ALEState(saved))
         return
-    state = ale_py.ALEState(saved["state"])
-    for action in ale.getLegalActionSet():
-        _make_last_action(ale, action)
-        ale.restoreState(state)
-        digest = _digest_of_future(ale)
-        # The trial has overwritten the last action
-        _make_last_action(ale, action)
-        ale.restoreState(state)
-        if digest == saved["digest"]:
-            return
-    warnings.warn(
-        "the game may not go on as the saved one: with the same random numbers, no last action leads to the saved "
-        "future. Is it another game, another version of ale-py, or another repeat_action_probability?",
-        stacklevel=2,
-    )
+    if sticky_probability(ale) == 0:
+        raise ValueError("the saved Atari game has sticky actions, this one has none")
+    _set_state_and_last_action(ale, ale_py.ALEState(saved["state"]), ale_py.Action(saved["last_action"]))
 
 
 def sticky_probability(ale: Any) -> float:  # noqa: ANN401  # ale-py is an optional dependency
@@ -155,21 +151,20 @@ def _n_frames(ale: Any) -> int:  # noqa: ANN401  # ale-py is an optional depende
     return math.ceil(math.log(P_OVERLOOKED) / math.log(probability)) if probability > 0 else 0
 
 
-def _make_last_action(ale: Any, action: Any) -> None:  # noqa: ANN401  # ale-py is an optional dependency
+def _set_state_and_last_action(ale: Any, state: Any, action: Any) -> None:  # noqa: ANN401  # ale-py is optional
     for _ in range(_n_frames(ale)):
         ale.act(action)
+    # Leaves the last action as it is
+    ale.restoreState(state)
 
 
-def _digest_of_future(ale: Any) -> bytes:  # noqa: ANN401  # ale-py is an optional dependency
-    """Do nothing for some frames, and return a digest of all that happens. At a game's end, frames change nothing."""
+def _future(ale: Any) -> Iterator[Any]:  # noqa: ANN401  # ale-py is an optional dependency
+    """Do nothing until the last action is forgotten. Yield what each frame does, and the state after the last one."""
     ale_py = importlib.import_module("ale_py")
-    digest = hashlib.sha256()
     for _ in range(_n_frames(ale)):
-        digest.update(repr(ale.act(ale_py.Action.NOOP)).encode())
-        digest.update(ale.getRAM().tobytes())
+        yield ale.act(ale_py.Action.NOOP), ale.getRAM().tobytes()
     # Also what is outside the game's memory
-    digest.update(ale.cloneState(include_rng=True).serialize())
-    return digest.digest()
+    yield ale.cloneState(include_rng=True).serialize()
 
 
 def _is_instance(module: str, name: str, value: object) -> bool:
