@@ -50,7 +50,7 @@ def function_parts(function: types.FunctionType) -> dict[str, Any]:
         except ValueError:
             # The variable was never set, or was deleted
             continue
-    for name, value in vars(function).items():
+    for name, value in sorted(vars(function).items()):
         # functools.wraps leaves the wrapped function here, which a cell holds too
         if name != "__wrapped__":
             parts[f"attribute {name}"] = value

@@ -22,7 +22,7 @@ def first_difference(expected: Any, found: Any, name: str) -> str | None:  # noq
     :return: the part's name, what was expected, what was found; None: nothing differs
     """
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
-        if list(expected) != list(found):
+        if expected.keys() != found.keys():
             return f"{name} has the keys {_short(list(found))}, expected {_short(list(expected))}"
         return _first(((expected[key], found[key], f"{name}[{key!r}]") for key in expected))
     if isinstance(expected, list | tuple | deque) and type(expected) is type(found):

@@ -14,6 +14,8 @@ LIBRARIES = (
     *("gymnasium", "stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_ppo_plus", "ale_py", "minigrid", "shimmy"),
     *("abc", "builtins", "collections", "typing", "enum", "functools", "numpy", "torch"),
 )
+# Attributes of a class that count as those of its objects
+SPACES = ("observation_space", "action_space")
 # Attributes that are no state: how an object was made, what it wraps, what an Atari game can do
 NOT_STATE = {
     "_abc_impl",
@@ -72,7 +74,7 @@ def class_attributes_of(owner: object) -> dict[tuple[type[Any], str], Any]:
     attributes = {}
     for cls in own_classes(type(owner)):
         for name, value in vars(cls).items():
-            is_special = name.startswith("__") or name in NOT_STATE
+            is_special = name.startswith("__") or name in NOT_STATE or name in SPACES
             # What has __get__ is a method, a property or a slot
             if not is_special and not hasattr(type(value), "__get__") and not callable(value):
                 attributes[cls, name] = value
@@ -96,5 +98,5 @@ def _slots(cls: type[Any]) -> tuple[tuple[str, MemberDescriptorType], ...]:
 
 @cache
 def _spaces_of_class(cls: type[Any]) -> tuple[tuple[str, spaces.Space[Any]], ...]:
-    found = [(name, inspect.getattr_static(cls, name, None)) for name in ("observation_space", "action_space")]
+    found = [(name, inspect.getattr_static(cls, name, None)) for name in SPACES]
     return tuple((name, space) for name, space in found if isinstance(space, spaces.Space))

@@ -277,18 +277,18 @@ class GraphWriter:
 
     def _attributes(self, value: object, name: str) -> list[Any]:
         attributes = {}
-        for key, part in attributes_of(value).items():
+        for key, part in sorted(attributes_of(value).items()):
             if key not in NOT_STATE and not key.startswith("__"):
                 attributes[key] = part
         return ["object", type(value).__qualname__, self._parts(attributes, f"{name}.")]
 
     def _is_object(self, value: object) -> bool:
         """Whether the attributes of an object are all that it holds."""
-        is_other = isinstance(value, th.nn.Module | gym.Env | VecEnv | spaces.Space | GENERATORS | np.ndarray | th.Tensor)
+        others = (th.nn.Module, gym.Env, VecEnv, spaces.Space, np.ndarray, th.Tensor, *GENERATORS)
         is_plain = type(value) in SEQUENCES or type(value) in MAPPINGS or is_leaf(value)
         # A class of C may hide anything
         is_of_python = all(_is_of_python(cls) for cls in type(value).__mro__[:-1])
-        return is_of_python and not is_other and not is_plain and id(value) not in self._layers
+        return is_of_python and not isinstance(value, others) and not is_plain and id(value) not in self._layers
 
     def _parts(self, parts: Mapping[str, Any], name: str) -> dict[str, Item]:
         separator = "" if name.endswith(".") else " "

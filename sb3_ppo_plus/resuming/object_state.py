@@ -166,7 +166,8 @@ def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict
     for (cls, name), value in class_attributes_of(owner).items():
         if name not in constant and not is_stateless(value):
             places[f"{cls.__name__}.{name}"] = value
-    return places
+    # An attribute that is put back may come later than before
+    return dict(sorted(places.items()))
 
 
 def _kind_of(value: object) -> str | None:
@@ -183,7 +184,7 @@ def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: 
         raise PlainStateError(f"{full_name} may repeat the strength of a continuous action, which ALE does not tell")
     if kind is not None:
         return kind, KINDS[kind].get(value)
-    if is_of_class and isinstance(value, CONSTANTS | frozenset):
+    if is_of_class and isinstance(value, (*CONSTANTS, frozenset)):
         return "constant", "" if isinstance(value, frozenset) else text_of_constant(value)
     if isinstance(value, GENERATORS) and not is_linked:
         return "generator", generator_state(value)

@@ -94,10 +94,12 @@ def find_flaw(env: Any, layers: Iterable[gym.Env[Any, Any]]) -> Finding | None: 
             state = env.get_resume_state()
         except PlainStateError as error:
             return Finding(True, str(error))
+        finding = _flaw_after(env, state)
         try:
-            return _flaw_after(env, state)
-        finally:
             env.set_resume_state(state)
+        except Exception as error:
+            return finding or _changed(f"{type(error).__name__}: {error}")
+        return finding
 
 
 def _flaw_after(env: Any, state: Any) -> Finding | None:  # noqa: ANN401  # a ResumableEnv, plain values
@@ -117,8 +119,10 @@ def _flaw_after(env: Any, state: Any) -> Finding | None:  # noqa: ANN401  # a Re
                 difference = first_difference(expected[index], _outcome(env, operation), _name(operations, index))
     except Exception as error:
         difference = f"{type(error).__name__}: {error}"
-    if difference is None:
-        return None
+    return None if difference is None else _changed(difference)
+
+
+def _changed(difference: str) -> Finding:
     return Finding(True, f"saved and put back, it goes on in another way: {difference}. {REMEDIES}")
 
 
