@@ -33,9 +33,7 @@ def is_stateless_callable(value: object) -> bool:
     if isinstance(value, BOUND):
         owner = value.__self__
         return owner is None or isinstance(owner, types.ModuleType | type)
-    return isinstance(value, _STATELESS) or (
-        callable(value) and type(value).__module__.partition(".")[0] in _COMPILERS
-    )
+    return isinstance(value, _STATELESS) or (callable(value) and type(value).__module__.partition(".")[0] in _COMPILERS)
 
 
 def function_parts(function: types.FunctionType) -> dict[str, Any]:

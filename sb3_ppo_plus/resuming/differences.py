@@ -24,7 +24,7 @@ def first_difference(expected: Any, found: Any, name: str) -> str | None:  # noq
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         if expected.keys() != found.keys():
             return f"{name} has the keys {_short(list(found))}, expected {_short(list(expected))}"
-        return _first(((expected[key], found[key], f"{name}[{key!r}]") for key in expected))
+        return _first((expected[key], found[key], f"{name}[{key!r}]") for key in expected)
     if isinstance(expected, list | tuple | deque) and type(expected) is type(found):
         if len(expected) != len(found):
             return f"{name} has {len(found)} parts, expected {len(expected)}"
@@ -43,7 +43,9 @@ def _are_same(expected: Any, found: Any) -> bool:  # noqa: ANN401  # any value
         return False
     if isinstance(expected, th.Tensor):
         expected, found = expected.detach().cpu(), found.detach().cpu()
-        return expected.dtype == found.dtype and expected.shape == found.shape and th.equal(_bits(expected), _bits(found))
+        return (
+            expected.dtype == found.dtype and expected.shape == found.shape and th.equal(_bits(expected), _bits(found))
+        )
     if isinstance(expected, np.ndarray | np.generic):
         if expected.dtype != found.dtype or expected.shape != found.shape:
             return False

@@ -42,7 +42,7 @@ def is_of_library(cls: type[Any]) -> bool:
     return cls.__module__.partition(".")[0] in LIBRARIES
 
 
-def attributes_of(owner: object) -> dict[str, Any]:
+def attributes_of(owner: Any) -> dict[str, Any]:  # noqa: ANN401  # any object
     """Return the attributes of an object: its own, those in slots, and spaces that belong to its class.
 
     :param owner: any object
@@ -58,7 +58,7 @@ def attributes_of(owner: object) -> dict[str, Any]:
     return attributes
 
 
-def own_attributes(owner: object) -> set[str]:
+def own_attributes(owner: Any) -> set[str]:  # noqa: ANN401  # any object
     """Return the names of an object's own attributes, those in slots included.
 
     :param owner: any object
@@ -66,7 +66,7 @@ def own_attributes(owner: object) -> set[str]:
     return attributes_of(owner).keys() - {name for name, _ in _spaces_of_class(type(owner))}
 
 
-def class_attributes_of(owner: object) -> dict[tuple[type[Any], str], Any]:
+def class_attributes_of(owner: Any) -> dict[tuple[type[Any], str], Any]:  # noqa: ANN401  # any object
     """Return the data of the classes of an object by class and name, without methods, and without libraries' classes.
 
     :param owner: any object

@@ -1,4 +1,4 @@
-"""Objects that several attributes share, arrays with common memory, and functions with state, as a table of plain values.
+"""Shared objects, arrays with common memory and functions with state, as a table of plain values.
 
 Each entry of the table is a list: the kind of an object, and its contents. An **item** of the contents is a leaf (None,
 a number, text, bytes), ``[number]``, which is an entry of the table, or ``[]``, which is no state: the item that is
@@ -276,10 +276,8 @@ class GraphWriter:
         return [number]
 
     def _attributes(self, value: object, name: str) -> list[Any]:
-        attributes = {}
-        for key, part in sorted(attributes_of(value).items()):
-            if key not in NOT_STATE and not key.startswith("__"):
-                attributes[key] = part
+        found = sorted(attributes_of(value).items())
+        attributes = {key: part for key, part in found if key not in NOT_STATE and not key.startswith("__")}
         return ["object", type(value).__qualname__, self._parts(attributes, f"{name}.")]
 
     def _is_object(self, value: object) -> bool:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import functools
-import random
 import types
 import warnings
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch as th
 from gymnasium import spaces
 
 from sb3_ppo_plus.resuming.callable_parts import BOUND, function_parts, rebound, set_function_part
@@ -125,7 +123,8 @@ class GraphReader:
         if kind is tuple:
             return tuple(values)
         # Known before it is filled, since it may be part of its parts
-        sequence = self._built[number] = deque(maxlen=self._entries[number][2]) if kind is deque else kind()
+        sequence: Any = deque(maxlen=self._entries[number][2]) if kind is deque else kind()
+        self._built[number] = sequence
         add = sequence.add if kind is set else sequence.append
         for value in values:
             add(value)
@@ -133,8 +132,8 @@ class GraphReader:
 
     def _built_in_place(self, number: int, existing: Any, name: str) -> Any:  # noqa: ANN401  # any value
         kind, *content = self._entries[number]
-        expected = {"function": types.FunctionType, "method": BOUND, "partial": functools.partial}
-        expected |= {"space": spaces.Space, "object": object, "constant": object}
+        expected: dict[str, Any] = {"function": types.FunctionType, "method": BOUND, "partial": functools.partial}
+        expected |= {"space": spaces.Space, "object": object}
         if existing is MISSING or existing is None or not isinstance(existing, expected[kind]):
             there = "nothing" if existing is MISSING else f"a {type(existing).__name__}"
             raise ValueError(f"{name} is {there}, the saved one was a {kind}: it was made in another way")
@@ -152,10 +151,8 @@ class GraphReader:
             partial = functools.partial(new["func"], *new["args"], **new["keywords"])
             vars(partial).update(new["attributes"])
             return partial
-        elif kind == "object":
+        else:
             self._put_object(number, existing, name)
-        elif text_of_constant(existing) != content[0]:
-            raise ValueError(f"{name} is {text_of_constant(existing)}, the saved one was {content[0]}")
         return existing
 
     def _put_function(self, number: int, existing: types.FunctionType, name: str) -> None:

@@ -43,8 +43,9 @@ from sb3_ppo_plus.resuming.simulator_state import (
 ObjectState = dict[str, tuple[str, Any]]
 """For each attribute its kind and plain values.
 
-The kind is a key of :data:`KINDS`, "plain", "generator", or "linked": an item of a table, see ``object_graph``. The
-attribute of a class is "Class.name". Names that begin with "$" are no attributes: :data:`TABLE` and :data:`NAMES`.
+The kind is a key of :data:`KINDS`, "plain", "generator", "constant" (only compared), or "linked": an item of a table,
+see ``object_graph``. The attribute of a class is "Class.name". Names that begin with "$" are no attributes: :data:`TABLE`
+and :data:`NAMES`.
 """
 TABLE, NAMES = "$table", "$names"
 
@@ -184,7 +185,8 @@ def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: 
         raise PlainStateError(f"{full_name} may repeat the strength of a continuous action, which ALE does not tell")
     if kind is not None:
         return kind, KINDS[kind].get(value)
-    if is_of_class and isinstance(value, (*CONSTANTS, frozenset)):
+    # Objects of an environment may change their constants, and these could not be put back
+    if isinstance(value, (*CONSTANTS, frozenset) if is_of_class else np.dtype):
         return "constant", "" if isinstance(value, frozenset) else text_of_constant(value)
     if isinstance(value, GENERATORS) and not is_linked:
         return "generator", generator_state(value)
@@ -194,16 +196,13 @@ def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: 
     return "plain", plain_copy(value)
 
 
-def _put_class_attribute(owner: object, name: str, kind: str, saved: Any, reader: GraphReader) -> None:  # noqa: ANN401  # any value
+def _put_class_attribute(owner: Any, name: str, kind: str, saved: Any, reader: GraphReader) -> None:  # noqa: ANN401  # any value
     class_name, _, attribute = name.rpartition(".")
     cls = next((cls for cls in own_classes(type(owner)) if cls.__name__ == class_name), None)
     existing = MISSING if cls is None else vars(cls).get(attribute, MISSING)
     if cls is None or attribute.startswith("__") or callable(existing) or hasattr(type(existing), "__get__"):
         raise ValueError(f"{name} is no state of {type(owner).__name__}")
-    if kind == "constant":
-        if saved and text_of_constant(existing) != saved:
-            raise ValueError(f"{name} is {text_of_constant(existing)}, the saved one was {saved}")
-    elif kind in KINDS:
+    if kind in KINDS or kind == "constant":
         _put_in_place(existing, kind, saved, name)
     elif not reader.adopt(saved, existing):
         value = reader.generator(saved, existing) if kind == "generator" else reader.value(saved, existing, name)
@@ -225,7 +224,7 @@ def _put_attribute(
     replaces_method = callable(inspect.getattr_static(type(owner), name, None))
     if name.startswith("__") or (replaces_method and (kind != "linked" or existing is MISSING)):
         raise ValueError(f"{full_name} is no state")
-    if kind in KINDS:
+    if kind in KINDS or kind == "constant":
         _put_in_place(existing, kind, saved, full_name)
         return
     if kind == "linked":
@@ -244,7 +243,10 @@ def _put_attribute(
 def _put_in_place(existing: Any, kind: str, saved: Any, name: str) -> None:  # noqa: ANN401  # any value
     if existing is MISSING or existing is None:
         raise ValueError(f"there is no {name}, as there was in the saved one: it was made in another way")
-    KINDS[kind].put(existing, saved)
+    if kind in KINDS:
+        KINDS[kind].put(existing, saved)
+    elif saved and text_of_constant(existing) != saved:
+        raise ValueError(f"{name} is {text_of_constant(existing)}, the saved one was {saved}")
 
 
 def _are_transparent(value: object) -> bool:

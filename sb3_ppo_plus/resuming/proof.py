@@ -209,7 +209,11 @@ def _sizes(space: spaces.Space[Any]) -> list[int]:
 
 def _name(operations: list[Any], index: int) -> str:
     n_steps = sum(operation is not RESET for operation in operations[: index + 1])
-    return f"at the reset after step {n_steps}, the outcome" if operations[index] is RESET else f"at step {n_steps}, the outcome"
+    return (
+        f"at the reset after step {n_steps}, the outcome"
+        if operations[index] is RESET
+        else f"at step {n_steps}, the outcome"
+    )
 
 
 @contextmanager

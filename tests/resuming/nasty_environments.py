@@ -214,7 +214,7 @@ class ClassCounter(Nasty):
 
 
 class ClassList(Nasty):
-    visited = []
+    visited = []  # noqa: RUF012
 
     def __init__(self):
         self.mine = self.visited
