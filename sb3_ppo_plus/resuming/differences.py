@@ -43,15 +43,12 @@ def _are_same(expected: Any, found: Any) -> bool:  # noqa: ANN401  # any value
         return False
     if isinstance(expected, th.Tensor):
         expected, found = expected.detach().cpu(), found.detach().cpu()
-        return (
-            expected.dtype == found.dtype and expected.shape == found.shape and th.equal(_bits(expected), _bits(found))
-        )
+        is_like = expected.dtype == found.dtype and expected.shape == found.shape
+        return is_like and th.equal(_bits(expected), _bits(found))
     if isinstance(expected, np.ndarray | np.generic):
         if expected.dtype != found.dtype or expected.shape != found.shape:
             return False
-        if not expected.dtype.hasobject:
-            return expected.tobytes() == found.tobytes()
-        return repr(expected) == repr(found)
+        return bool(expected.tobytes() == found.tobytes())
     if isinstance(expected, float):
         return repr(expected) == repr(found)
     # What tells no content, such as a plain object, is equal only to itself

@@ -47,8 +47,9 @@ def attributes_of(owner: Any) -> dict[str, Any]:  # noqa: ANN401  # any object
 
     :param owner: any object
     """
-    attributes = dict(_spaces_of_class(type(owner)))
-    for name, slot in _slots(type(owner)):
+    cls: Any = type(owner)
+    attributes: dict[str, Any] = dict(_spaces_of_class(cls))
+    for name, slot in _slots(cls):
         try:
             attributes[name] = slot.__get__(owner)
         except AttributeError:
@@ -63,7 +64,8 @@ def own_attributes(owner: Any) -> set[str]:  # noqa: ANN401  # any object
 
     :param owner: any object
     """
-    return attributes_of(owner).keys() - {name for name, _ in _spaces_of_class(type(owner))}
+    cls: Any = type(owner)
+    return attributes_of(owner).keys() - {name for name, _ in _spaces_of_class(cls)}
 
 
 def class_attributes_of(owner: Any) -> dict[tuple[type[Any], str], Any]:  # noqa: ANN401  # any object
@@ -72,7 +74,8 @@ def class_attributes_of(owner: Any) -> dict[tuple[type[Any], str], Any]:  # noqa
     :param owner: any object
     """
     attributes = {}
-    for cls in own_classes(type(owner)):
+    owner_class: Any = type(owner)
+    for cls in own_classes(owner_class):
         for name, value in vars(cls).items():
             is_special = name.startswith("__") or name in NOT_STATE or name in SPACES
             # What has __get__ is a method, a property or a slot

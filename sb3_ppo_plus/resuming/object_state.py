@@ -44,8 +44,8 @@ ObjectState = dict[str, tuple[str, Any]]
 """For each attribute its kind and plain values.
 
 The kind is a key of :data:`KINDS`, "plain", "generator", "constant" (only compared), or "linked": an item of a table,
-see ``object_graph``. The attribute of a class is "Class.name". Names that begin with "$" are no attributes: :data:`TABLE`
-and :data:`NAMES`.
+see ``object_graph``. The attribute of a class is "Class.name". Names that begin with "$" are no attributes:
+:data:`TABLE` and :data:`NAMES`.
 """
 TABLE, NAMES = "$table", "$names"
 
@@ -198,7 +198,8 @@ def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: 
 
 def _put_class_attribute(owner: Any, name: str, kind: str, saved: Any, reader: GraphReader) -> None:  # noqa: ANN401  # any value
     class_name, _, attribute = name.rpartition(".")
-    cls = next((cls for cls in own_classes(type(owner)) if cls.__name__ == class_name), None)
+    owner_class: Any = type(owner)
+    cls = next((cls for cls in own_classes(owner_class) if cls.__name__ == class_name), None)
     existing = MISSING if cls is None else vars(cls).get(attribute, MISSING)
     if cls is None or attribute.startswith("__") or callable(existing) or hasattr(type(existing), "__get__"):
         raise ValueError(f"{name} is no state of {type(owner).__name__}")

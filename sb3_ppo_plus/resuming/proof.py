@@ -174,8 +174,12 @@ def _outcome(env: Any, operation: Any) -> dict[str, Any]:  # noqa: ANN401  # a R
 
 
 def _masks(env: Any, observation: Any) -> np.ndarray | None:  # noqa: ANN401  # a ResumableEnv, an observation
-    if env.has_wrapper_attr("action_masks"):
-        return np.asarray(env.get_wrapper_attr("action_masks")())
+    try:
+        method = env.get_wrapper_attr("action_masks")
+    except AttributeError:
+        method = None
+    if method is not None:
+        return np.array(method())
     return np.asarray(observation[MASK]) if isinstance(observation, dict) and MASK in observation else None
 
 
