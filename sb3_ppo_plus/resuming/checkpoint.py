@@ -16,6 +16,7 @@ from sb3_ppo_plus.resuming.checkpoint_directory import (
     rotate,
     write_checkpoint,
 )
+from sb3_ppo_plus.resuming.proof import prove_envs
 from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
 from sb3_ppo_plus.resuming.training_state import (
@@ -45,6 +46,8 @@ class TrainingCheckpoint(BaseCallback):
     :param verbose: 1: print a line for each checkpoint
     :raises TypeError: for a ``save_freq`` or ``keep_last`` that is no integer
     :raises ValueError: for a ``save_freq`` or ``keep_last`` below 1
+    :raises ResumeProofError: when training starts, if an environment in a :class:`ResumableEnv` goes on in another way
+        after its state was put back
     :raises CheckpointError: during training, if a checkpoint cannot be written; the model stays usable
     """
 
@@ -86,6 +89,7 @@ class TrainingCheckpoint(BaseCallback):
         checkpoint_files(self._ppo_plus, self._learn_callback, unsaved)
         if unsaved:
             warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
+        prove_envs(self.training_env)
         if self.model.num_timesteps == 0 and checkpoint_directories(self.save_path):
             warnings.warn(
                 f"{self.save_path} holds checkpoints of an earlier run. This run's checkpoints will replace them. "
