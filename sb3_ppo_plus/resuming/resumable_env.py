@@ -12,6 +12,7 @@ from sb3_ppo_plus.resuming.generator_state import global_generator_states, set_g
 from sb3_ppo_plus.resuming.object_graph_reader import GraphReader
 from sb3_ppo_plus.resuming.object_state import object_states, set_object_states
 from sb3_ppo_plus.resuming.proof import Finding, find_flaw
+from sb3_ppo_plus.resuming.untrusted_state import set_state_without_trust
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -59,11 +60,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :param state: the state, which may be put back several times
         :raises ValueError: for the state of other wrappers or of another environment; the message names both
         """
-        layers = list(self._layers())
-        names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
-        if names != saved_names:
-            saved_stack, stack = " of ".join(saved_names), " of ".join(names)
-            raise ValueError(f"the saved state is of {saved_stack}, the environment is {stack}")
+        layers = self._layers_of(state)
         states = []
         for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
             if _has_own_methods(layer):
@@ -74,6 +71,28 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
         set_object_states(_without_own_methods(layers), states, reader, self.constant)
         set_global_generator_states(state["generators"])
+
+    def set_resume_state_without_trust(self, state: dict[str, Any]) -> tuple[list[str], str]:
+        """Put back what may come from anybody, see :func:`set_state_without_trust`.
+
+        Environments and wrappers with methods of their own get what :meth:`set_resume_state` would give them.
+
+        :param state: the state, from a file that is not trusted
+        :return: names of what was left out; and an error, or "". It is returned since an exception would end a worker
+            process
+        """
+        left_out: list[str] = []
+        try:
+            layers = self._layers_of(state)
+            for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
+                if _has_own_methods(layer):
+                    layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
+                else:
+                    left_out += set_state_without_trust(layer, layer_state)
+            set_global_generator_states(state["generators"])
+        except Exception as error:
+            return left_out, f"{type(error).__name__}: {error}"
+        return left_out, ""
 
     def prove_resumable(self) -> Finding | None:
         """Find out, on the environment itself, whether it goes on in the same way after its state was put back.
@@ -87,6 +106,15 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             False. It is returned since an exception would end a worker process
         """
         return find_flaw(self, self._layers()) if self.prove else None
+
+    def _layers_of(self, state: dict[str, Any]) -> list[gym.Env[Any, Any]]:
+        """Return all layers, whose names must be those of a state."""
+        layers = list(self._layers())
+        names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
+        if names != saved_names:
+            saved_stack, stack = " of ".join(saved_names), " of ".join(names)
+            raise ValueError(f"the saved state is of {saved_stack}, the environment is {stack}")
+        return layers
 
     def _layers(self) -> Iterator[gym.Env[Any, Any]]:
         layer: gym.Env[Any, Any] = self.env

@@ -59,11 +59,12 @@ def mujoco_state(data: Any) -> dict[str, Any]:  # noqa: ANN401  # mujoco is an o
     return {"integration": state, "derived": b"".join(array.tobytes() for array in derived), "sizes": sizes}
 
 
-def set_mujoco_state(data: Any, state: dict[str, Any]) -> None:  # noqa: ANN401  # mujoco is an optional dependency
+def set_mujoco_state(data: Any, state: dict[str, Any], trusted: bool = True) -> None:  # noqa: ANN401  # mujoco is an optional dependency
     """Put back the state of an ``MjData``.
 
     :param data: an ``MjData``
     :param state: what :func:`mujoco_state` has returned
+    :param trusted: False: of the derived arrays, only those of floats are put back; MuJoCo reads others as indices
     :raises ValueError: for the state of another model
     """
     mujoco = importlib.import_module("mujoco")
@@ -77,7 +78,7 @@ def set_mujoco_state(data: Any, state: dict[str, Any]) -> None:  # noqa: ANN401 
     for name, size in zip(_derived_arrays(), state["sizes"].tolist(), strict=True):
         array = getattr(data, name)
         # The length of some arrays depends on the contacts. Where it differs, what mj_forward has found stays
-        if array.nbytes == size:
+        if array.nbytes == size and (trusted or array.dtype.kind == "f"):
             array[...] = np.frombuffer(state["derived"][begin : begin + size], array.dtype).reshape(array.shape)
         begin += size
 

@@ -17,6 +17,8 @@ from sb3_ppo_plus.untrusted.strict_json import short
 MAX_COUNT = 2**53
 #: Ten thousand years
 MAX_SECONDS = 3e11
+# Kinds of dtypes: flags, integers, floats, complex numbers
+_NUMERIC = "biufc"
 _PLAIN_STATISTICS = (bool, int, float, str, np.generic, np.ndarray, th.Tensor, type(None))
 
 
@@ -82,21 +84,29 @@ def may_replace(existing: object, saved: object) -> bool:
     """Whether a value from a file without trust may take the place of another one.
 
     It may if it is a number or an array of the same type and shape, or holds only such where the other one holds them.
-    A text may not: it could be a path. ``None`` stands for a number that is missing.
+    A text may not: it could be a path. ``None`` stands for numbers that are missing.
 
     :param existing: the value in place
     :param saved: the value from the file
     """
-    if existing is None or saved is None:
-        return _is_number_or_none(existing) and _is_number_or_none(saved)
+    if existing is None:
+        return _holds_numbers_only(saved)
+    if saved is None:
+        return _holds_numbers_only(existing, any_keys=True)
     if isinstance(existing, bool | np.bool_):
         return isinstance(saved, bool | np.bool_)
-    if _is_number(existing):
+    if _is_number(existing) and _is_number(saved):
         # A sum of rewards may begin as the integer 0
-        return _is_number(saved) and (not isinstance(existing, np.generic) or type(saved) is type(existing))
-    if isinstance(existing, np.ndarray | th.Tensor):
-        is_same = type(saved) is type(existing) and (saved.dtype, saved.shape) == (existing.dtype, existing.shape)  # type: ignore[attr-defined]  # an array too
-        return is_same and not (isinstance(existing, np.ndarray) and existing.dtype.kind not in "biufc")
+        return True
+    if isinstance(existing, np.ndarray | np.generic) and isinstance(saved, np.ndarray | np.generic):
+        # Arithmetic turns an array of no dimensions into a number. An empty array waits for its first numbers
+        is_same = (existing.dtype, existing.shape) == (saved.dtype, saved.shape)
+        if existing.dtype.kind in _NUMERIC and saved.dtype.kind in _NUMERIC:
+            return is_same or existing.size == 0
+        # Texts, such as the map of a game
+        return is_same and not existing.dtype.hasobject and existing.tobytes() == saved.tobytes()
+    if isinstance(existing, th.Tensor):
+        return type(saved) is type(existing) and (saved.dtype, saved.shape) == (existing.dtype, existing.shape)
     if type(existing) is not type(saved):
         return False
     if isinstance(existing, dict):
@@ -115,18 +125,15 @@ def may_replace(existing: object, saved: object) -> bool:
     return bool(existing == saved)
 
 
-def _holds_numbers_only(value: object) -> bool:
+def _holds_numbers_only(value: object, any_keys: bool = False) -> bool:
     if isinstance(value, dict):
-        return all(_holds_numbers_only(part) for pair in value.items() for part in pair)
+        keys = [] if any_keys else list(value)
+        return all(_holds_numbers_only(part, any_keys) for part in [*keys, *value.values()])
     if isinstance(value, list | tuple | deque | set):
-        return all(map(_holds_numbers_only, value))
-    if isinstance(value, np.ndarray):
-        return value.dtype.kind in "biufc"
-    return _is_number_or_none(value) or isinstance(value, bool | np.bool_ | th.Tensor)
-
-
-def _is_number_or_none(value: object) -> bool:
-    return value is None or _is_number(value)
+        return all(_holds_numbers_only(part, any_keys) for part in value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype.kind in _NUMERIC
+    return value is None or isinstance(value, bool | int | float | th.Tensor)
 
 
 def _is_number(value: object) -> bool:
