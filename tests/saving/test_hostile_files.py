@@ -249,6 +249,7 @@ def test_arguments_are_taken_or_refused(name, value, model_file):
         {"memory": "lstm", "memory_kwargs": {"hidden_size": 4000}},
         {"net_arch": [-1]},
         {"net_arch": [8] * 100_000},
+        {"net_arch": [0] * 100_000},
         {"net_arch": {"pi": "x"}},
         {"features_extractor_class": "transformer", "features_extractor_kwargs": {"n_layers": 10**9, "d_model": 8}},
         {"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_model": 10**6}},

@@ -163,3 +163,21 @@ def test_a_buffer_may_hold_infinity(tmp_path):
     model.policy.register_buffer("mask", th.tensor([0.0, -float("inf")]))
     model.save(tmp_path / "model.zip")
     model.set_parameters(tmp_path / "model.zip", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("member", "change"),
+    [
+        ("policy.optimizer.pth", in_state(0, "exp_avg", lambda value: value[:1].clone())),
+        ("policy.optimizer.pth", in_state(0, "exp_avg", lambda value: value * float("inf"))),
+        ("policy.optimizer.pth", in_state(0, "exp_avg", [[[]]])),
+        ("policy.optimizer.pth", in_group(lr="x")),
+        ("policy.optimizer.pth", lambda state: []),
+        ("policy.pth", lambda state: []),
+        ("policy.pth", lambda state: th.zeros(3)),
+        ("policy.pth", put(BIAS, 1.0)),
+    ],
+)
+def test_set_parameters_checks_what_pytorch_does_not(member, change, model_file, tmp_path):
+    with pytest.raises(UntrustedFileError, match=member):
+        set_parameters(zipped(tensors(model_file, member, change)), tmp_path)
