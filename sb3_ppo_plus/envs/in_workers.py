@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import threading
 import time
@@ -23,7 +24,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 # In seconds: how long a worker may go on without its main process
-GRACE = 5.0
+GRACE = 2.0
 # A name that no environment has
 _NO_ATTRIBUTE = "sb3_ppo_plus_asks_for_the_function_that_builds_you"
 _EFFECTS: WeakKeyDictionary[SubprocVecEnv, list[object]] = WeakKeyDictionary()
@@ -135,6 +136,7 @@ class MakesItAgain:
 
     def __call__(self) -> gym.Env[Any, Any]:
         """Build the environment."""
+        _handle_signals_as_python_does()
         write_anew = monitor.ResultsWriter.__init__
 
         def append(self: monitor.ResultsWriter, *args: Any, **kwargs: Any) -> None:
@@ -152,6 +154,16 @@ class MakesItAgain:
             monitor.ResultsWriter.__init__ = write_anew  # type: ignore[method-assign]  # put back what was there
         _continue_clocks(env)
         return env
+
+
+def _handle_signals_as_python_does() -> None:
+    """Remove the handlers that a fork has from its main process, which would keep SIGTERM from ending it."""
+    for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_DFL)
+    if callable(signal.getsignal(signal.SIGINT)):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _continue_clocks(env: Any) -> None:  # noqa: ANN401  # whatever a user's function returns

@@ -142,6 +142,9 @@ class WatchedRemote:
                 raise HangingWorkerError(f"{self.describe(hang)}{self.note()}. {hint}") from error
             raise DeadWorkerError(f"{self.describe(hang)}{self.note()}") from error
         finally:
+            if hang:
+                # It would not close its environment when asked to
+                self.env.processes[self.index].kill()
             workers.end_workers(self.env)
 
     def note(self) -> str:
