@@ -134,8 +134,7 @@ class PPOPlus(PPO):
         self.compile = compile
         self.on_non_finite = on_non_finite
         self.max_skipped = max_skipped
-        self.worker_timeout = worker_timeout
-        self.restart_workers = restart_workers
+        self.worker_timeout, self.restart_workers = worker_timeout, restart_workers
         self._skipped_steps = self._skipped_in_a_row = 0
         self.last_checkpoint: str | None = None
         """Directory of the checkpoint that was last written or resumed."""
