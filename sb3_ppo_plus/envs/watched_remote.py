@@ -82,11 +82,12 @@ class WatchedRemote:
         :param remote: the main process's end of the pipe
         """
         self.remote = remote
+        self._fd = remote.fileno()
         self._sentinel = self.env.processes[self.index].sentinel
         # An object of the standard library's selectors costs several times as much at each step
         self._poll = select.poll() if hasattr(select, "poll") else None
         if self._poll is not None:
-            self._poll.register(remote.fileno(), select.POLLIN)
+            self._poll.register(self._fd, select.POLLIN)
             self._poll.register(self._sentinel, select.POLLIN)
 
     def send(self, message: tuple[str, Any]) -> None:
@@ -202,4 +203,4 @@ class WatchedRemote:
             ready = wait([self.remote, self._sentinel], span)
             return self.remote in ready, self._sentinel in ready
         ready_fds = [fd for fd, _ in self._poll.poll(math.ceil(1000 * span))]
-        return self.remote.fileno() in ready_fds, self._sentinel in ready_fds
+        return self._fd in ready_fds, self._sentinel in ready_fds

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 # Processes that are not forked import everything anew
 START_METHODS = ["fork", *(pytest.param(name, marks=pytest.mark.heavy) for name in ("forkserver", "spawn"))]
 # In seconds: short, and long enough for an environment that does not hang on a loaded machine
-SHORT, LONG = 0.5, 600.0
+SHORT, LONG = 1.0, 600.0
 
 
 class FaultyEnv(ToyEnv):

@@ -192,15 +192,15 @@ def test_the_limit_is_one_of_each_learn_and_the_log_counts_all():
 
 @pytest.mark.parametrize("kind", ["hang", "raise"])
 def test_a_new_worker_that_does_not_start_is_started_again(faulty, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(watched_remote, "MAX_START", SHORT)
+    monkeypatch.setattr(watched_remote, "MAX_START", 2 * SHORT)
     env = faulty(kind, place="make")
     (tmp_path / "armed").touch()
-    with watching(env, 2, 0.1), warnings.catch_warnings(record=True) as caught:
+    with watching(env, 2, SHORT), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         env.reset()
         os.kill(env.processes[1].pid, signal.SIGKILL)
         assert env.step(ACTIONS)[3][1]["env_restarted"]
-    said = "has not answered for 0.5 seconds, at its start" if kind == "hang" else "exit code 1"
+    said = "has not answered for 2 seconds, at its start" if kind == "hang" else "exit code 1"
     assert len(caught) == 2 and said in str(caught[1].message)
 
 

@@ -13,11 +13,11 @@ import pytest
 from environments import ToyEnv, make_env
 from faulty_workers import LONG, SHORT, START_METHODS, build_watched, faulty_envs, is_running
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from states import assert_same_training
 
 from sb3_ppo_plus import DeadWorkerError, HangingWorkerError, PPOPlus, TrainingCheckpoint
-from sb3_ppo_plus.envs import watched_remote
+from sb3_ppo_plus.envs import watched_remote, worker_watch
 from sb3_ppo_plus.envs.questions import has_attribute
 from sb3_ppo_plus.envs.watched_remote import WatchedRemote
 from sb3_ppo_plus.envs.worker_watch import WorkerWatch
@@ -37,7 +37,7 @@ def raises_in_learn(env, error, said, callback=None, **settings):
 
 @pytest.mark.parametrize("start_method", ["fork", "forkserver", pytest.param("spawn", marks=pytest.mark.heavy)])
 def test_a_hanging_worker_is_named_and_no_worker_is_left(tmp_path, start_method):
-    said = r"worker 1 of 3 of the SubprocVecEnv has not answered for 0.5 seconds, at step\. .* worker_timeout"
+    said = r"worker 1 of 3 of the SubprocVecEnv has not answered for 1 seconds, at step\. .* worker_timeout"
     env = faulty_envs(tmp_path, "hang", start_method)
     error = raises_in_learn(env, HangingWorkerError, said, worker_timeout=SHORT)
     assert isinstance(error, DeadWorkerError)
@@ -185,11 +185,15 @@ def test_after_an_exception_the_connections_are_sb3s_again():
 def test_watching_changes_no_bit(monkeypatch, has_poll):
     if not has_poll:
         monkeypatch.delattr(watched_remote.select, "poll")
-    env = SubprocVecEnv([ToyEnv] * 2, "fork")
-    watched = build_watched(VecNormalize(env), worker_timeout=LONG, restart_workers=3).learn(64)
-    env.close()
-    plain = build_watched(VecNormalize(DummyVecEnv([ToyEnv] * 2))).learn(64)
-    assert_same_training(watched, plain)
+    models = []
+    for settings in ({"worker_timeout": LONG, "restart_workers": 3}, {}, None):
+        if settings is None:
+            monkeypatch.setattr(worker_watch, "is_forked", lambda env: False)
+        env = SubprocVecEnv([ToyEnv] * 2, "fork")
+        models.append(build_watched(VecNormalize(env), **settings or {}).learn(64))
+        env.close()
+    for model in models[:2]:
+        assert_same_training(model, models[2])
 
 
 def test_the_error_of_a_hang_holds_nothing_that_only_the_garbage_collector_frees(tmp_path):
