@@ -28,7 +28,8 @@ class WorkerWatch(NamingDeadWorkers):
     def __init__(
         self, env: VecEnv | None, timeout: float | None, max_restarts: int, seed: int | None, n_restarts: int = 0
     ) -> None:
-        super().__init__(lambda: [env, *eval_envs_of(self._callback)])
+        super().__init__(self._envs_in_use)
+        self._env = env
         self._callback: BaseCallback | None = None
         self._timeout = timeout
         self._seed = seed
@@ -63,7 +64,10 @@ class WorkerWatch(NamingDeadWorkers):
         while self._watched:
             env = self._watched.pop()
             env.remotes = tuple(getattr(remote, "remote", remote) for remote in env.remotes)
-        super().__exit__(kind, error, trace)
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self._env = self._callback = None
 
     def watch_evaluations(self, callback: BaseCallback) -> None:
         """Watch the environments on which callbacks evaluate, too.
@@ -76,8 +80,11 @@ class WorkerWatch(NamingDeadWorkers):
         if self._is_on:
             self._watch_all()
 
+    def _envs_in_use(self) -> list[object]:
+        return [self._env, *eval_envs_of(self._callback)]
+
     def _watch_all(self) -> None:
-        for each in self._envs():
+        for each in self._envs_in_use():
             env = base_of(each) if isinstance(each, VecEnv) else None
             if isinstance(env, SubprocVecEnv) and not any(isinstance(one, WatchedRemote) for one in env.remotes):
                 self._watch(env)
