@@ -5,6 +5,7 @@ from sb3_ppo_plus.envs.restarting_env import RestartingEnv
 from sb3_ppo_plus.errors import (
     CheckpointError,
     DeadWorkerError,
+    HangingWorkerError,
     NonFiniteError,
     ResumeProofError,
     UntrustedFileError,
@@ -41,6 +42,7 @@ __all__ = [
     "Cosine",
     "DeadWorkerError",
     "Exponential",
+    "HangingWorkerError",
     "ImpalaCNN",
     "Linear",
     "MlpLstmPolicy",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable
 from numbers import Integral, Real
 from typing import Any, NamedTuple, ParamSpec, SupportsInt, TypeGuard
@@ -61,6 +62,8 @@ _KINDS = {
     "pessimistic_value_clip": _FLAG,
     "on_non_finite": _Kind((str,), "a string"),
     "max_skipped": _INTEGER,
+    "worker_timeout": _Kind((Real, type(None)), "a number or None"),
+    "restart_workers": _INTEGER,
 }
 
 
@@ -133,6 +136,8 @@ def check_ranges(algorithm: object) -> None:
         ("n_epochs", "at least 1", lambda value: value >= 1),
         ("_stats_window_size", "at least 1", lambda value: value >= 1),
         ("max_skipped", "at least 0", lambda value: value >= 0),
+        ("restart_workers", "at least 0", lambda value: value >= 0),
+        ("worker_timeout", "None or a finite number above 0", lambda value: value is None or 0 < value < math.inf),
         ("max_grad_norm", "at least 0", lambda value: value >= 0),
         ("target_kl", "None or above 0", lambda value: value is None or value > 0),
         ("gamma", "in [0, 1]", lambda value: 0 <= value <= 1),

@@ -20,7 +20,7 @@ ARGUMENTS = (
     *("clip_range", "clip_range_vf", "normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "target_kl"),
     *("use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs", "_stats_window_size"),
     *("tensorboard_log", "verbose", "seed", "critic_learning_rate", "pessimistic_value_clip", "action_masking"),
-    *("amp", "compile", "on_non_finite", "max_skipped"),
+    *("amp", "compile", "on_non_finite", "max_skipped", "worker_timeout", "restart_workers"),
 )
 """The constructor's arguments, as given or as SB3 keeps them. Saved with the model, and in its plain description."""
 
@@ -98,12 +98,15 @@ class PlusModel(Protocol):
     pessimistic_value_clip: bool
     policy: ActorCriticPolicy
     policy_class: Any
+    restart_workers: int
+    rollout_buffer: RolloutBuffer
     rollout_buffer_class: type[RolloutBuffer] | None
     seed: int | None
     start_time: float
     target_kl: float | None
     verbose: int
     vf_coef: Any
+    worker_timeout: float | None
     _built_for_masks: bool | None
     _coefficients: Any
     _current_progress_remaining: float
@@ -114,6 +117,7 @@ class PlusModel(Protocol):
     _last_original_obs: Any
     _last_states: Any
     _n_iterations: int
+    _n_updates: int
     _num_timesteps_at_start: int
     _skipped_in_a_row: int
     _skipped_steps: int

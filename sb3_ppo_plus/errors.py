@@ -11,6 +11,10 @@ class DeadWorkerError(RuntimeError):
     """A worker process of a SubprocVecEnv has ended."""
 
 
+class HangingWorkerError(DeadWorkerError):
+    """A worker process of a SubprocVecEnv did not answer within ``worker_timeout``. All its workers were ended."""
+
+
 class NonFiniteError(FloatingPointError):
     """A number that training depends on is NaN or infinite. No optimiser step has used it."""
 

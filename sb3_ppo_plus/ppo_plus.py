@@ -27,7 +27,6 @@ from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
 from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
-from sb3_ppo_plus.envs.workers import NamingDeadWorkers, eval_envs_of
 from sb3_ppo_plus.fast.execution import Execution
 from sb3_ppo_plus.fast.graphs import inductor_options
 from sb3_ppo_plus.masking.evaluation import MaskedPredictor, evaluate_with_masks, evaluate_without_masks
@@ -46,8 +45,7 @@ from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
 from sb3_ppo_plus.update.epochs import log_update, run_epochs
 from sb3_ppo_plus.update.gradient_step import Objective, check_amp, recompute_log_prob, resolve_amp
 from sb3_ppo_plus.update.history import UpdateHistory
-from sb3_ppo_plus.update.losses import METRICS
-from sb3_ppo_plus.update.non_finite import check_epsilon, check_steps
+from sb3_ppo_plus.update.non_finite import check_epsilon, count_skipped_steps
 
 
 class PPOPlus(PPO):
@@ -78,6 +76,8 @@ class PPOPlus(PPO):
     :param on_non_finite: if a loss or its gradient is NaN or infinite, no step is taken. "raise": an error names the
         term; "skip": training goes on, and ``train/skipped_steps`` counts such steps
     :param max_skipped: with "skip", how many steps may be skipped in a row before an error is raised
+    :param worker_timeout: seconds in which a worker of a SubprocVecEnv must answer during ``learn``; None: no limit
+    :param restart_workers: how many workers that hang or die one ``learn`` may start anew, as RestartingEnv does
     :raises ValueError: for a value that is not allowed, before the first environment step
     :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
     """
@@ -123,6 +123,8 @@ class PPOPlus(PPO):
         compile: bool | dict[str, Any] = False,
         on_non_finite: str = "raise",
         max_skipped: int = 10,
+        worker_timeout: float | None = None,
+        restart_workers: int = 0,
     ) -> None:
         given = check_types(locals())
         self.critic_learning_rate = critic_learning_rate
@@ -132,6 +134,7 @@ class PPOPlus(PPO):
         self.compile = compile
         self.on_non_finite = on_non_finite
         self.max_skipped = max_skipped
+        self.worker_timeout, self.restart_workers = worker_timeout, restart_workers
         self._skipped_steps = self._skipped_in_a_row = 0
         self.last_checkpoint: str | None = None
         """Directory of the checkpoint that was last written or resumed."""
@@ -252,14 +255,8 @@ class PPOPlus(PPO):
         history = UpdateHistory()
         for _ in run_epochs(gradient_step, objective, self.rollout_buffer, self.n_epochs, self.batch_size, history):
             self._n_updates += 1
-        if history.was_stopped and self.verbose >= 1:
-            approx_kl = history.metrics[-1][METRICS.index("approx_kl")]
-            print(f"Early stopping at step {history.n_epochs_done} due to reaching max kl: {approx_kl:.2f}")
-        skipped = check_steps(history, self, checks_gradient=not self._execution.grad_scaler.is_enabled())
-        self._skipped_steps, self._skipped_in_a_row = skipped
-        if self.on_non_finite == "skip":
-            self.logger.record("train/skipped_steps", self._skipped_steps)
-        log_update(self.logger, history, objective.coefficients, self.policy, self.rollout_buffer, self._n_updates)
+        count_skipped_steps(history, self, checks_gradient=not self._execution.grad_scaler.is_enabled())
+        log_update(self, history, objective.coefficients)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
         self._execution.log_to(self.logger, self)
         self._n_iterations += 1
@@ -281,7 +278,7 @@ class PPOPlus(PPO):
 
         :raises NonFiniteError: if an observation, reward, loss or gradient is NaN or infinite, see ``on_non_finite``
         :raises ValueError: for an optimiser with eps=0 and a Transformer, whose updates would be NaN
-        :raises DeadWorkerError: if a worker of a SubprocVecEnv has died
+        :raises DeadWorkerError: if a worker of a SubprocVecEnv has died; HangingWorkerError: if it hangs
         """
         self._current_run.continuation = None
         self._log_interval, self._n_iterations, self._tb_log_name = log_interval, 0, tb_log_name
@@ -325,7 +322,7 @@ class PPOPlus(PPO):
         check_epsilon(self.policy)
         self._current_run.was_asked_to_stop = False
         try:
-            with NamingDeadWorkers(lambda: [self.env, *eval_envs_of(self._current_run.callback)]):
+            with self._current_run.watching_workers(self):
                 return super().learn(*arguments)
         finally:
             callback, self._current_run.callback = self._current_run.callback, None
@@ -343,6 +340,7 @@ class PPOPlus(PPO):
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         all_callbacks = self._current_run.callback = super()._init_callback(callback, progress_bar)
+        self._current_run.watch.watch_evaluations(all_callbacks)
         if self.env is not None and self._mask_use.decide(self.env, self):
             evaluate_with_masks(all_callbacks, self)
         return all_callbacks

@@ -11,8 +11,8 @@ from sb3_ppo_plus import MlpPolicy, PPOPlus
 from sb3_ppo_plus.argument_checks import integer_of_at_least, is_integer
 from sb3_ppo_plus.saving.model_description import constructor_arguments
 
-INTEGERS = ["n_steps", "batch_size", "n_epochs", "sde_sample_freq", "stats_window_size", "seed"]
-NUMBERS = ["gamma", "gae_lambda", "max_grad_norm", "target_kl"]
+INTEGERS = ["n_steps", "batch_size", "n_epochs", "sde_sample_freq", "stats_window_size", "seed", "restart_workers"]
+NUMBERS = ["gamma", "gae_lambda", "max_grad_norm", "target_kl", "worker_timeout"]
 FLAGS = ["normalize_advantage", "use_sde", "pessimistic_value_clip"]
 OTHERS = ["policy_kwargs", "rollout_buffer_kwargs", "rollout_buffer_class"]
 
@@ -66,6 +66,10 @@ def test_a_rollout_buffer_class_is_one(value):
         ("max_grad_norm", -1.0),
         ("max_grad_norm", float("nan")),
         ("target_kl", 0),
+        ("worker_timeout", 0),
+        ("worker_timeout", float("nan")),
+        ("worker_timeout", float("inf")),
+        ("restart_workers", -1),
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):
@@ -86,6 +90,7 @@ def test_without_normalisation_one_step_and_batch_size_one_are_allowed(name):
     [
         {"n_steps": np.int64(64), "gamma": np.float32(0.9), "seed": 1},
         {"gamma": 1, "gae_lambda": 0, "max_grad_norm": 0},
+        {"worker_timeout": np.float32(0.5), "restart_workers": np.int64(2)},
         {"normalize_advantage": np.bool_(False), "batch_size": 16, "n_steps": 16},
     ],
 )

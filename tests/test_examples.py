@@ -52,6 +52,12 @@ def test_resume_training(capsys):
     assert "stopped by SIGTERM at 2048 steps" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:worker . of 2 of the SubprocVecEnv")
+def test_hanging_workers(capsys):
+    assert load_example("hanging_workers").main(timesteps=1_024) == 2
+    assert "2 workers were started anew in 1024 steps" in capsys.readouterr().out
+
+
 def test_schedules(capsys):
     load_example("schedules").main(timesteps=1_024)
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()}

@@ -13,6 +13,8 @@ from typing import Any
 import gymnasium as gym
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
 
+from sb3_ppo_plus.errors import DeadWorkerError
+
 # A name that no environment has
 _NO_ATTRIBUTE = "sb3_ppo_plus_asks_whether_every_answer_is_yes"
 
@@ -77,8 +79,8 @@ def _answers(ask: Callable[[], Any], n_expected: int) -> list[Any] | None:
 def _answer(ask: Callable[[], Any]) -> Any:  # noqa: ANN401  # None, or the answer of a VecEnv
     try:
         return ask()
-    except (EOFError, OSError):
-        # A worker process has died: other code names it
+    except (EOFError, OSError, DeadWorkerError):
+        # A worker process has died: other code names it, or has done so
         raise
     except Exception:
         return None

@@ -1,8 +1,13 @@
-"""Names the worker of a SubprocVecEnv that has died. SB3 alone raises an EOFError without a message."""
+"""The worker processes of a SubprocVecEnv: an error names those that have died; all are ended together.
+
+SB3 alone raises an EOFError without a message.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
 
@@ -17,6 +22,8 @@ from sb3_ppo_plus.errors import DeadWorkerError
 BROKEN_PIPES = (EOFError, ConnectionError)
 # In seconds: a worker closes its pipe a little before its process ends
 MAX_WAIT = 2.0
+# In seconds: how long all workers together may take to close their environments before they are killed
+MAX_CLOSE = 1.0
 
 
 class NamingDeadWorkers:
@@ -75,8 +82,53 @@ def _dead_workers(env: SubprocVecEnv) -> Iterable[str]:
     for index, process in enumerate(env.processes):
         if process.sentinel in ended:
             process.join(MAX_WAIT)
-        code = process.exitcode
-        if code is not None:
-            reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            hint = " (an exception in the environment: its traceback is above, on stderr)" if code == 1 else ""
-            yield f"worker {index} of {len(env.processes)} of the SubprocVecEnv {reason}{hint}"
+        if process.exitcode is not None:
+            yield f"{name_of(env, index)} {how_it_ended(process.exitcode)}"
+
+
+def name_of(env: SubprocVecEnv, index: int) -> str:
+    """Name a worker for a message.
+
+    :param env: the vectorised environment
+    :param index: index of the worker
+    """
+    return f"worker {index} of {len(env.processes)} of the SubprocVecEnv"
+
+
+def how_it_ended(code: int) -> str:
+    """Say how a process has ended.
+
+    :param code: its exit code; below 0: the signal that killed it
+    """
+    if code < 0:
+        return f"was killed by {signal.Signals(-code).name}"
+    hint = " (an exception in the environment: its traceback is above, on stderr)" if code == 1 else ""
+    return f"ended with exit code {code}{hint}"
+
+
+def is_forked(env: SubprocVecEnv) -> bool:
+    """Whether the workers are forks of the main process, which do not notice that it has ended.
+
+    :param env: the vectorised environment
+    """
+    return getattr(env.processes[0], "_start_method", None) == "fork"
+
+
+def end_workers(env: SubprocVecEnv) -> None:
+    """End all workers, and kill those that do not close their environment at once. The environment is then closed.
+
+    :param env: the vectorised environment
+    """
+    for remote in env.remotes:
+        with contextlib.suppress(OSError, ValueError):
+            remote.send(("close", None))
+    until = time.monotonic() + MAX_CLOSE
+    for process in env.processes:
+        process.join(max(until - time.monotonic(), 0.0))
+        if process.is_alive():
+            process.kill()
+    for process in env.processes:
+        process.join(MAX_WAIT)
+    for remote in env.remotes:
+        remote.close()
+    env.waiting, env.closed = False, True

@@ -82,6 +82,9 @@ class MemoryOptions:
             )
         for name, value in given.items():
             _check_option(name, value)
+            if is_integer(value):
+                # nn.LSTM and nn.GRU refuse NumPy's integers
+                given[name] = int(value)
         common = {name: given.pop(name) for name in _COMMON_OPTIONS if name in given}
         return cls(memory, **common, sizes=given)
 
@@ -197,6 +200,11 @@ class RememberingPolicy(ActorCriticPolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         memory_arguments = {} if self.memory_options is None else self.memory_options.as_kwargs()
         return {**super()._get_constructor_parameters(), **memory_arguments}
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        # SB3 sums the choices of MultiDiscrete observations in NumPy, whose integers nn.LSTM and nn.GRU refuse
+        self.features_dim = int(self.features_dim)
+        super()._build(lr_schedule)
 
     def _build_mlp_extractor(self) -> None:
         if self.memory_options is None:

@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.envs.workers import BROKEN_PIPES, NamingDeadWorkers
-from sb3_ppo_plus.errors import CheckpointError, WrapperStackError
+from sb3_ppo_plus.errors import CheckpointError, DeadWorkerError, WrapperStackError
 from sb3_ppo_plus.resuming.callback_state import set_callback_states
 from sb3_ppo_plus.resuming.checkpoint_directory import Checkpoint, newest_checkpoint, versions
 from sb3_ppo_plus.resuming.generator_state import set_global_generator_states
@@ -74,11 +74,12 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
         state = read_state(checkpoint.files, trusted)
         if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
-        goes_on = set_training_state(model, state, trusted)
+        with model._current_run.watching_workers(model):
+            goes_on = set_training_state(model, state, trusted)
         continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
         continuation["trusted"] = trusted
         model._current_run.continuation = continuation
-    except (WrapperStackError, *BROKEN_PIPES):
+    except (WrapperStackError, DeadWorkerError, *BROKEN_PIPES):
         raise
     except Exception as error:
         # The hashes are right: either somebody made up these files, or the environments refuse their state

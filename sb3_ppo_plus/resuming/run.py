@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback, ConvertCallback
@@ -10,7 +10,9 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.envs.restarting_env import RestartCounter
+from sb3_ppo_plus.envs.worker_watch import WorkerWatch
 
 
 @dataclass
@@ -20,25 +22,37 @@ class Run:
     :param callback: the callback that holds all others; None outside ``learn``
     :param continuation: state from a checkpoint, which the next ``continue_learning`` puts back
     :param restart_counter: counts restarts of the environments
+    :param watch: watches the workers of the environments
     :param was_asked_to_stop: whether ``on_update_end`` of a callback has returned False
     """
 
     callback: BaseCallback | None = None
     continuation: dict[str, Any] | None = None
     restart_counter: RestartCounter | None = None
+    watch: WorkerWatch = field(default_factory=lambda: WorkerWatch(None, None, 0, None))
     was_asked_to_stop: bool = False
 
+    def watching_workers(self, model: PlusModel) -> WorkerWatch:
+        """Return a context in which hanging and dead workers of the training environment are named, or started anew.
+
+        :param model: the model; ``worker_timeout`` and ``restart_workers`` say what is done
+        """
+        n_restarts = self.watch.n_restarts or 0
+        self.watch = WorkerWatch(model.env, model.worker_timeout, model.restart_workers, model.seed, n_restarts)
+        return self.watch
+
     def log_restarts(self, env: VecEnv, logger: Logger) -> None:
-        """Log the number of restarts so far, if any environment can restart.
+        """Log the number of restarts so far, of environments and of workers, if any can restart.
 
         :param env: the training environment
         :param logger: the model's logger
         """
         if self.restart_counter is None or self.restart_counter.env is not env:
             self.restart_counter = RestartCounter(env)
-        n_restarts = self.restart_counter.count()
-        if n_restarts is not None:
-            logger.record("rollout/env_restarts", n_restarts)
+        counts = self.restart_counter.count(), self.watch.n_restarts
+        known = [count for count in counts if count is not None]
+        if known:
+            logger.record("rollout/env_restarts", sum(known))
 
 
 def as_callbacks(callback: MaybeCallback) -> list[BaseCallback]:

@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import threading
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from multiprocessing.util import Finalize
 from types import FrameType
@@ -13,7 +14,9 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
+from sb3_ppo_plus.envs.in_workers import have_effect
 from sb3_ppo_plus.envs.questions import base_of
+from sb3_ppo_plus.envs.workers import is_forked
 
 
 def keep_signals_from_workers(env: VecEnv) -> None:
@@ -27,20 +30,19 @@ def keep_signals_from_workers(env: VecEnv) -> None:
     base = base_of(env)
     if not isinstance(base, SubprocVecEnv):
         return
-    is_forked = getattr(base.processes[0], "_start_method", None) == "fork"
-    for number in (signal.SIGINT,) if is_forked else (signal.SIGINT, signal.SIGTERM):
-        # Workers only take commands. This command does nothing, but unpickling its argument calls signal.signal
-        base.env_method("__eq__", _Ignore(number))
-    if not is_forked:
+    forked = is_forked(base)
+    for number in (signal.SIGINT,) if forked else (signal.SIGINT, signal.SIGTERM):
+        have_effect(base, _Ignore(number))
+    if not forked:
         # At the end of the program, multiprocessing sends workers SIGTERM, which they ignore, and waits for their end
         Finalize(base, _kill, [base.processes], exitpriority=0)
 
 
+@dataclass(frozen=True)
 class _Ignore:
     """Makes the process that unpickles it ignore a signal."""
 
-    def __init__(self, number: signal.Signals) -> None:
-        self.number = number
+    number: signal.Signals
 
     def __reduce__(self) -> tuple[Any, ...]:
         return signal.signal, (self.number, signal.SIG_IGN)

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
-from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import explained_variance
 
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import minibatches
 from sb3_ppo_plus.update.argument_validation import without_argument_validation
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective
 from sb3_ppo_plus.update.history import UpdateHistory
-from sb3_ppo_plus.update.losses import LossCoefficients
+from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
 
 
 def run_epochs(
@@ -64,31 +63,25 @@ def _run_epoch(
     history.n_epochs_done += 1
 
 
-def log_update(
-    logger: Logger,
-    history: UpdateHistory,
-    coefficients: LossCoefficients,
-    policy: ActorCriticPolicy,
-    rollout_buffer: RolloutBuffer,
-    n_updates: int,
-) -> None:
-    """Log what SB3's ``PPO.train`` logs of an update, and the values of the coefficients.
+def log_update(model: PlusModel, history: UpdateHistory, coefficients: LossCoefficients) -> None:
+    """Log what SB3's ``PPO.train`` logs of an update, and the values of the coefficients; print an early stop.
 
-    :param logger: SB3's logger
+    :param model: the model after the update
     :param history: the history of the update
     :param coefficients: the coefficients' values in the update
-    :param policy: the policy after the update
-    :param rollout_buffer: the rollout of the update
-    :param n_updates: epochs of all updates so far
     """
+    logger, rollout_buffer = model.logger, model.rollout_buffer
+    if history.was_stopped and model.verbose >= 1:
+        approx_kl = history.metrics[-1][METRICS.index("approx_kl")]
+        print(f"Early stopping at step {history.n_epochs_done} due to reaching max kl: {approx_kl:.2f}")
     for name, value in history.logged().items():
         logger.record(f"train/{name}", value)
     values, returns = rollout_buffer.values.flatten(), rollout_buffer.returns.flatten()
     logger.record("train/explained_variance", explained_variance(values, returns))
-    log_std = getattr(policy, "log_std", None)
+    log_std = getattr(model.policy, "log_std", None)
     if log_std is not None:
         logger.record("train/std", th.exp(log_std).mean().item())
-    logger.record("train/n_updates", n_updates, exclude="tensorboard")
+    logger.record("train/n_updates", model._n_updates, exclude="tensorboard")
     for name, value in coefficients._asdict().items():
         if value is not None:
             logger.record(f"train/{name}", value)

@@ -34,29 +34,38 @@ def check_epsilon(policy: ActorCriticPolicy) -> None:
         )
 
 
-def check_steps(history: UpdateHistory, model: PlusModel, *, checks_gradient: bool) -> tuple[int, int]:
+def count_skipped_steps(history: UpdateHistory, model: PlusModel, *, checks_gradient: bool) -> None:
     """Find the minibatches of an update whose loss or gradient was not finite, so that no step was taken.
+
+    The model counts them, and with ``on_non_finite="skip"`` its log too.
 
     :param history: the history of the update; its ``is_fine`` is set
     :param model: the model; its ``on_non_finite`` and ``max_skipped`` say how many such steps are allowed in a row
     :param checks_gradient: whether the gradient counts too; False: a gradient scaler deals with its overflow
-    :return: the number of steps that training has skipped so far, and how many were skipped in a row up to now
     :raises NonFiniteError: if more are skipped in a row; the message names the term, epoch and minibatch
     """
     # If the limit of approx_kl stopped the update, no step was due on the last minibatch
     table = history.table[: len(history.table) - history.was_stopped]
     columns = [METRICS.index(name) for name in ("loss", "grad_norm")[: 1 + checks_gradient]]
     is_fine = table[:, columns].isfinite().all(dim=1)
-    if is_fine.all():
-        return model._skipped_steps, 0
+    total, in_a_row = model._skipped_steps, 0
+    if not is_fine.all():
+        total, in_a_row = _count(is_fine, history, model)
+        history.is_fine = th.cat([is_fine, th.ones(int(history.was_stopped), dtype=th.bool)])
+    model._skipped_steps, model._skipped_in_a_row = total, in_a_row
+    if model.on_non_finite == "skip":
+        model.logger.record("train/skipped_steps", total)
+
+
+def _count(is_fine: th.Tensor, history: UpdateHistory, model: PlusModel) -> tuple[int, int]:
+    """Return how many steps training has skipped so far, and how many in a row up to now."""
     total, in_a_row = model._skipped_steps, model._skipped_in_a_row
     max_in_a_row = 0 if model.on_non_finite == "raise" else model.max_skipped
     for index, was_stepped_on in enumerate(is_fine.tolist()):
         in_a_row = 0 if was_stepped_on else in_a_row + 1
         total += not was_stepped_on
         if in_a_row > max_in_a_row:
-            raise NonFiniteError(_message(table[index].tolist(), history.place_of(index), in_a_row, model))
-    history.is_fine = th.cat([is_fine, th.ones(int(history.was_stopped), dtype=th.bool)])
+            raise NonFiniteError(_message(history.table[index].tolist(), history.place_of(index), in_a_row, model))
     return total, in_a_row
 
 

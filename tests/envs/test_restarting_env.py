@@ -6,8 +6,9 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
+from states import assert_same_training
 
-from sb3_ppo_plus import PPOPlus, RestartingEnv
+from sb3_ppo_plus import DeadWorkerError, PPOPlus, RestartingEnv
 
 pytestmark = pytest.mark.filterwarnings("ignore:The environment is built anew")
 
@@ -224,6 +225,40 @@ def test_training_goes_on_and_the_log_counts(vec_env_cls):
     assert recorder.dumps[-1]["rollout/env_restarts"] == sum(vec_env.get_attr("n_restarts")) >= 4
     assert {"r", "l", "t"} <= set(model.ep_info_buffer[0])
     vec_env.close()
+
+
+def test_in_a_worker_process_it_restarts_as_in_the_main_process():
+    def make():
+        return Monitor(RestartingEnv(lambda: FailingEnv({"fail_at": 3, "then_fail_at": 4})))
+
+    models = []
+    for vec_env in (DummyVecEnv([make] * 2), SubprocVecEnv([make] * 2, "fork")):
+        models.append(PPOPlus("MlpPolicy", vec_env, n_steps=16, batch_size=16, n_epochs=1, seed=0, device="cpu"))
+        models[-1].learn(64)
+        assert min(vec_env.get_attr("n_restarts")) >= 2
+        vec_env.close()
+    assert_same_training(*models)
+
+
+def test_past_its_limit_in_a_worker_process_the_worker_is_named(capfd):
+    env = SubprocVecEnv([lambda: restarting({"fail_at": 1, "then_fail_at": 1}, max_restarts=2)], "fork")
+    model = PPOPlus("MlpPolicy", env, n_steps=16, batch_size=16, device="cpu")
+    with pytest.raises(DeadWorkerError, match=r"worker 0 of 1 .* exit code 1"):
+        model.learn(16)
+    said = capfd.readouterr().err
+    assert "SimulatorError: step" in said and "RestartingEnv gave up: 2 restarts" in said
+
+
+def test_a_worker_process_may_be_started_anew_where_it_gives_up():
+    env = SubprocVecEnv([lambda: restarting({"fail_at": 3, "then_fail_at": 3}, max_restarts=1)], "fork")
+    model = PPOPlus("MlpPolicy", env, n_steps=8, batch_size=8, n_epochs=1, device="cpu", restart_workers=3)
+    recorder = record_logs(model)
+    with pytest.warns(UserWarning, match="worker 0 of 1 of the SubprocVecEnv ended with exit code 1"):
+        model.learn(16)
+    # Each process has one of its own, and gives up in its sixth step. The last process is in its first episode
+    counts = [dump["rollout/env_restarts"] for dump in recorder.dumps]
+    assert counts == sorted(counts) and counts[-1] >= 2
+    env.close()
 
 
 def test_the_value_of_the_last_good_observation_is_bootstrapped():

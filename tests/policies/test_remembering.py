@@ -14,6 +14,7 @@ from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 
 from sb3_ppo_plus import CnnPolicy, MlpLstmPolicy, MlpPolicy, MultiInputPolicy, PPOPlus
 from sb3_ppo_plus.policies.remembering import MemoryOptions, resolve_sequence_length
@@ -83,6 +84,15 @@ def test_a_policy_class_without_a_memory_says_so():
             make_env(),
             policy_kwargs={"memory": "lstm", "memory_kwargs": {"hidden_size": 4}},
         )
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_sizes_may_be_integers_of_numpy(memory):
+    sizes = {name: np.int64(size) for name, size in {**SIZES, "sequence_length": 4}.items()}
+    options = MemoryOptions.resolve(memory, sizes, {})
+    assert options == MemoryOptions.resolve(memory, {**SIZES, "sequence_length": 4}, {})
+    assert {type(size) for size in (*options.sizes.values(), options.sequence_length)} == {int}
+    make(memory=memory, memory_kwargs=sizes)
 
 
 @pytest.mark.parametrize(
@@ -318,3 +328,37 @@ def test_a_memory_works_behind_any_extractor(policy_class, space, kwargs, memory
     changed = {name for name, value in before.policy.state_dict().items() if not th.equal(value, parameters[name])}
     # All parameters change, except buffers and, with so little data, the row of a dead ReLU
     assert {name.split(".")[0] for name in changed} >= {f"{memory}_actor", f"{memory}_critic", "action_net"}
+
+
+COUNTED = {
+    "discrete": spaces.Discrete(np.int64(4)),
+    "multi_discrete": spaces.MultiDiscrete([3, 2]),
+    "multi_binary": spaces.MultiBinary((2, 2)),
+}
+COUNTED["dict"] = spaces.Dict(COUNTED | {"vector": BOX})
+
+
+class SizedByNumPy(FlattenExtractor):
+    """Its size is a product that NumPy computes, as users often write it."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self._features_dim = np.prod(observation_space.shape)
+
+
+@pytest.mark.parametrize("memory", [None, *MEMORIES])
+@pytest.mark.parametrize("kind", COUNTED)
+def test_observations_whose_sizes_numpy_sums_are_trained_on(kind, memory):
+    env = make_env(2, observation_space=COUNTED[kind], action_space=DISCRETE)
+    model = make_model(env, "MultiInputPolicy" if kind == "dict" else "MlpPolicy", memory=memory)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.learn(32)
+    assert type(model.policy.features_dim) is int
+    after = list(model.policy.parameters())
+    assert all(parameter.isfinite().all() for parameter in after)
+    assert any((old != new).any() for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_an_extractor_of_the_users_may_have_a_size_of_numpy(memory):
+    make(memory=memory, features_extractor_class=SizedByNumPy)

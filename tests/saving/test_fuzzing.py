@@ -78,6 +78,7 @@ ARGUMENTS = [
     *("normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "use_sde", "sde_sample_freq", "target_kl"),
     *("rollout_buffer_class", "rollout_buffer_kwargs", "stats_window_size", "policy_kwargs", "seed", "amp"),
     *("critic_learning_rate", "pessimistic_value_clip", "action_masking", "on_non_finite", "max_skipped"),
+    *("worker_timeout", "restart_workers"),
 ]
 POLICY_KWARGS = [
     *("net_arch", "activation_fn", "ortho_init", "log_std_init", "squash_output", "features_extractor_class"),

@@ -151,6 +151,7 @@ EXTRAS = {
     },
     "critic": {"critic_learning_rate": "lin_1e-2", "learning_rate": 1e-3},
     "amp": {"amp": "bf16"},
+    "workers": {"worker_timeout": 60.5, "restart_workers": 3},
     "sb3 value clip": {"clip_range_vf": 0.1, "pessimistic_value_clip": False},
 }
 

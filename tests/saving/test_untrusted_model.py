@@ -138,6 +138,7 @@ MODELS = {
     "strings and numpy numbers": {"learning_rate": "warmup_cos_1e-3", "gamma": np.float32(0.5), "n_steps": np.int64(8)},
     "own terms": {"n_envs": 2, "normalize_advantage": False, "pessimistic_value_clip": False, "clip_range_vf": 0.2},
     "policy class": {"policy": MlpPolicy},
+    "workers": {"worker_timeout": 60.5, "restart_workers": 3},
     "lstm": {"policy": "MlpLstmPolicy", "policy_kwargs": SMALL_NET | {"memory_kwargs": {"hidden_size": 8}}},
     "gtrxl": {
         "policy_kwargs": SMALL_NET

@@ -1,0 +1,206 @@
+"""The connection to a worker of a SubprocVecEnv, which notices that the worker hangs or has ended."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import select
+import time
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, NoReturn
+
+from stable_baselines3.common.vec_env import SubprocVecEnv
+
+from sb3_ppo_plus.envs import workers
+from sb3_ppo_plus.errors import DeadWorkerError, HangingWorkerError
+
+# In seconds. Between two slices the process is asked whether it is alive: its own children may hold its pipes open
+SLICE = 1.0
+# In seconds: a worker that starts imports packages and builds its environment, for which worker_timeout may be short
+MAX_START = 300.0
+
+
+@dataclass
+class Clock:
+    """How long the main process has waited for the workers of one SubprocVecEnv, and how long it may.
+
+    What stops the whole program, such as Ctrl-Z, takes one slice at most.
+
+    :param limit: seconds in which a worker must answer; None: no limit
+    :param waited: seconds so far
+    :param is_start: whether workers are starting
+    """
+
+    limit: float | None
+    waited: float = 0.0
+    is_start: bool = False
+
+
+class Starting:
+    """Within it, workers have the time to start, which does not count for others.
+
+    :param clock: the clock of the workers
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._before = clock.limit, clock.waited
+
+    def __enter__(self) -> None:
+        clock = self._clock
+        clock.is_start = True
+        clock.limit = None if clock.limit is None else max(clock.limit, MAX_START)
+
+    def __exit__(self, *error: object) -> None:
+        self._clock.is_start = False
+        self._clock.limit, self._clock.waited = self._before
+
+
+class WatchedRemote:
+    """Takes the place of a ``Connection`` to a worker. What it lacks is that of the connection.
+
+    :param env: the vectorised environment
+    :param index: index of the worker
+    :param clock: shared by all workers of ``env``: while the main process waits for one, it waits for all
+    """
+
+    def __init__(self, env: SubprocVecEnv, index: int, clock: Clock) -> None:
+        self.env = env
+        self.index = index
+        self.clock = clock
+        self.connect(env.remotes[index])
+        self.command: tuple[str, Any] = ("", None)
+        self._sent_at = clock.waited
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # any attribute of a Connection
+        return getattr(self.remote, name)
+
+    def connect(self, remote: Connection) -> None:
+        """Watch a connection and the present process of this worker.
+
+        :param remote: the main process's end of the pipe
+        """
+        self.remote = remote
+        self._fd = remote.fileno()
+        self._sentinel = self.env.processes[self.index].sentinel
+        # An object of the standard library's selectors costs several times as much at each step
+        self._poll = select.poll() if hasattr(select, "poll") else None
+        if self._poll is not None:
+            self._poll.register(self._fd, select.POLLIN)
+            self._poll.register(self._sentinel, select.POLLIN)
+
+    def send(self, message: tuple[str, Any]) -> None:
+        """Send a command. If the worker has ended, :meth:`recv` notices it.
+
+        :param message: name of the command, and what belongs to it
+        """
+        self.command = message
+        self._sent_at = self.clock.waited
+        with contextlib.suppress(*workers.BROKEN_PIPES):
+            self.remote.send(message)
+
+    def recv(self) -> Any:  # noqa: ANN401  # what a worker answers
+        """Wait for the answer.
+
+        :raises HangingWorkerError: if there is none within the time limit
+        :raises DeadWorkerError: if the worker has ended
+        """
+        try:
+            return self.receive()
+        except (EOFError, OSError) as error:
+            return self.recover(error)
+
+    def receive(self) -> Any:  # noqa: ANN401  # what a worker answers
+        """Wait for the answer.
+
+        :raises TimeoutError: if there is none within the time limit
+        :raises EOFError: if the worker has ended
+        """
+        while not self._is_ready():
+            pass
+        return self.remote.recv()
+
+    def recover(self, error: Exception) -> Any:  # noqa: ANN401  # what a worker answers
+        """Answer a command that failed; here it cannot be answered.
+
+        :param error: what :meth:`receive` has raised
+        :raises DeadWorkerError: names the worker
+        """
+        return self.give_up(str(error) if isinstance(error, TimeoutError) else "", error)
+
+    def give_up(self, hang: str, error: Exception) -> NoReturn:
+        """End all workers.
+
+        :param hang: how this worker hangs; empty: it has ended
+        :param error: the cause of the error that is raised
+        :raises HangingWorkerError: names the worker
+        :raises DeadWorkerError: names the workers that have ended
+        """
+        try:
+            if hang:
+                hint = "All workers were ended. Raise worker_timeout if the environment is only slow"
+                raise HangingWorkerError(f"{self.describe(hang)}{self.note()}. {hint}") from error
+            raise DeadWorkerError(f"{self.describe(hang)}{self.note()}") from error
+        finally:
+            if hang:
+                # It would not close its environment when asked to
+                self.env.processes[self.index].kill()
+            workers.end_workers(self.env)
+
+    def note(self) -> str:
+        """Say at the end of an error why the worker is not started anew."""
+        return ""
+
+    def describe(self, hang: str) -> str:
+        """Say what is wrong with this worker.
+
+        :param hang: how it hangs; empty: it has ended, or closed its pipe
+        """
+        name = workers.name_of(self.env, self.index)
+        if hang:
+            return f"{name} {hang}"
+        process = self.env.processes[self.index]
+        process.join(workers.MAX_WAIT)
+        return f"{name} {'has closed its pipe' if process.exitcode is None else workers.how_it_ended(process.exitcode)}"
+
+    def _doing(self) -> str:
+        if self.clock.is_start:
+            return "its start"
+        name, data = self.command
+        if name in ("env_method", "set_attr"):
+            return f"{name} {data[0]!r}"
+        return f"{name} {data!r}" if name in ("get_attr", "has_attr") else name
+
+    def _is_ready(self) -> bool:
+        """Wait for one slice of time.
+
+        :return: whether there is an answer, or the end of the pipe
+        :raises TimeoutError: if the time is over
+        :raises EOFError: if the worker has ended
+        """
+        limit = self.clock.limit
+        left = math.inf if limit is None else limit - (self.clock.waited - self._sent_at)
+        span = min(max(left, 0.0), SLICE)
+        began = time.monotonic()
+        has_answer, has_ended = self._wait(span)
+        self.clock.waited += min(time.monotonic() - began, span)
+        if has_answer:
+            return True
+        process = self.env.processes[self.index]
+        if has_ended or not process.is_alive():
+            process.join(workers.MAX_WAIT)
+            if self.remote.poll():
+                return True
+            raise EOFError
+        if left <= span:
+            raise TimeoutError(f"has not answered for {limit:g} seconds, at {self._doing()}")
+        return False
+
+    def _wait(self, span: float) -> tuple[bool, bool]:
+        """Wait for the pipe and the end of the process; return whether each of them is there."""
+        if self._poll is None:
+            ready = wait([self.remote, self._sentinel], span)
+            return self.remote in ready, self._sentinel in ready
+        ready_fds = [fd for fd, _ in self._poll.poll(math.ceil(1000 * span))]
+        return self._fd in ready_fds, self._sentinel in ready_fds

@@ -1,0 +1,112 @@
+"""Watches the workers of SubprocVecEnvs during ``learn``."""
+
+from __future__ import annotations
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+
+from sb3_ppo_plus.envs.in_workers import EndsWithMain, env_functions, have_effect
+from sb3_ppo_plus.envs.questions import base_of
+from sb3_ppo_plus.envs.restarting_remote import Budget, RestartingRemote, episodes_of
+from sb3_ppo_plus.envs.watched_remote import Clock, Starting, WatchedRemote
+from sb3_ppo_plus.envs.workers import NamingDeadWorkers, eval_envs_of, is_forked
+
+
+class WorkerWatch(NamingDeadWorkers):
+    """A context in which hanging and dead workers are named, or started anew.
+
+    Workers are watched if there is a time limit, if they may be started anew, or if they are forked: a fork keeps the
+    pipes of the others open, so that the main process does not see their end. Other workers are left as they are.
+
+    :param env: the vectorised environment to watch; None: there is none
+    :param timeout: seconds in which a worker must answer; None: no limit
+    :param max_restarts: how many workers may be started anew within the context
+    :param seed: where seeds of new environments come from, if ``reset`` was given none
+    :param n_restarts: workers that were started anew before
+    """
+
+    def __init__(
+        self, env: VecEnv | None, timeout: float | None, max_restarts: int, seed: int | None, n_restarts: int = 0
+    ) -> None:
+        super().__init__(self._envs_in_use)
+        self._env = env
+        self._callback: BaseCallback | None = None
+        self._timeout = timeout
+        self._seed = seed
+        self._budget = Budget(max_restarts, total=n_restarts)
+        self._watched: list[SubprocVecEnv] = []
+        self._is_on = False
+
+    @property
+    def n_restarts(self) -> int | None:
+        """Workers that were started anew, those before included; None: there were none, and there can be none."""
+        return self._budget.total if self._budget.total or (self._budget.limit and self._watched) else None
+
+    def __enter__(self) -> None:
+        """Watch the environment.
+
+        :raises DeadWorkerError: if a worker does not start
+        :raises ValueError: if it could not be started anew
+        """
+        self._is_on = True
+        try:
+            self._watch_all()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Put back SB3's connections.
+
+        :raises DeadWorkerError: if a pipe is broken and a worker is dead
+        """
+        self._is_on = False
+        while self._watched:
+            env = self._watched.pop()
+            env.remotes = tuple(getattr(remote, "remote", remote) for remote in env.remotes)
+        try:
+            super().__exit__(kind, error, trace)
+        finally:
+            self._env = self._callback = None
+
+    def watch_evaluations(self, callback: BaseCallback) -> None:
+        """Watch the environments on which callbacks evaluate, too.
+
+        :param callback: the callback of ``learn``, with all callbacks inside it
+        :raises DeadWorkerError: if a worker does not start
+        :raises ValueError: if it could not be started anew
+        """
+        self._callback = callback
+        if self._is_on:
+            self._watch_all()
+
+    def _envs_in_use(self) -> list[object]:
+        return [self._env, *eval_envs_of(self._callback)]
+
+    def _watch_all(self) -> None:
+        for each in self._envs_in_use():
+            env = base_of(each) if isinstance(each, VecEnv) else None
+            if isinstance(env, SubprocVecEnv) and not any(isinstance(one, WatchedRemote) for one in env.remotes):
+                self._watch(env)
+
+    def _watch(self, env: SubprocVecEnv) -> None:
+        is_used = self._timeout is not None or self._budget.limit > 0
+        if env.closed or not (is_used or is_forked(env)):
+            return
+        self._watched.append(env)
+        clock = Clock(self._timeout)
+        indices = range(len(env.remotes))
+        env.remotes = tuple(WatchedRemote(env, index, clock) for index in indices)
+        if not is_used:
+            return
+        with Starting(clock):
+            have_effect(env, EndsWithMain())
+            functions = env_functions(env) if self._budget.limit > 0 else []
+        if functions:
+            episodes = episodes_of(env, self._seed)
+            connections = env.remotes
+            env.remotes = tuple(remote.remote for remote in connections)
+            env.remotes = tuple(
+                RestartingRemote(env, index, clock, self._budget, functions[index], episodes[index])
+                for index in indices
+            )
