@@ -102,7 +102,7 @@ def read_checkpoint(directory: Path, follows_links: bool = True) -> Checkpoint:
         files = {}
         for name, expected in manifest["files"].items():
             # A name must not lead out of the directory, nor may two names lead to one large file
-            if Path(name).name != name:
+            if not name or Path(name).name != name:
                 raise InvalidCheckpointError(f"{directory}: {MANIFEST} names {short(name)}, which is no file's name")
             files[name] = _read(directory / name, expected["size"], follows_links)
             if _sha256(files[name]) != expected["sha256"]:

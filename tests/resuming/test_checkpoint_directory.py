@@ -326,3 +326,21 @@ def test_the_manifest_is_readable(tmp_path):
     (directory,) = write(tmp_path, 100)
     manifest = json.loads((directory / MANIFEST).read_text())["manifest"]
     assert manifest["files"]["training_state.json"]["size"] == len(files_at(100)["training_state.json"])
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/etc/passwd", "folder/model.zip", ""])
+def test_a_manifest_names_files_of_its_own_folder_only(tmp_path, name):
+    (directory,) = write(tmp_path, 100)
+    manifest = json.loads((directory / MANIFEST).read_text())["manifest"]
+    entry = next(iter(manifest["files"].values()))
+    (directory / MANIFEST).write_bytes(_sealed(manifest | {"files": manifest["files"] | {name: entry}}))
+    with pytest.raises(InvalidCheckpointError, match="which is no file's name"):
+        read_checkpoint(directory)
+
+
+def test_a_large_manifest_is_not_read(tmp_path):
+    (directory,) = write(tmp_path, 100)
+    with (directory / MANIFEST).open("ab") as file:
+        file.write(b" " * 2**20)
+    with pytest.raises(InvalidCheckpointError, match="which no manifest has"):
+        read_checkpoint(directory)

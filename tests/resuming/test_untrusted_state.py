@@ -14,6 +14,7 @@ from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, TrainingCheckpoint, latest_checkpoint
 from sb3_ppo_plus.resuming.object_state import object_state
+from sb3_ppo_plus.resuming.simulator_state import mujoco_state, set_mujoco_state
 from sb3_ppo_plus.resuming.untrusted_state import set_state_without_trust
 
 
@@ -185,3 +186,34 @@ def test_evaluations_of_a_forged_checkpoint_are_numbers(tmp_path):
     resumed = PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
     with pytest.raises(ValueError, match="EvalCallback 1: best_mean_reward cannot be 'x'"):
         resumed.continue_learning(EvalCallback(make_envs(), eval_freq=1000))
+
+
+def test_wrappers_outside_resumable_env_get_numbers_only(tmp_path):
+    from test_untrusted_checkpoints import rewritten
+
+    def envs():
+        return make_vec_env(lambda: ResumableEnv(ToyEnv()), 2, seed=0)
+
+    def forge(files, state):
+        state["env"]["attributes"] |= {"rewards": [["x"], [1.5]], "needs_reset": [False, "x"]}
+
+    make_model(envs()).learn(96, [TrainingCheckpoint(1, tmp_path), StopAfter(48)])
+    env = envs()
+    with pytest.warns(UserWarning, match="left out.*needs_reset, rewards$"):
+        PPOPlus.resume(rewritten(tmp_path, forge), env, device="cpu", trusted=False)
+    assert env.get_attr("rewards")[1] == [1.5] and env.get_attr("needs_reset") == [False, False]
+
+
+def test_without_trust_mujoco_gets_no_indices():
+    data = gym.make("Hopper-v5").unwrapped.data
+    state = mujoco_state(data)
+    forged = state | {"derived": b"\xff" * len(state["derived"])}
+    set_mujoco_state(data, state, trusted=False)
+    arrays = {name: getattr(data, name) for name in dir(data) if isinstance(getattr(data, name), np.ndarray)}
+    indices = {name: array.copy() for name, array in arrays.items() if array.dtype.kind in "iu" and array.size}
+    assert len(indices) > 5
+    set_mujoco_state(data, forged, trusted=False)
+    for name, array in indices.items():
+        assert np.array_equal(getattr(data, name), array), name
+    # Floats are put back, here as NaN
+    assert np.isnan(data.xpos).all()
