@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "fast": {"rollout", "policies", "update", "ground"},
     "masking": {"policies", "envs", "ground"},
     "saving": {"policies", "ground"},
-    "resuming": {"envs", "ground"},
+    "resuming": {"saving", "envs", "ground"},
     "rollout": {"policies", "envs", "ground"},
     "policies": {"ground"},
     "update": {"ground"},

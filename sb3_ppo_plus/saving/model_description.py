@@ -99,7 +99,24 @@ def _full_name(cls: type) -> str:
 
 
 def describe(model: PPO, exclude: Iterable[str] = ()) -> bytes:
-    """Describe a model as JSON.
+    """Describe a model as JSON, see :func:`description_of`.
+
+    :param model: the model
+    :param exclude: names of attributes to leave out
+    """
+    return description_as_json(description_of(model, exclude))
+
+
+def description_as_json(description: dict[str, Any]) -> bytes:
+    """Turn a description into the bytes of its file.
+
+    :param description: what :func:`description_of` has returned
+    """
+    return json.dumps(description, indent=1, allow_nan=False).encode()
+
+
+def description_of(model: PPO, exclude: Iterable[str] = ()) -> dict[str, Any]:
+    """Describe a model as plain values, which do not change with the model later.
 
     A value without a plain form is described as unknown, so that saving works, and only loading without trust fails.
 
@@ -115,7 +132,7 @@ def describe(model: PPO, exclude: Iterable[str] = ()) -> bytes:
         attribute = attributes.get(name, name)
         if attribute not in left_out and hasattr(model, attribute):
             arguments[name] = encode(getattr(model, attribute), tables, name)
-    description = {
+    return {
         "format": FORMAT,
         "policy": arguments.pop("policy"),
         "arguments": arguments,
@@ -126,7 +143,6 @@ def describe(model: PPO, exclude: Iterable[str] = ()) -> bytes:
         "flags": {name: getattr(model, name) for name in FLAGS},
         "progress_remaining": float(model._current_progress_remaining),
     }
-    return json.dumps(description, indent=1, allow_nan=False).encode()
 
 
 def _encode_space(space: spaces.Space[Any]) -> dict[str, Any]:

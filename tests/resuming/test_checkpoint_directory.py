@@ -10,16 +10,16 @@ import pytest
 from resume_cases import in_a_fork
 
 from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
-from sb3_ppo_plus.resuming import checkpoint_directory
+from sb3_ppo_plus.resuming import migrations
 from sb3_ppo_plus.resuming.checkpoint_directory import (
     MANIFEST,
     _sealed,
     checkpoint_directories,
     newest_checkpoint,
     read_checkpoint,
-    rotate,
     write_checkpoint,
 )
+from sb3_ppo_plus.resuming.retention import Retention
 
 FILES = {"model.zip": bytes(range(256)) * 40, "training_state.json": b'{"a": 1}', "training_state.bin": b"\x01" * 999}
 SYSTEM_CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir")
@@ -118,14 +118,6 @@ def test_a_manifest_of_another_form_is_invalid(tmp_path, text):
         read_checkpoint(directory)
 
 
-def test_a_newer_format_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_directory, "FORMAT", 2)
-    write(tmp_path, 100)
-    monkeypatch.undo()
-    with pytest.warns(UserWarning, match="format 2, this version reads 1"):
-        assert newest_checkpoint(tmp_path) is None
-
-
 class Killer:
     """Kills this process before or after one of its system calls. A call writes at most an eighth of a file.
 
@@ -170,7 +162,7 @@ def test_a_kill_at_any_step_of_writing_and_rotating_leaves_a_whole_checkpoint(tm
         def write_and_rotate(save_path=save_path, kill_at=kill_at):
             Killer(kill_at).install()
             write(save_path, 300)
-            rotate(save_path, 1)
+            Retention(1).rotate(save_path)
 
         exit_code = in_a_fork(write_and_rotate)
         checkpoint = newest_checkpoint(save_path)
@@ -178,7 +170,7 @@ def test_a_kill_at_any_step_of_writing_and_rotating_leaves_a_whole_checkpoint(tm
         seen.add(num_timesteps)
         assert num_timesteps in (200, 300) and checkpoint.files == files_at(num_timesteps)
         write(save_path, 400)
-        rotate(save_path, 1)
+        Retention(1).rotate(save_path)
         assert [path.name.split("_")[2] for path in save_path.iterdir()] == ["400"]
         shutil.rmtree(save_path)
         if exit_code != -signal.SIGKILL:
@@ -254,63 +246,6 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write(tmp_path, 100)
     assert list(tmp_path.iterdir()) == []
-
-
-def remaining(save_path):
-    return [int(path.name.split("_")[2]) for path in checkpoint_directories(save_path)]
-
-
-@pytest.mark.parametrize(
-    "keep_last, kept", [(1, [500]), (2, [500, 400]), (5, [500, 400, 300, 200, 100]), (9, [500, 400, 300, 200, 100])]
-)
-def test_rotation_keeps_the_newest(tmp_path, keep_last, kept):
-    write(tmp_path, 100, 200, 300, 400, 500)
-    rotate(tmp_path, keep_last)
-    assert remaining(tmp_path) == kept
-
-
-@pytest.mark.parametrize(
-    "damaged, keep_last, kept",
-    [
-        ([500], 1, [500, 400]),
-        ([500, 400], 1, [500, 400, 300]),
-        ([500, 400, 300, 200, 100], 1, [500, 400, 300, 200, 100]),
-        ([400], 2, [500, 400, 300]),
-        ([100], 3, [500, 400, 300]),
-    ],
-)
-def test_rotation_counts_valid_checkpoints_only(tmp_path, damaged, keep_last, kept):
-    for directory in write(tmp_path, 100, 200, 300, 400, 500):
-        if int(directory.name.split("_")[2]) in damaged:
-            flip(directory / "model.zip", 77)
-    rotate(tmp_path, keep_last)
-    assert remaining(tmp_path) == kept
-
-
-def test_rotation_leaves_other_files_alone(tmp_path):
-    others = [
-        tmp_path / "best_model.zip",
-        tmp_path / "checkpoint_1",
-        tmp_path / ".hidden",
-        tmp_path / "checkpoint_1_2_steps.zip",
-    ]
-    for path in others:
-        path.write_text("mine")
-    write(tmp_path, 100, 200)
-    rotate(tmp_path, 1)
-    assert all(path.read_text() == "mine" for path in others)
-    assert remaining(tmp_path) == [200]
-
-
-def test_rotation_warns_where_the_system_refuses(tmp_path, monkeypatch):
-    write(tmp_path, 100, 200)
-
-    def refuse(*args, **kwargs):
-        raise PermissionError("not yours")
-
-    monkeypatch.setattr(os, "rename", refuse)
-    with pytest.warns(UserWarning, match="an old checkpoint could not be removed: not yours"):
-        rotate(tmp_path, 1)
 
 
 @pytest.mark.parametrize("value", [10**30, float("inf")], ids=["a number of 31 digits", "infinity"])
