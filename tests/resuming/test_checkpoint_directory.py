@@ -4,33 +4,25 @@ import os
 import resource
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
+from checkpoint_files import FILES, files_at, flip, write
 from resume_cases import in_a_fork
 
 from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
-from sb3_ppo_plus.resuming import migrations
+from sb3_ppo_plus.resuming import checkpoint_directory
 from sb3_ppo_plus.resuming.checkpoint_directory import (
     MANIFEST,
     _sealed,
     checkpoint_directories,
     newest_checkpoint,
     read_checkpoint,
-    write_checkpoint,
 )
 from sb3_ppo_plus.resuming.retention import Retention
 
-FILES = {"model.zip": bytes(range(256)) * 40, "training_state.json": b'{"a": 1}', "training_state.bin": b"\x01" * 999}
 SYSTEM_CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir")
-
-
-def files_at(num_timesteps):
-    return {name: content + str(num_timesteps).encode() for name, content in FILES.items()}
-
-
-def write(save_path, *steps):
-    return [write_checkpoint(save_path, files_at(num_timesteps), num_timesteps) for num_timesteps in steps]
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
@@ -55,12 +47,6 @@ def test_the_newest_is_the_last_written_whatever_its_steps(tmp_path):
 def test_without_checkpoints_the_newest_is_none(tmp_path, name):
     (tmp_path / "empty").mkdir()
     assert newest_checkpoint(tmp_path / name) is None
-
-
-def flip(path, bit):
-    content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -261,3 +247,31 @@ def test_the_manifest_is_readable(tmp_path):
     (directory,) = write(tmp_path, 100)
     manifest = json.loads((directory / MANIFEST).read_text())["manifest"]
     assert manifest["files"]["training_state.json"]["size"] == len(files_at(100)["training_state.json"])
+
+
+def test_the_names_of_new_folders_are_synced(tmp_path, monkeypatch):
+    synced = []
+    sync = checkpoint_directory.sync_directory
+    monkeypatch.setattr(checkpoint_directory, "sync_directory", lambda path: (synced.append(path), sync(path)))
+    write(tmp_path / "new" / "folder", 100)
+    assert {tmp_path, tmp_path / "new"} < set(synced)
+    synced.clear()
+    write(tmp_path / "new" / "folder", 200)
+    assert {path for path in synced if not path.name.startswith(".")} == {tmp_path / "new" / "folder"}
+
+
+def test_checkpoints_that_are_replaced_while_they_are_looked_for_are_looked_for_again(tmp_path, monkeypatch):
+    (old,) = write(tmp_path, 100)
+    read = checkpoint_directory.read_checkpoint
+
+    def read_late(directory):
+        if directory == old and old.exists():
+            write(tmp_path, 200)
+            shutil.rmtree(old)
+        return read(directory)
+
+    monkeypatch.setattr(checkpoint_directory, "read_checkpoint", read_late)
+    # A warning would be an error of this test
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert newest_checkpoint(tmp_path).manifest["num_timesteps"] == 200

@@ -122,7 +122,10 @@ def test_a_forked_worker_has_no_part_in_the_lock(tmp_path):
 def test_saving_after_learn_locks_the_directory_for_that_time(tmp_path):
     checkpoint = TrainingCheckpoint(1, tmp_path)
     make_model().learn(96, [checkpoint, StopAfter(16)])
-    with another_process(DirectoryLock(tmp_path).acquire) as pid, pytest.raises(CheckpointError, match=f"process {pid}"):
+    with (
+        another_process(DirectoryLock(tmp_path).acquire) as pid,
+        pytest.raises(CheckpointError, match=f"process {pid}"),
+    ):
         checkpoint.save()
     assert checkpoint.save() == latest_checkpoint(tmp_path)
     assert steps_of(tmp_path) == [16, 16] and is_free(tmp_path)
