@@ -67,7 +67,7 @@ class PlainStateWriter:
         )
 
     def _sequence(self, value: Any, name: str) -> Json:  # noqa: ANN401  # list, deque, tuple or set
-        if type(value) is list and len(value) > LONGEST_FLOAT_LIST and all(type(item) is float for item in value):
+        if type(value) is list and len(value) > LONGEST_FLOAT_LIST and set(map(type, value)) == {float}:
             return {"$floats": self._array(np.array(value), name)}
         items = [self.encode(item, f"{name}[{index}]") for index, item in enumerate(value)]
         if type(value) is list:

@@ -15,7 +15,7 @@ import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.save_util import data_to_json, recursive_getattr, save_to_zip_file
 
-from sb3_ppo_plus.saving.model_description import description_as_json, description_of
+from sb3_ppo_plus.saving.model_description import describe_space, description_as_json, description_of
 from sb3_ppo_plus.saving.model_file import policies_named_by_package
 from sb3_ppo_plus.saving.untrusted_model import DESCRIPTION
 
@@ -27,7 +27,7 @@ class ModelSnapshots:
     """Takes snapshots of a model. It remembers the JSON of attributes, most of which never change."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, tuple[bytes, Any]] = {}
+        self._made: dict[tuple[Any, str], tuple[bytes, Any]] = {}
 
     def take(self, model: PPO, exclude: Iterable[str]) -> Callable[[], bytes]:
         """Copy what ``model.save`` would write.
@@ -45,8 +45,15 @@ class ModelSnapshots:
         left_out = {*exclude, *model._excluded_save_params()}
         left_out |= {name.split(".")[0] for name in (*state_dicts, *variables)}
         with policies_named_by_package():
-            data = {name: self._entry(name, value) for name, value in vars(model).items() if name not in left_out}
-        description = description_of(model, exclude)
+            data = {
+                name: value if type(value) in _PLAIN else self._unless_made(_entry, name, value)
+                for name, value in vars(model).items()
+                if name not in left_out
+            }
+        spaces = [
+            self._unless_made(_described, name, getattr(model, name)) for name in ("observation_space", "action_space")
+        ]
+        description = description_of(model, exclude, spaces)
         states = (model.get_parameters(), {name: recursive_getattr(model, name) for name in variables})
         tensors = list(_tensors_in(states))
         if any(tensor.device.type != "cpu" for tensor in tensors):
@@ -56,16 +63,21 @@ class ModelSnapshots:
         copied = _copied(states, tensors)
         return lambda: _archive(data, description, *copied)
 
-    def _entry(self, name: str, value: object) -> Any:  # noqa: ANN401  # any JSON
-        if type(value) in _PLAIN:
-            return value
-        # Equal pickles are equal values. Pickling takes a tenth of the time of SB3's JSON
+    def _unless_made(self, make: Callable[[str, Any], Any], name: str, value: object) -> Any:  # noqa: ANN401  # any JSON
+        # Equal pickles are equal values. Pickling takes a tenth of the time of making what SB3 and we write
         pickled = cloudpickle.dumps(value)
-        remembered = self._entries.get(name)
-        if remembered is None or remembered[0] != pickled:
-            remembered = (pickled, json.loads(data_to_json({name: value}))[name])
-            self._entries[name] = remembered
-        return remembered[1]
+        made = self._made.get((make, name))
+        if made is None or made[0] != pickled:
+            made = self._made[make, name] = (pickled, make(name, value))
+        return made[1]
+
+
+def _entry(name: str, value: object) -> Any:  # noqa: ANN401  # any JSON
+    return json.loads(data_to_json({name: value}))[name]
+
+
+def _described(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401  # a space
+    return describe_space(value)
 
 
 def _saves_as_ppo_plus(model: PPO) -> bool:
