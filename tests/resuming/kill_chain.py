@@ -7,8 +7,8 @@ processes goes through the same run: each is killed and the next one resumes, an
 optimiser, observations, episodes, statistics and next random numbers must have the bits of the uninterrupted one.
 
 This process sends the kills. Of each three, two are aimed: they come at a random moment after a write has begun. The
-others come at a random moment of training. Processes count what they do in shared memory, so that it is known where a kill has
-hit: "inside a write" is from the creation of the hidden directory until old checkpoints are removed.
+others come at a random moment of training. Processes count what they do in shared memory, so that it is known where a
+kill has hit: "inside a write" is from the creation of the hidden directory until old checkpoints are removed.
 """
 
 import argparse
