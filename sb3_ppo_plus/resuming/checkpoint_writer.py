@@ -47,17 +47,24 @@ class CheckpointWriter:
     def close(self) -> None:
         """Wait for the checkpoint that is being written, end the thread, and unlock the directory.
 
+        If the wait is interrupted, the thread does the rest.
+
         :raises CheckpointError: if that checkpoint could not be written
         """
         try:
             self.wait()
         finally:
-            # After an interrupt of the wait, the thread goes on, and needs the lock
             if self._in_flight is None:
-                executor, self._executor = self._executor, None
-                if executor is not None:
-                    executor.shutdown()
-                self._lock.release()
+                self._end(waits=True)
+            else:
+                # The wait was interrupted: the thread goes on, and needs the lock until it is done
+                self._in_flight.add_done_callback(lambda _: self._end(waits=False))
+
+    def _end(self, waits: bool) -> None:
+        executor, self._executor = self._executor, None
+        if executor is not None:
+            executor.shutdown(wait=waits)
+        self._lock.release()
 
     def wait(self) -> None:
         """Wait until nothing is being written.

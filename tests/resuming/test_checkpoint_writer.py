@@ -3,7 +3,9 @@
 import io
 import os
 import resource
+import signal
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -29,6 +31,7 @@ class Disk:
     def __init__(self, monkeypatch):
         self.is_slow, self.is_full = False, False
         self.n_waits = 0
+        self.when_it_goes_on = lambda: None
         self.threads = []
         self._begun, self._may_go_on = threading.Event(), threading.Event()
         self._write, self._wait = checkpoint_writer.write_checkpoint, CheckpointWriter.wait
@@ -49,6 +52,7 @@ class Disk:
             self._begun.set()
             assert self._may_go_on.wait(FOREVER)
             self._begun.clear()
+            self.when_it_goes_on()
         if self.is_full:
             raise CheckpointError(f"no room at {arguments[2]} steps")
         return self._write(*arguments)
@@ -146,6 +150,22 @@ def test_learn_waits_for_the_checkpoint_also_where_training_fails(tmp_path, disk
     with pytest.raises(error):
         model.learn(96, [TrainingCheckpoint(1, tmp_path), At(24, fail)])
     assert steps_of(tmp_path) == [16]
+
+
+def test_an_interrupt_at_the_end_leaves_the_rest_to_the_thread(tmp_path, disk):
+    disk.is_slow = True
+    disk.when_it_goes_on = lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    model, checkpoint = make_model(), TrainingCheckpoint(1, tmp_path, on_signal=False)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(96, [checkpoint, StopAfter(16)])
+    disk.is_slow = False
+    checkpoint._writer.wait()
+    assert steps_of(tmp_path) == [16]
+    while checkpoint._writer._lock.is_held:
+        # The thread gives it back last
+        time.sleep(0.001)
+    model.continue_learning(TrainingCheckpoint(1, tmp_path))
+    assert_same_bits(state_of(model), learned())
 
 
 def test_a_write_that_failed_is_the_error_of_the_next_checkpoint_and_training_can_go_on(tmp_path, disk):

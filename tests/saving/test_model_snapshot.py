@@ -11,6 +11,7 @@ from models import build
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.saving import model_snapshot
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots, _copied, _tensors_in
 
 N_STEPS = 16
@@ -85,6 +86,16 @@ def test_a_save_of_ones_own_is_called():
     model = trained()
     model.save = lambda path, exclude: path.write(b"mine")
     assert ModelSnapshots().take(model, [])() == b"mine"
+
+
+def test_tensors_on_another_device_are_written_at_once(monkeypatch):
+    model, made = trained(), []
+    monkeypatch.setattr(model_snapshot, "_archive", lambda *arguments: made.append(1) or b"archive")
+    make = ModelSnapshots().take(model, [])
+    assert made == []
+    monkeypatch.setattr(model, "get_parameters", lambda: {"policy": {"weight": th.zeros(2, device="meta")}})
+    make = ModelSnapshots().take(model, ["get_parameters"])
+    assert made == [1] and make() == b"archive"
 
 
 def test_shared_tensors_stay_shared_and_views_keep_their_storages():
