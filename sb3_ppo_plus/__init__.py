@@ -2,7 +2,14 @@
 
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.envs.restarting_env import RestartingEnv
-from sb3_ppo_plus.errors import CheckpointError, DeadWorkerError, NonFiniteError, UntrustedFileError, WrapperStackError
+from sb3_ppo_plus.errors import (
+    CheckpointError,
+    DeadWorkerError,
+    NonFiniteError,
+    ResumeProofError,
+    UntrustedFileError,
+    WrapperStackError,
+)
 from sb3_ppo_plus.extractors import ImpalaCNN, MultiInputExtractor, TransformerExtractor
 from sb3_ppo_plus.policies import (
     ActorCriticPlusCnnPolicy,
@@ -48,6 +55,7 @@ __all__ = [
     "PPOPlusRolloutBuffer",
     "RestartingEnv",
     "ResumableEnv",
+    "ResumeProofError",
     "RolloutBatch",
     "TrainingCheckpoint",
     "TransformerExtractor",

@@ -29,3 +29,7 @@ class WrapperStackError(ValueError):
 
 class PlainStateError(TypeError):
     """A value cannot be saved in a checkpoint: it is not a plain value, or it contains one that is not."""
+
+
+class ResumeProofError(CheckpointError):
+    """An environment goes on in another way after its state was saved and put back."""

@@ -404,7 +404,7 @@ class PPOPlus(PPO):
         """
         parameters = load_path_or_dict
         if not isinstance(parameters, dict):
-            parameters = read_parameters(parameters, device)
+            parameters = read_parameters(parameters, device, self)
         super().set_parameters(self._coefficients.to_present_groups(self, parameters), exact_match, device)
 
     @classmethod

@@ -17,7 +17,9 @@ from stable_baselines3.common.callbacks import (
 )
 
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.resuming.state_checks import may_replace
 from sb3_ppo_plus.resuming.vec_env_state import set_vec_env_state, vec_env_state
+from sb3_ppo_plus.untrusted.strict_json import short
 
 CallbackState = dict[str, Any]
 
@@ -49,11 +51,14 @@ def callback_states(callback: BaseCallback) -> dict[str, CallbackState]:
     return {key: _copied_state(child) for key, child in _named(callback)}
 
 
-def set_callback_states(callback: BaseCallback, states: dict[str, CallbackState]) -> None:
+def set_callback_states(callback: BaseCallback, states: dict[str, CallbackState], trusted: bool = True) -> None:
     """Put back what :func:`callback_states` has returned. Warn of saved callbacks that are missing now.
 
     :param callback: the callback of ``learn``
     :param states: what was saved
+    :param trusted: False: of the attributes of SB3's callbacks, only numbers are put back; and see
+        :func:`set_vec_env_state`
+    :raises ValueError: without trust, for a value that is no number; the message names it
     """
     children = dict(_named(callback))
     # The number of calls alone is no loss
@@ -64,18 +69,21 @@ def set_callback_states(callback: BaseCallback, states: dict[str, CallbackState]
         )
     for key in states.keys() & children.keys():
         child, state = children[key], states[key]
-        child.n_calls = state["n_calls"]
-        for name in _sb3_attributes(child):
-            if name in state.get("attributes", {}):
-                setattr(child, name, state["attributes"][name])
+        attributes = {"n_calls": state["n_calls"]}
+        saved = state.get("attributes", {})
+        attributes |= {name: saved[name] for name in _sb3_attributes(child) if name in saved}
+        for name, value in attributes.items():
+            if not trusted and not may_replace(getattr(child, name), value):
+                raise ValueError(f"{key}: {name} cannot be {short(value)}")
+            setattr(child, name, value)
         if "own" in state and hasattr(child, "set_state"):
             child.set_state(state["own"])
         if isinstance(child, EvalCallback):
-            _set_eval_env_state(child, state.get("eval_env"))
+            _set_eval_env_state(child, state.get("eval_env"), trusted)
 
 
-def _set_eval_env_state(callback: EvalCallback, state: CallbackState | None) -> None:
-    if state is None or not set_vec_env_state(callback.eval_env, state):
+def _set_eval_env_state(callback: EvalCallback, state: CallbackState | None, trusted: bool) -> None:
+    if state is None or not set_vec_env_state(callback.eval_env, state, trusted):
         warnings.warn(
             f"the environments of {type(callback).__name__} have no get_resume_state() and set_resume_state(state), or "
             "had none when they were saved: their episodes begin anew, and the evaluation's results may differ. "

@@ -14,6 +14,7 @@ from sb3_ppo_plus.argument_checks import is_integer
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.resuming.checkpoint_writer import CheckpointWriter
+from sb3_ppo_plus.resuming.proof import prove_envs
 from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
 from sb3_ppo_plus.resuming.training_state import Snapshot, take_snapshot
@@ -50,6 +51,8 @@ class TrainingCheckpoint(BaseCallback):
         (``rollout/ep_rew_mean``), whatever their age; of equal ones the newer. See :func:`best_checkpoint`
     :raises TypeError: for a ``save_freq``, ``keep_last`` or ``keep_best`` that is no integer
     :raises ValueError: for a ``save_freq`` or ``keep_last`` below 1, or a ``keep_best`` below 0
+    :raises ResumeProofError: when training starts, if an environment in a :class:`ResumableEnv` goes on in another way
+        after its state was put back
     :raises CheckpointError: before the first step, if another run uses the directory, or nothing can be written there.
         Later, if a checkpoint could not be written: at the next one or at the end of ``learn``; the model stays usable
     """
@@ -106,6 +109,7 @@ class TrainingCheckpoint(BaseCallback):
         self._snapshot(unsaved)
         if unsaved:
             warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
+        prove_envs(self.training_env)
         if self.model.num_timesteps == 0 and checkpoint_directories(self.save_path):
             warnings.warn(
                 f"{self.save_path} holds checkpoints of an earlier run. This run's checkpoints will replace them. "

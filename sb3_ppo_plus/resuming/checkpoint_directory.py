@@ -27,11 +27,14 @@ from typing import Any
 
 import torch as th
 
-from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
+from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError, UntrustedFileError
 from sb3_ppo_plus.resuming.migrations import FORMAT, check_format
-from sb3_ppo_plus.strict_json import parse
+from sb3_ppo_plus.untrusted.regular_files import open_regular_file
+from sb3_ppo_plus.untrusted.strict_json import parse, short
 
 MANIFEST = "manifest.json"
+#: It names a few files and versions
+MAX_MANIFEST_BYTES = 2**20
 _NAME = re.compile(r"checkpoint_(\d+)_\d+_steps")
 _LEFTOVER = re.compile(r"\.checkpoint_\d+_\d+_steps\.(?:unfinished|removed)")
 _PACKAGES = ("gymnasium", "numpy", "sb3-ppo-plus", "stable-baselines3", "torch")
@@ -96,46 +99,63 @@ def write_checkpoint(
     return directory
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
+def read_checkpoint(directory: Path, follows_links: bool = True) -> Checkpoint:
     """Read a checkpoint, and verify the sizes and hashes of its files.
 
     :param directory: its directory
-    :raises InvalidCheckpointError: if it is incomplete or altered; the message names the file
+    :param follows_links: whether its files may be symbolic links
+    :raises InvalidCheckpointError: if it is incomplete or altered, or holds what is no regular file; the message names
+        the file
     """
     try:
-        text = (directory / MANIFEST).read_bytes()
+        text = _read(directory / MANIFEST, None, follows_links)
         manifest = parse(text, str(directory / MANIFEST))["manifest"]
         if text != _sealed(manifest):
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} was altered")
         check_format(manifest, str(directory))
         files = {}
         for name, expected in manifest["files"].items():
-            # Path(name).name: a name in the manifest must not lead out of the directory
-            files[name] = (directory / Path(name).name).read_bytes()
-            if len(files[name]) != expected["size"]:
-                raise InvalidCheckpointError(
-                    f"{directory}: {name} has {len(files[name])} bytes, its manifest says {expected['size']}"
-                )
+            # A name must not lead out of the directory, nor may two names lead to one large file
+            if Path(name).name != name:
+                raise InvalidCheckpointError(f"{directory}: {MANIFEST} names {short(name)}, which is no file's name")
+            files[name] = _read(directory / name, expected["size"], follows_links)
             if _sha256(files[name]) != expected["sha256"]:
                 raise InvalidCheckpointError(f"{directory}: {name} was altered")
-    except OSError as error:
-        raise InvalidCheckpointError(f"{directory}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InvalidCheckpointError(f"{directory}: {MANIFEST} is no manifest") from error
     return Checkpoint(directory, files, manifest)
 
 
-def newest_checkpoint(save_path: str | Path, skipped: list[str] | None = None) -> Checkpoint | None:
+def _read(path: Path, size: int | None, follows_links: bool) -> bytes:
+    """Read a file of a checkpoint. Its size is checked first: by the manifest, or for itself by a limit."""
+    try:
+        with open_regular_file(path, follows_links) as file:
+            found = os.fstat(file.fileno()).st_size
+            if size is None and found > MAX_MANIFEST_BYTES:
+                raise InvalidCheckpointError(f"{path.parent}: {path.name} has {found} bytes, which no manifest has")
+            if size is not None and found != size:
+                raise InvalidCheckpointError(f"{path.parent}: {path.name} has {found} bytes, its manifest says {size}")
+            return file.read(found)
+    except (OSError, UntrustedFileError) as error:
+        raise InvalidCheckpointError(f"{path.parent}: {error}") from error
+
+
+def newest_checkpoint(
+    save_path: str | Path, follows_links: bool = True, skipped: list[str] | None = None
+) -> Checkpoint | None:
     """Read the newest valid checkpoint, and warn of each newer one that is not valid.
 
     :param save_path: directory of the checkpoints, or the directory of one checkpoint
+    :param follows_links: whether what lies in ``save_path`` may be symbolic links
     :param skipped: gets a line for each checkpoint that is not valid
     :return: None if there is no valid checkpoint
     """
     directories = _directories(save_path)
     while True:
         for directory in directories:
-            checkpoint = _read_or_warn(directory, skipped)
+            # A directory that was given by its name may itself be a link
+            is_given = directory == Path(save_path)
+            checkpoint = _read_or_warn(directory, is_given, follows_links, skipped)
             if checkpoint is not None:
                 return checkpoint
         # A run that is going on may have replaced all of them meanwhile
@@ -153,7 +173,7 @@ def best_checkpoint_in(save_path: str | Path) -> Checkpoint | None:
     best: Checkpoint | None = None
     best_return = -math.inf
     for directory in _directories(save_path):
-        checkpoint = _read_or_warn(directory)
+        checkpoint = _read_or_warn(directory, directory == Path(save_path))
         if checkpoint is not None and checkpoint.mean_return is not None and checkpoint.mean_return > best_return:
             best, best_return = checkpoint, checkpoint.mean_return
     return best
@@ -164,12 +184,16 @@ def _directories(save_path: str | Path) -> list[Path]:
     return [save_path] if (save_path / MANIFEST).exists() else checkpoint_directories(save_path)
 
 
-def _read_or_warn(directory: Path, skipped: list[str] | None = None) -> Checkpoint | None:
+def _read_or_warn(
+    directory: Path, is_given: bool, follows_links: bool = True, skipped: list[str] | None = None
+) -> Checkpoint | None:
     try:
-        return read_checkpoint(directory)
+        if directory.is_symlink() and not (follows_links or is_given):
+            raise InvalidCheckpointError(f"{directory} is a symbolic link")
+        return read_checkpoint(directory, follows_links)
     except InvalidCheckpointError as error:
         # It is no damage if a run that is going on has removed it
-        if directory.exists():
+        if os.path.lexists(directory):
             warnings.warn(f"skipped an invalid checkpoint: {error}", stacklevel=3)
             if skipped is not None:
                 skipped.append(str(error))

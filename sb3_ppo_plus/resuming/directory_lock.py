@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sb3_ppo_plus.errors import CheckpointError
 from sb3_ppo_plus.resuming.checkpoint_directory import MANIFEST, is_name_of_checkpoint, make_directory
-from sb3_ppo_plus.strict_json import short
+from sb3_ppo_plus.untrusted.strict_json import short
 
 if sys.platform == "win32":
     import msvcrt

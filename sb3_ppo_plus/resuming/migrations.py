@@ -2,6 +2,9 @@
 
 Every version reads the manifest in the same way, to verify the files: its fields keep their names and meanings, and new
 ones are optional. What may change from format to format is the state that ``read_state`` returns.
+
+A new format is needed only where an older version must not read what is written. Then raise :data:`FORMAT`, enter the
+way from the format before in :data:`MIGRATIONS`, and add an archive as ``tests/saving/old_checkpoints.py`` says.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sb3_ppo_plus.errors import InvalidCheckpointError
-from sb3_ppo_plus.strict_json import short
+from sb3_ppo_plus.untrusted.strict_json import short
 
 TrainingState = dict[str, Any]
 

@@ -2,54 +2,52 @@
 
 from __future__ import annotations
 
-import copy
-import importlib
 import inspect
-import random
-import sys
-from collections.abc import Callable, Collection
-from functools import cache
-from types import ModuleType
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
-import gymnasium.wrappers.utils
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
-from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
 from sb3_ppo_plus.errors import PlainStateError
-from sb3_ppo_plus.resuming.generator_state import (
-    generator_state,
-    restored_generator,
-    set_space_generator_states,
-    space_generator_states,
+from sb3_ppo_plus.resuming.generator_state import generator_state, set_space_generator_states, space_generator_states
+from sb3_ppo_plus.resuming.object_attributes import (
+    NOT_STATE,
+    attributes_of,
+    class_attributes_of,
+    is_of_library,
+    own_attributes,
+    own_classes,
 )
-from sb3_ppo_plus.resuming.plain_state import PlainStateWriter
+from sb3_ppo_plus.resuming.object_graph import (
+    CONSTANTS,
+    GENERATORS,
+    TRANSPARENT,
+    GraphWriter,
+    is_leaf,
+    is_stateless,
+    plain_copy,
+)
+from sb3_ppo_plus.resuming.object_graph_reader import MISSING, GraphReader, text_of_constant
+from sb3_ppo_plus.resuming.overlapping_arrays import has_foreign_owner
+from sb3_ppo_plus.resuming.simulator_state import (
+    atari_state,
+    is_atari,
+    is_mujoco_data,
+    mujoco_state,
+    set_atari_state,
+    set_mujoco_state,
+    sticky_probability,
+)
 
 ObjectState = dict[str, tuple[str, Any]]
-"""For each attribute its kind, which is a key of :data:`KINDS`, and plain values."""
+"""For each attribute its kind and plain values.
 
-# Attributes that are no state: how an object was made, what it wraps, what an Atari game can do
-NOT_STATE = {
-    "_action_set",
-    "_cached_spec",
-    "_ezpickle_args",
-    "_ezpickle_kwargs",
-    "_metadata",
-    "_saved_kwargs",
-    "class_attributes",
-    "env",
-    "metadata",
-    "obs_spaces",
-    "spec",
-    "venv",
-}
-# Modules whose objects are no state: they render, or write statistics of episodes to files
-NOT_STATE_MODULES = ("pygame", "gymnasium.envs.mujoco.mujoco_rendering", "stable_baselines3.common.monitor")
-# Objects whose attributes are their state
-TRANSPARENT = (RunningMeanStd, gymnasium.wrappers.utils.RunningMeanStd, StackedObservations)
+The kind is a key of :data:`KINDS`, "plain", "generator", "constant" (only compared), or "linked": an item of a table,
+see ``object_graph``. The attribute of a class is "Class.name". Names that begin with "$" are no attributes:
+:data:`TABLE` and :data:`NAMES`.
+"""
+TABLE, NAMES = "$table", "$names"
 
 
 class Kind(NamedTuple):
@@ -57,153 +55,203 @@ class Kind(NamedTuple):
 
     :param applies: tells whether a value is of this kind
     :param get: turns a value into plain values
-    :param put: takes the existing value and the saved plain values; returns the existing value, changed, or a new one
+    :param put: puts the saved plain values into the existing value
     """
 
     applies: Callable[[Any], bool]
     get: Callable[[Any], Any]
-    put: Callable[[Any, Any], Any]
+    put: Callable[[Any, Any], None]
 
 
 def object_state(owner: object, constant: Collection[str] = (), refused: list[str] | None = None) -> ObjectState:
     """Copy what may change in an object: plain attributes, random generators (also of spaces), MuJoCo, Atari.
 
-    Running means and stacks of observations are part of it. Functions, classes, modules and rendering are not.
+    Running means and stacks of observations are part of it, and what functions and other callables hold. Classes,
+    modules and rendering are not.
 
     :param owner: an environment or a wrapper
     :param constant: names of further attributes to leave out
     :param refused: gets a line for each attribute that cannot be saved; None: the first of them is an error
     :raises PlainStateError: if an attribute cannot be saved; the message names it
     """
-    attributes: dict[str, Any] = {}
-    for name in ("observation_space", "action_space"):
-        # These may be attributes of the class, which vars() of an instance lacks
-        space = inspect.getattr_static(type(owner), name, None)
-        if isinstance(space, spaces.Space):
-            attributes[name] = space
-    attributes |= vars(owner)
-    state: ObjectState = {}
-    for name, value in attributes.items():
-        if name in NOT_STATE or name in constant or _never_changes(value):
-            continue
-        kind = next(kind for kind in KINDS if KINDS[kind].applies(value))
-        try:
-            if kind == "plain":
-                PlainStateWriter().encode(value, f"{type(owner).__name__}.{name}")
-            state[name] = (kind, KINDS[kind].get(value))
-        except PlainStateError as error:
-            if refused is None:
-                raise
-            refused.append(str(error))
-    return state
+    (state,), table = object_states([owner], [owner], constant, refused)
+    return {**state, TABLE: ("table", table)} if table else state
 
 
-def set_object_state(owner: object, state: ObjectState) -> None:
+def object_states(
+    owners: Sequence[object],
+    layers: Sequence[object],
+    constant: Collection[str] = (),
+    refused: list[str] | None = None,
+) -> tuple[list[ObjectState], list[list[Any]]]:
+    """Copy what may change in several objects, which may share parts, see :func:`object_state`.
+
+    :param owners: environments and wrappers
+    :param layers: all environments and wrappers that the owners may refer to
+    :param constant: names of attributes to leave out
+    :param refused: gets a line for each attribute that cannot be saved; None: the first of them is an error
+    :return: a state for each owner, and the table of what they share
+    :raises PlainStateError: if an attribute cannot be saved; the message names it
+    """
+    graph = GraphWriter(layers)
+    uses_mujoco = any(is_mujoco_data(value) for layer in layers for value in getattr(layer, "__dict__", {}).values())
+    found = [_places(owner, constant, uses_mujoco) for owner in owners]
+    for index, places in enumerate(found):
+        for name, value in places.items():
+            if _kind_of(value) is None:
+                graph.scan(value, (index, name))
+    graph.finish_scan()
+    states: list[ObjectState] = []
+    for index, (owner, places) in enumerate(zip(owners, found, strict=True)):
+        state: ObjectState = {}
+        for name, value in places.items():
+            try:
+                state[name] = _saved(graph, owner, name, value, graph.is_linked((index, name)))
+            except PlainStateError as error:
+                if refused is None:
+                    raise
+                refused.append(str(error))
+        if not is_of_library(type(owner)):
+            state[NAMES] = ("names", sorted(own_attributes(owner)))
+        states.append(state)
+    return states, graph.entries
+
+
+def set_object_state(owner: object, state: ObjectState, constant: Collection[str] = ()) -> None:
     """Put back the state of an object.
 
     :param owner: an environment or a wrapper
     :param state: what :func:`object_state` has returned
+    :param constant: names of attributes to leave as they are, even if they were not there
     :raises ValueError: for the name of a method or of a special attribute, which no state contains; and if ``owner``
         lacks an object that the saved one had
     """
-    for name, (kind, saved) in state.items():
-        if name.startswith("__") or callable(inspect.getattr_static(type(owner), name, None)):
-            raise ValueError(f"{type(owner).__name__}.{name} is no state")
-        # Not getattr: SB3's wrappers answer with attributes of what they wrap
-        existing = vars(owner).get(name, inspect.getattr_static(type(owner), name, None))
-        if existing is None and kind not in ("plain", "generator"):
-            raise ValueError(f"{type(owner).__name__} has no {name}, as the saved one had: it was made in another way")
-        value = KINDS[kind].put(existing, saved)
+    _, table = state.get(TABLE, ("table", []))
+    set_object_states([owner], [state], GraphReader(table, [owner]), constant)
+
+
+def set_object_states(
+    owners: Sequence[object], states: Sequence[ObjectState], reader: GraphReader, constant: Collection[str] = ()
+) -> None:
+    """Put back the states of several objects.
+
+    :param owners: environments and wrappers
+    :param states: what :func:`object_states` has returned
+    :param reader: reads the table
+    :param constant: names of attributes to leave as they are, even if they were not there
+    :raises ValueError: as :func:`set_object_state`
+    """
+    # Attributes of classes first: where they equal the saved ones they stay, and so does what refers to them
+    for owner, state in zip(owners, states, strict=True):
+        for name, (kind, saved) in state.items():
+            if "." in name:
+                _put_class_attribute(owner, name, kind, saved, reader)
+    for owner, state in zip(owners, states, strict=True):
+        there = attributes_of(owner)
+        for name, (kind, saved) in state.items():
+            if "." not in name and not name.startswith("$"):
+                _put_attribute(owner, name, kind, saved, there, reader)
+        if NAMES in state:
+            for name in own_attributes(owner) - set(state[NAMES][1]) - set(constant) - NOT_STATE:
+                object.__delattr__(owner, name)
+
+
+def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict[str, Any]:
+    places = {}
+    for name, value in attributes_of(owner).items():
+        if name in NOT_STATE or name in constant or is_stateless(value) or name.startswith("__"):
+            continue
+        # Such arrays are saved with the MjData that owns their memory
+        if not (uses_mujoco and isinstance(value, np.ndarray) and has_foreign_owner(value)):
+            places[name] = value
+    for (cls, name), value in class_attributes_of(owner).items():
+        if name not in constant and not is_stateless(value):
+            places[f"{cls.__name__}.{name}"] = value
+    # An attribute that is put back may come later than before
+    return dict(sorted(places.items()))
+
+
+def _kind_of(value: object) -> str | None:
+    if is_leaf(value):
+        return None
+    return next((kind for kind in KINDS if KINDS[kind].applies(value)), None)
+
+
+def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: bool) -> tuple[str, Any]:  # noqa: ANN401  # any value
+    is_of_class = "." in name
+    full_name = name if is_of_class else f"{type(owner).__name__}.{name}"
+    kind = _kind_of(value)
+    if kind == "atari" and getattr(owner, "continuous", False) and sticky_probability(value) > 0:
+        raise PlainStateError(f"{full_name} may repeat the strength of a continuous action, which ALE does not tell")
+    if kind is not None:
+        return kind, KINDS[kind].get(value)
+    # Objects of an environment may change their constants, and these could not be put back
+    if isinstance(value, (*CONSTANTS, frozenset) if is_of_class else np.dtype):
+        return "constant", "" if isinstance(value, frozenset) else text_of_constant(value)
+    if isinstance(value, GENERATORS) and not is_linked:
+        return "generator", generator_state(value)
+    # What a class and an object share must be the same object afterwards
+    if is_linked or (is_of_class and not is_leaf(value)):
+        return "linked", graph.item(value, full_name)
+    return "plain", plain_copy(value)
+
+
+def _put_class_attribute(owner: Any, name: str, kind: str, saved: Any, reader: GraphReader) -> None:  # noqa: ANN401  # any value
+    class_name, _, attribute = name.rpartition(".")
+    owner_class: Any = type(owner)
+    cls = next((cls for cls in own_classes(owner_class) if cls.__name__ == class_name), None)
+    existing = MISSING if cls is None else vars(cls).get(attribute, MISSING)
+    if cls is None or attribute.startswith("__") or callable(existing) or hasattr(type(existing), "__get__"):
+        raise ValueError(f"{name} is no state of {type(owner).__name__}")
+    if kind in KINDS or kind == "constant":
+        _put_in_place(existing, kind, saved, name)
+    elif not reader.adopt(saved, existing):
+        value = reader.generator(saved, existing) if kind == "generator" else reader.value(saved, existing, name)
         if value is not existing:
-            setattr(owner, name, value)
+            setattr(cls, attribute, value)
 
 
-def mujoco_state(data: Any) -> dict[str, Any]:  # noqa: ANN401  # mujoco is an optional dependency
-    """Copy the integration state of an ``MjData``, and the arrays that MuJoCo derives from it.
-
-    After a step, the derived arrays still belong to the state before it. Environments read them before their next step:
-    Ant's reward is the change of the torso's position in these arrays.
-
-    :param data: an ``MjData``
-    """
-    mujoco = importlib.import_module("mujoco")
-    integration = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.empty(mujoco.mj_stateSize(data.model, integration))
-    mujoco.mj_getState(data.model, data, state, integration)
-    # The arrays are joined, since each environment has 120 of them
-    derived = [getattr(data, name) for name in _derived_arrays()]
-    sizes = np.array([array.nbytes for array in derived])
-    return {"integration": state, "derived": b"".join(array.tobytes() for array in derived), "sizes": sizes}
-
-
-def set_mujoco_state(data: Any, state: dict[str, Any]) -> None:  # noqa: ANN401  # mujoco is an optional dependency
-    """Put back the state of an ``MjData``.
-
-    :param data: an ``MjData``
-    :param state: what :func:`mujoco_state` has returned
-    :raises ValueError: for the state of another model
-    """
-    mujoco = importlib.import_module("mujoco")
-    integration = mujoco.mjtState.mjSTATE_INTEGRATION
-    size = mujoco.mj_stateSize(data.model, integration)
-    if len(state["integration"]) != size:
-        raise ValueError(f"the saved MuJoCo state has {len(state['integration'])} numbers, the model's has {size}")
-    mujoco.mj_setState(data.model, data, state["integration"], integration)
-    mujoco.mj_forward(data.model, data)
-    begin = 0
-    for name, size in zip(_derived_arrays(), state["sizes"].tolist(), strict=True):
-        array = getattr(data, name)
-        # The length of some arrays depends on the contacts. Where it differs, what mj_forward has found stays
-        if array.nbytes == size:
-            array[...] = np.frombuffer(state["derived"][begin : begin + size], array.dtype).reshape(array.shape)
-        begin += size
+def _put_attribute(
+    owner: object,
+    name: str,
+    kind: str,
+    saved: Any,  # noqa: ANN401  # any value
+    there: dict[str, Any],
+    reader: GraphReader,
+) -> None:
+    # Not getattr: SB3's wrappers answer with attributes of what they wrap
+    existing = there.get(name, MISSING)
+    full_name = f"{type(owner).__name__}.{name}"
+    replaces_method = callable(inspect.getattr_static(type(owner), name, None))
+    if name.startswith("__") or (replaces_method and (kind != "linked" or existing is MISSING)):
+        raise ValueError(f"{full_name} is no state")
+    if kind in KINDS or kind == "constant":
+        _put_in_place(existing, kind, saved, full_name)
+        return
+    if kind == "linked":
+        value = reader.value(saved, existing, full_name)
+    elif kind == "generator":
+        value = reader.generator(saved, existing)
+    else:
+        # Copied, so that a state can be put back several times
+        value = plain_copy(saved)
+    if replaces_method and not callable(value):
+        raise ValueError(f"{full_name} is no state")
+    if value is not existing:
+        setattr(owner, name, value)
 
 
-@cache
-def _derived_arrays() -> list[str]:
-    mujoco = importlib.import_module("mujoco")
-    data = mujoco.MjData(mujoco.MjModel.from_xml_string("<mujoco/>"))
-    names = [name for name in dir(data) if isinstance(getattr(data, name), np.ndarray)]
-    # The length of constraints' arrays depends on the contacts, and no environment of Gymnasium reads them
-    return [name for name in names if not name.startswith(("_", "efc_", "iefc_"))]
-
-
-def _never_changes(value: object) -> bool:
-    if isinstance(value, EnvSpec | ModuleType | type) or (callable(value) and not isinstance(value, TRANSPARENT)):
-        return True
-    # Such arrays are saved with the MjData that owns their memory
-    is_view_of_mujoco = isinstance(value, np.ndarray) and type(_owner_of_memory(value)).__name__ == "PyCapsule"
-    if is_view_of_mujoco or _is_instance("mujoco", "MjModel", value):
-        return True
-    return type(value).__module__.startswith(NOT_STATE_MODULES)
-
-
-def _owner_of_memory(array: np.ndarray) -> object:
-    owner: Any = array
-    while isinstance(owner, np.ndarray) and owner.base is not None:
-        owner = owner.base
-    return owner
-
-
-def _is_instance(module: str, name: str, value: object) -> bool:
-    # The modules are optional dependencies. While one is not imported, its objects cannot exist
-    return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))
-
-
-def _set_atari_state(ale: Any, state: bytes) -> None:  # noqa: ANN401  # ale-py is an optional dependency
-    ale.restoreState(importlib.import_module("ale_py").ALEState(state))
+def _put_in_place(existing: Any, kind: str, saved: Any, name: str) -> None:  # noqa: ANN401  # any value
+    if existing is MISSING or existing is None:
+        raise ValueError(f"there is no {name}, as there was in the saved one: it was made in another way")
+    if kind in KINDS:
+        KINDS[kind].put(existing, saved)
+    elif saved and text_of_constant(existing) != saved:
+        raise ValueError(f"{name} is {text_of_constant(existing)}, the saved one was {saved}")
 
 
 def _are_transparent(value: object) -> bool:
     return isinstance(value, dict) and len(value) > 0 and all(isinstance(part, TRANSPARENT) for part in value.values())
-
-
-def _in_place(change: Callable[[Any, Any], None]) -> Callable[[Any, Any], Any]:
-    def put(existing: Any, saved: Any) -> Any:  # noqa: ANN401  # a value of any kind
-        change(existing, saved)
-        return existing
-
-    return put
 
 
 def _set_each(existing: dict[Any, Any], saved: dict[Any, ObjectState]) -> None:
@@ -212,25 +260,12 @@ def _set_each(existing: dict[Any, Any], saved: dict[Any, ObjectState]) -> None:
 
 
 KINDS = {
-    "space": Kind(
-        lambda value: isinstance(value, spaces.Space), space_generator_states, _in_place(set_space_generator_states)
-    ),
-    "generator": Kind(
-        lambda value: isinstance(value, np.random.Generator | np.random.RandomState | random.Random),
-        generator_state,
-        restored_generator,
-    ),
-    "mujoco": Kind(lambda value: _is_instance("mujoco", "MjData", value), mujoco_state, _in_place(set_mujoco_state)),
-    "atari": Kind(
-        lambda value: _is_instance("ale_py", "ALEInterface", value),
-        lambda ale: ale.cloneState(include_rng=True).serialize(),
-        _in_place(_set_atari_state),
-    ),
-    "object": Kind(lambda value: isinstance(value, TRANSPARENT), object_state, _in_place(set_object_state)),
+    "space": Kind(lambda value: isinstance(value, spaces.Space), space_generator_states, set_space_generator_states),
+    "mujoco": Kind(is_mujoco_data, mujoco_state, set_mujoco_state),
+    "atari": Kind(is_atari, atari_state, set_atari_state),
+    "object": Kind(lambda value: isinstance(value, TRANSPARENT), object_state, set_object_state),
     "objects": Kind(
-        _are_transparent, lambda parts: {key: object_state(part) for key, part in parts.items()}, _in_place(_set_each)
+        _are_transparent, lambda parts: {key: object_state(part) for key, part in parts.items()}, _set_each
     ),
-    # Copied in both directions, so that a state can be put back several times
-    "plain": Kind(lambda value: True, copy.deepcopy, lambda existing, saved: copy.deepcopy(saved)),
 }
-"""Kinds of attributes. The first kind that applies to a value is its kind."""
+"""Kinds of attributes whose objects are changed where they are. The first kind that applies to a value is its kind."""

@@ -25,6 +25,8 @@ ARRAYS = (np.ndarray, np.generic)
 MAPPINGS = {dict: "$items", OrderedDict: "$ordered", Counter: "$counter"}
 # Largest memory of an array with gaps between its numbers, relative to the memory of the numbers alone
 LARGEST_GAPS = 8
+# Without trust: gaps of all arrays in bytes, and keys whose hashes somebody can make equal
+MAX_GAP_BYTES, MAX_ODD_KEYS = 2**26, 5000
 
 
 class PlainStateWriter:
@@ -126,10 +128,14 @@ class PlainStateReader:
     """Builds values from what :class:`PlainStateWriter` has written.
 
     :param arrays: the bytes of all arrays
+    :param trusted: False: the values may take no more memory than an honest file's. So each byte belongs to one array
+        at most, and few keys are no strings and no integers of 62 bits: equal hashes would make a dict slow
     """
 
-    def __init__(self, arrays: bytes) -> None:
+    def __init__(self, arrays: bytes, trusted: bool = True) -> None:
         self._arrays = arrays
+        self._trusted = trusted
+        self._n_bytes = self._n_gap_bytes = self._n_odd_keys = 0
         self._builders: dict[str, Callable[[Json], Any]] = {
             "$array": self._array,
             "$scalar": lambda content: self._array(content)[()],
@@ -138,7 +144,7 @@ class PlainStateReader:
             "$floats": lambda content: self._array(content).tolist(),
             "$tuple": lambda content: tuple(map(self.build, content)),
             "$rnn_states": lambda content: RNNStates(*map(self.build, content)),
-            "$set": lambda content: set(map(self.build, content)),
+            "$set": lambda content: set(map(self._key, content)),
             **{tag: partial(self._mapping, kind) for kind, tag in MAPPINGS.items()},
         }
 
@@ -164,13 +170,23 @@ class PlainStateReader:
     def _mapping(self, kind: Callable[[], dict[Any, Any]], content: Json) -> dict[Any, Any]:
         mapping = kind()
         for key, item in content:
-            mapping[self.build(key)] = self.build(item)
+            mapping[self._key(key)] = self.build(item)
         return mapping
+
+    def _key(self, encoded: Json) -> Any:  # noqa: ANN401  # any plain value that has a hash
+        key = self.build(encoded)
+        if not (isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**62)):
+            self._n_odd_keys += 1
+            if self._n_odd_keys > MAX_ODD_KEYS and not self._trusted:
+                raise ValueError(
+                    f"the training state has more than {MAX_ODD_KEYS} keys that are no strings or integers"
+                )
+        return key
 
     def _array(self, content: Json) -> np.ndarray:
         dtype = np.dtype(content["type"])
-        if dtype.hasobject:
-            raise ValueError(f"the training state has an array of {dtype}; allowed: dtypes without objects")
+        if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
+            raise ValueError(f"the training state has an array of {dtype}; allowed: dtypes without objects or fields")
         if dtype.itemsize == 0:
             raise ValueError(f"the training state has an array of {dtype}, whose elements have no bytes")
         shape = content["shape"]
@@ -178,14 +194,29 @@ class PlainStateReader:
         if n_items == 0:
             return np.empty(shape, dtype)
         stored: np.ndarray = np.frombuffer(self._arrays, dtype, n_items, content["offset"]).reshape(shape)
-        if "strides" not in content:
-            return stored.copy()
-        n_bytes = _n_bytes(dtype, shape, content["strides"])
+        strides = content.get("strides")
+        n_bytes = stored.nbytes if strides is None else _n_bytes(dtype, shape, strides)
         if n_bytes > LARGEST_GAPS * stored.nbytes:
-            raise ValueError(f"the training state has an array of shape {shape} with strides {content['strides']}")
-        array = np.ndarray(shape, dtype, bytearray(n_bytes), strides=content["strides"])
+            raise ValueError(f"the training state has an array of shape {shape} with strides {strides}")
+        self._count(stored.nbytes, n_bytes - stored.nbytes)
+        if strides is None:
+            return stored.copy()
+        array = np.ndarray(shape, dtype, bytearray(n_bytes), strides=strides)
         array[...] = stored
         return array
+
+    def _count(self, n_bytes: int, n_gap_bytes: int) -> None:
+        """Without trust, refuse arrays that take more memory than the file's size tells."""
+        self._n_bytes += n_bytes
+        self._n_gap_bytes += n_gap_bytes
+        if self._trusted:
+            return
+        if self._n_bytes > len(self._arrays):
+            raise ValueError(f"the training state has arrays that share bytes, all {len(self._arrays)} bytes are used")
+        if self._n_gap_bytes > MAX_GAP_BYTES:
+            raise ValueError(
+                f"the training state has arrays with more than {MAX_GAP_BYTES} bytes between their numbers"
+            )
 
     def _tensor(self, content: Json) -> th.Tensor:
         tensor = th.from_numpy(self._array(content))

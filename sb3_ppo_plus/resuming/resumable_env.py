@@ -9,7 +9,10 @@ import gymnasium as gym
 
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.generator_state import global_generator_states, set_global_generator_states
-from sb3_ppo_plus.resuming.object_state import object_state, set_object_state
+from sb3_ppo_plus.resuming.object_graph_reader import GraphReader
+from sb3_ppo_plus.resuming.object_state import object_states, set_object_states
+from sb3_ppo_plus.resuming.proof import Finding, find_flaw
+from sb3_ppo_plus.resuming.untrusted_state import set_state_without_trust
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -22,12 +25,16 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
 
     :param env: the environment
     :param constant: names of attributes that cannot be saved, and need not be, since they never change
+    :param prove: whether training with a :class:`TrainingCheckpoint` begins with a proof, see :meth:`prove_resumable`.
+        It takes up to 60 steps with random actions and two resets: give False where these move real hardware
     """
 
-    def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = ()) -> None:
-        gym.utils.RecordConstructorArgs.__init__(self, constant=constant)
+    def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = (), prove: bool = True) -> None:
+        constant = tuple(constant)
+        gym.utils.RecordConstructorArgs.__init__(self, constant=constant, prove=prove)
         super().__init__(env)
-        self.constant = tuple(constant)
+        self.constant = constant
+        self.prove = prove
 
     def get_resume_state(self) -> dict[str, Any]:
         """Copy the state of every layer, from the outside in, and of this process's global random generators.
@@ -35,8 +42,17 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :return: plain values
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
-        layers = [(_name(layer), self._layer_state(layer)) for layer in self._layers()]
-        return {"layers": layers, "generators": global_generator_states()}
+        layers = list(self._layers())
+        try:
+            states, table = object_states(_without_own_methods(layers), [*layers, self], self.constant)
+        except PlainStateError as error:
+            raise PlainStateError(
+                f"{error}. Give its class get_resume_state() and set_resume_state(state), or, if the attribute never "
+                "changes, name it in ResumableEnv(env, constant=[...])"
+            ) from error
+        remaining = iter(states)
+        saved = [(_name(layer), _own_state(layer) if _has_own_methods(layer) else next(remaining)) for layer in layers]
+        return {"layers": saved, "table": table, "generators": global_generator_states()}
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned.
@@ -44,17 +60,61 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :param state: the state, which may be put back several times
         :raises ValueError: for the state of other wrappers or of another environment; the message names both
         """
+        layers = self._layers_of(state)
+        states = []
+        for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
+            if _has_own_methods(layer):
+                layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
+            else:
+                states.append(layer_state)
+        # States of earlier versions have no table, and do not tell which attributes share a generator
+        reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
+        set_object_states(_without_own_methods(layers), states, reader, self.constant)
+        set_global_generator_states(state["generators"])
+
+    def set_resume_state_without_trust(self, state: dict[str, Any]) -> tuple[list[str], str]:
+        """Put back what may come from anybody, see :func:`set_state_without_trust`.
+
+        Environments and wrappers with methods of their own get what :meth:`set_resume_state` would give them.
+
+        :param state: the state, from a file that is not trusted
+        :return: names of what was left out; and an error, or "". It is returned since an exception would end a worker
+            process
+        """
+        left_out: list[str] = []
+        try:
+            layers = self._layers_of(state)
+            for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
+                if _has_own_methods(layer):
+                    layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
+                else:
+                    left_out += set_state_without_trust(layer, layer_state)
+            set_global_generator_states(state["generators"])
+        except Exception as error:
+            return left_out, f"{type(error).__name__}: {error}"
+        return left_out, ""
+
+    def prove_resumable(self) -> Finding | None:
+        """Find out, on the environment itself, whether it goes on in the same way after its state was put back.
+
+        Some steps with random actions, and a reset, are done twice from the same state: observations, rewards, ends of
+        episodes and action masks must be the same. This shows what no look at attributes shows, such as state in
+        modules. It shows nothing that happens later in an episode. Afterwards everything is as it was: generators,
+        statistics, counters. Monitor and RecordVideo write nothing meanwhile; other wrappers may.
+
+        :return: what is wrong, for :class:`TrainingCheckpoint` to raise or to warn of; None: nothing, or ``prove`` is
+            False. It is returned since an exception would end a worker process
+        """
+        return find_flaw(self, self._layers()) if self.prove else None
+
+    def _layers_of(self, state: dict[str, Any]) -> list[gym.Env[Any, Any]]:
+        """Return all layers, whose names must be those of a state."""
         layers = list(self._layers())
         names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
             saved_stack, stack = " of ".join(saved_names), " of ".join(names)
             raise ValueError(f"the saved state is of {saved_stack}, the environment is {stack}")
-        for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-            if _has_own_methods(layer):
-                layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
-            else:
-                set_object_state(layer, layer_state)
-        set_global_generator_states(state["generators"])
+        return layers
 
     def _layers(self) -> Iterator[gym.Env[Any, Any]]:
         layer: gym.Env[Any, Any] = self.env
@@ -62,17 +122,6 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         while isinstance(layer, gym.Wrapper):
             layer = layer.env
             yield layer
-
-    def _layer_state(self, layer: gym.Env[Any, Any]) -> Any:  # noqa: ANN401  # plain values
-        if _has_own_methods(layer):
-            return layer.get_resume_state()  # type: ignore[attr-defined]  # it has the method
-        try:
-            return object_state(layer, self.constant)
-        except PlainStateError as error:
-            raise PlainStateError(
-                f"{error}. Give {_name(layer)} get_resume_state() and set_resume_state(state), or, if the attribute "
-                "never changes, name it in ResumableEnv(env, constant=[...])"
-            ) from error
 
 
 def saved_name(name: str) -> str:
@@ -88,6 +137,14 @@ def saved_name(name: str) -> str:
 
 def _name(layer: gym.Env[Any, Any]) -> str:
     return saved_name(type(layer).__name__)
+
+
+def _own_state(layer: Any) -> Any:  # noqa: ANN401  # a layer with methods, and plain values
+    return layer.get_resume_state()
+
+
+def _without_own_methods(layers: list[gym.Env[Any, Any]]) -> list[gym.Env[Any, Any]]:
+    return [layer for layer in layers if not _has_own_methods(layer)]
 
 
 def _has_own_methods(layer: gym.Env[Any, Any]) -> bool:

@@ -73,7 +73,7 @@ def load_checkpoint(
     if env is None:
         raise TypeError("env must be the environments to go on with, got None")
     skipped: list[str] = []
-    checkpoint = newest_checkpoint(save_path, skipped)
+    checkpoint = newest_checkpoint(save_path, kwargs.get("trusted", True), skipped)
     if checkpoint is None:
         raise CheckpointError("; ".join([f"there is no valid checkpoint in {save_path}", *skipped[:1]]))
     with NamingDeadWorkers(lambda: [env]):
@@ -89,8 +89,9 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
         state = migrated(read_state(checkpoint.files, trusted), checkpoint.manifest["format"])
         if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
-        goes_on = set_training_state(model, state)
+        goes_on = set_training_state(model, state, trusted)
         continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
+        continuation["trusted"] = trusted
         model._current_run.continuation = continuation
     except (WrapperStackError, *BROKEN_PIPES):
         raise
@@ -146,6 +147,7 @@ class Continuation(BaseCallback):
         self._logs: dict[str, Any] = state["logger"]
         self._callback_states: dict[str, Any] | None = state.get("callbacks")
         self._generators: dict[str, Any] | None = state.get("generators")
+        self._trusted: bool = state.get("trusted", True)
 
     def _on_training_start(self) -> None:
         model: Any = self.model
@@ -153,7 +155,7 @@ class Continuation(BaseCallback):
         model._num_timesteps_at_start = self._num_timesteps_at_start
         restore_logs(model, self._logs)
         if self._callback_states is not None:
-            set_callback_states(model._current_run.callback, self._callback_states)
+            set_callback_states(model._current_run.callback, self._callback_states, self._trusted)
         # For the second time: since resume, code that made the callbacks may have drawn random numbers
         if self._generators is not None:
             set_global_generator_states(self._generators)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,17 +24,18 @@ from sb3_ppo_plus.resuming.generator_state import (
     space_generator_states,
 )
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
+from sb3_ppo_plus.resuming.state_checks import check_attributes, check_logs, check_seconds
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
-from sb3_ppo_plus.strict_json import Limits, parse
 from sb3_ppo_plus.trees import tree_map
+from sb3_ppo_plus.untrusted.strict_json import Limits, parse
 
 TrainingState = dict[str, Any]
 
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
 # Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
 # there may be many environments, with nested lists. Python itself reads at most 4300 digits
-UNTRUSTED_LIMITS = Limits(max_bytes=2**30, max_depth=128, max_digits=4300, allows_non_finite=True)
+UNTRUSTED_LIMITS = Limits(2**28, max_depth=128, max_values=2**22, max_digits=4300, allows_non_finite=True)
 GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
@@ -114,27 +114,32 @@ def read_state(files: dict[str, bytes], trusted: bool) -> TrainingState:
     """Read the state that :func:`take_snapshot` has written beside the model.
 
     :param files: contents by file name
-    :param trusted: False: a file that exceeds :data:`UNTRUSTED_LIMITS`, or has a key twice, is an error
+    :param trusted: False: a file that exceeds :data:`UNTRUSTED_LIMITS`, has a key twice, or would take more memory
+        than its size tells, is an error
     :raises UntrustedFileError: for such a file, if it is not trusted
     """
     text = files[STATE_FILE]
     encoded = json.loads(text) if trusted else parse(text, STATE_FILE, UNTRUSTED_LIMITS)
-    state: TrainingState = PlainStateReader(files[ARRAYS_FILE]).build(encoded)
+    state: TrainingState = PlainStateReader(files[ARRAYS_FILE], trusted).build(encoded)
     return state
 
 
-def set_training_state(model: PlusModel, state: TrainingState) -> bool:
+def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = True) -> bool:
     """Put back the state of a run into a model that was loaded from the checkpoint's ``model.zip``.
 
     :meth:`PPOPlus.continue_learning` sets up logs and callbacks, and puts back their state.
 
     :param model: the model, with its environments
     :param state: what :func:`read_state` has returned
+    :param trusted: False: only values that training could have given are taken
     :return: whether the episodes of the environments go on; otherwise all environments were reset
     :raises WrapperStackError: if the number of environments, or their wrappers, differ from the saved ones
     """
     assert model.env is not None
-    _check_attributes(model, state["attributes"])
+    check_attributes(model, state["attributes"], trusted)
+    check_seconds(state["seconds"])
+    if not trusted:
+        check_logs(state["logger"])
     for name, value in state["attributes"].items():
         setattr(model, name, tree_map(lambda leaf: _on_device(leaf, model.device), value))
     model._coefficients.groups(model).factors = state["learning_rate_factors"]
@@ -144,7 +149,7 @@ def set_training_state(model: PlusModel, state: TrainingState) -> bool:
     if state["gsde"] is not None:
         for name in GSDE_TENSORS:
             setattr(model.policy.action_dist, name, state["gsde"][name].to(model.device))
-    goes_on = set_vec_env_state(model.env, state["env"])
+    goes_on = set_vec_env_state(model.env, state["env"], trusted)
     if not goes_on:
         _reset_envs(model)
     # Last, since everything before may draw random numbers
@@ -186,17 +191,6 @@ def pending_logs(model: PlusModel) -> dict[str, Any]:
         "name_to_count": {key: count for key, count in logger.name_to_count.items() if key in values},
         "name_to_excluded": {key: excluded for key, excluded in logger.name_to_excluded.items() if key in values},
     }
-
-
-def _check_attributes(model: PlusModel, attributes: dict[str, Any]) -> None:
-    """Refuse attributes that are no training state: some, such as the compiler's options, can run a program."""
-    names = set(model.TRAINING_STATE)
-    if attributes.keys() != names:
-        raise ValueError(f"the training state must hold {sorted(names)}, got {sorted(attributes)}")
-    for name, value in attributes.items():
-        existing = getattr(model, name)
-        if isinstance(existing, int | float | str | deque) and not isinstance(value, type(existing) | None):
-            raise TypeError(f"{name} must be of type {type(existing).__name__}, got {value!r}")
 
 
 def _is_plain(value: object) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
 from sb3_ppo_plus.errors import WrapperStackError
 from sb3_ppo_plus.resuming.object_state import object_state, set_object_state
 from sb3_ppo_plus.resuming.resumable_env import ResumableEnv, saved_name
+from sb3_ppo_plus.resuming.state_checks import may_replace
+from sb3_ppo_plus.resuming.untrusted_state import set_state_without_trust
 
 VecEnvState = dict[str, Any]
 
@@ -25,6 +28,7 @@ WRAPPER_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "PassiveEnvChecker": (),
     "TimeLimit": ("_elapsed_steps",),
 }
+_KNOWN_ATTRIBUTES = {name for names in WRAPPER_ATTRIBUTES.values() for name in names}
 
 
 def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
@@ -60,39 +64,79 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
     return state
 
 
-def set_vec_env_state(env: VecEnv, state: VecEnvState) -> bool:
+def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> bool:
     """Put back the state of a vectorised environment. Environments that can go on are reset first.
 
     :param env: the outermost vectorised environment
     :param state: what :func:`vec_env_state` has returned
+    :param trusted: False: of attributes only numbers are put back, see :func:`set_state_without_trust`. A warning names
+        what is left out
     :return: whether the episodes go on; False: only the state of the wrappers was put back
     :raises WrapperStackError: if the number of environments, or their wrappers, differ; the message names both
     """
     _check_same_stack(env, state)
-    base = base_of(env)
-    goes_on = False
-    if state["vec_env"] is not None and _has_methods(type(base)):
-        env.reset()
-        base.set_resume_state(state["vec_env"])
-        goes_on = True
-    elif state["envs"] is not None and _envs_are_resumable(base):
-        env.reset()
-        for index, env_state in enumerate(state["envs"]):
-            base.env_method("set_resume_state", env_state, indices=[index])
-        goes_on = True
-    known = {name for names in WRAPPER_ATTRIBUTES.values() for name in names}
+    left_out: list[str] = []
+    goes_on = _set_envs(env, state, trusted, left_out)
     for name, values in state["attributes"].items():
-        if name not in known:
+        if name not in _KNOWN_ATTRIBUTES:
             raise ValueError(f"{name} is no state of an environment's wrapper")
         if goes_on or name in MONITOR_STATISTICS:
             for index, value in enumerate(values):
-                base.env_method("set_wrapper_attr", name, value, indices=[index])
+                _set_wrapper_attribute(base_of(env), name, value, index, trusted, left_out)
     for wrapper, (_, wrapper_state) in zip(_wrappers(env), state["wrappers"], strict=True):
         if _has_methods(type(wrapper)):
             wrapper.set_resume_state(wrapper_state)
-        else:
+        elif trusted:
             set_object_state(wrapper, wrapper_state)
+        else:
+            left_out += set_state_without_trust(wrapper, wrapper_state)
+    if left_out:
+        warnings.warn(
+            "without trust these parts of the checkpoint were left out, so that what follows may differ: "
+            f"{', '.join(sorted(set(left_out)))}",
+            stacklevel=2,
+        )
     return goes_on
+
+
+def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str]) -> bool:
+    """Put back the states of the environments. Return whether their episodes go on."""
+    base = base_of(env)
+    if state["vec_env"] is not None and _has_methods(type(base)):
+        env.reset()
+        base.set_resume_state(state["vec_env"])
+        return True
+    if state["envs"] is None or not _envs_are_resumable(base):
+        return False
+    env.reset()
+    # Environments with methods of their own, and no ResumableEnv, lack it
+    asks_for_trust = not trusted and has_attribute(base, "set_resume_state_without_trust")
+    for index, env_state in enumerate(state["envs"]):
+        if asks_for_trust:
+            ((names, error),) = base.env_method("set_resume_state_without_trust", env_state, indices=[index])
+            left_out += names
+            if error:
+                raise ValueError(f"environment {index}: {error}")
+        else:
+            base.env_method("set_resume_state", env_state, indices=[index])
+    return True
+
+
+def _set_wrapper_attribute(
+    base: Any,  # noqa: ANN401  # a VecEnv, or what one of another package wraps
+    name: str,
+    value: object,
+    index: int,
+    trusted: bool,
+    left_out: list[str],
+) -> None:
+    if not trusted:
+        known = has_attribute(base, name)
+        existing = base.env_method("get_wrapper_attr", name, indices=[index])[0] if known else ""
+        if not may_replace(existing, value):
+            left_out.append(name)
+            return
+    base.env_method("set_wrapper_attr", name, value, indices=[index])
 
 
 def reset_without_learning(env: VecEnv) -> Any:  # noqa: ANN401  # SB3's VecEnvObs

@@ -9,7 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.strict_json import DTYPES, decode_array, decode_shape, encode_array, get, short
+from sb3_ppo_plus.untrusted.strict_json import DTYPES, decode_array, decode_shape, encode_array, get, short
 
 MAX_CHOICES = 2**31
 #: Numbers in all parts of a space together: a few bytes of JSON could ask for any amount of memory

@@ -26,7 +26,7 @@ from sb3_ppo_plus.extractors import FEATURES_EXTRACTORS
 from sb3_ppo_plus.policies.names import ACTIVATIONS, OPTIMIZERS
 from sb3_ppo_plus.saving.described_spaces import encode_space
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine
-from sb3_ppo_plus.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
+from sb3_ppo_plus.untrusted.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 
 FORMAT = "sb3_ppo_plus.model/1"
 # Arguments that are not described: policy has its own entry, the others belong to the machine that loads

@@ -17,8 +17,8 @@ from stable_baselines3.common.save_util import open_path
 from sb3_ppo_plus import policies
 from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.saving.model_description import constructor_arguments
-from sb3_ppo_plus.saving.safe_zip import opened_model
 from sb3_ppo_plus.saving.untrusted_model import add_description
+from sb3_ppo_plus.untrusted.safe_zip import opened_model
 
 File = str | pathlib.Path | io.BufferedIOBase
 
@@ -107,9 +107,8 @@ def write_model(archive: io.BytesIO, path: File, model: PPO, exclude: Iterable[s
 
 def _saved_attributes(path: File) -> set[str]:
     """Return the names of a saved model's attributes. For other files there are none, and SB3's load has the error."""
-    with opened_model(path) as file:
-        try:
-            with zipfile.ZipFile(file) as archive:
-                return set(json.loads(archive.read("data")))
-        except (zipfile.BadZipFile, KeyError, ValueError):
-            return set()
+    try:
+        with opened_model(path) as file, zipfile.ZipFile(file) as archive:
+            return set(json.loads(archive.read("data")))
+    except (zipfile.BadZipFile, KeyError, ValueError):
+        return set()

@@ -13,28 +13,25 @@ from torch.optim import Optimizer
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.policies.names import OPTIMIZERS
-from sb3_ppo_plus.strict_json import short
+from sb3_ppo_plus.untrusted.strict_json import short
 
 POLICY_FILE = "policy.pth"
 OPTIMIZER_FILE = "policy.optimizer.pth"
 
 
-def n_bytes(state: object, name: str) -> int:
-    """Return the memory of a state dict's tensors in bytes. Memory that tensors share counts once.
+def check_plain_tensors(state: object, name: str) -> None:
+    """Check that a state dict holds dense tensors by name.
 
-    :param state: the state dict
+    :param state: state dict from the file
     :param name: what to call it in messages
-    :raises UntrustedFileError: if it is no dict of plain tensors by name
+    :raises UntrustedFileError: if it holds anything else
     """
     if not isinstance(state, dict):
         raise UntrustedFileError(f"{name} holds no state dict")
-    storages = {}
     for key, tensor in state.items():
         if not isinstance(key, str):
             raise UntrustedFileError(f"{name}: the name of a tensor is {short(key)}, no string")
-        storage = _check_plain(tensor, f"{name}: {short(key)}").untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+        _check_plain(tensor, f"{name}: {short(key)}")
 
 
 def _check_plain(tensor: object, name: str) -> th.Tensor:
@@ -54,7 +51,7 @@ def check_policy_state(state: dict[str, th.Tensor], policy: ActorCriticPolicy) -
 
     :param state: state dict from the file
     :param policy: the policy that will load it
-    :raises UntrustedFileError: if one differs from the policy's
+    :raises UntrustedFileError: if one differs from the policy's, or a parameter is not finite
     """
     expected = policy.state_dict()
     different = [*(expected.keys() - state.keys()), *(state.keys() - expected.keys())]
@@ -65,6 +62,22 @@ def check_policy_state(state: dict[str, th.Tensor], policy: ActorCriticPolicy) -
         )
     for key, own in expected.items():
         _check_like(state[key], own, f"{POLICY_FILE}: {short(key)}")
+    check_finite(state, policy)
+
+
+def check_finite(state: dict[str, Any], policy: ActorCriticPolicy) -> None:
+    """Refuse NaN and infinity among a policy's parameters. A buffer, such as an attention mask, may hold infinity.
+
+    :param state: state dict from the file
+    :param policy: the policy that will load it
+    :raises UntrustedFileError: for a parameter that is NaN or infinite somewhere
+    """
+    for key, _ in policy.named_parameters():
+        tensor = state.get(key)
+        if isinstance(tensor, th.Tensor) and not bool(th.isfinite(tensor).all()):
+            raise UntrustedFileError(
+                f"{POLICY_FILE}: {short(key)} holds NaN or infinity. Where the file is your own, load(path) takes it"
+            )
 
 
 def _check_like(tensor: th.Tensor, own: th.Tensor, name: str) -> None:
@@ -116,7 +129,8 @@ def check_optimizer_entries(state: dict[str, Any], optimizer: Optimizer) -> None
 
     :param state: state dict that has passed :func:`check_optimizer_groups`, with the groups of ``optimizer``
     :param optimizer: the optimiser that will load it
-    :raises UntrustedFileError: if names, shapes or dtypes are not those that the optimiser makes itself
+    :raises UntrustedFileError: if names, shapes or dtypes are not those that the optimiser makes itself, or a tensor
+        is not finite
     """
     for group, own_group in zip(state["param_groups"], optimizer.param_groups, strict=True):
         own_entries = _entries_after_a_step(type(optimizer), group)
@@ -156,3 +170,5 @@ def _check_entry(value: object, parameter: th.Tensor, key: object, name: str) ->
         raise UntrustedFileError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != (th.float32 if key == "step" else parameter.dtype):
         raise UntrustedFileError(f"{name} must be {parameter.dtype}, got {tensor.dtype}")
+    if not bool(th.isfinite(tensor).all()):
+        raise UntrustedFileError(f"{name} holds NaN or infinity")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pathlib
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -30,16 +31,18 @@ from sb3_ppo_plus.saving.model_description import (
     decode,
     describe,
 )
-from sb3_ppo_plus.saving.safe_zip import load_tensors, opened_model, read_members
 from sb3_ppo_plus.saving.state_dict_checks import (
     OPTIMIZER_FILE,
     POLICY_FILE,
+    check_finite,
     check_optimizer_entries,
     check_optimizer_groups,
+    check_plain_tensors,
     check_policy_state,
-    n_bytes,
 )
-from sb3_ppo_plus.strict_json import get, parse, short
+from sb3_ppo_plus.untrusted.safe_zip import opened_model, read_members
+from sb3_ppo_plus.untrusted.strict_json import get, parse, short
+from sb3_ppo_plus.untrusted.tensor_file import load_tensors
 
 DESCRIPTION = "ppo_plus.json"
 # All members that SB3 and PPOPlus write; without trust, most of them are never used
@@ -56,8 +59,10 @@ MAX_MEMBERS = 20
 # These hold no state dict; the second is older than SB3 0.9
 PYTORCH_VARIABLES = ("pytorch_variables.pth", "tensors.pth")
 MAX_ENVS = 2**20
-# A policy builds some extractors only to replace them: the file does not hold their tensors
-SPARE_BYTES, SPARE_TENSORS = 2**26, 100
+# What a policy may build beside the file's tensors: tables of positions, which are buffers and not saved. Policies of
+# other people, in ``allow``, may also build layers only to replace them
+SPARE_BUFFER_BYTES, SPARE_PARAMETER_BYTES, SPARE_BYTES_IF_ALLOWED = 2**24, 2**16, 2**26
+SPARE_TENSORS = 100
 
 Model = TypeVar("Model", bound=PPO)
 File = str | pathlib.Path | io.BufferedIOBase
@@ -120,7 +125,7 @@ def load_without_trust(
         env = cls._wrap_env(env, arguments.get("verbose", 0))
         check_for_correct_spaces(env, *_spaces(description))
     try:
-        return _build(cls, description, arguments, env, get_device(device), members)
+        return _build(cls, description, arguments, env, get_device(device), members, bool(tuple(allow or ())))
     except UntrustedFileError as error:
         raise UntrustedFileError(f"{path}: {error}") from error
     except Exception as error:
@@ -130,22 +135,40 @@ def load_without_trust(
         ) from error
 
 
-def read_parameters(path: File, device: th.device | str) -> dict[str, Any]:
+def read_parameters(path: File, device: th.device | str, model: PPO) -> dict[str, Any]:
     """Read only the state dicts of a model that PPOPlus or SB3 saved.
 
     :param path: the file
     :param device: device of the tensors
+    :param model: the model that will load them
     :return: state dicts by name, such as "policy" and "policy.optimizer"
-    :raises UntrustedFileError: for another kind of file, and for tensors that need unpickling
+    :raises UntrustedFileError: for another kind of file, for what only unpickling could read, for parameters that are
+        NaN or infinite, and for the state of another optimiser than the model's
     """
     with opened_model(path) as file:
         # Any name is allowed, since a subclass may save further state dicts
         members = read_members(file, str(path), lambda name: True, MAX_MEMBERS)
     names = [name for name in members if name.endswith(".pth") and name not in PYTORCH_VARIABLES]
-    return {
+    states = {
         name.removesuffix(".pth"): load_tensors(members[name], name, get_device(device), allows_legacy=True)
         for name in names
     }
+    for name, state in states.items():
+        if not isinstance(state, dict):
+            raise UntrustedFileError(f"{path}: {name}.pth holds no state dict")
+    if "policy" in states:
+        check_plain_tensors(states["policy"], POLICY_FILE)
+        check_finite(states["policy"], model.policy)
+    if "policy.optimizer" in states:
+        states["policy.optimizer"] = _checked_optimizer_state(model, states["policy.optimizer"])
+    return states
+
+
+def _checked_optimizer_state(model: Any, state: object) -> dict[str, Any]:  # noqa: ANN401  # a PPOPlus
+    checked = check_optimizer_groups(state, model.get_parameters()["policy.optimizer"])
+    optimizer = model.policy.optimizer
+    check_optimizer_entries(model._coefficients.groups(model).split_state_dict(optimizer, checked), optimizer)
+    return checked
 
 
 def _arguments(cls: type[PPO], description: object, tables: Tables, replaced: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,6 +207,7 @@ def _build(
     env: Any,  # noqa: ANN401  # None too, which the constructor does not declare
     device: th.device,
     members: Mapping[str, bytes],
+    is_others_policy: bool,
 ) -> Model:
     policy_state = load_tensors(members[POLICY_FILE], POLICY_FILE, device)
     optimizer_state = load_tensors(members[OPTIMIZER_FILE], OPTIMIZER_FILE, device)
@@ -194,15 +218,11 @@ def _build(
         if not 0 < model.n_envs <= MAX_ENVS:
             raise UntrustedFileError(f"n_envs must be in [1, {MAX_ENVS}], got {model.n_envs}")
     _set_counters_and_flags(model, description)
-    max_bytes = 2 * n_bytes(policy_state, POLICY_FILE) + SPARE_BYTES
-    with _limited_tensors(2 * len(policy_state) + SPARE_TENSORS, max_bytes):
+    check_plain_tensors(policy_state, POLICY_FILE)
+    with _limited_tensors(policy_state, SPARE_BYTES_IF_ALLOWED if is_others_policy else SPARE_PARAMETER_BYTES):
         model._setup_model()
     check_policy_state(policy_state, model.policy)
-    optimizer_state = check_optimizer_groups(optimizer_state, model.get_parameters()["policy.optimizer"])
-    check_optimizer_entries(
-        model._coefficients.groups(model).split_state_dict(model.policy.optimizer, optimizer_state),
-        model.policy.optimizer,
-    )
+    optimizer_state = _checked_optimizer_state(model, optimizer_state)
     model.set_parameters({"policy": policy_state, "policy.optimizer": optimizer_state}, device=device)
     if model.use_sde:
         # As SB3's load does, so that the exploration matrix is on the right device
@@ -228,22 +248,35 @@ def _set_counters_and_flags(model: PPO, description: object) -> None:
 
 
 @contextmanager
-def _limited_tensors(max_tensors: int, max_bytes: int) -> Iterator[None]:
-    """Stop the construction of a network that is larger than the file's tensors.
+def _limited_tensors(state: dict[str, th.Tensor], spare_parameter_bytes: int) -> Iterator[None]:
+    """Stop the construction of a network that is not the one of the file.
 
-    A few bytes of JSON could ask for any amount of memory.
+    A few bytes of JSON could ask for any amount of memory, and for hours to fill it. A tensor is checked after its
+    memory was reserved, before anything is written there.
+
+    :param state: state dict of the file's policy
+    :param spare_parameter_bytes: memory that parameters of other shapes may have
     """
-    n_tensors = total = 0
+    expected = Counter(tensor.shape for tensor in state.values())
+    n_spare = 0
+    spare = {"parameters": spare_parameter_bytes, "buffers": SPARE_BUFFER_BYTES}
 
-    def count(module: th.nn.Module, name: str, tensor: th.Tensor | None) -> None:
-        nonlocal n_tensors, total
-        if tensor is not None:
-            n_tensors += 1
-            total += tensor.numel() * tensor.element_size()
-        if n_tensors > max_tensors or total > max_bytes:
+    def count(kind: str, tensor: th.Tensor | None) -> None:
+        nonlocal n_spare
+        if tensor is None:
+            return
+        if expected[tensor.shape] > 0:
+            expected[tensor.shape] -= 1
+            return
+        n_spare += 1
+        spare[kind] -= tensor.numel() * tensor.element_size()
+        if n_spare > SPARE_TENSORS or spare[kind] < 0:
             raise UntrustedFileError(f"the policy described is larger than the one in {POLICY_FILE}")
 
-    hooks = (register_module_parameter_registration_hook(count), register_module_buffer_registration_hook(count))
+    hooks = (
+        register_module_parameter_registration_hook(lambda module, name, tensor: count("parameters", tensor)),
+        register_module_buffer_registration_hook(lambda module, name, tensor: count("buffers", tensor)),
+    )
     try:
         yield
     finally:

@@ -14,7 +14,8 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.strict_json import MAX_BYTES, decode_array, encode_array, get, parse, short
+from sb3_ppo_plus.untrusted.regular_files import read_regular_file
+from sb3_ppo_plus.untrusted.strict_json import MAX_BYTES, decode_array, encode_array, get, parse, short
 
 FORMAT = "sb3_ppo_plus.vec_normalize/1"
 _FLAGS = ("training", "norm_obs", "norm_reward")
@@ -59,8 +60,7 @@ def load_vec_normalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = F
     """
     if trusted:
         return VecNormalize.load(str(path), venv)
-    with open(path, "rb") as file:
-        text = file.read(MAX_BYTES + 1)
+    text = read_regular_file(path, MAX_BYTES)
     if text[:1] != b"{":
         raise UntrustedFileError(
             f"{path} is no file of save_vec_normalize. A file of VecNormalize.save needs trusted=True"

@@ -5,6 +5,7 @@ The RL Zoo itself evaluates and unpickles what lies there, and imports the class
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,16 +13,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import yaml
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.saving.vec_normalize import load_vec_normalize, save_vec_normalize
-from sb3_ppo_plus.strict_json import short
+from sb3_ppo_plus.untrusted.plain_yaml import read_yaml
+from sb3_ppo_plus.untrusted.strict_json import short
 
 STATISTICS = "vecnormalize.json"
-MAX_YAML_BYTES = 2**20
 MAX_VALUES = 1000
+MAX_WRAPPERS = 20
+#: Limits of integers: how often one step may step the environment, how many observations are put together, and so on
+MAX_REPEATS, MAX_STACKED, MAX_PIXELS, MAX_INTEGER, MAX_STEPS = 64, 100, 1024, 10_000, 10**9
+_REPEATS = ("skip", "frame_skip", "frameskip", "repeat_action_duration")
+_STACKED = ("horizon", "stack_size", "n_stack", "frame_stack")
+_SHAPES = ("shape", "width", "height", "screen_size")
+_STEPS = ("max_episode_steps", "max_steps", "seed")
 # A name, no path and no module
 _PLAIN_STRING = re.compile(r"[\w-]{1,64}", re.ASCII)
 
@@ -67,82 +74,62 @@ VEC_ENV_WRAPPERS = frozenset(
 )
 
 
-class _NotPlain:
-    """Stands for what a YAML file holds beside plain values; only an error where it is needed."""
-
-    def __init__(self, tag: str) -> None:
-        self.tag = tag
-
-    def __repr__(self) -> str:
-        return f"<{self.tag}>"
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """Plain values, and the OrderedDict and tuples that the RL Zoo writes."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        # Merges of merges grow exponentially, and the RL Zoo writes none
-        if any(key.tag == "tag:yaml.org,2002:merge" for key, _ in node.value):
-            raise yaml.constructor.ConstructorError(problem="a mapping merges others", problem_mark=node.start_mark)
-
-
-def _ordered_dict(loader: yaml.SafeLoader, node: Any) -> Any:  # noqa: ANN401  # a node, and what it holds
-    (pairs,) = loader.construct_sequence(node, deep=True)
-    return dict(pairs)
-
-
-def _tuple(loader: yaml.SafeLoader, node: Any) -> Any:  # noqa: ANN401  # the same
-    return loader.construct_sequence(node)
-
-
-def _not_plain(loader: yaml.SafeLoader, node: Any) -> _NotPlain:  # noqa: ANN401  # a node
-    return _NotPlain(short(node.tag))
-
-
-_PlainLoader.add_constructor("tag:yaml.org,2002:python/object/apply:collections.OrderedDict", _ordered_dict)
-_PlainLoader.add_constructor("tag:yaml.org,2002:python/tuple", _tuple)
-_PlainLoader.add_constructor(None, _not_plain)
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML file of the RL Zoo without building any object in it.
-
-    :param path: the file, at most 1 MiB
-    :raises UntrustedFileError: if it holds no YAML, or no mapping of names
-    """
-    with path.open("rb") as file:
-        text = file.read(MAX_YAML_BYTES + 1)
-    if len(text) > MAX_YAML_BYTES:
-        raise UntrustedFileError(f"{path} has more than {MAX_YAML_BYTES} bytes")
-    try:
-        members = yaml.load(text, Loader=_PlainLoader)
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        raise UntrustedFileError(f"{path} is no plain YAML: {error}") from error
-    if not isinstance(members, dict) or not all(isinstance(key, str) for key in members):
-        raise UntrustedFileError(f"{path} holds no mapping of names")
-    return members
-
-
-def _check_plain(value: object, name: str) -> None:
+def _check_plain(value: object, name: str, key: str = "") -> None:
     """Refuse all but numbers, flags, None, lists and mappings of them, and strings that are no paths."""
-    unchecked, n_values = [value], 0
+    unchecked: list[tuple[str, object]] = [(key, value)]
+    n_values = 0
     while unchecked:
-        item = unchecked.pop()
+        key, item = unchecked.pop()
         n_values += 1
         is_plain = (
             _PLAIN_STRING.fullmatch(item) if isinstance(item, str) else item is None or isinstance(item, int | float)
         )
         if isinstance(item, dict):
-            unchecked.extend([*item.keys(), *item.values()])
+            for inner, member in item.items():
+                unchecked.extend([(key, inner), (str(inner), member)])
         elif isinstance(item, list):
-            unchecked.extend(item)
+            unchecked.extend((key, member) for member in item)
         elif not is_plain:
             raise UntrustedFileError(
                 f"{name} holds {short(item)}: only numbers, flags, None and names are taken from the folder"
             )
+        elif isinstance(item, int | float):
+            _check_number(item, name, key)
         # A list may hold itself
         if n_values > MAX_VALUES:
             raise UntrustedFileError(f"{name} holds more than {MAX_VALUES} values")
+
+
+def _check_number(value: float, name: str, key: str) -> None:
+    """Refuse integers that would take for ever or fill the memory, such as a FrameSkip of 10**12."""
+    largest = MAX_INTEGER
+    groups = ((_REPEATS, MAX_REPEATS), (_STACKED, MAX_STACKED), (_SHAPES, MAX_PIXELS), (_STEPS, MAX_STEPS))
+    for keys, limit in groups:
+        if key in keys:
+            largest = limit
+    is_integer = isinstance(value, int) or value.is_integer()
+    if is_integer and abs(value) > largest:
+        raise UntrustedFileError(
+            f"{name}: {key or 'a number'} must be in [-{largest}, {largest}], got {short(value)}. With --trust, enjoy "
+            "takes larger ones"
+        )
+
+
+def _check_product(members: dict[str, Any], path: Path) -> None:
+    """Refuse wrappers inside wrappers whose repeats or stacks multiply."""
+    for keys, largest in ((_REPEATS, MAX_REPEATS), (_STACKED, MAX_STACKED)):
+        product = 1
+        unchecked: list[tuple[object, object]] = list(members.items())
+        while unchecked:
+            key, item = unchecked.pop()
+            if isinstance(item, dict):
+                unchecked.extend(item.items())
+            elif isinstance(item, list):
+                unchecked.extend((key, member) for member in item)
+            elif key in keys and isinstance(item, int | float):
+                product = max(product * int(item), product)
+        if product > largest:
+            raise UntrustedFileError(f"{path}: {', '.join(keys)} multiply to {product}; at most {largest} is allowed")
 
 
 def _checked_env_kwargs(members: dict[str, Any], path: Path) -> dict[str, Any] | None:
@@ -154,7 +141,10 @@ def _checked_env_kwargs(members: dict[str, Any], path: Path) -> dict[str, Any] |
 
 
 def _check_wrappers(value: object, allowed: frozenset[str], name: str) -> None:
-    for entry in value if isinstance(value, list) else [value]:
+    entries = value if isinstance(value, list) else [value]
+    if len(entries) > MAX_WRAPPERS:
+        raise UntrustedFileError(f"{name} has {len(entries)} wrappers; at most {MAX_WRAPPERS} are allowed")
+    for entry in entries:
         wrapper, kwargs = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (entry, {})
         if wrapper is not None and (not isinstance(wrapper, str) or wrapper not in allowed):
             raise UntrustedFileError(f"{name}: {short(wrapper)} is none of {', '.join(sorted(allowed))}")
@@ -173,13 +163,13 @@ def read_hyperparams(stats_path: str, **_: object) -> tuple[dict[str, Any], str 
     path = Path(stats_path) / "config.yml"
     if not path.parent.is_dir():
         return {}, None
-    members = read_yaml(path) if path.is_file() else {}
+    members = read_yaml(path) if os.path.lexists(path) else {}
     normalize, frame_stack = members.get("normalize", False), members.get("frame_stack", 0)
     if not isinstance(normalize, bool | str | dict):
         raise UntrustedFileError(f"{path}: normalize must be True, False or settings, got {short(normalize)}")
-    if type(frame_stack) is not int or not 0 <= frame_stack <= MAX_VALUES:
+    if type(frame_stack) is not int or not 0 <= frame_stack <= MAX_STACKED:
         raise UntrustedFileError(
-            f"{path}: frame_stack must be an integer in [0, {MAX_VALUES}], got {short(frame_stack)}"
+            f"{path}: frame_stack must be an integer in [0, {MAX_STACKED}], got {short(frame_stack)}"
         )
     hyperparams: dict[str, Any] = {"normalize": bool(normalize), "frame_stack": frame_stack}
     env_kwargs = _checked_env_kwargs(members, path)
@@ -189,6 +179,7 @@ def read_hyperparams(stats_path: str, **_: object) -> tuple[dict[str, Any], str 
         if key in members:
             _check_wrappers(members[key], allowed, f"{path}: {key}")
             hyperparams[key] = members[key]
+    _check_product(hyperparams, path)
     return hyperparams, stats_path
 
 

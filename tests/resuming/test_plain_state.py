@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from states import written_and_read
 
 from sb3_ppo_plus.errors import PlainStateError
+from sb3_ppo_plus.resuming import plain_state
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
 
 plain_values = st.recursive(
@@ -135,3 +136,39 @@ def test_a_value_that_is_not_plain_is_refused_with_its_place(value):
 def test_json_of_another_form_is_refused(encoded):
     with pytest.raises(ValueError):
         PlainStateReader(bytes(64)).build(encoded)
+
+
+def built_without_trust(content, arrays=b""):
+    return PlainStateReader(arrays, trusted=False).build(content)
+
+
+def test_without_trust_no_byte_belongs_to_two_arrays():
+    array = {"$array": {"type": "|u1", "shape": [6], "offset": 0}}
+    other = {"$array": {"type": "|u1", "shape": [5], "offset": 5}}
+    assert PlainStateReader(bytes(10)).build([array, other])[1].size == 5
+    assert built_without_trust([array], bytes(10))[0].size == 6
+    with pytest.raises(ValueError, match="share bytes"):
+        built_without_trust([array, other], bytes(10))
+
+
+def test_without_trust_gaps_are_counted_together():
+    array = {"$array": {"type": "|u1", "shape": [2**23, 1], "offset": 0, "strides": [7, 1]}}
+    with pytest.raises(ValueError, match="between their numbers"):
+        built_without_trust([array, array], bytes(2**24))
+
+
+@pytest.mark.parametrize("key", [2**62, -(2**70), 0.5, {"$tuple": [1, 2]}], ids=str)
+def test_without_trust_few_keys_may_have_equal_hashes(key, monkeypatch):
+    monkeypatch.setattr(plain_state, "MAX_ODD_KEYS", 1)
+    content = {"$items": [[key, 1], ["a", 2], [3, 4]]}
+    assert len(built_without_trust(content)) == 3
+    for more in ({"$set": [key]}, content):
+        assert PlainStateReader(b"").build([content, more])
+        with pytest.raises(ValueError, match="more than 1 keys"):
+            built_without_trust([content, more])
+
+
+@pytest.mark.parametrize("dtype", ["i4,f4", "(2,)f4", "|O"])
+def test_arrays_of_fields_arrays_and_objects_are_refused(dtype):
+    with pytest.raises(ValueError, match="without objects or fields"):
+        PlainStateReader(bytes(100)).build({"$array": {"type": dtype, "shape": [1], "offset": 0}})

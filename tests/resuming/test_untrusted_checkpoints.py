@@ -1,6 +1,7 @@
 """Checkpoints that are resumed without trust, and forged ones."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -88,6 +89,28 @@ def array(dtype, shape, **more):
         # The compiler would be this program
         (lambda files, state: state["attributes"].update(compile={"cpp.cxx": ["evil"]}), "must hold .* 'compile'"),
         (lambda files, state: state["attributes"].update(num_timesteps="x"), "num_timesteps must be of type int"),
+        *(
+            (lambda files, state, name=name, value=value: state["attributes"].update({name: value}), name)
+            for name, value in {
+                "num_timesteps": -(10**15),
+                "_num_timesteps_at_start": 2**60,
+                "_total_timesteps": 1e300,
+                "_n_updates": True,
+                "_n_iterations": -1,
+                "_episode_num": None,
+                "_current_progress_remaining": 1.5,
+                "_log_interval": 0,
+                "_last_episode_starts": [True, False],
+                "_last_obs": array("|u1", [1, 3]),
+                "_last_original_obs": "x",
+                "_last_states": [1],
+                "ep_info_buffer": {"$deque": [{"r": {"a": 1}}], "maxlen": 100},
+                "ep_success_buffer": {"$deque": [], "maxlen": 10**9},
+            }.items()
+        ),
+        (lambda files, state: state.update(seconds="x"), "seconds must be"),
+        (lambda files, state: state.update(seconds=-1.0), "seconds must be"),
+        (lambda files, state: state["logger"]["name_to_value"].update(a={}), "logger"),
         (lambda files, state: state["attributes"].update(_last_obs=array("|O", [1])), "dtypes without objects"),
         (lambda files, state: state["attributes"].update(_last_obs=array("<f4", [2**40])), "buffer is smaller"),
         (lambda files, state: state["attributes"].update(_last_obs=array("|S0", [2**36])), "no bytes"),
@@ -118,3 +141,46 @@ def test_without_trust_the_log_stays_inside_its_folder(tmp_path, name):
     with pytest.raises(CheckpointError, match=f"_tb_log_name.*{name}"):
         PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
     assert PPOPlus.resume(directory, make_envs(), device="cpu").num_timesteps == 48
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "folder", "holes", "link"])
+@pytest.mark.parametrize("name", ["manifest.json", "model.zip", "training_state.json", "training_state.bin"])
+def test_without_trust_only_regular_files_are_read(tmp_path, name, kind):
+    interrupted(tmp_path)
+    path = latest_checkpoint(tmp_path) / name
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "holes":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    elif kind == "link":
+        (tmp_path / "content").write_bytes(content)
+        path.symlink_to(tmp_path / "content")
+    else:
+        path.symlink_to(kind)
+    with (
+        pytest.warns(UserWarning, match=f"skipped an invalid checkpoint: .*{name}"),
+        pytest.raises(CheckpointError, match="there is no valid checkpoint"),
+    ):
+        PPOPlus.resume(path.parent, make_envs(), device="cpu", trusted=False)
+
+
+def test_without_trust_a_linked_checkpoint_is_passed_by_but_the_users_own_link_is_followed(tmp_path):
+    interrupted(tmp_path / "run")
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / checkpoint.name).symlink_to(checkpoint)
+    with (
+        pytest.warns(UserWarning, match="is a symbolic link"),
+        pytest.raises(CheckpointError, match="there is no valid checkpoint"),
+    ):
+        PPOPlus.resume(tmp_path / "others", make_envs(), device="cpu", trusted=False)
+    for given in (tmp_path / "others" / checkpoint.name, tmp_path / "link"):
+        if given.name == "link":
+            given.symlink_to(tmp_path / "run")
+        assert PPOPlus.resume(given, make_envs(), device="cpu", trusted=False).num_timesteps == 48
+    assert PPOPlus.resume(tmp_path / "others", make_envs(), device="cpu").num_timesteps == 48

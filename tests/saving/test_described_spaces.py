@@ -5,7 +5,7 @@ import pytest
 from gymnasium import spaces
 
 from sb3_ppo_plus.saving.described_spaces import decode_space, encode_space
-from sb3_ppo_plus.strict_json import parse
+from sb3_ppo_plus.untrusted.strict_json import parse
 
 MIXED = np.array([-0.5, -np.inf], np.float32)
 SPACES = [

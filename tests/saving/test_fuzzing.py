@@ -34,7 +34,7 @@ from sb3_ppo_plus import (
 from sb3_ppo_plus.resuming.checkpoint_directory import newest_checkpoint, read_checkpoint, write_checkpoint
 from sb3_ppo_plus.saving.described_spaces import decode_space, encode_space
 from sb3_ppo_plus.schedules import schedule_value
-from sb3_ppo_plus.strict_json import parse
+from sb3_ppo_plus.untrusted.strict_json import parse
 from sb3_ppo_plus.zoo.enjoy import read_hyperparams
 
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "0"))

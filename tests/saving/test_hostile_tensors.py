@@ -32,6 +32,8 @@ def put(name, value):
         (put(BIAS, lambda bias: th.zeros(()).expand(8)), "more elements than numbers"),
         (put(BIAS, lambda bias: th.zeros(1).expand(10**12)), "more elements than numbers"),
         (put(BIAS, lambda bias: bias.to_sparse()), "no dense tensor|no plain tensors"),
+        (put(BIAS, lambda bias: bias * float("nan")), f"'{BIAS}' holds NaN or infinity"),
+        (put(BIAS, lambda bias: bias - float("inf")), f"'{BIAS}' holds NaN or infinity"),
         (put(BIAS, lambda bias: 1.0), "no tensor"),
         (put(BIAS, None), "no tensor"),
         (put("another", th.zeros(1)), "unknown tensor 'another'"),
@@ -78,6 +80,8 @@ def in_state(index, name, value):
         in_state(0, "exp_avg", lambda value: value[:1].clone()),
         in_state(0, "exp_avg", lambda value: th.zeros(1).expand(10**12)),
         in_state(0, "exp_avg", lambda value: th.zeros(())),
+        in_state(0, "exp_avg", lambda value: value * float("nan")),
+        in_state(0, "step", th.tensor(float("inf"))),
         in_state(1, "exp_avg_sq", 0.5),
         in_state(1, "step", lambda value: th.zeros(10)),
         in_state(1, "step", lambda value: value.long()),
@@ -143,3 +147,19 @@ def test_set_parameters_takes_what_torch_saved_before_1_6(model_file, tmp_path):
     set_parameters(zipped(model_file | {"policy.pth": old.getvalue(), "tensors.pth": b"no state dict"}), tmp_path)
     with pytest.raises(UntrustedFileError, match="no readable zip archive"):
         load(zipped(model_file | {"policy.pth": old.getvalue()}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_set_parameters_takes_finite_parameters_only(value, model_file, tmp_path):
+    content = zipped(tensors(model_file, "policy.pth", put(BIAS, lambda bias: bias + value)))
+    with pytest.raises(UntrustedFileError, match=f"'{BIAS}' holds NaN or infinity"):
+        set_parameters(content, tmp_path)
+    # With trust it loads, as in SB3
+    PPOPlus.load(tmp_path / "model.zip", device="cpu")
+
+
+def test_a_buffer_may_hold_infinity(tmp_path):
+    model = PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, policy_kwargs=SMALL_NET, device="cpu")
+    model.policy.register_buffer("mask", th.tensor([0.0, -float("inf")]))
+    model.save(tmp_path / "model.zip")
+    model.set_parameters(tmp_path / "model.zip", device="cpu")

@@ -8,7 +8,7 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 
 from sb3_ppo_plus import UntrustedFileError, load_vec_normalize, save_vec_normalize
-from sb3_ppo_plus.strict_json import encode_array
+from sb3_ppo_plus.untrusted.strict_json import encode_array
 
 SPACES = {
     "box": (BOX, {}),

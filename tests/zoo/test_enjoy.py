@@ -14,6 +14,7 @@ from hostile import Payload
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_plus import RestartingEnv, UntrustedFileError, zoo
+from sb3_ppo_plus.untrusted import plain_yaml
 from sb3_ppo_plus.zoo import enjoy as zoo_enjoy
 
 ENV = "MountainCarContinuous-v0"
@@ -47,7 +48,7 @@ def folder(run, tmp_path, monkeypatch):
 
 def config(folder, **members):
     """Alter config.yml; what is not plain is given as YAML text."""
-    plain = yaml.load((folder / ENV / "config.yml").read_text(), Loader=zoo_enjoy._PlainLoader)
+    plain = yaml.load((folder / ENV / "config.yml").read_text(), Loader=plain_yaml._PlainLoader)
     texts = {name: value for name, value in members.items() if isinstance(value, str)}
     plain = {name: value for name, value in plain.items() if name not in texts} | {
         name: value for name, value in members.items() if name not in texts
@@ -269,6 +270,11 @@ def test_arguments_of_the_env_are_plain(value, folder):
         "1: 2",
         "? [a]\n: 1",
         "a: " + "9" * 5000,
+        "a: " + ":".join("1" * 50_000),
+        "a: 0x" + "f" * 100_000,
+        "a: 0b" + "1" * 100_000,
+        "a: !!bool x",
+        "a: !!timestamp x",
         "a" * 2**21,
     ],
     ids=lambda text: text[:12],
@@ -304,3 +310,57 @@ def test_a_run_without_config_has_no_normaliser(tmp_path):
     assert zoo_enjoy.read_hyperparams(str(tmp_path)) == ({"normalize": False, "frame_stack": 0}, str(tmp_path))
     assert json.dumps(zoo_enjoy.read_hyperparams(str(tmp_path))[0])
     assert gym.spec(ENV)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"env_wrapper": [{"rl_zoo3.wrappers.FrameSkip": {"skip": 10**12}}]},
+        {"env_wrapper": [{"rl_zoo3.wrappers.FrameSkip": {"skip": 1e12}}]},
+        {"env_wrapper": [{"rl_zoo3.wrappers.FrameSkip": {"skip": 60}}] * 2},
+        {"env_wrapper": [{"rl_zoo3.wrappers.HistoryWrapper": {"horizon": 10**9}}]},
+        {"env_wrapper": [{"rl_zoo3.wrappers.HistoryWrapper": {"horizon": 20}}] * 2},
+        {"env_wrapper": [{"gymnasium.wrappers.ResizeObservation": {"shape": [10**6, 10**6]}}]},
+        {"env_wrapper": [{"gymnasium.wrappers.DelayObservation": {"delay": 10**9}}]},
+        {"env_wrapper": ["gymnasium.wrappers.ClipAction"] * 30},
+        {"env_wrapper": [{"gymnasium.wrappers.FrameStackObservation": {"stack_size": 50}}], "frame_stack": 50},
+        {"vec_env_wrapper": [{"stable_baselines3.common.vec_env.VecFrameStack": {"n_stack": 10**12}}]},
+        {"frame_stack": 10**6},
+        {"env_kwargs": {"frame_skip": 10**6}},
+        {"env_kwargs": {"size": 10**9}},
+    ],
+    ids=str,
+)
+def test_numbers_that_would_take_for_ever_or_fill_the_memory_are_refused(members, folder):
+    config(folder, **members)
+    with pytest.raises(SystemExit, match="With --trust"):
+        zoo.main(ENJOY)
+
+
+def test_long_episodes_and_usual_wrappers_are_no_attack(folder):
+    limit, skip = {"gymnasium.wrappers.TimeLimit": {"max_episode_steps": 10**8}}, {"rl_zoo3.wrappers.FrameSkip": {}}
+    config(folder, env_wrapper=[limit, skip], env_kwargs={"goal_velocity": 0.5}, frame_stack=4)
+    hyperparams, _ = zoo_enjoy.read_hyperparams(str(folder / ENV))
+    assert hyperparams["env_wrapper"] == [limit, skip] and hyperparams["frame_stack"] == 4
+
+
+@pytest.mark.parametrize("kind", ["fifo", "/dev/zero", "folder", "holes"])
+@pytest.mark.parametrize("member", ["config.yml", "args.yml", "vecnormalize.json", "model"])
+def test_files_that_are_none_are_not_read(member, kind, folder):
+    path = folder / f"{ENV}.zip" if member == "model" else folder / ENV / member
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "holes":
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    else:
+        path.symlink_to(kind)
+    if member == "args.yml" and kind != "holes":
+        # The RL Zoo passes by arguments that are no regular file
+        zoo.main(ENJOY)
+        return
+    with pytest.raises((SystemExit, ValueError)):
+        zoo.main(ENJOY)

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import io
+import os
 import pathlib
-import re
 import stat
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
-import torch as th
 from stable_baselines3.common.save_util import open_path
 
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.strict_json import short
-
-#: A policy has at most a few hundred
-MAX_TENSORS = 100_000
-
-_TENSOR_FILE = re.compile(
-    r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d{1,6}"
-)
+from sb3_ppo_plus.untrusted.regular_files import open_regular_file
+from sb3_ppo_plus.untrusted.strict_json import short
 
 
 @contextmanager
@@ -30,13 +23,21 @@ def opened_model(path: str | pathlib.Path | io.BufferedIOBase) -> Iterator[IO[by
     """Open a saved model as SB3's ``load`` does. A file that the caller has opened stays open, at its position.
 
     :param path: the file, or its path, with or without ".zip"
+    :raises UntrustedFileError: if the path is that of a folder, a device or a named pipe
     """
-    file = open_path(path, "r", verbose=0, suffix="zip")
+    file: Any = None
+    if isinstance(path, str | pathlib.Path):
+        with suppress(FileNotFoundError):
+            file = open_regular_file(path if os.path.exists(path) else f"{path}.zip")
+    if file is None:
+        # An open file; or there is none, which SB3's own error says
+        file = open_path(path, "r", verbose=0, suffix="zip")
     position = file.tell()
     try:
         yield file
     finally:
-        if file is path:
+        is_callers = file is path
+        if is_callers:
             file.seek(position)
         else:
             file.close()
@@ -91,39 +92,3 @@ def _check_members(infos: list[zipfile.ZipInfo], name: str, allows: Callable[[st
             raise UntrustedFileError(f"{member} is encrypted")
         if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
             raise UntrustedFileError(f"{member} is compressed, which neither SB3 nor PyTorch does")
-
-
-def load_tensors(data: bytes, name: str, device: th.device, *, allows_legacy: bool = False) -> Any:  # noqa: ANN401  # callers check
-    """Load what ``torch.save`` wrote, by ``torch.load(weights_only=True)`` on an archive whose members were checked.
-
-    :param data: the file
-    :param name: what to call it in messages
-    :param device: where the tensors go
-    :param allows_legacy: whether PyTorch's format before version 1.6, which is no archive, is allowed
-    :raises UntrustedFileError: if the file is damaged, or holds more than tensors and plain containers
-    """
-    is_legacy = allows_legacy and not data.startswith(b"PK")
-    file = io.BytesIO(data) if is_legacy else _checked_archive(data, name)
-    try:
-        return th.load(file, map_location=device, weights_only=True)
-    except Exception as error:
-        first_line = str(error).partition("\n")[0]
-        raise UntrustedFileError(f"{name} holds no plain tensors: {type(error).__name__}: {first_line}") from error
-
-
-def _checked_archive(data: bytes, name: str) -> io.BytesIO:
-    members = read_members(io.BytesIO(data), name, _is_tensor_file, MAX_TENSORS)
-    roots = {member.partition("/")[0] for member in members}
-    if len(roots) != 1:
-        raise UntrustedFileError(f"{name} holds files of {len(roots)} archives")
-    # Written again, so that PyTorch's own zip reader sees exactly what was checked
-    clean = io.BytesIO()
-    with zipfile.ZipFile(clean, "w") as archive:
-        for member, content in members.items():
-            archive.writestr(f"archive/{member.partition('/')[2]}", content)
-    clean.seek(0)
-    return clean
-
-
-def _is_tensor_file(member: str) -> bool:
-    return _TENSOR_FILE.fullmatch(member.partition("/")[2]) is not None

@@ -14,8 +14,10 @@ import numpy as np
 
 from sb3_ppo_plus.errors import UntrustedFileError
 
-MAX_BYTES = 64 * 2**20
+MAX_BYTES = 32 * 2**20
 MAX_DEPTH = 32
+#: Values, lists and objects. Three bytes of JSON can ask for 60 bytes of memory
+MAX_VALUES = 2**20
 #: Digits of an integer: int64 holds every integer of 18 digits
 MAX_DIGITS = 18
 #: Numbers in one array or space
@@ -26,7 +28,7 @@ DTYPES += ("float64",)
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 # Strings may lack their end, and quantifiers are possessive: otherwise a search could start again at every quote
-_BRACKET_OR_STRING = re.compile(rb'"(?:[^"\\]+|\\.?)*+"?|[\[\]{}]', re.DOTALL)
+_MARK_OR_STRING = re.compile(rb'"(?:[^"\\]+|\\.?)*+"?|[\[\]{},]', re.DOTALL)
 
 
 class Limits(NamedTuple):
@@ -34,12 +36,14 @@ class Limits(NamedTuple):
 
     :param max_bytes: bytes of UTF-8
     :param max_depth: levels of nested lists and objects
+    :param max_values: values, lists and objects in all
     :param max_digits: characters of an integer, its sign included
     :param allows_non_finite: whether NaN, Infinity and -Infinity are numbers
     """
 
     max_bytes: int = MAX_BYTES
     max_depth: int = MAX_DEPTH
+    max_values: int = MAX_VALUES
     max_digits: int = MAX_DIGITS
     allows_non_finite: bool = False
 
@@ -57,17 +61,12 @@ def parse(text: bytes, name: str, limits: Limits = STRICT) -> Any:  # noqa: ANN4
 
     :param text: UTF-8
     :param name: what to call it in messages
-    :param limits: by default 64 MiB, 32 levels, 18 digits, no NaN or infinity
+    :param limits: by default 32 MiB, 32 levels, 2**20 values, 18 digits, no NaN or infinity
     :raises UntrustedFileError: for anything else
     """
     if len(text) > limits.max_bytes:
         raise UntrustedFileError(f"{name} has {len(text)} bytes; at most {limits.max_bytes} are allowed")
-    # The depth is checked before parsing, since Python's parser recurses
-    depth = 0
-    for match in _BRACKET_OR_STRING.finditer(text):
-        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(match.group()[:1], 0)
-        if depth > limits.max_depth:
-            raise UntrustedFileError(f"{name} is nested more than {limits.max_depth} levels deep")
+    _check_size(text, name, limits)
     try:
         return json.loads(
             text.decode("utf-8"),
@@ -78,6 +77,20 @@ def parse(text: bytes, name: str, limits: Limits = STRICT) -> Any:  # noqa: ANN4
         )
     except (ValueError, RecursionError) as error:
         raise UntrustedFileError(f"{name} is no strict JSON: {error}") from error
+
+
+def _check_size(text: bytes, name: str, limits: Limits) -> None:
+    """Check depth and number of values before parsing, since Python's parser recurses, and needs memory for each."""
+    depth, n_values = 0, 1
+    for match in _MARK_OR_STRING.finditer(text):
+        mark = match.group()[:1]
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(mark, 0)
+        # A value follows each comma, and may follow each opening bracket
+        n_values += mark in b",[{"
+        if depth > limits.max_depth:
+            raise UntrustedFileError(f"{name} is nested more than {limits.max_depth} levels deep")
+        if n_values > limits.max_values:
+            raise UntrustedFileError(f"{name} holds more than {limits.max_values} values")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,105 @@
+"""The attributes of an object: its own, those in slots, and the data of its classes."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from types import MemberDescriptorType
+from typing import Any
+
+from gymnasium import spaces
+
+# Packages whose classes do not change their data, nor delete attributes that they make in __init__
+LIBRARIES = (
+    *("gymnasium", "stable_baselines3", "sb3_contrib", "rl_zoo3", "sb3_ppo_plus", "ale_py", "minigrid", "shimmy"),
+    *("abc", "builtins", "collections", "typing", "enum", "functools", "numpy", "torch"),
+)
+# Attributes of a class that count as those of its objects
+SPACES = ("observation_space", "action_space")
+# Attributes that are no state: how an object was made, what it wraps, what an Atari game can do
+NOT_STATE = {
+    "_abc_impl",
+    "_action_set",
+    "_cached_spec",
+    "_ezpickle_args",
+    "_ezpickle_kwargs",
+    "_metadata",
+    "_saved_kwargs",
+    "class_attributes",
+    "env",
+    "metadata",
+    "obs_spaces",
+    "spec",
+    "venv",
+}
+
+
+def is_of_library(cls: type[Any]) -> bool:
+    """Whether a class comes from a package in :data:`LIBRARIES`.
+
+    :param cls: the class
+    """
+    return cls.__module__.partition(".")[0] in LIBRARIES
+
+
+def attributes_of(owner: Any) -> dict[str, Any]:  # noqa: ANN401  # any object
+    """Return the attributes of an object: its own, those in slots, and spaces that belong to its class.
+
+    :param owner: any object
+    """
+    cls: Any = type(owner)
+    attributes: dict[str, Any] = dict(_spaces_of_class(cls))
+    for name, slot in _slots(cls):
+        try:
+            attributes[name] = slot.__get__(owner)
+        except AttributeError:
+            # The slot is empty
+            continue
+    attributes |= getattr(owner, "__dict__", {})
+    return attributes
+
+
+def own_attributes(owner: Any) -> set[str]:  # noqa: ANN401  # any object
+    """Return the names of an object's own attributes, those in slots included.
+
+    :param owner: any object
+    """
+    cls: Any = type(owner)
+    return attributes_of(owner).keys() - {name for name, _ in _spaces_of_class(cls)}
+
+
+def class_attributes_of(owner: Any) -> dict[tuple[type[Any], str], Any]:  # noqa: ANN401  # any object
+    """Return the data of the classes of an object by class and name, without methods, and without libraries' classes.
+
+    :param owner: any object
+    """
+    attributes = {}
+    owner_class: Any = type(owner)
+    for cls in own_classes(owner_class):
+        for name, value in vars(cls).items():
+            is_special = name.startswith("__") or name in NOT_STATE or name in SPACES
+            # What has __get__ is a method, a property or a slot
+            if not is_special and not hasattr(type(value), "__get__") and not callable(value):
+                attributes[cls, name] = value
+    return attributes
+
+
+@cache
+def own_classes(cls: type[Any]) -> tuple[type[Any], ...]:
+    """Return the classes of an object that come from no library, the most special one first.
+
+    :param cls: the object's class
+    """
+    return tuple(base for base in cls.__mro__ if not is_of_library(base))
+
+
+@cache
+def _slots(cls: type[Any]) -> tuple[tuple[str, MemberDescriptorType], ...]:
+    members = [item for base in reversed(cls.__mro__) for item in vars(base).items()]
+    return tuple((name, member) for name, member in members if isinstance(member, MemberDescriptorType))
+
+
+@cache
+def _spaces_of_class(cls: type[Any]) -> tuple[tuple[str, spaces.Space[Any]], ...]:
+    found = [(name, inspect.getattr_static(cls, name, None)) for name in SPACES]
+    return tuple((name, space) for name, space in found if isinstance(space, spaces.Space))

@@ -1,0 +1,236 @@
+"""A trial on the real environment: whether it goes on in the same way after its state was put back."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from gymnasium.wrappers import RecordVideo
+from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_plus.envs.questions import base_of, has_attribute
+from sb3_ppo_plus.errors import PlainStateError, ResumeProofError
+from sb3_ppo_plus.resuming.differences import first_difference
+
+# Steps before and after the reset
+N_STEPS = (20, 10)
+# A slow environment takes fewer steps
+MAX_SECONDS = 2.0
+# What training and its logs use of an info; others may hold the time
+MASK = "action_mask"
+INFOS = ("episode", "is_success", MASK)
+RESET = object()
+"""Stands for a reset among actions."""
+REMEDIES = (
+    "Give the environment or the wrapper that causes it get_resume_state() and set_resume_state(state). "
+    "ResumableEnv(env, prove=False) goes without this proof: a run that is resumed may then differ"
+)
+# Attributes of wrappers that write files, while the trial runs
+QUIET: dict[type[Any], dict[str, Callable[[], Any]]] = {
+    Monitor: {"results_writer": lambda: None, "allow_early_resets": lambda: True},
+    RecordVideo: {
+        "recording": lambda: False,
+        "episode_trigger": lambda: None,
+        "step_trigger": lambda: None,
+        "recorded_frames": list,
+        "render_history": list,
+    },
+}
+
+
+class Finding(NamedTuple):
+    """What a trial has found.
+
+    :param is_error: whether the environment goes on in another way; False: the trial was not possible
+    :param text: a sentence
+    """
+
+    is_error: bool
+    text: str
+
+
+def prove_envs(env: VecEnv) -> None:
+    """Have each ResumableEnv of a vectorised environment prove itself.
+
+    Nothing happens if the environments have no such method, or ``env`` cannot ask them.
+
+    :param env: the outermost vectorised environment, after a reset
+    :raises ResumeProofError: if one goes on in another way after its state was put back
+    """
+    base = base_of(env)
+    if not has_attribute(base, "prove_resumable"):
+        return
+    findings = base.env_method("prove_resumable")
+    doubts = []
+    for index, finding in enumerate(findings):
+        if finding is not None and finding.is_error:
+            raise ResumeProofError(f"environment {index}: {finding.text}")
+        if finding is not None:
+            doubts.append(f"environment {index}: {finding.text}")
+    if doubts:
+        warnings.warn(doubts[0], stacklevel=2)
+
+
+def find_flaw(env: Any, layers: Iterable[gym.Env[Any, Any]]) -> Finding | None:  # noqa: ANN401  # a ResumableEnv
+    """Take some steps with random actions, put back the state, take the same steps again, and put back the state.
+
+    The steps leave no trace: neither in the environment, the random generators and the statistics of wrappers, nor in
+    the files of Monitor and RecordVideo.
+
+    :param env: an environment with ``get_resume_state`` and ``set_resume_state``, after a reset
+    :param layers: the environments and wrappers inside it
+    :return: None if both times are the same
+    """
+    with _quiet(layers):
+        try:
+            state = env.get_resume_state()
+        except PlainStateError as error:
+            return Finding(True, str(error))
+        finding = _flaw_after(env, state)
+        try:
+            env.set_resume_state(state)
+        except Exception as error:
+            return finding or _changed(f"{type(error).__name__}: {error}")
+        return finding
+
+
+def _flaw_after(env: Any, state: Any) -> Finding | None:  # noqa: ANN401  # a ResumableEnv, plain values
+    try:
+        operations, expected = _first_time(env)
+    except Exception as error:
+        return Finding(
+            False,
+            f"a random action or a reset raised {type(error).__name__}: {error}. So it is not proven that a run with "
+            "this environment goes on exactly after a resume. ResumableEnv(env, prove=False) tries no random actions",
+        )
+    try:
+        env.set_resume_state(state)
+        difference = first_difference(state, env.get_resume_state(), "its state")
+        for index, operation in enumerate(operations):
+            if difference is None:
+                difference = first_difference(expected[index], _outcome(env, operation), _name(operations, index))
+    except Exception as error:
+        difference = f"{type(error).__name__}: {error}"
+    return None if difference is None else _changed(difference)
+
+
+def _changed(difference: str) -> Finding:
+    return Finding(True, f"saved and put back, it goes on in another way: {difference}. {REMEDIES}")
+
+
+def _first_time(env: Any) -> tuple[list[Any], list[Any]]:  # noqa: ANN401  # a ResumableEnv
+    """Take steps with random actions; return the actions, and RESET where a reset was, and what happened each time."""
+    operations: list[Any] = []
+    outcomes: list[Any] = []
+
+    def is_over_after(operation: Any) -> bool:  # noqa: ANN401  # an action
+        # A copy, since an environment may change the array
+        outcomes.append(_outcome(env, operation))
+        operations.append(operation)
+        return bool(outcomes[-1].get("terminated") or outcomes[-1].get("truncated"))
+
+    random_action = _random_actions(env.action_space)
+    masks = _masks(env, None)
+    started = time.perf_counter()
+    if masks is None and MASK in getattr(env.observation_space, "spaces", ()):
+        # Only a step or a reset tells the masks
+        is_over_after(RESET)
+    for part, n_steps in enumerate(N_STEPS, start=1):
+        for _ in range(n_steps):
+            masks = outcomes[-1]["masks"] if outcomes else masks
+            if is_over_after(random_action(masks)):
+                is_over_after(RESET)
+            if time.perf_counter() - started > MAX_SECONDS * part / len(N_STEPS):
+                break
+        if part < len(N_STEPS):
+            is_over_after(RESET)
+    return operations, outcomes
+
+
+def _outcome(env: Any, operation: Any) -> dict[str, Any]:  # noqa: ANN401  # a ResumableEnv, an action
+    """Take a step or reset; return a copy of what training depends on."""
+    outcome: dict[str, Any] = {}
+    if operation is RESET:
+        outcome["observation"], info = env.reset()
+    else:
+        names = ("observation", "reward", "terminated", "truncated")
+        *values, info = env.step(copy.deepcopy(operation))
+        outcome |= dict(zip(names, values, strict=True))
+    outcome["masks"] = _masks(env, outcome["observation"])
+    for key in INFOS:
+        if key in info:
+            # The time of an episode is another one each time
+            is_episode = key == "episode"
+            outcome[key] = {name: info[key][name] for name in ("r", "l")} if is_episode else info[key]
+    return copy.deepcopy(outcome)
+
+
+def _masks(env: Any, observation: Any) -> np.ndarray | None:  # noqa: ANN401  # a ResumableEnv, an observation
+    try:
+        method = env.get_wrapper_attr("action_masks")
+    except AttributeError:
+        method = None
+    if method is not None:
+        return np.array(method())
+    return np.asarray(observation[MASK]) if isinstance(observation, dict) and MASK in observation else None
+
+
+def _random_actions(action_space: spaces.Space[Any]) -> Callable[[np.ndarray | None], Any]:
+    """Return a function that draws a valid action. It uses none of the generators that training uses."""
+    space = copy.deepcopy(action_space)
+    space.seed(0)
+    generator = np.random.default_rng(0)
+
+    def draw(masks: np.ndarray | None) -> Any:  # noqa: ANN401  # an action
+        action = space.sample()
+        sizes = _sizes(space)
+        if masks is None or masks.size != sum(sizes):
+            return action
+        parts = np.split(masks.reshape(-1) != 0, np.cumsum(sizes)[:-1])
+        chosen = [generator.choice(np.flatnonzero(part) if part.any() else part.size) for part in parts]
+        if isinstance(space, spaces.Discrete):
+            return type(action)(space.start + chosen[0])
+        return np.array(chosen, dtype=space.dtype).reshape(np.shape(action))
+
+    return draw
+
+
+def _sizes(space: spaces.Space[Any]) -> list[int]:
+    if isinstance(space, spaces.Discrete):
+        return [int(space.n)]
+    if isinstance(space, spaces.MultiDiscrete):
+        return [int(n) for n in space.nvec.reshape(-1)]
+    return [2] * int(np.prod(space.shape)) if isinstance(space, spaces.MultiBinary) else []
+
+
+def _name(operations: list[Any], index: int) -> str:
+    n_steps = sum(operation is not RESET for operation in operations[: index + 1])
+    return (
+        f"at the reset after step {n_steps}, the outcome"
+        if operations[index] is RESET
+        else f"at step {n_steps}, the outcome"
+    )
+
+
+@contextmanager
+def _quiet(layers: Iterable[gym.Env[Any, Any]]) -> Iterator[None]:
+    """Keep wrappers from writing files, and let them reset early."""
+    replaced: list[tuple[Any, str, Any]] = []
+    for layer in layers:
+        for cls, values in QUIET.items():
+            for name in values if isinstance(layer, cls) else ():
+                replaced.append((layer, name, getattr(layer, name)))
+                setattr(layer, name, values[name]())
+    try:
+        yield
+    finally:
+        for layer, name, value in replaced:
+            setattr(layer, name, value)

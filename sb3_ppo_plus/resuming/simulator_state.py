@@ -1,0 +1,173 @@
+"""States of simulators that keep their state outside Python: MuJoCo and Atari."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from sb3_ppo_plus.errors import PlainStateError
+
+# Largest probability that a sticky action outlives the frames that are tried out
+P_OVERLOOKED = 1e-12
+
+
+def is_mujoco_data(value: object) -> bool:
+    """Whether a value is an ``MjData``.
+
+    :param value: any value
+    """
+    return _is_instance("mujoco", "MjData", value)
+
+
+def is_mujoco_model(value: object) -> bool:
+    """Whether a value is an ``MjModel``.
+
+    :param value: any value
+    """
+    return _is_instance("mujoco", "MjModel", value)
+
+
+def is_atari(value: object) -> bool:
+    """Whether a value is an ``ALEInterface``.
+
+    :param value: any value
+    """
+    return _is_instance("ale_py", "ALEInterface", value)
+
+
+def mujoco_state(data: Any) -> dict[str, Any]:  # noqa: ANN401  # mujoco is an optional dependency
+    """Copy the integration state of an ``MjData``, and the arrays that MuJoCo derives from it.
+
+    After a step, the derived arrays still belong to the state before it. Environments read them before their next step:
+    Ant's reward is the change of the torso's position in these arrays.
+
+    :param data: an ``MjData``
+    """
+    mujoco = importlib.import_module("mujoco")
+    integration = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(data.model, integration))
+    mujoco.mj_getState(data.model, data, state, integration)
+    # The arrays are joined, since each environment has 120 of them
+    derived = [getattr(data, name) for name in _derived_arrays()]
+    sizes = np.array([array.nbytes for array in derived])
+    return {"integration": state, "derived": b"".join(array.tobytes() for array in derived), "sizes": sizes}
+
+
+def set_mujoco_state(data: Any, state: dict[str, Any], trusted: bool = True) -> None:  # noqa: ANN401  # mujoco is an optional dependency
+    """Put back the state of an ``MjData``.
+
+    :param data: an ``MjData``
+    :param state: what :func:`mujoco_state` has returned
+    :param trusted: False: of the derived arrays, only those of floats are put back; MuJoCo reads others as indices
+    :raises ValueError: for the state of another model
+    """
+    mujoco = importlib.import_module("mujoco")
+    integration = mujoco.mjtState.mjSTATE_INTEGRATION
+    size = mujoco.mj_stateSize(data.model, integration)
+    if len(state["integration"]) != size:
+        raise ValueError(f"the saved MuJoCo state has {len(state['integration'])} numbers, the model's has {size}")
+    mujoco.mj_setState(data.model, data, state["integration"], integration)
+    mujoco.mj_forward(data.model, data)
+    begin = 0
+    for name, size in zip(_derived_arrays(), state["sizes"].tolist(), strict=True):
+        array = getattr(data, name)
+        # The length of some arrays depends on the contacts. Where it differs, what mj_forward has found stays
+        if array.nbytes == size and (trusted or array.dtype.kind == "f"):
+            array[...] = np.frombuffer(state["derived"][begin : begin + size], array.dtype).reshape(array.shape)
+        begin += size
+
+
+@cache
+def _derived_arrays() -> list[str]:
+    mujoco = importlib.import_module("mujoco")
+    data = mujoco.MjData(mujoco.MjModel.from_xml_string("<mujoco/>"))
+    names = [name for name in dir(data) if isinstance(getattr(data, name), np.ndarray)]
+    # The length of constraints' arrays depends on the contacts, and no environment of Gymnasium reads them
+    return [name for name in names if not name.startswith(("_", "efc_", "iefc_"))]
+
+
+def atari_state(ale: Any) -> bytes | dict[str, Any]:  # noqa: ANN401  # ale-py is an optional dependency
+    """Copy the state of an ``ALEInterface``, its random generator included.
+
+    With sticky actions, the next frames may repeat the last action, which ALE's state lacks. It is found by trial: the
+    generator is in the state, so the next frames repeat it as often in each trial. The first trial shows what they do
+    with the true last action, which it overwrites. Then each action is made the last one, until one does the same.
+    Until the next step, ``render()`` shows the last frame of a trial.
+
+    :param ale: an ``ALEInterface``
+    :return: what ``ALEState.serialize`` returns; with sticky actions a dict with it and the last action, or another
+        action that does the same
+    :raises PlainStateError: if no action does the same
+    """
+    state = ale.cloneState(include_rng=True)
+    serialized: bytes = state.serialize()
+    if sticky_probability(ale) == 0:
+        return serialized
+    expected = list(_future(ale))
+    # The minimal actions first: most agents use no others
+    for action in dict.fromkeys([*ale.getMinimalActionSet(), *ale.getLegalActionSet()]):
+        _set_state_and_last_action(ale, state, action)
+        # Ends at the first frame that differs
+        if all(seen == frame for seen, frame in zip(_future(ale), expected, strict=True)):
+            _set_state_and_last_action(ale, state, action)
+            return {"state": serialized, "last_action": int(action.value)}
+    raise PlainStateError("the last action of an Atari game was not found, which sticky actions may repeat")
+
+
+def set_atari_state(ale: Any, saved: bytes | dict[str, Any]) -> None:  # noqa: ANN401  # ale-py is an optional dependency
+    """Put back the state of an ``ALEInterface``.
+
+    :param ale: an ``ALEInterface``
+    :param saved: what :func:`atari_state` has returned
+    :raises ValueError: for the state of a game with sticky actions where there are none
+    """
+    ale_py = importlib.import_module("ale_py")
+    if not isinstance(saved, dict):
+        ale.restoreState(ale_py.ALEState(saved))
+        return
+    if sticky_probability(ale) == 0:
+        raise ValueError("the saved Atari game has sticky actions, this one has none")
+    _set_state_and_last_action(ale, ale_py.ALEState(saved["state"]), ale_py.Action(saved["last_action"]))
+
+
+def sticky_probability(ale: Any) -> float:  # noqa: ANN401  # ale-py is an optional dependency
+    """Return the probability that a frame repeats an earlier action; 0 if it is always the same one.
+
+    :param ale: an ``ALEInterface``
+    """
+    probability: float = ale.getFloat("repeat_action_probability")
+    # With 1, no action of the agent's ever reaches the game, so that the last one is always the same
+    return probability if 0 < probability < 1 else 0.0
+
+
+def _n_frames(ale: Any) -> int:  # noqa: ANN401  # ale-py is an optional dependency
+    """Return after how many frames the last action is forgotten. 0: it never matters."""
+    probability = sticky_probability(ale)
+    return math.ceil(math.log(P_OVERLOOKED) / math.log(probability)) if probability > 0 else 0
+
+
+def _set_state_and_last_action(ale: Any, state: Any, action: Any) -> None:  # noqa: ANN401  # ale-py is optional
+    for _ in range(_n_frames(ale)):
+        ale.act(action)
+    # Leaves the last action as it is
+    ale.restoreState(state)
+
+
+def _future(ale: Any) -> Iterator[Any]:  # noqa: ANN401  # ale-py is an optional dependency
+    """Do nothing until the last action is forgotten. Yield what each frame does, and the state after the last one."""
+    ale_py = importlib.import_module("ale_py")
+    for _ in range(_n_frames(ale)):
+        yield ale.act(ale_py.Action.NOOP), ale.getRAM().tobytes()
+    # Also what is outside the game's memory
+    yield ale.cloneState(include_rng=True).serialize()
+
+
+def _is_instance(module: str, name: str, value: object) -> bool:
+    # The modules are optional dependencies. While one is not imported, its objects cannot exist
+    return module in sys.modules and isinstance(value, getattr(sys.modules[module], name))

@@ -1,0 +1,182 @@
+"""Checks of a training state from a file: the model's attributes, and what may replace a value without trust."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
+
+from sb3_ppo_plus.attributes import COUNTERS, PlusModel
+from sb3_ppo_plus.untrusted.strict_json import short
+
+#: More steps than any run has, and fewer than a float can count
+MAX_COUNT = 2**53
+#: Ten thousand years
+MAX_SECONDS = 3e11
+# Kinds of dtypes: flags, integers, floats, complex numbers
+_NUMERIC = "biufc"
+_PLAIN_STATISTICS = (bool, int, float, str, np.generic, np.ndarray, th.Tensor, type(None))
+
+
+def check_attributes(model: PlusModel, attributes: dict[str, Any], trusted: bool = True) -> None:
+    """Check the attributes of a model: no others than training changes, with values that training could have given.
+
+    Some other attributes, such as the compiler's options, can run a program.
+
+    :param model: the model that will get them, with its environments
+    :param attributes: values by name
+    :param trusted: False: also check the shapes of observations, and what statistics hold
+    :raises ValueError: for other names, and for a value that is not possible; the message names the attribute
+    :raises TypeError: for a value of another type
+    """
+    names = set(model.TRAINING_STATE)
+    if attributes.keys() != names:
+        raise ValueError(f"the training state must hold {sorted(names)}, got {sorted(attributes)}")
+    for name, value in attributes.items():
+        existing = getattr(model, name)
+        if isinstance(existing, int | float | str | deque) and not isinstance(value, type(existing) | None):
+            raise TypeError(f"{name} must be of type {type(existing).__name__}, got {short(value)}")
+    for name in (*COUNTERS, "_n_iterations"):
+        _check(_is_count(attributes[name]), name, f"an integer in [0, {MAX_COUNT}]", attributes[name])
+    progress = attributes["_current_progress_remaining"]
+    _check(_is_number(progress) and 0 <= progress <= 1, "_current_progress_remaining", "a number in [0, 1]", progress)
+    interval = attributes["_log_interval"]
+    _check(interval is None or (_is_number(interval) and interval > 0), "_log_interval", "None or above 0", interval)
+    states = attributes["_last_states"]
+    _check(states is None or type(states) is RNNStates, "_last_states", "None or the states of a memory", states)
+    if not trusted:
+        _check_observations(model, attributes)
+        for name in ("ep_info_buffer", "ep_success_buffer"):
+            _check_statistics(model, attributes[name], name)
+
+
+def check_seconds(seconds: object) -> None:
+    """Check the time that a run has taken.
+
+    :param seconds: the time in seconds
+    :raises ValueError: if it is no number from 0 on
+    """
+    is_time = isinstance(seconds, int | float) and 0 <= seconds <= MAX_SECONDS
+    _check(is_time, "seconds", f"a number in [0, {MAX_SECONDS:g}]", seconds)
+
+
+def check_logs(logs: object) -> None:
+    """Check the values that wait for the logger's next dump.
+
+    :param logs: what :func:`pending_logs` has returned
+    :raises ValueError: if they are no numbers and texts by name
+    """
+    is_table = isinstance(logs, dict) and all(isinstance(part, dict) for part in logs.values())
+    _check(is_table, "logger", "tables by name", logs)
+    assert isinstance(logs, dict)
+    for part, table in logs.items():
+        for key, value in table.items():
+            texts = isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
+            is_plain = value is None or texts or isinstance(value, _PLAIN_STATISTICS)
+            _check(isinstance(key, str) and is_plain, f"logger: {part}: {short(key)}", "a number or a text", value)
+
+
+def may_replace(existing: object, saved: object) -> bool:
+    """Whether a value from a file without trust may take the place of another one.
+
+    It may if it is a number or an array of the same type and shape, or holds only such where the other one holds them.
+    A text may not: it could be a path. ``None`` stands for numbers that are missing.
+
+    :param existing: the value in place
+    :param saved: the value from the file
+    """
+    if existing is None:
+        return _holds_numbers_only(saved)
+    if saved is None:
+        return _holds_numbers_only(existing, any_keys=True)
+    if isinstance(existing, bool | np.bool_):
+        return isinstance(saved, bool | np.bool_)
+    if _is_number(existing) and _is_number(saved):
+        # A sum of rewards may begin as the integer 0
+        return True
+    if isinstance(existing, np.ndarray | np.generic) and isinstance(saved, np.ndarray | np.generic):
+        # Arithmetic turns an array of no dimensions into a number. An empty array waits for its first numbers
+        is_same = (existing.dtype, existing.shape) == (saved.dtype, saved.shape)
+        if existing.dtype.kind in _NUMERIC and saved.dtype.kind in _NUMERIC:
+            return is_same or existing.size == 0
+        # Texts, such as the map of a game
+        return is_same and not existing.dtype.hasobject and existing.tobytes() == saved.tobytes()
+    if isinstance(existing, th.Tensor):
+        return type(saved) is type(existing) and (saved.dtype, saved.shape) == (existing.dtype, existing.shape)
+    if type(existing) is not type(saved):
+        return False
+    if isinstance(existing, dict):
+        assert isinstance(saved, dict)
+        if existing.keys() == saved.keys():
+            return all(may_replace(value, saved[key]) for key, value in existing.items())
+        return _holds_numbers_only(existing) and _holds_numbers_only(saved)
+    if isinstance(existing, list | tuple | deque | set):
+        assert isinstance(saved, list | tuple | deque | set)
+        if isinstance(existing, deque) and existing.maxlen != saved.maxlen:  # type: ignore[union-attr]  # a deque too
+            return False
+        if len(existing) == len(saved) and not isinstance(existing, set):
+            return all(map(may_replace, existing, saved))
+        return _holds_numbers_only(existing) and _holds_numbers_only(saved)
+    # The same text or bytes change nothing
+    return bool(existing == saved)
+
+
+def _holds_numbers_only(value: object, any_keys: bool = False) -> bool:
+    if isinstance(value, dict):
+        keys = [] if any_keys else list(value)
+        return all(_holds_numbers_only(part, any_keys) for part in [*keys, *value.values()])
+    if isinstance(value, list | tuple | deque | set):
+        return all(_holds_numbers_only(part, any_keys) for part in value)
+    if isinstance(value, np.ndarray | np.generic):
+        return value.dtype.kind in _NUMERIC
+    return value is None or isinstance(value, bool | int | float | th.Tensor)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= MAX_COUNT
+
+
+def _check(is_right: bool, name: str, allowed: str, value: object) -> None:
+    if not is_right:
+        raise ValueError(f"{name} must be {allowed}, got {short(value)}")
+
+
+def _check_observations(model: PlusModel, attributes: dict[str, Any]) -> None:
+    """The last observations must be some of the environments', and there must be a start for each environment."""
+    n_envs = model.n_envs
+    starts = attributes["_last_episode_starts"]
+    is_flags = isinstance(starts, np.ndarray) and (starts.dtype, starts.shape) == (np.dtype(bool), (n_envs,))
+    _check(starts is None or is_flags, "_last_episode_starts", f"None or {n_envs} flags", starts)
+    for name in ("_last_obs", "_last_original_obs"):
+        value = attributes[name]
+        space = model.observation_space
+        _check(value is None or _is_observation(space, value, n_envs), name, f"{n_envs} observations of {space}", value)
+
+
+def _is_observation(space: spaces.Space[Any], value: Any, n_envs: int) -> bool:  # noqa: ANN401  # from the file
+    if isinstance(space, spaces.Dict):
+        if not isinstance(value, dict) or value.keys() != space.spaces.keys():
+            return False
+        return all(_is_observation(space[key], value[key], n_envs) for key in value)
+    # A normaliser gives other dtypes than the space has
+    is_array = isinstance(value, np.ndarray) and value.dtype.kind in "biuf"
+    return is_array and value.shape == (n_envs, *(space.shape or ()))
+
+
+def _check_statistics(model: PlusModel, value: Any, name: str) -> None:  # noqa: ANN401  # from the file
+    """Statistics of episodes are numbers and texts, alone or by name, and the model keeps some of them only."""
+    if value is None:
+        return
+    size = getattr(model, "_stats_window_size", None)
+    _check(type(value) is deque and value.maxlen == size, name, f"statistics of {size} episodes", value)
+    for entry in value:
+        numbers = entry.values() if isinstance(entry, dict) else [entry]
+        _check(all(isinstance(number, _PLAIN_STATISTICS) for number in numbers), name, "numbers of episodes", entry)

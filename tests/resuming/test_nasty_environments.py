@@ -1,0 +1,80 @@
+"""No environment resumes wrongly in silence: its state is restored, or an error says that it is not."""
+
+import importlib.util
+from pathlib import Path
+
+import nasty_environments
+import numpy as np
+import pytest
+from states import written_and_read
+
+from sb3_ppo_plus import ResumableEnv
+from sb3_ppo_plus.errors import PlainStateError
+
+NAMES = [cls.__name__ for cls in nasty_environments.ENVIRONMENTS]
+
+
+def fresh_module():
+    """The module as a new process would see it: with constants and classes of its own."""
+    spec = importlib.util.spec_from_file_location("fresh", Path(nasty_environments.__file__))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def made(name):
+    return ResumableEnv(getattr(fresh_module(), name)())
+
+
+def played(env, actions):
+    seen = []
+    for action in actions:
+        observation, reward, terminated, truncated, _ = env.step(action)
+        seen.append((observation, reward, terminated, truncated))
+        if terminated or truncated:
+            seen.append(env.reset()[0])
+    return seen
+
+
+def test_there_are_many():
+    assert len(NAMES) >= 30
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_restored_or_refused_before_the_first_step(name):
+    outcome = getattr(nasty_environments, name).outcome
+    env = made(name)
+    env.reset(seed=3)
+    if outcome == "refused":
+        with pytest.raises(PlainStateError, match=r"get_resume_state\(\).*constant="):
+            env.get_resume_state()
+        return
+    finding = env.prove_resumable()
+    assert (finding is not None and finding.is_error) == (outcome in ("disproved", "differs")), finding
+
+
+@pytest.mark.parametrize("n_before", [0, 1, 37, 90])
+@pytest.mark.parametrize("name", [name for name in NAMES if getattr(nasty_environments, name).outcome == "restored"])
+def test_it_goes_on_in_another_process_as_the_saved_one_would(name, n_before):
+    random = np.random.default_rng(n_before)
+    env = made(name)
+    env.reset(seed=3)
+    np.random.seed(0)
+    played(env, random.integers(3, size=n_before))
+    state = written_and_read(env.get_resume_state())
+    actions = random.integers(3, size=200)
+    expected = played(env, actions)
+    other = made(name)
+    other.reset(seed=4)
+    for _ in range(2):
+        other.set_resume_state(state)
+        np.testing.assert_equal(played(other, actions), expected)
+
+
+def test_a_class_that_holds_another_constant_than_the_saved_one_is_an_error():
+    env, other = made("ClassEnum"), made("ClassEnum")
+    env.reset(seed=3)
+    env.step(0)
+    other.reset(seed=3)
+    with pytest.raises(ValueError, match=r"ClassEnum\.phase is Phase <Phase\.HUNT: 1>, the saved one was .*FLEE"):
+        other.set_resume_state(env.get_resume_state())
