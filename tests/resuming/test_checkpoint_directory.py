@@ -264,11 +264,11 @@ def test_checkpoints_that_are_replaced_while_they_are_looked_for_are_looked_for_
     (old,) = write(tmp_path, 100)
     read = checkpoint_directory.read_checkpoint
 
-    def read_late(directory):
+    def read_late(directory, *arguments):
         if directory == old and old.exists():
             write(tmp_path, 200)
             shutil.rmtree(old)
-        return read(directory)
+        return read(directory, *arguments)
 
     monkeypatch.setattr(checkpoint_directory, "read_checkpoint", read_late)
     # A warning would be an error of this test
