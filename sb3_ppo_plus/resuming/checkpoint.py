@@ -164,6 +164,10 @@ class TrainingCheckpoint(BaseCallback):
         """
         return self._writer.write(self._snapshot())
 
+    def wait_for_checkpoint(self) -> None:
+        """Wait until no checkpoint is being written. One that fails is an error later, as if nobody had waited."""
+        self._writer.settle()
+
     def _snapshot(self, unsaved: list[str] | None = None) -> Snapshot:
         model = self._ppo_plus
         run: Run = model._current_run

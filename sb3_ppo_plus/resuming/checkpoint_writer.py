@@ -83,6 +83,11 @@ class CheckpointWriter:
         for line in refused:
             warnings.warn(line, stacklevel=2)
 
+    def settle(self) -> None:
+        """Wait until nothing is being written. Leave the error of what could not be written to :meth:`wait`."""
+        if self._in_flight is not None:
+            self._in_flight.exception()
+
     def write(self, snapshot: Snapshot) -> Path:
         """Write a snapshot now.
 

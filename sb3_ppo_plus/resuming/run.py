@@ -10,6 +10,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_ppo_plus.callback_hooks import iterate_callbacks
 from sb3_ppo_plus.envs.restarting_env import RestartCounter
 
 
@@ -27,6 +28,12 @@ class Run:
     continuation: dict[str, Any] | None = None
     restart_counter: RestartCounter | None = None
     was_asked_to_stop: bool = False
+
+    def wait_for_checkpoints(self) -> None:
+        """Wait until ``last_checkpoint`` is the last one: callbacks may be writing one in the background."""
+        for child in iterate_callbacks(self.callback) if self.callback is not None else ():
+            if hasattr(child, "wait_for_checkpoint"):
+                child.wait_for_checkpoint()
 
     def log_restarts(self, env: VecEnv, logger: Logger) -> None:
         """Log the number of restarts so far, if any environment can restart.

@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,10 +193,8 @@ class KillInMidRollout(BaseCallback):
     """Kills this process in the rollout that follows a checkpoint, when the checkpoint is written."""
 
     def _on_step(self) -> bool:
-        n_steps = N_STEPS * self.training_env.num_envs
-        if self.num_timesteps > (INTERRUPTED_AFTER + 0.5) * n_steps:
-            while not str(self.model.last_checkpoint).endswith(f"_{INTERRUPTED_AFTER * n_steps}_steps"):
-                time.sleep(0.001)
+        if self.num_timesteps > (INTERRUPTED_AFTER + 0.5) * N_STEPS * self.training_env.num_envs:
+            self.model._current_run.wait_for_checkpoints()
             os.kill(os.getpid(), signal.SIGKILL)
         return True
 

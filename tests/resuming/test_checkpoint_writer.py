@@ -159,7 +159,7 @@ def test_an_interrupt_at_the_end_leaves_the_rest_to_the_thread(tmp_path, disk):
     with pytest.raises(KeyboardInterrupt):
         model.learn(96, [checkpoint, StopAfter(16)])
     disk.is_slow = False
-    checkpoint._writer.wait()
+    checkpoint.wait_for_checkpoint()
     assert steps_of(tmp_path) == [16]
     while checkpoint._writer._lock.is_held:
         # The thread gives it back last
@@ -174,7 +174,7 @@ def test_a_write_that_failed_is_the_error_of_the_next_checkpoint_and_training_ca
 
     model, checkpoint = make_model(), TrainingCheckpoint(1, tmp_path)
     with pytest.raises(CheckpointError, match="no room at 32 steps"):
-        model.learn(96, [checkpoint, At(24, lambda: (checkpoint._writer.wait(), fill()))])
+        model.learn(96, [checkpoint, At(24, lambda: (checkpoint.wait_for_checkpoint(), fill()))])
     assert model.num_timesteps == 48 and steps_of(tmp_path) == [16]
     assert model.last_checkpoint.endswith("_16_steps")
     disk.is_full = False
@@ -206,6 +206,15 @@ def test_a_write_that_failed_does_not_hide_why_training_has_failed(tmp_path, dis
         pytest.raises(RuntimeError, match="broken"),
     ):
         make_model().learn(96, [TrainingCheckpoint(1, tmp_path), At(24, fail)])
+
+
+def test_waiting_leaves_the_error_of_a_failed_write_for_later(tmp_path, disk):
+    disk.is_full = True
+    model, checkpoint = make_model(), TrainingCheckpoint(1, tmp_path)
+    checkpoint.wait_for_checkpoint()
+    with pytest.raises(CheckpointError, match="no room at 16 steps"):
+        model.learn(96, [checkpoint, At(24, checkpoint.wait_for_checkpoint)])
+    assert model.num_timesteps == 32
 
 
 def test_all_callbacks_hear_of_the_end_of_learn_where_a_write_has_failed(tmp_path, disk):
@@ -303,7 +312,7 @@ def test_what_the_disk_says_is_in_the_error(tmp_path):
     checkpoint = TrainingCheckpoint(1, tmp_path)
 
     def fill():
-        checkpoint._writer.wait()
+        checkpoint.wait_for_checkpoint()
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
 
     try:
