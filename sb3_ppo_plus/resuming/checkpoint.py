@@ -92,6 +92,9 @@ class TrainingCheckpoint(BaseCallback):
         self._callbacks: BaseCallback = self
         self._outer_exception: BaseException | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_outer_exception": None}
+
     def _init_callback(self) -> None:
         if not hasattr(self.model, "TRAINING_STATE"):
             raise TypeError(f"TrainingCheckpoint needs a PPOPlus, got a {type(self.model).__name__}")

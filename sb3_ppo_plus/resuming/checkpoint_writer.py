@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from sb3_ppo_plus.resuming.checkpoint_directory import write_checkpoint
 from sb3_ppo_plus.resuming.directory_lock import DirectoryLock
@@ -33,6 +34,10 @@ class CheckpointWriter:
         self._executor: ThreadPoolExecutor | None = None
         self._in_flight: Future[Path] | None = None
         self._refused: list[str] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A user's function in the model may refer to this object, and is saved with the model
+        return {**vars(self), "_lock": DirectoryLock(self.save_path), "_executor": None, "_in_flight": None}
 
     def open(self) -> None:
         """Lock the directory, and start the thread for writing in the background.

@@ -29,6 +29,10 @@ class ModelSnapshots:
     def __init__(self) -> None:
         self._made: dict[tuple[Any, str], tuple[bytes, Any]] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A user's function in the model may refer to this object: saved with the model, it must not hold earlier saves
+        return {"_made": {}}
+
     def take(self, model: PPO, exclude: Iterable[str]) -> Callable[[], bytes]:
         """Copy what ``model.save`` would write.
 

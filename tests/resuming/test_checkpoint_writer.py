@@ -292,6 +292,22 @@ def test_the_directory_is_that_of_the_start_of_learn_wherever_the_program_goes(t
     assert steps_of(tmp_path / "checkpoints") == [16, 32, 48]
 
 
+def test_a_function_in_the_model_that_refers_to_the_callback_is_saved_and_does_not_grow(tmp_path):
+    model, checkpoint = make_model(), TrainingCheckpoint(1, tmp_path, keep_last=6)
+    train = model.train
+
+    def trained():
+        assert checkpoint.model is model
+        train()
+
+    model.train = trained
+    model.learn(96, checkpoint)
+    sizes = [(path / "model.zip").stat().st_size for path in sorted(tmp_path.glob("checkpoint_*"))]
+    assert len(sizes) == 6 and max(sizes) < 1.2 * min(sizes)
+    resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu")
+    assert resumed.num_timesteps == 96
+
+
 class Own(PPOPlus):
     """Adds to what is saved, by a method of its own."""
 
