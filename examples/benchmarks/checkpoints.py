@@ -4,11 +4,13 @@
 
 Updates with and without a checkpoint take turns in one run, so that whatever else the machine does hits both alike. A
 cycle is a rollout and an update. "In the callback" is how long training waits for a checkpoint. "In all" is by how much
-the cycle that follows is longer than one without: it adds what the thread that writes takes from training, which on one
-core is all its work but waiting for the disk. Figures are medians; --rounds repeats the run.
+the cycle that begins with it is longer than one without: it adds what the thread that writes takes from training. That
+is given in seconds of the clock and of the processor; on one core they differ by what else the machine does. Figures
+are medians; --rounds repeats the run.
 """
 
 import argparse
+import itertools
 import statistics
 import tempfile
 import time
@@ -30,11 +32,11 @@ class Timed(TrainingCheckpoint):
     def __init__(self, n_steps: int, save_path: str) -> None:
         super().__init__(2 * n_steps, save_path)
         self.seconds: list[float] = []
-        self.begun: list[float] = []
+        self.begun: list[tuple[float, float]] = []
 
     def on_update_end(self) -> bool:
         started = time.perf_counter()
-        self.begun.append(started)
+        self.begun.append((started, time.process_time()))
         goes_on = super().on_update_end()
         self.seconds.append(time.perf_counter() - started)
         return goes_on
@@ -54,21 +56,23 @@ class Last(BaseCallback):
         return self.num_timesteps < self.last
 
 
-def measure(env_id: str, n_envs: int, updates: int, compile: bool, normalize: bool) -> tuple[float, float, float]:
-    """Return medians in seconds: a cycle without a checkpoint, a checkpoint in the callback, and in all."""
+def measure(env_id: str, n_envs: int, updates: int, compile: bool, normalize: bool) -> list[float]:
+    """Return medians in seconds: a cycle without a checkpoint; a checkpoint in the callback; in all, by both clocks."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         env = make_vec_env(env_id, n_envs=n_envs, seed=0, wrapper_class=ResumableEnv)
         model = PPOPlus("MlpPolicy", VecNormalize(env) if normalize else env, seed=0, device="cpu", compile=compile)
         steps = model.n_steps * n_envs
         checkpoint = Timed(steps, folder)
         model.learn(2 * steps * (updates + N_WARM), [Last(steps * (updates + N_WARM)), checkpoint])
-    # Updates are counted from 1, and a checkpoint follows those with an even number
-    cycles = [after - before for before, after in zip(checkpoint.begun, checkpoint.begun[1:], strict=False)]
-    with_checkpoint, without = cycles[N_WARM + 1 :: 2], cycles[N_WARM::2]
-    in_callback = checkpoint.seconds[N_WARM + 1 : -1 : 2]
-    assert min(in_callback) > max(statistics.median(checkpoint.seconds[N_WARM::2]), 0)
-    cycle = statistics.median(without)
-    return cycle, statistics.median(in_callback), statistics.median(with_checkpoint) - cycle
+    # A checkpoint follows the updates with odd indices
+    in_callback = statistics.median(checkpoint.seconds[N_WARM + 1 : -1 : 2])
+    medians = []
+    for times in zip(*checkpoint.begun, strict=True):
+        cycles = [after - before for before, after in itertools.pairwise(times)]
+        without, with_checkpoint = (statistics.median(cycles[begin::2]) for begin in (N_WARM, N_WARM + 1))
+        medians.append((without, with_checkpoint - without))
+    (cycle, whole), (_, whole_of_processor) = medians
+    return [cycle, in_callback, whole, whole_of_processor]
 
 
 def main(
@@ -81,20 +85,21 @@ def main(
 ) -> float:
     """Print each round and the median of the rounds, and return the share of the time that training waits."""
     print(f"{env_id}, {n_envs} envs, compile={compile}, VecNormalize={normalize}")
-    results = []
+    shares = []
     for _ in range(rounds):
-        cycle, callback, whole = measure(env_id, n_envs, updates, compile, normalize)
-        results.append((callback / cycle, whole / cycle, callback / cycle * 2048 * n_envs / 50_000))
+        cycle, callback, whole, whole_of_processor = measure(env_id, n_envs, updates, compile, normalize)
+        shares.append([100 * callback / cycle, 100 * whole / cycle, 100 * whole_of_processor / cycle])
         print(
-            f"cycle {1000 * cycle:.0f} ms, checkpoint {1000 * callback:.2f} ms in the callback, "
-            f"{1000 * whole:.1f} ms in all"
+            f"cycle {1000 * cycle:.0f} ms; checkpoint {1000 * callback:.2f} ms in the callback, in all "
+            f"{1000 * whole:.1f} ms of the clock, {1000 * whole_of_processor:.1f} ms of the processor"
         )
-    shares = [100 * statistics.median(column) for column in zip(*results, strict=True)]
+    callback, whole, whole_of_processor = (statistics.median(column) for column in zip(*shares, strict=True))
     print(
-        f"at every update: {shares[0]:.2f}% in the callback, {shares[1]:.2f}% in all; "
-        f"at every 50,000 steps: {shares[2]:.3f}% in the callback"
+        f"at every update: {callback:.2f}% in the callback, in all {whole:.2f}% of the clock and "
+        f"{whole_of_processor:.2f}% of the processor; at every 50,000 steps: "
+        f"{callback * 2048 * n_envs / 50_000:.3f}% in the callback"
     )
-    return shares[0] / 100
+    return callback / 100
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from sb3_ppo_plus.resuming.checkpoint_writer import CheckpointWriter
 from sb3_ppo_plus.resuming.training_state import take_snapshot
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
 
-FOREVER = 300
+FOREVER = 120
 
 
 class Disk:
@@ -36,6 +36,8 @@ class Disk:
         self._begun, self._may_go_on = threading.Event(), threading.Event()
         self._write, self._wait = checkpoint_writer.write_checkpoint, CheckpointWriter.wait
         monkeypatch.setattr(checkpoint_writer, "write_checkpoint", self._write_slowly)
+        self._settle = CheckpointWriter.settle
+        monkeypatch.setattr(CheckpointWriter, "settle", lambda writer: (self.go_on(), self._settle(writer)))
         monkeypatch.setattr(CheckpointWriter, "wait", lambda writer: self._waited_for(writer))
 
     def is_writing(self):
@@ -58,7 +60,7 @@ class Disk:
         return self._write(*arguments)
 
     def _waited_for(self, writer):
-        if self.is_slow and writer._in_flight is not None:
+        if self.is_slow and writer._in_flight is not None and not writer._in_flight.done():
             assert self._begun.wait(FOREVER)
             self.n_waits += 1
             self.go_on()
@@ -206,6 +208,20 @@ def test_a_write_that_failed_does_not_hide_why_training_has_failed(tmp_path, dis
         pytest.raises(RuntimeError, match="broken"),
     ):
         make_model().learn(96, [TrainingCheckpoint(1, tmp_path), At(24, fail)])
+
+
+def test_an_error_of_training_can_name_the_checkpoint_that_is_being_written(tmp_path, disk):
+    seen = []
+
+    def look():
+        assert disk.is_writing() and model.last_checkpoint is None
+        model._current_run.wait_for_checkpoints()
+        seen.append(model.last_checkpoint)
+
+    disk.is_slow = True
+    model = make_model()
+    model.learn(32, [TrainingCheckpoint(1, tmp_path), At(24, look)])
+    assert len(seen) == 1 and seen[0].endswith("_16_steps")
 
 
 def test_waiting_leaves_the_error_of_a_failed_write_for_later(tmp_path, disk):
