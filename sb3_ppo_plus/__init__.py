@@ -26,7 +26,7 @@ from sb3_ppo_plus.policies import (
 from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
 from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
-from sb3_ppo_plus.resuming.resume import latest_checkpoint
+from sb3_ppo_plus.resuming.resume import best_checkpoint, latest_checkpoint
 from sb3_ppo_plus.saving.vec_normalize import load_vec_normalize, save_vec_normalize
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
 
@@ -64,6 +64,7 @@ __all__ = [
     "UntrustedFileError",
     "WarmupCosine",
     "WrapperStackError",
+    "best_checkpoint",
     "latest_checkpoint",
     "load_vec_normalize",
     "make_schedule",

@@ -83,6 +83,7 @@ class PlusModel(Protocol):
     critic_learning_rate: Any
     device: th.device
     ent_coef: Any
+    ep_info_buffer: Any
     env: VecEnv | None
     last_checkpoint: str | None
     learning_rate: Any

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EventCallback
 
@@ -36,11 +37,15 @@ def notify_update_end(callback: BaseCallback | None) -> bool:
     return all(answer is not False for answer in answers)
 
 
-def notify_learn_end(callback: BaseCallback) -> None:
-    """Call ``on_learn_end()`` of every callback that has it, in reverse order.
+def notify_learn_end(callback: BaseCallback, afterwards: Callable[[], None]) -> None:
+    """Call ``on_learn_end()`` of every callback that has it, in reverse order, also if one of them fails.
 
     :param callback: the callback of ``learn``, with others inside
+    :param afterwards: what to do last
     """
-    for child in reversed(list(iterate_callbacks(callback))):
-        if hasattr(child, "on_learn_end"):
-            child.on_learn_end()
+    with ExitStack() as stack:
+        # The last one that is entered is called first
+        stack.callback(afterwards)
+        for child in iterate_callbacks(callback):
+            if hasattr(child, "on_learn_end"):
+                stack.callback(child.on_learn_end)

@@ -327,8 +327,7 @@ class PPOPlus(PPO):
         finally:
             callback, self._current_run.callback = self._current_run.callback, None
             if callback is not None:
-                notify_learn_end(callback)
-                evaluate_without_masks(callback, self)
+                notify_learn_end(callback, lambda: evaluate_without_masks(callback, self))
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write the log, as SB3's ``dump_logs``; in a resumed run, iterations count from the run's beginning."""

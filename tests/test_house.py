@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "fast": {"rollout", "policies", "update", "ground"},
     "masking": {"policies", "envs", "ground"},
     "saving": {"policies", "untrusted", "ground"},
-    "resuming": {"untrusted", "envs", "ground"},
+    "resuming": {"saving", "untrusted", "envs", "ground"},
     "rollout": {"policies", "envs", "ground"},
     "policies": {"ground"},
     "update": {"ground"},

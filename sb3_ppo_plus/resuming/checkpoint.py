@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,13 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_plus.argument_checks import is_integer
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.resuming.checkpoint_directory import (
-    checkpoint_directories,
-    rotate,
-    write_checkpoint,
-)
+from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
+from sb3_ppo_plus.resuming.checkpoint_writer import CheckpointWriter
 from sb3_ppo_plus.resuming.proof import prove_envs
 from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
-from sb3_ppo_plus.resuming.training_state import (
-    checkpoint_files,
-)
+from sb3_ppo_plus.resuming.training_state import Snapshot, take_snapshot
+from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
 
 
 class TrainingCheckpoint(BaseCallback):
@@ -32,6 +29,12 @@ class TrainingCheckpoint(BaseCallback):
     ``set_resume_state(state)``, see :class:`ResumableEnv`. Callbacks of your own are part of it if they have
     ``get_state()`` and ``set_state(state)``.
 
+    At the end of an update its state is copied. A thread turns the copy into files while training goes on. A
+    checkpoint that is due earlier waits for the one before. ``learn`` returns when the last one is on the disk.
+
+    During ``learn`` the directory is locked: a second run in it is an error that names the process of the first. The
+    lock ends with its process.
+
     With ``on_signal``, SIGTERM or SIGINT (Ctrl-C) ends training after the current update: a checkpoint is written, and
     ``learn`` returns. A second SIGINT interrupts at once. After SIGUSR1 a checkpoint is written too, and learning goes
     on. The handlers are in place during ``learn``, if it runs in the main thread. Such signals often reach all
@@ -41,14 +44,17 @@ class TrainingCheckpoint(BaseCallback):
     :param save_freq: smallest number of timesteps between two checkpoints, counted over all environments; 1: a
         checkpoint after every update
     :param save_path: directory of the checkpoints; it is created if it is missing
-    :param keep_last: number of valid checkpoints to keep; older ones are removed
+    :param keep_last: number of newest valid checkpoints to keep; older ones are removed
     :param on_signal: whether to handle signals
     :param verbose: 1: print a line for each checkpoint
-    :raises TypeError: for a ``save_freq`` or ``keep_last`` that is no integer
-    :raises ValueError: for a ``save_freq`` or ``keep_last`` below 1
+    :param keep_best: number of valid checkpoints to keep for the highest mean return of the last episodes at saving
+        (``rollout/ep_rew_mean``), whatever their age; of equal ones the newer. See :func:`best_checkpoint`
+    :raises TypeError: for a ``save_freq``, ``keep_last`` or ``keep_best`` that is no integer
+    :raises ValueError: for a ``save_freq`` or ``keep_last`` below 1, or a ``keep_best`` below 0
     :raises ResumeProofError: when training starts, if an environment in a :class:`ResumableEnv` goes on in another way
         after its state was put back
-    :raises CheckpointError: during training, if a checkpoint cannot be written; the model stays usable
+    :raises CheckpointError: before the first step, if another run uses the directory, or nothing can be written there.
+        Later, if a checkpoint could not be written: at the next one or at the end of ``learn``; the model stays usable
     """
 
     comes_last = True
@@ -60,33 +66,50 @@ class TrainingCheckpoint(BaseCallback):
         keep_last: int = 3,
         on_signal: bool = True,
         verbose: int = 0,
+        keep_best: int = 0,
     ) -> None:
         super().__init__(verbose)
-        for name, value in (("save_freq", save_freq), ("keep_last", keep_last)):
+        for name, value, least in (
+            ("save_freq", save_freq, 1),
+            ("keep_last", keep_last, 1),
+            ("keep_best", keep_best, 0),
+        ):
             if not is_integer(value):
                 raise TypeError(f"{name} must be an int, got {value!r}")
-            if not is_integer(value, 1):
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if not is_integer(value, least):
+                raise ValueError(f"{name} must be at least {least}, got {value}")
         self.save_freq = int(save_freq)
         self.save_path = Path(save_path)
         self.keep_last = int(keep_last)
+        self.keep_best = int(keep_best)
         self.on_signal = on_signal
         self.received_signal: signal.Signals | None = None
         """SIGTERM or SIGINT, if one arrived during the last ``learn``, even if something else ended it first."""
         self._n_saved_at = 0
         self._signals = SignalFlags()
+        self._writer = self._new_writer()
+        self._models = ModelSnapshots()
+        self._callbacks: BaseCallback = self
+        self._outer_exception: BaseException | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_outer_exception": None}
 
     def _init_callback(self) -> None:
         if not hasattr(self.model, "TRAINING_STATE"):
             raise TypeError(f"TrainingCheckpoint needs a PPOPlus, got a {type(self.model).__name__}")
-        self.save_path.mkdir(parents=True, exist_ok=True)
 
     def _on_training_start(self) -> None:
         self.received_signal = None
         self._n_saved_at = self.model.num_timesteps
+        # learn may be called while an exception is handled
+        self._outer_exception = sys.exception()
+        self._writer.close()
+        self._writer = self._new_writer()
+        self._writer.open()
         # Find out now what cannot be saved, not hours later
         unsaved: list[str] = []
-        checkpoint_files(self._ppo_plus, self._learn_callback, unsaved)
+        self._snapshot(unsaved)
         if unsaved:
             warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
         prove_envs(self.training_env)
@@ -99,18 +122,15 @@ class TrainingCheckpoint(BaseCallback):
         if self.on_signal and self._signals.install():
             keep_signals_from_workers(self.training_env)
 
+    def _new_writer(self) -> CheckpointWriter:
+        return CheckpointWriter(self.save_path, self.keep_last, self.keep_best, self._note_written)
+
     @property
     def _ppo_plus(self) -> PlusModel:
         # Checked in _init_callback
         model: Any = self.model
         resumable: PlusModel = model
         return resumable
-
-    @property
-    def _learn_callback(self) -> BaseCallback:
-        run: Run = self._ppo_plus._current_run
-        assert run.callback is not None
-        return run.callback
 
     def _on_step(self) -> bool:
         return True
@@ -126,28 +146,59 @@ class TrainingCheckpoint(BaseCallback):
         is_requested = self._signals.take_request()
         # Read last: a signal may arrive during these lines, and one that stops training must have a checkpoint written
         self.received_signal = self._signals.stop
-        if is_due or is_over or is_requested or self.received_signal is not None:
+        must_stop = self.received_signal is not None
+        if is_over or must_stop:
+            # There is no training left that could go on meanwhile
             self.save()
-        return self.received_signal is None
+        elif is_due or is_requested:
+            # The error of the checkpoint before comes first
+            self._writer.wait()
+            self._writer.write_in_background(self._snapshot())
+        return not must_stop
 
     def save(self) -> Path:
-        """Write a checkpoint now. A run can be continued only from a checkpoint written between two updates.
+        """Write a checkpoint now, and return when it is on the disk.
+
+        A run can be continued only from a checkpoint written between two updates. After ``learn`` has ended, a
+        checkpoint holds the callbacks of that ``learn``.
 
         :return: its directory
-        :raises CheckpointError: if it cannot be written
+        :raises CheckpointError: if it, or the one before it, cannot be written, or if another run uses the directory
         """
+        return self._writer.write(self._snapshot())
+
+    def wait_for_checkpoint(self) -> None:
+        """Wait until no checkpoint is being written. One that fails is an error later, as if nobody had waited."""
+        self._writer.settle()
+
+    def _snapshot(self, unsaved: list[str] | None = None) -> Snapshot:
         model = self._ppo_plus
-        files = checkpoint_files(model, self._learn_callback)
-        directory = write_checkpoint(self.save_path, files, model.num_timesteps)
-        model.last_checkpoint = str(directory)
+        run: Run = model._current_run
+        if run.callback is not None:
+            self._callbacks = run.callback
         self._n_saved_at = model.num_timesteps
-        rotate(self.save_path, self.keep_last)
+        return take_snapshot(model, self._callbacks, self._models, unsaved)
+
+    def _note_written(self, directory: Path) -> None:
+        self._ppo_plus.last_checkpoint = str(directory)
         if self.verbose >= 1:
             print(f"Checkpoint {directory}")
-        return directory
 
     def on_learn_end(self) -> None:
-        """Put back the signal handlers. PPOPlus calls this even if ``learn`` ends with an exception."""
-        self._signals.remove()
-        # Also if something else has ended learn: the sender of the signal expects the program to end
-        self.received_signal = self._signals.stop
+        """Wait for the last checkpoint, and put back the signal handlers. PPOPlus calls this after exceptions too.
+
+        :raises CheckpointError: if the last checkpoint could not be written. If ``learn`` ends with another exception,
+            a warning says so
+        """
+        failure = sys.exception()
+        try:
+            self._writer.close()
+        except Exception as error:
+            if failure is None or failure is self._outer_exception:
+                raise
+            warnings.warn(f"training has ended with an exception, and: {error}", stacklevel=2)
+        finally:
+            self._signals.remove()
+            # Also if something else has ended learn: the sender of the signal expects the program to end
+            self.received_signal = self._signals.stop
+            self._outer_exception = None

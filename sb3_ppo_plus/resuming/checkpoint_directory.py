@@ -1,13 +1,17 @@
-"""Checkpoint directories: written atomically, verified when read, rotated.
+"""Checkpoint directories: written and removed atomically, verified when read.
 
 ``SAVE_PATH/checkpoint_000017_204800_steps/`` holds files and their ``manifest.json``. It is written under a hidden
-name, synced to the disk, and renamed last. So a directory with its final name is complete, unless it was damaged later.
+name, synced to the disk, and renamed last; before it is removed, it is renamed and synced first. So a directory with
+its final name is complete, also after a crash of the machine, unless it was damaged later.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -24,11 +28,11 @@ from typing import Any
 import torch as th
 
 from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError, UntrustedFileError
+from sb3_ppo_plus.resuming.migrations import FORMAT, check_format
 from sb3_ppo_plus.untrusted.regular_files import open_regular_file
 from sb3_ppo_plus.untrusted.strict_json import parse, short
 
 MANIFEST = "manifest.json"
-FORMAT = 1
 #: It names a few files and versions
 MAX_MANIFEST_BYTES = 2**20
 _NAME = re.compile(r"checkpoint_(\d+)_\d+_steps")
@@ -42,40 +46,51 @@ class Checkpoint:
 
     :param directory: its directory
     :param files: contents by file name
-    :param manifest: contents of ``manifest.json``: format, num_timesteps, created, versions, files
+    :param manifest: contents of ``manifest.json``: format, num_timesteps, mean_return, created, versions, files
     """
 
     directory: Path
     files: dict[str, bytes]
     manifest: dict[str, Any]
 
+    @property
+    def mean_return(self) -> float | None:
+        """The mean return at saving. None where no episode had ended; older versions did not write it."""
+        value = self.manifest.get("mean_return")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return float(value)
 
-def write_checkpoint(save_path: Path, files: dict[str, bytes], num_timesteps: int) -> Path:
+
+def write_checkpoint(
+    save_path: Path, files: dict[str, bytes], num_timesteps: int, mean_return: float | None = None
+) -> Path:
     """Write a complete checkpoint, or leave nothing that looks like one.
 
     :param save_path: directory of the checkpoints; it is created if it is missing
     :param files: contents by file name
     :param num_timesteps: number in its name and its manifest
+    :param mean_return: number in its manifest
     :return: its directory
     :raises CheckpointError: if the system refuses, for example on a full disk; earlier checkpoints are as they were
     """
     try:
-        save_path.mkdir(parents=True, exist_ok=True)
+        make_directory(save_path)
         remove_leftovers(save_path)
-        index = max((_index(directory) for directory in checkpoint_directories(save_path)), default=0) + 1
+        index = max((checkpoint_index(directory) for directory in checkpoint_directories(save_path)), default=0) + 1
         directory = save_path / f"checkpoint_{index:06d}_{num_timesteps}_steps"
-        unfinished = _hidden(directory, "unfinished")
+        unfinished = hidden(directory, "unfinished")
         try:
             unfinished.mkdir()
             for name, content in files.items():
                 _write_file(unfinished / name, content)
-            _write_file(unfinished / MANIFEST, _manifest(files, num_timesteps))
-            _sync_directory(unfinished)
+            _write_file(unfinished / MANIFEST, _manifest(files, num_timesteps, mean_return))
+            sync_directory(unfinished)
             os.rename(unfinished, directory)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        _sync_directory(save_path)
+        sync_directory(save_path)
     except OSError as error:
         raise CheckpointError(
             f"the checkpoint at {num_timesteps} steps could not be written to {save_path}: {error}. Earlier "
@@ -97,8 +112,7 @@ def read_checkpoint(directory: Path, follows_links: bool = True) -> Checkpoint:
         manifest = parse(text, str(directory / MANIFEST))["manifest"]
         if text != _sealed(manifest):
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} was altered")
-        if manifest["format"] != FORMAT:
-            raise InvalidCheckpointError(f"{directory}: format {manifest['format']}, this version reads {FORMAT}")
+        check_format(manifest, str(directory))
         files = {}
         for name, expected in manifest["files"].items():
             # A name must not lead out of the directory, nor may two names lead to one large file
@@ -126,23 +140,64 @@ def _read(path: Path, size: int | None, follows_links: bool) -> bytes:
         raise InvalidCheckpointError(f"{path.parent}: {error}") from error
 
 
-def newest_checkpoint(save_path: str | Path, follows_links: bool = True) -> Checkpoint | None:
+def newest_checkpoint(
+    save_path: str | Path, follows_links: bool = True, skipped: list[str] | None = None
+) -> Checkpoint | None:
     """Read the newest valid checkpoint, and warn of each newer one that is not valid.
 
     :param save_path: directory of the checkpoints, or the directory of one checkpoint
     :param follows_links: whether what lies in ``save_path`` may be symbolic links
+    :param skipped: gets a line for each checkpoint that is not valid
     :return: None if there is no valid checkpoint
     """
+    directories = _directories(save_path)
+    while True:
+        for directory in directories:
+            # A directory that was given by its name may itself be a link
+            is_given = directory == Path(save_path)
+            checkpoint = _read_or_warn(directory, is_given, follows_links, skipped)
+            if checkpoint is not None:
+                return checkpoint
+        # A run that is going on may have replaced all of them meanwhile
+        listed, directories = directories, _directories(save_path)
+        if directories == listed:
+            return None
+
+
+def best_checkpoint_in(save_path: str | Path) -> Checkpoint | None:
+    """Read the valid checkpoint with the highest mean return, and warn of each that is not valid.
+
+    :param save_path: directory of the checkpoints
+    :return: of equal ones the newest; None if no valid checkpoint has a mean return
+    """
+    best: Checkpoint | None = None
+    best_return = -math.inf
+    for directory in _directories(save_path):
+        checkpoint = _read_or_warn(directory, directory == Path(save_path))
+        if checkpoint is not None and checkpoint.mean_return is not None and checkpoint.mean_return > best_return:
+            best, best_return = checkpoint, checkpoint.mean_return
+    return best
+
+
+def _directories(save_path: str | Path) -> list[Path]:
     save_path = Path(save_path)
-    single = [save_path] if (save_path / MANIFEST).exists() else []
-    for directory in single or checkpoint_directories(save_path):
-        try:
-            if directory.is_symlink() and not (follows_links or single):
-                raise InvalidCheckpointError(f"{directory} is a symbolic link")
-            return read_checkpoint(directory, follows_links)
-        except InvalidCheckpointError as error:
-            warnings.warn(f"skipped an invalid checkpoint: {error}", stacklevel=2)
-    return None
+    return [save_path] if (save_path / MANIFEST).exists() else checkpoint_directories(save_path)
+
+
+def _read_or_warn(
+    directory: Path, is_given: bool, follows_links: bool = True, skipped: list[str] | None = None
+) -> Checkpoint | None:
+    try:
+        if directory.is_symlink() and not (follows_links or is_given):
+            raise InvalidCheckpointError(f"{directory} is a symbolic link")
+        return read_checkpoint(directory, follows_links)
+    except InvalidCheckpointError as error:
+        # It is no damage if a run that is going on has removed it
+        if os.path.lexists(directory):
+            warnings.warn(f"skipped an invalid checkpoint: {error}", stacklevel=3)
+            if skipped is not None:
+                skipped.append(str(error))
+        return None
 
 
 def checkpoint_directories(save_path: Path) -> list[Path]:
@@ -153,31 +208,65 @@ def checkpoint_directories(save_path: Path) -> list[Path]:
     if not save_path.is_dir():
         return []
     named = [path for path in save_path.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(named, key=_index, reverse=True)
+    return sorted(named, key=checkpoint_index, reverse=True)
 
 
-def rotate(save_path: Path, keep_last: int) -> None:
-    """Remove all checkpoints that are older than the newest valid ones. Warn if the system refuses.
+def checkpoint_index(directory: Path) -> int:
+    """Return the number in a checkpoint's name: later checkpoints have greater ones.
+
+    :param directory: its directory
+    """
+    name = _NAME.fullmatch(directory.name)
+    assert name is not None
+    return int(name[1])
+
+
+def is_name_of_checkpoint(name: str) -> bool:
+    """Whether a directory of this name is taken for a checkpoint, or for what is left of one.
+
+    :param name: the name, without its parents
+    """
+    return (_NAME.fullmatch(name) or _LEFTOVER.fullmatch(name)) is not None
+
+
+def hidden(directory: Path, state: str) -> Path:
+    """Return the name that a checkpoint has before it is finished, and while it is removed.
+
+    :param directory: its directory
+    :param state: "unfinished" or "removed"
+    """
+    return directory.with_name(f".{directory.name}.{state}")
+
+
+def make_directory(save_path: Path) -> None:
+    """Create the directory of the checkpoints and its parents, if they are missing, and sync their names to the disk.
 
     :param save_path: directory of the checkpoints
-    :param keep_last: number of valid checkpoints to keep
+    :raises OSError: if the system refuses
     """
-    directories = checkpoint_directories(save_path)
-    if len(directories) <= keep_last:
-        # None is old enough, valid or not: spare the time of reading their files
-        return
-    n_valid = 0
-    for directory in directories:
-        if n_valid < keep_last:
-            n_valid += _is_valid(directory)
-            continue
+    missing = [path for path in (save_path, *save_path.parents) if not path.exists()]
+    try:
+        save_path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(save_path)) from error
+    for path in missing:
+        # One may enter a directory that one must not read
+        with contextlib.suppress(PermissionError):
+            sync_directory(path.parent)
+
+
+def sync_directory(directory: Path) -> None:
+    """Sync the names in a directory to the disk. Windows has no way to do so.
+
+    :param directory: the directory
+    :raises OSError: if the system refuses
+    """
+    if os.name == "posix":
+        descriptor = os.open(directory, os.O_RDONLY)
         try:
-            # Removing takes many steps. Renamed first, a half-removed directory does not look like a checkpoint
-            removed = _hidden(directory, "removed")
-            os.rename(directory, removed)
-            shutil.rmtree(removed)
-        except OSError as error:
-            warnings.warn(f"an old checkpoint could not be removed: {error}", stacklevel=2)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def remove_leftovers(save_path: Path) -> None:
@@ -207,29 +296,12 @@ def _version(package: str) -> str:
         return "not installed as a package"
 
 
-def _index(directory: Path) -> int:
-    name = _NAME.fullmatch(directory.name)
-    assert name is not None
-    return int(name[1])
-
-
-def _hidden(directory: Path, state: str) -> Path:
-    return directory.with_name(f".{directory.name}.{state}")
-
-
-def _is_valid(directory: Path) -> bool:
-    try:
-        read_checkpoint(directory)
-    except InvalidCheckpointError:
-        return False
-    return True
-
-
-def _manifest(files: dict[str, bytes], num_timesteps: int) -> bytes:
+def _manifest(files: dict[str, bytes], num_timesteps: int, mean_return: float | None) -> bytes:
     return _sealed(
         {
             "format": FORMAT,
             "num_timesteps": num_timesteps,
+            "mean_return": mean_return,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "versions": versions(),
             "files": {name: {"size": len(content), "sha256": _sha256(content)} for name, content in files.items()},
@@ -257,13 +329,3 @@ def _write_file(path: Path, content: bytes) -> None:
         os.fsync(file)
     finally:
         os.close(file)
-
-
-def _sync_directory(directory: Path) -> None:
-    # Windows cannot sync directories
-    if os.name == "posix":
-        descriptor = os.open(directory, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -18,6 +18,10 @@ Json = Any
 
 # Longer lists of floats, such as a Monitor's rewards, are written as arrays: exact, and ten times faster than JSON
 LONGEST_FLOAT_LIST = 8
+# Values of these types are JSON as they are
+JSON_TYPES = frozenset((type(None), bool, int, float, str))
+SEQUENCES = frozenset((list, deque, tuple, set))
+ARRAYS = (np.ndarray, np.generic)
 MAPPINGS = {dict: "$items", OrderedDict: "$ordered", Counter: "$counter"}
 # Largest memory of an array with gaps between its numbers, relative to the memory of the numbers alone
 LARGEST_GAPS = 8
@@ -49,9 +53,9 @@ class PlainStateWriter:
         :raises PlainStateError: if it contains a value that is not plain; the message says where
         """
         kind = type(value)
-        if value is None or kind in (bool, int, float, str):
+        if kind in JSON_TYPES:
             return value
-        if isinstance(value, np.ndarray | np.generic):
+        if isinstance(value, ARRAYS):
             return {"$array" if isinstance(value, np.ndarray) else "$scalar": self._array(np.asarray(value), name)}
         if isinstance(value, th.Tensor):
             return {"$tensor": self._tensor(value.detach().cpu(), name)}
@@ -59,7 +63,7 @@ class PlainStateWriter:
             return {"$bytes": self._array(np.frombuffer(value, np.uint8), name)}  # type: ignore[call-overload]  # bytes
         if kind is RNNStates:
             return {"$rnn_states": [self.encode(part, name) for part in value]}  # type: ignore[attr-defined]  # RNNStates
-        if kind is list or kind is deque or kind is tuple or kind is set:
+        if kind in SEQUENCES:
             return self._sequence(value, name)
         if kind in MAPPINGS:
             return self._mapping(value, name)  # type: ignore[arg-type]  # a mapping, by its kind
@@ -69,9 +73,13 @@ class PlainStateWriter:
         )
 
     def _sequence(self, value: Any, name: str) -> Json:  # noqa: ANN401  # list, deque, tuple or set
-        if type(value) is list and len(value) > LONGEST_FLOAT_LIST and all(type(item) is float for item in value):
+        if type(value) is list and len(value) > LONGEST_FLOAT_LIST and set(map(type, value)) == {float}:
             return {"$floats": self._array(np.array(value), name)}
-        items = [self.encode(item, f"{name}[{index}]") for index, item in enumerate(value)]
+        # Most items are JSON as they are: they need no call, and no name
+        items = [
+            item if type(item) in JSON_TYPES else self.encode(item, f"{name}[{index}]")
+            for index, item in enumerate(value)
+        ]
         if type(value) is list:
             return items
         if type(value) is deque:
@@ -80,7 +88,10 @@ class PlainStateWriter:
 
     def _mapping(self, value: dict[Any, Any], name: str) -> Json:
         if type(value) is dict and all(type(key) is str and not key.startswith("$") for key in value):
-            return {key: self.encode(item, f"{name}[{key!r}]") for key, item in value.items()}
+            return {
+                key: item if type(item) in JSON_TYPES else self.encode(item, f"{name}[{key!r}]")
+                for key, item in value.items()
+            }
         return {
             MAPPINGS[type(value)]: [
                 [self.encode(key, f"{name}'s key {key!r}"), self.encode(item, f"{name}[{key!r}]")]
@@ -103,7 +114,9 @@ class PlainStateWriter:
         # Transposed observations stay transposed: a convolution may round differently on another memory layout.
         # An empty array of one more dimension tells the strides of the usual layout, and takes no memory
         strides = list(array.strides)
-        is_in_order = array.strides == np.empty(0, array.dtype).reshape(0, *array.shape).strides[1:]
+        is_in_order = array.strides in ((), (array.itemsize,))
+        if not is_in_order:
+            is_in_order = array.strides == np.empty(0, array.dtype).reshape(0, *array.shape).strides[1:]
         if is_in_order or array.size == 0 or min(strides) <= 0:
             return encoded
         if _n_bytes(array.dtype, array.shape, strides) <= LARGEST_GAPS * array.nbytes:

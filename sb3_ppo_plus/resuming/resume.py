@@ -17,8 +17,9 @@ from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.envs.workers import BROKEN_PIPES, NamingDeadWorkers
 from sb3_ppo_plus.errors import CheckpointError, DeadWorkerError, WrapperStackError
 from sb3_ppo_plus.resuming.callback_state import set_callback_states
-from sb3_ppo_plus.resuming.checkpoint_directory import Checkpoint, newest_checkpoint, versions
+from sb3_ppo_plus.resuming.checkpoint_directory import Checkpoint, best_checkpoint_in, newest_checkpoint, versions
 from sb3_ppo_plus.resuming.generator_state import set_global_generator_states
+from sb3_ppo_plus.resuming.migrations import migrated
 from sb3_ppo_plus.resuming.training_state import (
     ARRAYS_FILE,
     MODEL_FILE,
@@ -43,6 +44,19 @@ def latest_checkpoint(save_path: str | Path) -> Path | None:
     return None if checkpoint is None else checkpoint.directory
 
 
+def best_checkpoint(save_path: str | Path) -> Path | None:
+    """Return the directory of the valid checkpoint with the highest mean return of the last episodes at saving.
+
+    ``PPOPlus.load(directory / "model.zip")`` loads its model, ``PPOPlus.resume(directory, env)`` goes on from it.
+    Checkpoints that are not valid are warned of.
+
+    :param save_path: as given to :class:`TrainingCheckpoint`
+    :return: of equal ones the newest; None if there is no valid checkpoint that was saved after an episode had ended
+    """
+    checkpoint = best_checkpoint_in(save_path)
+    return None if checkpoint is None else checkpoint.directory
+
+
 def load_checkpoint(
     cls: type[Model], save_path: str | Path, env: GymEnv, device: th.device | str, **kwargs: Any
 ) -> Model:
@@ -58,9 +72,10 @@ def load_checkpoint(
     """
     if env is None:
         raise TypeError("env must be the environments to go on with, got None")
-    checkpoint = newest_checkpoint(save_path, follows_links=kwargs.get("trusted", True))
+    skipped: list[str] = []
+    checkpoint = newest_checkpoint(save_path, kwargs.get("trusted", True), skipped)
     if checkpoint is None:
-        raise CheckpointError(f"there is no valid checkpoint in {save_path}")
+        raise CheckpointError("; ".join([f"there is no valid checkpoint in {save_path}", *skipped[:1]]))
     with NamingDeadWorkers(lambda: [env]):
         return _resumed(cls, checkpoint, env, device, **kwargs)
 
@@ -71,7 +86,7 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
     model: Any = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
     try:
         trusted = kwargs.get("trusted", True)
-        state = read_state(checkpoint.files, trusted)
+        state = migrated(read_state(checkpoint.files, trusted), checkpoint.manifest["format"])
         if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
         with model._current_run.watching_workers(model):

@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.callback_hooks import iterate_callbacks
 from sb3_ppo_plus.envs.restarting_env import RestartCounter
 from sb3_ppo_plus.envs.worker_watch import WorkerWatch
 
@@ -40,6 +41,12 @@ class Run:
         n_restarts = self.watch.n_restarts or 0
         self.watch = WorkerWatch(model.env, model.worker_timeout, model.restart_workers, model.seed, n_restarts)
         return self.watch
+
+    def wait_for_checkpoints(self) -> None:
+        """Wait until ``last_checkpoint`` is the last one: callbacks may be writing one in the background."""
+        for child in iterate_callbacks(self.callback) if self.callback is not None else ():
+            if hasattr(child, "wait_for_checkpoint"):
+                child.wait_for_checkpoint()
 
     def log_restarts(self, env: VecEnv, logger: Logger) -> None:
         """Log the number of restarts so far, of environments and of workers, if any can restart.

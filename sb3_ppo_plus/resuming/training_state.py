@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from sb3_ppo_plus.resuming.generator_state import (
 from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
 from sb3_ppo_plus.resuming.state_checks import check_attributes, check_logs, check_seconds
 from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
+from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.untrusted.strict_json import Limits, parse
 
@@ -38,7 +40,23 @@ GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
 
-def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str] | None = None) -> dict[str, bytes]:
+@dataclass(frozen=True)
+class Snapshot:
+    """The state of a training run between two updates, which training does not change any more.
+
+    :param num_timesteps: timesteps done
+    :param mean_return: see :func:`mean_return_of`
+    :param files: makes the contents of the checkpoint's files, by name; any thread may call it
+    """
+
+    num_timesteps: int
+    mean_return: float | None
+    files: Callable[[], dict[str, bytes]]
+
+
+def take_snapshot(
+    model: PlusModel, callback: BaseCallback, models: ModelSnapshots, unsaved: list[str] | None = None
+) -> Snapshot:
     """Copy the state of a training run between two updates.
 
     ``model.zip`` is what ``model.save`` writes, without last observations and statistics. The other files hold plain
@@ -46,8 +64,8 @@ def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str
 
     :param model: the model
     :param callback: the callback of its ``learn``, with all callbacks inside it
+    :param models: takes the snapshots of this model
     :param unsaved: gets a line for everything that is left out
-    :return: contents by file name
     :raises PlainStateError: if a state is not plain; the message names it
     """
     assert model.env is not None
@@ -65,16 +83,35 @@ def checkpoint_files(model: PlusModel, callback: BaseCallback, unsaved: list[str
         "generators": global_generator_states(),
     }
     writer = PlainStateWriter()
-    text = json.dumps(writer.encode(state))
-    archive = io.BytesIO()
+    encoded = writer.encode(state)
     # The other files hold these already
     large = [name for name, value in state["attributes"].items() if not isinstance(value, int | float | str | None)]
-    model.save(archive, exclude=large)
-    return {MODEL_FILE: archive.getvalue(), STATE_FILE: text.encode(), ARRAYS_FILE: writer.arrays()}
+    a_ppo: Any = model
+    model_file = models.take(a_ppo, large)
+    return Snapshot(
+        model.num_timesteps,
+        mean_return_of(model),
+        lambda: {
+            MODEL_FILE: model_file(),
+            STATE_FILE: json.dumps(encoded).encode(),
+            ARRAYS_FILE: writer.arrays(),
+        },
+    )
+
+
+def mean_return_of(model: PlusModel) -> float | None:
+    """Return the mean return of the last episodes, as ``rollout/ep_rew_mean`` has it.
+
+    :param model: the model
+    :return: None where no episode has ended, or where the mean is not finite
+    """
+    returns = [episode["r"] for episode in model.ep_info_buffer or () if "r" in episode]
+    mean = float(np.mean(returns)) if returns else np.nan
+    return mean if np.isfinite(mean) else None
 
 
 def read_state(files: dict[str, bytes], trusted: bool) -> TrainingState:
-    """Read the state that :func:`checkpoint_files` has written beside the model.
+    """Read the state that :func:`take_snapshot` has written beside the model.
 
     :param files: contents by file name
     :param trusted: False: a file that exceeds :data:`UNTRUSTED_LIMITS`, has a key twice, or would take more memory

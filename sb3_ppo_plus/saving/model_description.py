@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,13 +99,35 @@ def _full_name(cls: type) -> str:
 
 
 def describe(model: PPO, exclude: Iterable[str] = ()) -> bytes:
-    """Describe a model as JSON.
+    """Describe a model as JSON, see :func:`description_of`.
+
+    :param model: the model
+    :param exclude: names of attributes to leave out
+    """
+    return description_as_json(description_of(model, exclude))
+
+
+def description_as_json(description: dict[str, Any]) -> bytes:
+    """Turn a description into the bytes of its file.
+
+    :param description: what :func:`description_of` has returned
+    """
+    return json.dumps(description, indent=1, allow_nan=False).encode()
+
+
+def description_of(
+    model: PPO, exclude: Iterable[str] = (), described_spaces: Sequence[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Describe a model as plain values, which do not change with the model later.
 
     A value without a plain form is described as unknown, so that saving works, and only loading without trust fails.
 
     :param model: the model
     :param exclude: names of attributes to leave out
+    :param described_spaces: what :func:`describe_space` has returned for the spaces of observations and of actions;
+        None: it is called here
     """
+    spaces_as_json = described_spaces or [describe_space(model.observation_space), describe_space(model.action_space)]
     tables = closed_tables(type(model))
     # The other attributes have the names of their arguments
     attributes = {"stats_window_size": "_stats_window_size", "policy": "policy_class"}
@@ -115,21 +137,24 @@ def describe(model: PPO, exclude: Iterable[str] = ()) -> bytes:
         attribute = attributes.get(name, name)
         if attribute not in left_out and hasattr(model, attribute):
             arguments[name] = encode(getattr(model, attribute), tables, name)
-    description = {
+    return {
         "format": FORMAT,
         "policy": arguments.pop("policy"),
         "arguments": arguments,
-        "observation_space": _encode_space(model.observation_space),
-        "action_space": _encode_space(model.action_space),
+        "observation_space": spaces_as_json[0],
+        "action_space": spaces_as_json[1],
         "n_envs": model.n_envs,
         "counters": {name: int(getattr(model, name)) for name in COUNTERS},
         "flags": {name: getattr(model, name) for name in FLAGS},
         "progress_remaining": float(model._current_progress_remaining),
     }
-    return json.dumps(description, indent=1, allow_nan=False).encode()
 
 
-def _encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
+def describe_space(space: spaces.Space[Any]) -> dict[str, Any]:
+    """Describe a space as plain values; as unknown if it has no plain form.
+
+    :param space: the space
+    """
     try:
         return encode_space(space)
     except ValueError:

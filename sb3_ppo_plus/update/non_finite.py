@@ -77,6 +77,8 @@ def _message(metrics: list[float], place: tuple[int, int], in_a_row: int, model:
     if model.on_non_finite == "skip":
         where += f", {in_a_row} in a row, and max_skipped={model.max_skipped}"
     when = f"update {model._n_iterations + 1}, {model.num_timesteps} timesteps; no step was taken on it"
+    # It may be about to be written
+    model._current_run.wait_for_checkpoints()
     if model.last_checkpoint is not None:
         when += f"; the last checkpoint is {model.last_checkpoint}"
     return f"{' and '.join(terms)} in {where}, {when}"

@@ -190,8 +190,11 @@ CASES = {
 
 
 class KillInMidRollout(BaseCallback):
+    """Kills this process in the rollout that follows a checkpoint, when the checkpoint is written."""
+
     def _on_step(self) -> bool:
-        if self.model.num_timesteps > (INTERRUPTED_AFTER + 0.5) * N_STEPS * self.training_env.num_envs:
+        if self.num_timesteps > (INTERRUPTED_AFTER + 0.5) * N_STEPS * self.training_env.num_envs:
+            self.model._current_run.wait_for_checkpoints()
             os.kill(os.getpid(), signal.SIGKILL)
         return True
 

@@ -1,12 +1,9 @@
-import resource
-
 import numpy as np
 import pytest
 import torch as th
 from environments import ToyEnv, record_logs
 from interrupted_runs import StopAfter, interrupted, learned, make_envs, make_model, steps_of
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecMonitor, VecNormalize
 from states import assert_same_bits, state_of
@@ -238,22 +235,3 @@ def test_an_environment_that_cannot_be_saved_is_an_error_before_the_first_step(t
     with pytest.raises(TypeError, match=r"Simulated\.simulator is a"):
         model.learn(16, TrainingCheckpoint(1, tmp_path))
     assert model.num_timesteps == 0
-
-
-def test_a_full_disk_ends_learning_with_one_error_and_training_goes_on_when_there_is_room(tmp_path):
-    class FillDisk(BaseCallback):
-        def _on_step(self):
-            if self.model.num_timesteps == 48:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, limits[1]))
-            return True
-
-    model, limits = make_model(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        with pytest.raises(CheckpointError, match="the checkpoint at 48 steps could not be written"):
-            model.learn(96, [FillDisk(), TrainingCheckpoint(1, tmp_path)])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert steps_of(tmp_path) == [16, 32]
-    model.continue_learning(TrainingCheckpoint(1, tmp_path / "elsewhere"))
-    assert_same_bits(state_of(model), learned())
-    assert PPOPlus.resume(tmp_path, make_envs(), device="cpu").num_timesteps == 32

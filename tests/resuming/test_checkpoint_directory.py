@@ -4,9 +4,11 @@ import os
 import resource
 import shutil
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
+from checkpoint_files import FILES, files_at, flip, write
 from resume_cases import in_a_fork
 
 from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
@@ -17,20 +19,10 @@ from sb3_ppo_plus.resuming.checkpoint_directory import (
     checkpoint_directories,
     newest_checkpoint,
     read_checkpoint,
-    rotate,
-    write_checkpoint,
 )
+from sb3_ppo_plus.resuming.retention import Retention
 
-FILES = {"model.zip": bytes(range(256)) * 40, "training_state.json": b'{"a": 1}', "training_state.bin": b"\x01" * 999}
 SYSTEM_CALLS = ("open", "write", "fsync", "close", "mkdir", "rename", "unlink", "rmdir")
-
-
-def files_at(num_timesteps):
-    return {name: content + str(num_timesteps).encode() for name, content in FILES.items()}
-
-
-def write(save_path, *steps):
-    return [write_checkpoint(save_path, files_at(num_timesteps), num_timesteps) for num_timesteps in steps]
 
 
 def test_a_checkpoint_is_read_as_it_was_written(tmp_path):
@@ -55,12 +47,6 @@ def test_the_newest_is_the_last_written_whatever_its_steps(tmp_path):
 def test_without_checkpoints_the_newest_is_none(tmp_path, name):
     (tmp_path / "empty").mkdir()
     assert newest_checkpoint(tmp_path / name) is None
-
-
-def flip(path, bit):
-    content = bytearray(path.read_bytes())
-    content[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", [*FILES, MANIFEST])
@@ -118,14 +104,6 @@ def test_a_manifest_of_another_form_is_invalid(tmp_path, text):
         read_checkpoint(directory)
 
 
-def test_a_newer_format_is_not_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_directory, "FORMAT", 2)
-    write(tmp_path, 100)
-    monkeypatch.undo()
-    with pytest.warns(UserWarning, match="format 2, this version reads 1"):
-        assert newest_checkpoint(tmp_path) is None
-
-
 class Killer:
     """Kills this process before or after one of its system calls. A call writes at most an eighth of a file.
 
@@ -170,7 +148,7 @@ def test_a_kill_at_any_step_of_writing_and_rotating_leaves_a_whole_checkpoint(tm
         def write_and_rotate(save_path=save_path, kill_at=kill_at):
             Killer(kill_at).install()
             write(save_path, 300)
-            rotate(save_path, 1)
+            Retention(1).rotate(save_path)
 
         exit_code = in_a_fork(write_and_rotate)
         checkpoint = newest_checkpoint(save_path)
@@ -178,7 +156,7 @@ def test_a_kill_at_any_step_of_writing_and_rotating_leaves_a_whole_checkpoint(tm
         seen.add(num_timesteps)
         assert num_timesteps in (200, 300) and checkpoint.files == files_at(num_timesteps)
         write(save_path, 400)
-        rotate(save_path, 1)
+        Retention(1).rotate(save_path)
         assert [path.name.split("_")[2] for path in save_path.iterdir()] == ["400"]
         shutil.rmtree(save_path)
         if exit_code != -signal.SIGKILL:
@@ -256,63 +234,6 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def remaining(save_path):
-    return [int(path.name.split("_")[2]) for path in checkpoint_directories(save_path)]
-
-
-@pytest.mark.parametrize(
-    "keep_last, kept", [(1, [500]), (2, [500, 400]), (5, [500, 400, 300, 200, 100]), (9, [500, 400, 300, 200, 100])]
-)
-def test_rotation_keeps_the_newest(tmp_path, keep_last, kept):
-    write(tmp_path, 100, 200, 300, 400, 500)
-    rotate(tmp_path, keep_last)
-    assert remaining(tmp_path) == kept
-
-
-@pytest.mark.parametrize(
-    "damaged, keep_last, kept",
-    [
-        ([500], 1, [500, 400]),
-        ([500, 400], 1, [500, 400, 300]),
-        ([500, 400, 300, 200, 100], 1, [500, 400, 300, 200, 100]),
-        ([400], 2, [500, 400, 300]),
-        ([100], 3, [500, 400, 300]),
-    ],
-)
-def test_rotation_counts_valid_checkpoints_only(tmp_path, damaged, keep_last, kept):
-    for directory in write(tmp_path, 100, 200, 300, 400, 500):
-        if int(directory.name.split("_")[2]) in damaged:
-            flip(directory / "model.zip", 77)
-    rotate(tmp_path, keep_last)
-    assert remaining(tmp_path) == kept
-
-
-def test_rotation_leaves_other_files_alone(tmp_path):
-    others = [
-        tmp_path / "best_model.zip",
-        tmp_path / "checkpoint_1",
-        tmp_path / ".hidden",
-        tmp_path / "checkpoint_1_2_steps.zip",
-    ]
-    for path in others:
-        path.write_text("mine")
-    write(tmp_path, 100, 200)
-    rotate(tmp_path, 1)
-    assert all(path.read_text() == "mine" for path in others)
-    assert remaining(tmp_path) == [200]
-
-
-def test_rotation_warns_where_the_system_refuses(tmp_path, monkeypatch):
-    write(tmp_path, 100, 200)
-
-    def refuse(*args, **kwargs):
-        raise PermissionError("not yours")
-
-    monkeypatch.setattr(os, "rename", refuse)
-    with pytest.warns(UserWarning, match="an old checkpoint could not be removed: not yours"):
-        rotate(tmp_path, 1)
-
-
 @pytest.mark.parametrize("value", [10**30, float("inf")], ids=["a number of 31 digits", "infinity"])
 def test_a_manifest_is_read_strictly(tmp_path, value):
     (directory,) = write(tmp_path, 100)
@@ -344,3 +265,31 @@ def test_a_large_manifest_is_not_read(tmp_path):
         file.write(b" " * 2**20)
     with pytest.raises(InvalidCheckpointError, match="which no manifest has"):
         read_checkpoint(directory)
+
+
+def test_the_names_of_new_folders_are_synced(tmp_path, monkeypatch):
+    synced = []
+    sync = checkpoint_directory.sync_directory
+    monkeypatch.setattr(checkpoint_directory, "sync_directory", lambda path: (synced.append(path), sync(path)))
+    write(tmp_path / "new" / "folder", 100)
+    assert {tmp_path, tmp_path / "new"} < set(synced)
+    synced.clear()
+    write(tmp_path / "new" / "folder", 200)
+    assert {path for path in synced if not path.name.startswith(".")} == {tmp_path / "new" / "folder"}
+
+
+def test_checkpoints_that_are_replaced_while_they_are_looked_for_are_looked_for_again(tmp_path, monkeypatch):
+    (old,) = write(tmp_path, 100)
+    read = checkpoint_directory.read_checkpoint
+
+    def read_late(directory, *arguments):
+        if directory == old and old.exists():
+            write(tmp_path, 200)
+            shutil.rmtree(old)
+        return read(directory, *arguments)
+
+    monkeypatch.setattr(checkpoint_directory, "read_checkpoint", read_late)
+    # A warning would be an error of this test
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert newest_checkpoint(tmp_path).manifest["num_timesteps"] == 200
