@@ -243,7 +243,8 @@ def _put_attribute(
 
 def _put_in_place(existing: Any, kind: str, saved: Any, name: str) -> None:  # noqa: ANN401  # any value
     if existing is MISSING or existing is None:
-        raise ValueError(f"there is no {name}, as there was in the saved one: it was made in another way")
+        owner, _, attribute = name.rpartition(".")
+        raise ValueError(f"{owner} has no {attribute}, as the saved one had: it was made in another way")
     if kind in KINDS:
         KINDS[kind].put(existing, saved)
     elif saved and text_of_constant(existing) != saved:

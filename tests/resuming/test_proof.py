@@ -112,7 +112,7 @@ def test_a_continued_run_begins_with_it_too(tmp_path):
     resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sb3_ppo_plus.resuming.proof.first_difference", lambda *_: "something differs")
-        with pytest.raises(ResumeProofError, match="environment 0: saved and put back, .*something differs"):
+        with pytest.raises(ResumeProofError, match=r"environment 0: saved and put back, .*something differs"):
             resumed.continue_learning(TrainingCheckpoint(1, tmp_path))
 
 
