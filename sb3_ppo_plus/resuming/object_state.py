@@ -12,18 +12,18 @@ from gymnasium import spaces
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.generator_state import generator_state, set_space_generator_states, space_generator_states
 from sb3_ppo_plus.resuming.object_attributes import (
-    NOT_STATE,
     attributes_of,
     class_attributes_of,
+    is_no_state,
     is_of_library,
     own_attributes,
     own_classes,
 )
 from sb3_ppo_plus.resuming.object_graph import (
     CONSTANTS,
-    GENERATORS,
     TRANSPARENT,
     GraphWriter,
+    is_generator,
     is_leaf,
     is_stateless,
     plain_copy,
@@ -152,14 +152,15 @@ def set_object_states(
             if "." not in name and not name.startswith("$"):
                 _put_attribute(owner, name, kind, saved, there, reader)
         if NAMES in state:
-            for name in own_attributes(owner) - set(state[NAMES][1]) - set(constant) - NOT_STATE:
-                object.__delattr__(owner, name)
+            for name in own_attributes(owner) - set(state[NAMES][1]) - set(constant):
+                if not is_no_state(owner, name):
+                    object.__delattr__(owner, name)
 
 
 def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict[str, Any]:
     places = {}
     for name, value in attributes_of(owner).items():
-        if name in NOT_STATE or name in constant or is_stateless(value) or name.startswith("__"):
+        if is_no_state(owner, name) or name in constant or is_stateless(value):
             continue
         # Such arrays are saved with the MjData that owns their memory
         if not (uses_mujoco and isinstance(value, np.ndarray) and has_foreign_owner(value)):
@@ -188,7 +189,7 @@ def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: 
     # Objects of an environment may change their constants, and these could not be put back
     if isinstance(value, (*CONSTANTS, frozenset) if is_of_class else np.dtype):
         return "constant", "" if isinstance(value, frozenset) else text_of_constant(value)
-    if isinstance(value, GENERATORS) and not is_linked:
+    if is_generator(value) and not is_linked:
         return "generator", generator_state(value)
     # What a class and an object share must be the same object afterwards
     if is_linked or (is_of_class and not is_leaf(value)):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import gymnasium as gym
 
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.generator_state import global_generator_states, set_global_generator_states
+from sb3_ppo_plus.resuming.object_attributes import has_own_methods
 from sb3_ppo_plus.resuming.object_graph_reader import GraphReader
 from sb3_ppo_plus.resuming.object_state import object_states, set_object_states
 from sb3_ppo_plus.resuming.proof import Finding, find_flaw
@@ -41,7 +42,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :return: plain values
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
-        layers = list(self._layers())
+        layers = self.layers()
         try:
             states, table = object_states(_without_own_methods(layers), [*layers, self], self.constant)
         except PlainStateError as error:
@@ -50,7 +51,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                 "changes, name it in ResumableEnv(env, constant=[...])"
             ) from error
         remaining = iter(states)
-        saved = [(_name(layer), _own_state(layer) if _has_own_methods(layer) else next(remaining)) for layer in layers]
+        saved = [(_name(layer), _own_state(layer) if has_own_methods(layer) else next(remaining)) for layer in layers]
         return {"layers": saved, "table": table, "generators": global_generator_states()}
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
@@ -59,14 +60,14 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :param state: the state, which may be put back several times
         :raises ValueError: for the state of other wrappers or of another environment; the message names both
         """
-        layers = list(self._layers())
+        layers = self.layers()
         names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
             saved_stack, stack = " of ".join(saved_names), " of ".join(names)
             raise ValueError(f"the saved state is of {saved_stack}, the environment is {stack}")
         states = []
         for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-            if _has_own_methods(layer):
+            if has_own_methods(layer):
                 layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
             else:
                 states.append(layer_state)
@@ -75,7 +76,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         set_object_states(_without_own_methods(layers), states, reader, self.constant)
         set_global_generator_states(state["generators"])
 
-    def prove_resumable(self) -> Finding | None:
+    def prove_resumable(self, shared: Collection[int] = ()) -> Finding | None:
         """Find out, on the environment itself, whether it goes on in the same way after its state was put back.
 
         Some steps with random actions, and a reset, are done twice from the same state: observations, rewards, ends of
@@ -83,10 +84,15 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         modules. It shows nothing that happens later in an episode. Afterwards everything is as it was: generators,
         statistics, counters. Monitor and RecordVideo write nothing meanwhile; other wrappers may.
 
+        :param shared: ids of lists, dicts, sets and arrays that another environment of this process holds too
         :return: what is wrong, for :class:`TrainingCheckpoint` to raise or to warn of; None: nothing, or ``prove`` is
             False. It is returned since an exception would end a worker process
         """
-        return find_flaw(self, self._layers()) if self.prove else None
+        return find_flaw(self, self.layers(), shared) if self.prove else None
+
+    def layers(self) -> list[gym.Env[Any, Any]]:
+        """Return the wrappers inside this one and the environment, from the outside in."""
+        return list(self._layers())
 
     def _layers(self) -> Iterator[gym.Env[Any, Any]]:
         layer: gym.Env[Any, Any] = self.env
@@ -116,8 +122,4 @@ def _own_state(layer: Any) -> Any:  # noqa: ANN401  # a layer with methods, and 
 
 
 def _without_own_methods(layers: list[gym.Env[Any, Any]]) -> list[gym.Env[Any, Any]]:
-    return [layer for layer in layers if not _has_own_methods(layer)]
-
-
-def _has_own_methods(layer: gym.Env[Any, Any]) -> bool:
-    return hasattr(type(layer), "get_resume_state") and hasattr(type(layer), "set_resume_state")
+    return [layer for layer in layers if not has_own_methods(layer)]

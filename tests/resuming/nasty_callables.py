@@ -3,6 +3,7 @@
 import functools
 
 import numpy as np
+import pygame
 import torch as th
 from nasty_environments import LazyAttribute, Nasty
 from stable_baselines3.common.noise import OrnsteinUhlenbeckActionNoise
@@ -191,6 +192,52 @@ class Generators(Nasty):
 
     def look(self):
         return getattr(self, "drawn", 0.0)
+
+
+class Spawning(Nasty):
+    """Its generator has children, which no draw shows."""
+
+    def act(self, action):
+        (child,) = self.np_random.spawn(1)
+        self.drawn = child.random()
+
+    def look(self):
+        return getattr(self, "drawn", 0.0)
+
+
+class Simulator:
+    """Moves, and is no environment."""
+
+    def __init__(self):
+        self.position = 0
+
+
+class Adapter(Nasty):
+    """Has a simulator where wrappers have their environment."""
+
+    outcome = "refused"
+
+    def __init__(self):
+        self.env = Simulator()
+
+    def act(self, action):
+        self.env.position += action
+
+    def look(self):
+        return self.env.position
+
+
+class Game(Nasty):
+    outcome = "refused"
+
+    def __init__(self):
+        self.player = pygame.Rect(0, 0, 5, 5)
+
+    def act(self, action):
+        self.player.move_ip(action, 0)
+
+    def look(self):
+        return self.player.x
 
 
 class OtherEnvironment(Nasty):
