@@ -98,6 +98,8 @@ def plain_copy(value: Any) -> Any:  # noqa: ANN401  # any plain value
         return value.copy(order="K")
     if kind is list:
         return value[:] if are_leaves(value) else [plain_copy(part) for part in value]
+    if kind is tuple:
+        return value if are_leaves(value) else tuple(plain_copy(part) for part in value)
     if kind is dict:
         return {key: plain_copy(part) for key, part in value.items()}
     return value if kind in _LEAVES else copy.deepcopy(value)

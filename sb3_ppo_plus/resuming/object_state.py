@@ -44,10 +44,10 @@ ObjectState = dict[str, tuple[str, Any]]
 """For each attribute its kind and plain values.
 
 The kind is a key of :data:`KINDS`, "plain", "generator", "constant" (only compared), or "linked": an item of a table,
-see ``object_graph``. The attribute of a class is "Class.name". Names that begin with "$" are no attributes:
+see ``object_graph``. The attribute of a class is "Class.name". Names that begin with ":" are no attributes:
 :data:`TABLE` and :data:`NAMES`.
 """
-TABLE, NAMES = "$table", "$names"
+TABLE, NAMES = ":table", ":names"
 
 
 class Kind(NamedTuple):
@@ -149,7 +149,7 @@ def set_object_states(
     for owner, state in zip(owners, states, strict=True):
         there = attributes_of(owner)
         for name, (kind, saved) in state.items():
-            if "." not in name and not name.startswith("$"):
+            if "." not in name and not name.startswith(":"):
                 _put_attribute(owner, name, kind, saved, there, reader)
         if NAMES in state:
             for name in own_attributes(owner) - set(state[NAMES][1]) - set(constant):

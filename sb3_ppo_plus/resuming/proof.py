@@ -126,7 +126,7 @@ def _shared_containers(base: Any) -> set[int]:  # noqa: ANN401  # a VecEnv
     seen: set[int] = set()
     shared: set[int] = set()
     # Between processes nothing is shared
-    for layers in base.env_method("layers") if type(base) is DummyVecEnv else ():
+    for layers in base.env_method("resumable_layers") if type(base) is DummyVecEnv else ():
         containers = Undo(layers).containers
         shared |= seen & containers
         seen |= containers

@@ -18,10 +18,16 @@ from sb3_ppo_plus.resuming.proof import Finding, find_flaw
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
     """Gives an environment ``get_resume_state`` and ``set_resume_state``, which :class:`TrainingCheckpoint` calls.
 
-    It saves the plain attributes of an environment, as in Gymnasium's classic control and toy text, and the simulators
-    of MuJoCo and Atari. It does not save changes to an ``MjModel``. Put it outermost, as
-    ``make_vec_env(env_id, wrapper_class=ResumableEnv)`` does: then it also saves the wrappers inside it, such as
-    TimeLimit and Monitor. If an environment or a wrapper inside it has both methods itself, they are called instead.
+    It saves the simulators of MuJoCo and Atari, and attributes: plain values, random generators, what functions, their
+    closures and other callables hold, and the data of the environment's classes. Lists and arrays that several
+    attributes or wrappers share stay shared, and views stay views. What it cannot save is an error.
+
+    It does not save changes to an ``MjModel``, nor state in modules: :meth:`prove_resumable` finds them. It does not
+    save in which order Python visits a set, nor what two environments share.
+
+    Put it outermost, as ``make_vec_env(env_id, wrapper_class=ResumableEnv)`` does: then it also saves the wrappers
+    inside it, such as TimeLimit and Monitor. If an environment or a wrapper inside it has both methods itself, they are
+    called instead.
 
     :param env: the environment
     :param constant: names of attributes that cannot be saved, and need not be, since they never change
@@ -42,7 +48,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :return: plain values
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
-        layers = self.layers()
+        layers = self.resumable_layers()
         try:
             states, table = object_states(_without_own_methods(layers), [*layers, self], self.constant)
         except PlainStateError as error:
@@ -60,7 +66,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :param state: the state, which may be put back several times
         :raises ValueError: for the state of other wrappers or of another environment; the message names both
         """
-        layers = self.layers()
+        layers = self.resumable_layers()
         names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
             saved_stack, stack = " of ".join(saved_names), " of ".join(names)
@@ -88,9 +94,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :return: what is wrong, for :class:`TrainingCheckpoint` to raise or to warn of; None: nothing, or ``prove`` is
             False. It is returned since an exception would end a worker process
         """
-        return find_flaw(self, self.layers(), shared) if self.prove else None
+        return find_flaw(self, self.resumable_layers(), shared) if self.prove else None
 
-    def layers(self) -> list[gym.Env[Any, Any]]:
+    def resumable_layers(self) -> list[gym.Env[Any, Any]]:
         """Return the wrappers inside this one and the environment, from the outside in."""
         return list(self._layers())
 

@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from sb3_ppo_plus.errors import PlainStateError
 
 # Largest probability that a sticky action outlives the frames that are tried out
 P_OVERLOOKED = 1e-12
+# Value of the Atari action that does nothing
+NOOP = 0
 
 
 def is_mujoco_data(value: object) -> bool:
@@ -110,12 +112,16 @@ def atari_state(ale: Any) -> bytes | dict[str, Any]:  # noqa: ANN401  # ale-py i
         return serialized
     expected = list(_future(ale))
     # The minimal actions first: most agents use no others
-    for action in dict.fromkeys([*ale.getMinimalActionSet(), *ale.getLegalActionSet()]):
-        _set_state_and_last_action(ale, state, action)
+    for action in dict.fromkeys(
+        [NOOP, *(each.value for each in (*ale.getMinimalActionSet(), *ale.getLegalActionSet()))]
+    ):
+        # Doing nothing, the trial before has made this the last action
+        set_state = ale.restoreState if action == NOOP else partial(_set_state_and_last_action, ale, action=action)
+        set_state(state)
         # Ends at the first frame that differs
         if all(seen == frame for seen, frame in zip(_future(ale), expected, strict=True)):
-            _set_state_and_last_action(ale, state, action)
-            return {"state": serialized, "last_action": int(action.value)}
+            set_state(state)
+            return {"state": serialized, "last_action": action}
     raise PlainStateError("the last action of an Atari game was not found, which sticky actions may repeat")
 
 
@@ -132,7 +138,7 @@ def set_atari_state(ale: Any, saved: bytes | dict[str, Any]) -> None:  # noqa: A
         return
     if sticky_probability(ale) == 0:
         raise ValueError("the saved Atari game has sticky actions, this one has none")
-    _set_state_and_last_action(ale, ale_py.ALEState(saved["state"]), ale_py.Action(saved["last_action"]))
+    _set_state_and_last_action(ale, ale_py.ALEState(saved["state"]), saved["last_action"])
 
 
 def sticky_probability(ale: Any) -> float:  # noqa: ANN401  # ale-py is an optional dependency
@@ -151,18 +157,19 @@ def _n_frames(ale: Any) -> int:  # noqa: ANN401  # ale-py is an optional depende
     return math.ceil(math.log(P_OVERLOOKED) / math.log(probability)) if probability > 0 else 0
 
 
-def _set_state_and_last_action(ale: Any, state: Any, action: Any) -> None:  # noqa: ANN401  # ale-py is optional
+def _set_state_and_last_action(ale: Any, state: Any, action: int) -> None:  # noqa: ANN401  # ale-py is optional
+    ale_action = importlib.import_module("ale_py").Action(action)
     for _ in range(_n_frames(ale)):
-        ale.act(action)
+        ale.act(ale_action)
     # Leaves the last action as it is
     ale.restoreState(state)
 
 
 def _future(ale: Any) -> Iterator[Any]:  # noqa: ANN401  # ale-py is an optional dependency
     """Do nothing until the last action is forgotten. Yield what each frame does, and the state after the last one."""
-    ale_py = importlib.import_module("ale_py")
+    no_operation = importlib.import_module("ale_py").Action(NOOP)
     for _ in range(_n_frames(ale)):
-        yield ale.act(ale_py.Action.NOOP), ale.getRAM().tobytes()
+        yield ale.act(no_operation), ale.getRAM().tobytes()
     # Also what is outside the game's memory
     yield ale.cloneState(include_rng=True).serialize()
 

@@ -245,9 +245,9 @@ def test_attributes_are_the_same_objects_as_before(make):
     env = ResumableEnv(Monitor(make()))
     env.reset(seed=0)
     env.step(env.action_space.sample())
-    before = [dict(vars(layer)) for layer in env.layers()]
+    before = [dict(vars(layer)) for layer in env.resumable_layers()]
     assert env.prove_resumable() is None
-    for layer, attributes in zip(env.layers(), before, strict=True):
+    for layer, attributes in zip(env.resumable_layers(), before, strict=True):
         assert vars(layer).keys() == attributes.keys()
         assert [name for name, value in vars(layer).items() if value is not attributes[name]] == []
 
