@@ -44,10 +44,9 @@ ObjectState = dict[str, tuple[str, Any]]
 """For each attribute its kind and plain values.
 
 The kind is a key of :data:`KINDS`, "plain", "generator", "constant" (only compared), or "linked": an item of a table,
-see ``object_graph``. The attribute of a class is "Class.name". Names that begin with ":" are no attributes:
-:data:`TABLE` and :data:`NAMES`.
+see ``object_graph``. The attribute of a class is "Class.name". :data:`TABLE` is no attribute.
 """
-TABLE, NAMES = ":table", ":names"
+TABLE = ":table"
 
 
 class Kind(NamedTuple):
@@ -111,34 +110,48 @@ def object_states(
                 if refused is None:
                     raise
                 refused.append(str(error))
-        if not is_of_library(type(owner)):
-            state[NAMES] = ("names", sorted(own_attributes(owner)))
         states.append(state)
     return states, graph.entries
 
 
-def set_object_state(owner: object, state: ObjectState, constant: Collection[str] = ()) -> None:
+def names_of_attributes(owner: object) -> list[str] | None:
+    """Return the names of an object's attributes, so that those which come later can be deleted.
+
+    :param owner: an environment or a wrapper
+    :return: None for those of libraries, whose attributes other versions may add
+    """
+    return None if is_of_library(type(owner)) else sorted(own_attributes(owner))
+
+
+def delete_later_attributes(owner: object, names: Collection[str]) -> None:
+    """Delete the attributes of an object that it did not have when it was saved.
+
+    :param owner: an environment or a wrapper
+    :param names: what :func:`names_of_attributes` has returned, and names of constant attributes
+    """
+    for name in own_attributes(owner) - set(names):
+        if not is_no_state(owner, name):
+            object.__delattr__(owner, name)
+
+
+def set_object_state(owner: object, state: ObjectState) -> None:
     """Put back the state of an object.
 
     :param owner: an environment or a wrapper
     :param state: what :func:`object_state` has returned
-    :param constant: names of attributes to leave as they are, even if they were not there
     :raises ValueError: for the name of a method or of a special attribute, which no state contains; and if ``owner``
         lacks an object that the saved one had
     """
     _, table = state.get(TABLE, ("table", []))
-    set_object_states([owner], [state], GraphReader(table, [owner]), constant)
+    set_object_states([owner], [state], GraphReader(table, [owner]))
 
 
-def set_object_states(
-    owners: Sequence[object], states: Sequence[ObjectState], reader: GraphReader, constant: Collection[str] = ()
-) -> None:
+def set_object_states(owners: Sequence[object], states: Sequence[ObjectState], reader: GraphReader) -> None:
     """Put back the states of several objects.
 
     :param owners: environments and wrappers
     :param states: what :func:`object_states` has returned
     :param reader: reads the table
-    :param constant: names of attributes to leave as they are, even if they were not there
     :raises ValueError: as :func:`set_object_state`
     """
     # Attributes of classes first: where they equal the saved ones they stay, and so does what refers to them
@@ -149,12 +162,8 @@ def set_object_states(
     for owner, state in zip(owners, states, strict=True):
         there = attributes_of(owner)
         for name, (kind, saved) in state.items():
-            if "." not in name and not name.startswith(":"):
+            if "." not in name and name != TABLE:
                 _put_attribute(owner, name, kind, saved, there, reader)
-        if NAMES in state:
-            for name in own_attributes(owner) - set(state[NAMES][1]) - set(constant):
-                if not is_no_state(owner, name):
-                    object.__delattr__(owner, name)
 
 
 def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict[str, Any]:

@@ -11,7 +11,12 @@ from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.resuming.object_attributes import has_own_methods
 from sb3_ppo_plus.resuming.object_graph_reader import GraphReader
-from sb3_ppo_plus.resuming.object_state import object_states, set_object_states
+from sb3_ppo_plus.resuming.object_state import (
+    delete_later_attributes,
+    names_of_attributes,
+    object_states,
+    set_object_states,
+)
 from sb3_ppo_plus.resuming.proof import Finding, find_flaw
 
 
@@ -58,7 +63,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             ) from error
         remaining = iter(states)
         saved = [(_name(layer), _own_state(layer) if has_own_methods(layer) else next(remaining)) for layer in layers]
-        return {"layers": saved, "table": table, "generators": global_generator_states()}
+        names = [names_of_attributes(layer) for layer in _without_own_methods(layers)]
+        return {"layers": saved, "table": table, "names": names, "generators": global_generator_states()}
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned.
@@ -79,7 +85,11 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                 states.append(layer_state)
         # States of earlier versions have no table, and do not tell which attributes share a generator
         reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
-        set_object_states(_without_own_methods(layers), states, reader, self.constant)
+        own = _without_own_methods(layers)
+        set_object_states(own, states, reader)
+        for layer, attributes in zip(own, state.get("names", ()), strict=False):
+            if attributes is not None:
+                delete_later_attributes(layer, (*attributes, *self.constant))
         set_global_generator_states(state["generators"])
 
     def prove_resumable(self, shared: Collection[int] = ()) -> Finding | None:

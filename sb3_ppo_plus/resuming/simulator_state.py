@@ -15,6 +15,8 @@ from sb3_ppo_plus.errors import PlainStateError
 
 # Largest probability that a sticky action outlives the frames that are tried out
 P_OVERLOOKED = 1e-12
+# Frames after a reset in which some games, such as Qbert, draw what their state lacks
+N_FRAMES_AFTER_RESET = 3
 # Value of the Atari action that does nothing
 NOOP = 0
 
@@ -110,6 +112,9 @@ def atari_state(ale: Any) -> bytes | dict[str, Any]:  # noqa: ANN401  # ale-py i
     serialized: bytes = state.serialize()
     if sticky_probability(ale) == 0:
         return serialized
+    if ale.getEpisodeFrameNumber() == 0:
+        # A reset forgets the last action
+        return {"state": serialized, "last_action": NOOP}
     expected = list(_future(ale))
     # The minimal actions first: most agents use no others
     for action in dict.fromkeys(
@@ -133,12 +138,20 @@ def set_atari_state(ale: Any, saved: bytes | dict[str, Any]) -> None:  # noqa: A
     :raises ValueError: for the state of a game with sticky actions where there are none
     """
     ale_py = importlib.import_module("ale_py")
-    if not isinstance(saved, dict):
-        ale.restoreState(ale_py.ALEState(saved))
-        return
-    if sticky_probability(ale) == 0:
+    serialized, last_action = (saved["state"], saved["last_action"]) if isinstance(saved, dict) else (saved, None)
+    if last_action is not None and sticky_probability(ale) == 0:
         raise ValueError("the saved Atari game has sticky actions, this one has none")
-    _set_state_and_last_action(ale, ale_py.ALEState(saved["state"]), saved["last_action"])
+    state = ale_py.ALEState(serialized)
+    ale.restoreState(state)
+    n_frames = ale.getEpisodeFrameNumber()
+    if n_frames == 0 or (n_frames < N_FRAMES_AFTER_RESET and last_action is None):
+        # What a reset leaves outside ALE's state is forgotten some frames later: do as much after a reset of this game
+        ale.reset_game()
+        for _ in range(n_frames):
+            ale.act(ale_py.Action(NOOP))
+        ale.restoreState(state)
+    elif last_action is not None:
+        _set_state_and_last_action(ale, state, last_action)
 
 
 def sticky_probability(ale: Any) -> float:  # noqa: ANN401  # ale-py is an optional dependency
@@ -166,12 +179,11 @@ def _set_state_and_last_action(ale: Any, state: Any, action: int) -> None:  # no
 
 
 def _future(ale: Any) -> Iterator[Any]:  # noqa: ANN401  # ale-py is an optional dependency
-    """Do nothing until the last action is forgotten. Yield what each frame does, and the state after the last one."""
+    """Do nothing until the last action is forgotten. Yield what each frame does, and the last screen."""
     no_operation = importlib.import_module("ale_py").Action(NOOP)
     for _ in range(_n_frames(ale)):
         yield ale.act(no_operation), ale.getRAM().tobytes()
-    # Also what is outside the game's memory
-    yield ale.cloneState(include_rng=True).serialize()
+    yield ale.getScreenRGB().tobytes()
 
 
 def _is_instance(module: str, name: str, value: object) -> bool:
