@@ -21,6 +21,8 @@ def first_difference(expected: Any, found: Any, name: str) -> str | None:  # noq
     :param name: what to call the value
     :return: the part's name, what was expected, what was found; None: nothing differs
     """
+    if expected is found:
+        return None
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         if expected.keys() != found.keys():
             return f"{name} has the keys {_short(list(found))}, expected {_short(list(expected))}"

@@ -22,6 +22,8 @@ BIT_GENERATORS = {
         np.random.SFC64,
     )
 }
+SEEDS = ("entropy", "spawn_key", "pool_size", "n_children_spawned")
+"""Arguments and attributes of NumPy's SeedSequence."""
 Generator = np.random.Generator | np.random.RandomState | random.Random
 
 
@@ -62,7 +64,12 @@ def generator_state(generator: Generator) -> GeneratorState:
         return {"random": _python_state(generator.getstate())}
     if isinstance(generator, np.random.RandomState):
         return {"random_state": generator.get_state(legacy=False)}
-    return {"generator": generator.bit_generator.state}
+    state: GeneratorState = {"generator": generator.bit_generator.state}
+    seeds = generator.bit_generator.seed_seq
+    if type(seeds) is np.random.SeedSequence:
+        # What spawn() uses, and no draw
+        state["seeds"] = {name: getattr(seeds, name) for name in SEEDS}
+    return state
 
 
 def restored_generator(existing: object, state: GeneratorState) -> Generator:
@@ -87,6 +94,10 @@ def restored_generator(existing: object, state: GeneratorState) -> Generator:
     is_same_kind = isinstance(existing, np.random.Generator) and type(existing.bit_generator).__name__ == kind
     generator = existing if is_same_kind else np.random.Generator(BIT_GENERATORS[kind]())
     assert isinstance(generator, np.random.Generator)
+    seeds, there = state.get("seeds"), generator.bit_generator.seed_seq
+    if seeds is not None and any(getattr(there, name, None) != seeds[name] for name in SEEDS):
+        # Called again, it gives the same generator other bits, which can spawn as the saved ones could
+        generator.__init__(BIT_GENERATORS[kind](np.random.SeedSequence(**seeds)))  # type: ignore[misc]  # see above
     generator.bit_generator.state = state["generator"]
     return generator
 
@@ -108,7 +119,7 @@ def space_generator_states(space: spaces.Space[Any]) -> list[GeneratorState | No
     :param space: the space
     :return: a state for each generator; None for a generator that was never used
     """
-    return [None if part._np_random is None else generator_state(part._np_random) for part in _spaces_inside(space)]
+    return [None if part._np_random is None else generator_state(part._np_random) for part in spaces_inside(space)]
 
 
 def set_space_generator_states(space: spaces.Space[Any], states: list[GeneratorState | None]) -> None:
@@ -118,14 +129,18 @@ def set_space_generator_states(space: spaces.Space[Any], states: list[GeneratorS
     :param states: what :func:`space_generator_states` has returned
     :raises ValueError: if the number of spaces inside it is not the saved one
     """
-    parts = list(_spaces_inside(space))
+    parts = list(spaces_inside(space))
     if len(parts) != len(states):
         raise ValueError(f"{space} has {len(parts)} random generators, the saved state is of {len(states)}")
     for part, state in zip(parts, states, strict=True):
         part._np_random = None if state is None else restored_generator(part._np_random, state)  # type: ignore[assignment]  # a Generator
 
 
-def _spaces_inside(space: spaces.Space[Any]) -> Iterator[spaces.Space[Any]]:
+def spaces_inside(space: spaces.Space[Any]) -> Iterator[spaces.Space[Any]]:
+    """Yield a space and the spaces inside it.
+
+    :param space: the space
+    """
     yield space
     inner = getattr(space, "spaces", ())
     # Attributes of Sequence and Graph
@@ -133,4 +148,4 @@ def _spaces_inside(space: spaces.Space[Any]) -> Iterator[spaces.Space[Any]]:
     parts = [*(inner.values() if isinstance(inner, dict) else inner), *(getattr(space, name, None) for name in names)]
     for part in parts:
         if isinstance(part, spaces.Space):
-            yield from _spaces_inside(part)
+            yield from spaces_inside(part)

@@ -7,7 +7,9 @@ from functools import cache
 from types import MemberDescriptorType
 from typing import Any
 
+import gymnasium as gym
 from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnvWrapper
 
 # Packages whose classes do not change their data, nor delete attributes that they make in __init__
 LIBRARIES = (
@@ -16,22 +18,42 @@ LIBRARIES = (
 )
 # Attributes of a class that count as those of its objects
 SPACES = ("observation_space", "action_space")
-# Attributes that are no state: how an object was made, what it wraps, what an Atari game can do
+# Attributes that are no state: how an object was made
 NOT_STATE = {
     "_abc_impl",
-    "_action_set",
     "_cached_spec",
     "_ezpickle_args",
     "_ezpickle_kwargs",
     "_metadata",
     "_saved_kwargs",
-    "class_attributes",
-    "env",
     "metadata",
-    "obs_spaces",
     "spec",
-    "venv",
 }
+# The same of wrappers: what they wrap
+NOT_STATE_OF_WRAPPERS = {"class_attributes", "env", "venv"}
+# The same of libraries' classes: what an Atari game can do, spaces that stay
+NOT_STATE_OF_LIBRARIES = {"_action_set", "obs_spaces"}
+
+
+def is_no_state(owner: Any, name: str) -> bool:  # noqa: ANN401  # any object
+    """Whether an attribute is never state, whatever its value.
+
+    :param owner: the object
+    :param name: name of the attribute
+    """
+    if name in NOT_STATE or name.startswith("__"):
+        return True
+    if name in NOT_STATE_OF_WRAPPERS:
+        return isinstance(owner, gym.Wrapper | VecEnvWrapper)
+    return name in NOT_STATE_OF_LIBRARIES and is_of_library(type(owner))
+
+
+def has_own_methods(layer: object) -> bool:
+    """Whether an environment or a wrapper saves its state itself.
+
+    :param layer: the environment or wrapper
+    """
+    return hasattr(type(layer), "get_resume_state") and hasattr(type(layer), "set_resume_state")
 
 
 def is_of_library(cls: type[Any]) -> bool:

@@ -31,7 +31,7 @@ from stable_baselines3.common.vec_env.stacked_observations import StackedObserva
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callable_parts import BOUND, function_parts, is_stateless_callable
 from sb3_ppo_plus.resuming.generator_state import generator_state, space_generator_states
-from sb3_ppo_plus.resuming.object_attributes import NOT_STATE, attributes_of
+from sb3_ppo_plus.resuming.object_attributes import attributes_of, is_no_state
 from sb3_ppo_plus.resuming.overlapping_arrays import View, overlapping, views_of
 from sb3_ppo_plus.resuming.plain_state import PlainStateWriter
 from sb3_ppo_plus.resuming.simulator_state import is_mujoco_model
@@ -39,6 +39,8 @@ from sb3_ppo_plus.resuming.simulator_state import is_mujoco_model
 Item = Any
 """A leaf or a list, see above."""
 
+# Modules of those whose objects are state all the same
+STATE_MODULES = ("pygame.rect", "pygame.math", "pygame.sprite", "pygame.mask", "pygame.geometry")
 # Modules whose objects are no state: they render, or write statistics of episodes to files, or messages
 NOT_STATE_MODULES = (
     *("pygame", "gymnasium.envs.mujoco.mujoco_rendering", "stable_baselines3.common.monitor", "logging"),
@@ -80,7 +82,10 @@ def is_stateless(value: object) -> bool:
     """
     if isinstance(value, EnvSpec | types.ModuleType | type) or is_mujoco_model(value):
         return True
-    return type(value).__module__.startswith(NOT_STATE_MODULES) or is_stateless_callable(value)
+    module = type(value).__module__
+    if module.startswith(NOT_STATE_MODULES) and not module.startswith(STATE_MODULES):
+        return True
+    return is_stateless_callable(value)
 
 
 def plain_copy(value: Any) -> Any:  # noqa: ANN401  # any plain value
@@ -93,9 +98,52 @@ def plain_copy(value: Any) -> Any:  # noqa: ANN401  # any plain value
         return value.copy(order="K")
     if kind is list:
         return value[:] if are_leaves(value) else [plain_copy(part) for part in value]
+    if kind is tuple:
+        return value if are_leaves(value) else tuple(plain_copy(part) for part in value)
     if kind is dict:
         return {key: plain_copy(part) for key, part in value.items()}
     return value if kind in _LEAVES else copy.deepcopy(value)
+
+
+def is_generator(value: object) -> bool:
+    """Whether a value is a generator of random numbers whose state can be saved.
+
+    :param value: any value
+    """
+    return isinstance(value, GENERATORS) and not isinstance(value, random.SystemRandom)
+
+
+def has_attributes(value: object) -> bool:
+    """Whether an object holds its attributes and nothing else, so that a method of it, or calling it, uses only these.
+
+    :param value: any value
+    """
+    if type(value) in SEQUENCES or type(value) in MAPPINGS or is_leaf(value):
+        return False
+    others = (th.nn.Module, gym.Env, VecEnv, spaces.Space, np.ndarray, th.Tensor, *GENERATORS)
+    # A class of C may hide anything
+    return not isinstance(value, others) and all(map(_is_of_python, type(value).__mro__[:-1]))
+
+
+def parts_of(value: Any) -> Collection[Any]:  # noqa: ANN401  # any value
+    """Return what a container, a function or another callable holds.
+
+    :param value: the container, or any other value, which has no parts
+    """
+    if type(value) in SEQUENCES:
+        return value  # type: ignore[no-any-return]  # a sequence
+    if type(value) in MAPPINGS:
+        return [*value.keys(), *value.values()]
+    if isinstance(value, types.FunctionType):
+        return function_parts(value).values()
+    if isinstance(value, BOUND):
+        owner = value.__self__
+        return attributes_of(owner).values() if has_attributes(owner) else [owner]
+    if type(value) is functools.partial:
+        return [value.func, value.args, value.keywords, vars(value)]
+    if isinstance(value, TRANSPARENT) or (callable(value) and has_attributes(value)):
+        return attributes_of(value).values()
+    return ()
 
 
 class GraphWriter:
@@ -145,28 +193,12 @@ class GraphWriter:
             self._arrays.append((array, place))
             if array.dtype.hasobject or array.dtype.names is not None:
                 self._linked.add(place)
-        elif kind not in SEQUENCES and kind not in MAPPINGS and not (is_whole and isinstance(value, GENERATORS)):
+        elif kind not in SEQUENCES and kind not in MAPPINGS and not (is_whole and is_generator(value)):
             self._linked.add(place)
-        parts = self._parts_of(value)
+        parts = parts_of(value)
         if not are_leaves(parts):
             for part in parts:
                 self.scan(part, place, False)
-
-    def _parts_of(self, value: Any) -> Collection[Any]:  # noqa: ANN401  # any value
-        if type(value) in SEQUENCES:
-            return value  # type: ignore[no-any-return]  # a sequence
-        if type(value) in MAPPINGS:
-            return [*value.keys(), *value.values()]
-        if isinstance(value, types.FunctionType):
-            return function_parts(value).values()
-        if isinstance(value, BOUND):
-            owner = value.__self__
-            return attributes_of(owner).values() if self._is_object(owner) else [owner]
-        if type(value) is functools.partial:
-            return [value.func, value.args, value.keywords, vars(value)]
-        if isinstance(value, TRANSPARENT) or (callable(value) and self._is_object(value)):
-            return attributes_of(value).values()
-        return ()
 
     def finish_scan(self) -> None:
         """Find out which arrays share memory."""
@@ -231,7 +263,7 @@ class GraphWriter:
             return [MAPPINGS[kind], pairs]
         if kind is np.ndarray or isinstance(value, th.Tensor):
             return self._array(value, name)
-        if isinstance(value, GENERATORS):
+        if is_generator(value):
             return ["generator", generator_state(value)]
         if isinstance(value, spaces.Space):
             return ["space", space_generator_states(value)]
@@ -255,13 +287,13 @@ class GraphWriter:
             return ["function", value.__name__, self._parts(function_parts(value), f"{name}'s")]
         if isinstance(value, BOUND):
             owner = value.__self__
-            is_object = not callable(owner) and self._is_object(owner)
+            is_object = not callable(owner) and has_attributes(owner)
             item = self._instance(owner, name) if is_object else self._item(owner, f"{name}.__self__")
             return ["method", value.__name__, item]
         if type(value) is functools.partial:
             parts = {"func": value.func, "args": value.args, "keywords": value.keywords, "attributes": vars(value)}
             return ["partial", self._parts(parts, f"{name}'s")]
-        if isinstance(value, TRANSPARENT) or (callable(value) and self._is_object(value)):
+        if isinstance(value, TRANSPARENT) or (callable(value) and has_attributes(value)):
             return self._attributes(value, name)
         check_plain(value, name)
         raise AssertionError(f"{name} is plain")
@@ -277,16 +309,8 @@ class GraphWriter:
 
     def _attributes(self, value: object, name: str) -> list[Any]:
         found = sorted(attributes_of(value).items())
-        attributes = {key: part for key, part in found if key not in NOT_STATE and not key.startswith("__")}
+        attributes = {key: part for key, part in found if not is_no_state(value, key)}
         return ["object", type(value).__qualname__, self._parts(attributes, f"{name}.")]
-
-    def _is_object(self, value: object) -> bool:
-        """Whether the attributes of an object are all that it holds."""
-        others = (th.nn.Module, gym.Env, VecEnv, spaces.Space, np.ndarray, th.Tensor, *GENERATORS)
-        is_plain = type(value) in SEQUENCES or type(value) in MAPPINGS or is_leaf(value)
-        # A class of C may hide anything
-        is_of_python = all(_is_of_python(cls) for cls in type(value).__mro__[:-1])
-        return is_of_python and not isinstance(value, others) and not is_plain and id(value) not in self._layers
 
     def _parts(self, parts: Mapping[str, Any], name: str) -> dict[str, Item]:
         separator = "" if name.endswith(".") else " "

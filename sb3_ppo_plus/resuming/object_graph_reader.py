@@ -14,7 +14,7 @@ from gymnasium import spaces
 
 from sb3_ppo_plus.resuming.callable_parts import BOUND, function_parts, rebound, set_function_part
 from sb3_ppo_plus.resuming.generator_state import Generator, restored_generator, set_space_generator_states
-from sb3_ppo_plus.resuming.object_attributes import NOT_STATE, attributes_of
+from sb3_ppo_plus.resuming.object_attributes import attributes_of, is_no_state
 from sb3_ppo_plus.resuming.object_graph import CONSTANTS, MAPPINGS, SEQUENCES, Item
 from sb3_ppo_plus.resuming.overlapping_arrays import array_in
 
@@ -177,14 +177,14 @@ class GraphReader:
         self._built[number] = existing
         there = attributes_of(existing)
         for key, item in attributes.items():
-            if key.startswith("__") or key in NOT_STATE:
+            if is_no_state(existing, key):
                 raise ValueError(f"{name}.{key} is no state")
             value = self.value(item, there.get(key, MISSING), f"{name}.{key}")
             if value is not there.get(key, MISSING):
                 # The class may have a __setattr__ of its own
                 object.__setattr__(existing, key, value)
-        for key in there.keys() - attributes.keys() - NOT_STATE:
-            if not key.startswith("__"):
+        for key in there.keys() - attributes.keys():
+            if not is_no_state(existing, key):
                 object.__delattr__(existing, key)
 
     def _equals(self, item: Item, existing: Any, found: dict[int, Any]) -> bool:  # noqa: ANN401  # any value

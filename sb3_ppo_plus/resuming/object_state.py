@@ -12,18 +12,18 @@ from gymnasium import spaces
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.generator_state import generator_state, set_space_generator_states, space_generator_states
 from sb3_ppo_plus.resuming.object_attributes import (
-    NOT_STATE,
     attributes_of,
     class_attributes_of,
+    is_no_state,
     is_of_library,
     own_attributes,
     own_classes,
 )
 from sb3_ppo_plus.resuming.object_graph import (
     CONSTANTS,
-    GENERATORS,
     TRANSPARENT,
     GraphWriter,
+    is_generator,
     is_leaf,
     is_stateless,
     plain_copy,
@@ -44,10 +44,9 @@ ObjectState = dict[str, tuple[str, Any]]
 """For each attribute its kind and plain values.
 
 The kind is a key of :data:`KINDS`, "plain", "generator", "constant" (only compared), or "linked": an item of a table,
-see ``object_graph``. The attribute of a class is "Class.name". Names that begin with "$" are no attributes:
-:data:`TABLE` and :data:`NAMES`.
+see ``object_graph``. The attribute of a class is "Class.name". :data:`TABLE` is no attribute.
 """
-TABLE, NAMES = "$table", "$names"
+TABLE = ":table"
 
 
 class Kind(NamedTuple):
@@ -111,34 +110,48 @@ def object_states(
                 if refused is None:
                     raise
                 refused.append(str(error))
-        if not is_of_library(type(owner)):
-            state[NAMES] = ("names", sorted(own_attributes(owner)))
         states.append(state)
     return states, graph.entries
 
 
-def set_object_state(owner: object, state: ObjectState, constant: Collection[str] = ()) -> None:
+def names_of_attributes(owner: object) -> list[str] | None:
+    """Return the names of an object's attributes, so that those which come later can be deleted.
+
+    :param owner: an environment or a wrapper
+    :return: None for those of libraries, whose attributes other versions may add
+    """
+    return None if is_of_library(type(owner)) else sorted(own_attributes(owner))
+
+
+def delete_later_attributes(owner: object, names: Collection[str]) -> None:
+    """Delete the attributes of an object that it did not have when it was saved.
+
+    :param owner: an environment or a wrapper
+    :param names: what :func:`names_of_attributes` has returned, and names of constant attributes
+    """
+    for name in own_attributes(owner) - set(names):
+        if not is_no_state(owner, name):
+            object.__delattr__(owner, name)
+
+
+def set_object_state(owner: object, state: ObjectState) -> None:
     """Put back the state of an object.
 
     :param owner: an environment or a wrapper
     :param state: what :func:`object_state` has returned
-    :param constant: names of attributes to leave as they are, even if they were not there
     :raises ValueError: for the name of a method or of a special attribute, which no state contains; and if ``owner``
         lacks an object that the saved one had
     """
     _, table = state.get(TABLE, ("table", []))
-    set_object_states([owner], [state], GraphReader(table, [owner]), constant)
+    set_object_states([owner], [state], GraphReader(table, [owner]))
 
 
-def set_object_states(
-    owners: Sequence[object], states: Sequence[ObjectState], reader: GraphReader, constant: Collection[str] = ()
-) -> None:
+def set_object_states(owners: Sequence[object], states: Sequence[ObjectState], reader: GraphReader) -> None:
     """Put back the states of several objects.
 
     :param owners: environments and wrappers
     :param states: what :func:`object_states` has returned
     :param reader: reads the table
-    :param constant: names of attributes to leave as they are, even if they were not there
     :raises ValueError: as :func:`set_object_state`
     """
     # Attributes of classes first: where they equal the saved ones they stay, and so does what refers to them
@@ -149,17 +162,14 @@ def set_object_states(
     for owner, state in zip(owners, states, strict=True):
         there = attributes_of(owner)
         for name, (kind, saved) in state.items():
-            if "." not in name and not name.startswith("$"):
+            if "." not in name and name != TABLE:
                 _put_attribute(owner, name, kind, saved, there, reader)
-        if NAMES in state:
-            for name in own_attributes(owner) - set(state[NAMES][1]) - set(constant) - NOT_STATE:
-                object.__delattr__(owner, name)
 
 
 def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict[str, Any]:
     places = {}
     for name, value in attributes_of(owner).items():
-        if name in NOT_STATE or name in constant or is_stateless(value) or name.startswith("__"):
+        if is_no_state(owner, name) or name in constant or is_stateless(value):
             continue
         # Such arrays are saved with the MjData that owns their memory
         if not (uses_mujoco and isinstance(value, np.ndarray) and has_foreign_owner(value)):
@@ -188,7 +198,7 @@ def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: 
     # Objects of an environment may change their constants, and these could not be put back
     if isinstance(value, (*CONSTANTS, frozenset) if is_of_class else np.dtype):
         return "constant", "" if isinstance(value, frozenset) else text_of_constant(value)
-    if isinstance(value, GENERATORS) and not is_linked:
+    if is_generator(value) and not is_linked:
         return "generator", generator_state(value)
     # What a class and an object share must be the same object afterwards
     if is_linked or (is_of_class and not is_leaf(value)):
@@ -243,7 +253,8 @@ def _put_attribute(
 
 def _put_in_place(existing: Any, kind: str, saved: Any, name: str) -> None:  # noqa: ANN401  # any value
     if existing is MISSING or existing is None:
-        raise ValueError(f"there is no {name}, as there was in the saved one: it was made in another way")
+        owner, _, attribute = name.rpartition(".")
+        raise ValueError(f"{owner} has no {attribute}, as the saved one had: it was made in another way")
     if kind in KINDS:
         KINDS[kind].put(existing, saved)
     elif saved and text_of_constant(existing) != saved:

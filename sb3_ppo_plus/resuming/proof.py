@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -14,11 +14,13 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import RecordVideo
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ppo_plus.envs.questions import base_of, has_attribute
 from sb3_ppo_plus.errors import PlainStateError, ResumeProofError
 from sb3_ppo_plus.resuming.differences import first_difference
+from sb3_ppo_plus.resuming.object_attributes import has_own_methods
+from sb3_ppo_plus.resuming.undo import Undo
 
 # Steps before and after the reset
 N_STEPS = (20, 10)
@@ -33,6 +35,11 @@ REMEDIES = (
     "Give the environment or the wrapper that causes it get_resume_state() and set_resume_state(state). "
     "ResumableEnv(env, prove=False) goes without this proof: a run that is resumed may then differ"
 )
+NO_PROOF = (
+    "So it is not proven that a run with this environment goes on exactly after a resume. "
+    "ResumableEnv(env, prove=False) tries no random actions"
+)
+OF_SHARED = "After a resume, each environment has one of its own. ResumableEnv(env, prove=False) does not warn of this"
 # Attributes of wrappers that write files, while the trial runs
 QUIET: dict[type[Any], dict[str, Callable[[], Any]]] = {
     Monitor: {"results_writer": lambda: None, "allow_early_resets": lambda: True},
@@ -68,7 +75,7 @@ def prove_envs(env: VecEnv) -> None:
     base = base_of(env)
     if not has_attribute(base, "prove_resumable"):
         return
-    findings = base.env_method("prove_resumable")
+    findings = base.env_method("prove_resumable", _shared_containers(base))
     doubts = []
     for index, finding in enumerate(findings):
         if finding is not None and finding.is_error:
@@ -79,7 +86,11 @@ def prove_envs(env: VecEnv) -> None:
         warnings.warn(doubts[0], stacklevel=2)
 
 
-def find_flaw(env: Any, layers: Iterable[gym.Env[Any, Any]]) -> Finding | None:  # noqa: ANN401  # a ResumableEnv
+def find_flaw(
+    env: Any,  # noqa: ANN401  # a ResumableEnv
+    layers: Collection[gym.Env[Any, Any]],
+    shared: Collection[int] = (),
+) -> Finding | None:
     """Take some steps with random actions, put back the state, take the same steps again, and put back the state.
 
     The steps leave no trace: neither in the environment, the random generators and the statistics of wrappers, nor in
@@ -87,6 +98,7 @@ def find_flaw(env: Any, layers: Iterable[gym.Env[Any, Any]]) -> Finding | None: 
 
     :param env: an environment with ``get_resume_state`` and ``set_resume_state``, after a reset
     :param layers: the environments and wrappers inside it
+    :param shared: ids of containers that another environment holds too
     :return: None if both times are the same
     """
     with _quiet(layers):
@@ -94,32 +106,63 @@ def find_flaw(env: Any, layers: Iterable[gym.Env[Any, Any]]) -> Finding | None: 
             state = env.get_resume_state()
         except PlainStateError as error:
             return Finding(True, str(error))
-        finding = _flaw_after(env, state)
+        undo = Undo([layer for layer in layers if not has_own_methods(layer)])
+        finding, changed = _flaw_after(env, state, lambda: undo.changed(shared))
+        # The simulators that were there, their state, and instead of the new lists and arrays that come with it the old
+        undo()
         try:
             env.set_resume_state(state)
         except Exception as error:
             return finding or _changed(f"{type(error).__name__}: {error}")
+        finally:
+            undo()
+        if finding is None and changed:
+            return Finding(False, f"steps change {changed[0]!r:.60}, which another environment holds too. {OF_SHARED}")
         return finding
 
 
-def _flaw_after(env: Any, state: Any) -> Finding | None:  # noqa: ANN401  # a ResumableEnv, plain values
+def _shared_containers(base: Any) -> set[int]:  # noqa: ANN401  # a VecEnv
+    """Return the ids of the lists, dicts, sets and arrays that several environments of this process hold."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    # Between processes nothing is shared
+    for layers in base.env_method("resumable_layers") if type(base) is DummyVecEnv else ():
+        containers = Undo(layers).containers
+        shared |= seen & containers
+        seen |= containers
+    return shared
+
+
+def _flaw_after(
+    env: Any,  # noqa: ANN401  # a ResumableEnv
+    state: Any,  # noqa: ANN401  # plain values
+    ask: Callable[[], list[Any]],
+) -> tuple[Finding | None, list[Any]]:
+    """Return a finding, and what ``ask`` returns after the first time."""
     try:
         operations, expected = _first_time(env)
     except Exception as error:
-        return Finding(
-            False,
-            f"a random action or a reset raised {type(error).__name__}: {error}. So it is not proven that a run with "
-            "this environment goes on exactly after a resume. ResumableEnv(env, prove=False) tries no random actions",
-        )
+        return Finding(False, f"a random action or a reset raised {type(error).__name__}: {error}. {NO_PROOF}"), []
+    answer = ask()
     try:
         env.set_resume_state(state)
-        difference = first_difference(state, env.get_resume_state(), "its state")
+        difference = first_difference(_comparable(state), _comparable(env.get_resume_state()), "its state")
         for index, operation in enumerate(operations):
             if difference is None:
                 difference = first_difference(expected[index], _outcome(env, operation), _name(operations, index))
     except Exception as error:
         difference = f"{type(error).__name__}: {error}"
-    return None if difference is None else _changed(difference)
+    return (None if difference is None else _changed(difference)), answer
+
+
+def _comparable(state: dict[str, Any]) -> dict[str, Any]:
+    """Leave out the states of Atari games: some hold what nobody sees, and is another each time."""
+    layers = []
+    for name, attributes in state["layers"]:
+        is_ours = isinstance(attributes, dict) and all(isinstance(value, tuple) for value in attributes.values())
+        seen = {key: value for key, value in attributes.items() if value[0] != "atari"} if is_ours else attributes
+        layers.append((name, seen))
+    return {**state, "layers": layers}
 
 
 def _changed(difference: str) -> Finding:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import gymnasium as gym
 
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.generator_state import global_generator_states, set_global_generator_states
+from sb3_ppo_plus.resuming.object_attributes import has_own_methods
 from sb3_ppo_plus.resuming.object_graph_reader import GraphReader
-from sb3_ppo_plus.resuming.object_state import object_states, set_object_states
+from sb3_ppo_plus.resuming.object_state import (
+    delete_later_attributes,
+    names_of_attributes,
+    object_states,
+    set_object_states,
+)
 from sb3_ppo_plus.resuming.proof import Finding, find_flaw
 from sb3_ppo_plus.resuming.untrusted_state import set_state_without_trust
 
@@ -18,10 +24,16 @@ from sb3_ppo_plus.resuming.untrusted_state import set_state_without_trust
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
     """Gives an environment ``get_resume_state`` and ``set_resume_state``, which :class:`TrainingCheckpoint` calls.
 
-    It saves the plain attributes of an environment, as in Gymnasium's classic control and toy text, and the simulators
-    of MuJoCo and Atari. It does not save changes to an ``MjModel``. Put it outermost, as
-    ``make_vec_env(env_id, wrapper_class=ResumableEnv)`` does: then it also saves the wrappers inside it, such as
-    TimeLimit and Monitor. If an environment or a wrapper inside it has both methods itself, they are called instead.
+    It saves the simulators of MuJoCo and Atari, and attributes: plain values, random generators, what functions, their
+    closures and other callables hold, and the data of the environment's classes. Lists and arrays that several
+    attributes or wrappers share stay shared, and views stay views. What it cannot save is an error.
+
+    It does not save changes to an ``MjModel``, nor state in modules: :meth:`prove_resumable` finds them. It does not
+    save in which order Python visits a set, nor what two environments share.
+
+    Put it outermost, as ``make_vec_env(env_id, wrapper_class=ResumableEnv)`` does: then it also saves the wrappers
+    inside it, such as TimeLimit and Monitor. If an environment or a wrapper inside it has both methods itself, they are
+    called instead.
 
     :param env: the environment
     :param constant: names of attributes that cannot be saved, and need not be, since they never change
@@ -42,7 +54,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :return: plain values
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
-        layers = list(self._layers())
+        layers = self.resumable_layers()
         try:
             states, table = object_states(_without_own_methods(layers), [*layers, self], self.constant)
         except PlainStateError as error:
@@ -51,8 +63,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                 "changes, name it in ResumableEnv(env, constant=[...])"
             ) from error
         remaining = iter(states)
-        saved = [(_name(layer), _own_state(layer) if _has_own_methods(layer) else next(remaining)) for layer in layers]
-        return {"layers": saved, "table": table, "generators": global_generator_states()}
+        saved = [(_name(layer), _own_state(layer) if has_own_methods(layer) else next(remaining)) for layer in layers]
+        names = [names_of_attributes(layer) for layer in _without_own_methods(layers)]
+        return {"layers": saved, "table": table, "names": names, "generators": global_generator_states()}
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned.
@@ -63,13 +76,17 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         layers = self._layers_of(state)
         states = []
         for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-            if _has_own_methods(layer):
+            if has_own_methods(layer):
                 layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
             else:
                 states.append(layer_state)
         # States of earlier versions have no table, and do not tell which attributes share a generator
         reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
-        set_object_states(_without_own_methods(layers), states, reader, self.constant)
+        own = _without_own_methods(layers)
+        set_object_states(own, states, reader)
+        for layer, attributes in zip(own, state.get("names", ()), strict=False):
+            if attributes is not None:
+                delete_later_attributes(layer, (*attributes, *self.constant))
         set_global_generator_states(state["generators"])
 
     def set_resume_state_without_trust(self, state: dict[str, Any]) -> tuple[list[str], str]:
@@ -85,7 +102,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         try:
             layers = self._layers_of(state)
             for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-                if _has_own_methods(layer):
+                if has_own_methods(layer):
                     layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
                 else:
                     left_out += set_state_without_trust(layer, layer_state)
@@ -94,7 +111,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             return left_out, f"{type(error).__name__}: {error}"
         return left_out, ""
 
-    def prove_resumable(self) -> Finding | None:
+    def prove_resumable(self, shared: Collection[int] = ()) -> Finding | None:
         """Find out, on the environment itself, whether it goes on in the same way after its state was put back.
 
         Some steps with random actions, and a reset, are done twice from the same state: observations, rewards, ends of
@@ -102,14 +119,19 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         modules. It shows nothing that happens later in an episode. Afterwards everything is as it was: generators,
         statistics, counters. Monitor and RecordVideo write nothing meanwhile; other wrappers may.
 
+        :param shared: ids of lists, dicts, sets and arrays that another environment of this process holds too
         :return: what is wrong, for :class:`TrainingCheckpoint` to raise or to warn of; None: nothing, or ``prove`` is
             False. It is returned since an exception would end a worker process
         """
-        return find_flaw(self, self._layers()) if self.prove else None
+        return find_flaw(self, self.resumable_layers(), shared) if self.prove else None
+
+    def resumable_layers(self) -> list[gym.Env[Any, Any]]:
+        """Return the wrappers inside this one and the environment, from the outside in."""
+        return list(self._layers())
 
     def _layers_of(self, state: dict[str, Any]) -> list[gym.Env[Any, Any]]:
         """Return all layers, whose names must be those of a state."""
-        layers = list(self._layers())
+        layers = self.resumable_layers()
         names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
             saved_stack, stack = " of ".join(saved_names), " of ".join(names)
@@ -144,8 +166,4 @@ def _own_state(layer: Any) -> Any:  # noqa: ANN401  # a layer with methods, and 
 
 
 def _without_own_methods(layers: list[gym.Env[Any, Any]]) -> list[gym.Env[Any, Any]]:
-    return [layer for layer in layers if not _has_own_methods(layer)]
-
-
-def _has_own_methods(layer: gym.Env[Any, Any]) -> bool:
-    return hasattr(type(layer), "get_resume_state") and hasattr(type(layer), "set_resume_state")
+    return [layer for layer in layers if not has_own_methods(layer)]

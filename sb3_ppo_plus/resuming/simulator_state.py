@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ from sb3_ppo_plus.errors import PlainStateError
 
 # Largest probability that a sticky action outlives the frames that are tried out
 P_OVERLOOKED = 1e-12
+# Frames after a reset in which some games, such as Qbert, draw what their state lacks
+N_FRAMES_AFTER_RESET = 3
+# Value of the Atari action that does nothing
+NOOP = 0
 
 
 def is_mujoco_data(value: object) -> bool:
@@ -109,14 +113,21 @@ def atari_state(ale: Any) -> bytes | dict[str, Any]:  # noqa: ANN401  # ale-py i
     serialized: bytes = state.serialize()
     if sticky_probability(ale) == 0:
         return serialized
+    if ale.getEpisodeFrameNumber() == 0:
+        # A reset forgets the last action
+        return {"state": serialized, "last_action": NOOP}
     expected = list(_future(ale))
     # The minimal actions first: most agents use no others
-    for action in dict.fromkeys([*ale.getMinimalActionSet(), *ale.getLegalActionSet()]):
-        _set_state_and_last_action(ale, state, action)
+    for action in dict.fromkeys(
+        [NOOP, *(each.value for each in (*ale.getMinimalActionSet(), *ale.getLegalActionSet()))]
+    ):
+        # Doing nothing, the trial before has made this the last action
+        set_state = ale.restoreState if action == NOOP else partial(_set_state_and_last_action, ale, action=action)
+        set_state(state)
         # Ends at the first frame that differs
         if all(seen == frame for seen, frame in zip(_future(ale), expected, strict=True)):
-            _set_state_and_last_action(ale, state, action)
-            return {"state": serialized, "last_action": int(action.value)}
+            set_state(state)
+            return {"state": serialized, "last_action": action}
     raise PlainStateError("the last action of an Atari game was not found, which sticky actions may repeat")
 
 
@@ -128,12 +139,20 @@ def set_atari_state(ale: Any, saved: bytes | dict[str, Any]) -> None:  # noqa: A
     :raises ValueError: for the state of a game with sticky actions where there are none
     """
     ale_py = importlib.import_module("ale_py")
-    if not isinstance(saved, dict):
-        ale.restoreState(ale_py.ALEState(saved))
-        return
-    if sticky_probability(ale) == 0:
+    serialized, last_action = (saved["state"], saved["last_action"]) if isinstance(saved, dict) else (saved, None)
+    if last_action is not None and sticky_probability(ale) == 0:
         raise ValueError("the saved Atari game has sticky actions, this one has none")
-    _set_state_and_last_action(ale, ale_py.ALEState(saved["state"]), ale_py.Action(saved["last_action"]))
+    state = ale_py.ALEState(serialized)
+    ale.restoreState(state)
+    n_frames = ale.getEpisodeFrameNumber()
+    if n_frames == 0 or (n_frames < N_FRAMES_AFTER_RESET and last_action is None):
+        # What a reset leaves outside ALE's state is forgotten some frames later: do as much after a reset of this game
+        ale.reset_game()
+        for _ in range(n_frames):
+            ale.act(ale_py.Action(NOOP))
+        ale.restoreState(state)
+    elif last_action is not None:
+        _set_state_and_last_action(ale, state, last_action)
 
 
 def sticky_probability(ale: Any) -> float:  # noqa: ANN401  # ale-py is an optional dependency
@@ -152,20 +171,20 @@ def _n_frames(ale: Any) -> int:  # noqa: ANN401  # ale-py is an optional depende
     return math.ceil(math.log(P_OVERLOOKED) / math.log(probability)) if probability > 0 else 0
 
 
-def _set_state_and_last_action(ale: Any, state: Any, action: Any) -> None:  # noqa: ANN401  # ale-py is optional
+def _set_state_and_last_action(ale: Any, state: Any, action: int) -> None:  # noqa: ANN401  # ale-py is optional
+    ale_action = importlib.import_module("ale_py").Action(action)
     for _ in range(_n_frames(ale)):
-        ale.act(action)
+        ale.act(ale_action)
     # Leaves the last action as it is
     ale.restoreState(state)
 
 
 def _future(ale: Any) -> Iterator[Any]:  # noqa: ANN401  # ale-py is an optional dependency
-    """Do nothing until the last action is forgotten. Yield what each frame does, and the state after the last one."""
-    ale_py = importlib.import_module("ale_py")
+    """Do nothing until the last action is forgotten. Yield what each frame does, and the last screen."""
+    no_operation = importlib.import_module("ale_py").Action(NOOP)
     for _ in range(_n_frames(ale)):
-        yield ale.act(ale_py.Action.NOOP), ale.getRAM().tobytes()
-    # Also what is outside the game's memory
-    yield ale.cloneState(include_rng=True).serialize()
+        yield ale.act(no_operation), ale.getRAM().tobytes()
+    yield ale.getScreenRGB().tobytes()
 
 
 def _is_instance(module: str, name: str, value: object) -> bool:

@@ -199,6 +199,59 @@ def test_a_mujoco_model_that_changes_is_found():
     assert env.prove_resumable().is_error
 
 
+class OfCurriculum(ToyEnv):
+    """Appends to a list that it may share."""
+
+    def __init__(self, log):
+        super().__init__()
+        self.log = log
+
+    def step(self, action):
+        self.log.append(len(self.log))
+        return super().step(action)
+
+
+def test_what_environments_share_and_change_is_one_warning_and_stays_shared():
+    log = [0, 1]
+    env = make_vec_env(lambda: OfCurriculum(log), 3, wrapper_class=ResumableEnv)
+    env.reset()
+    with pytest.warns(UserWarning, match=r"environment 0: steps change \[0, 1.*another environment holds") as warned:
+        proof.prove_envs(env)
+    assert sum("another environment" in str(warning.message) for warning in warned) == 1
+    assert log == [0, 1]
+    assert all(each is log for each in env.get_attr("log"))
+
+
+def test_what_environments_share_and_do_not_change_is_no_warning(recwarn):
+    words = ["a list", "that stays"]
+    env = make_vec_env(ToyEnv, 2, wrapper_class=ResumableEnv)
+    for each in env.envs:
+        each.unwrapped.words = words
+    env.reset()
+    proof.prove_envs(env)
+    assert [warning for warning in recwarn if "another environment" in str(warning.message)] == []
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: gym.make("HalfCheetah-v5"),
+        lambda: wrappers.FrameStackObservation(gym.make("Pendulum-v1"), 3),
+        lambda: ToyEnv(),
+    ],
+    ids=["mujoco", "stack", "toy"],
+)
+def test_attributes_are_the_same_objects_as_before(make):
+    env = ResumableEnv(Monitor(make()))
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    before = [dict(vars(layer)) for layer in env.resumable_layers()]
+    assert env.prove_resumable() is None
+    for layer, attributes in zip(env.resumable_layers(), before, strict=True):
+        assert vars(layer).keys() == attributes.keys()
+        assert [name for name, value in vars(layer).items() if value is not attributes[name]] == []
+
+
 def test_a_slow_environment_takes_fewer_steps(monkeypatch):
     monkeypatch.setattr(proof, "MAX_SECONDS", 0.0)
     N_STEPS.clear()

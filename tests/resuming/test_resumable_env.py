@@ -12,6 +12,7 @@ from stable_baselines3.common.monitor import Monitor
 from states import encoded, written_and_read
 
 from sb3_ppo_plus.errors import PlainStateError
+from sb3_ppo_plus.resuming.generator_state import generator_state, global_generator_states
 from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
 
 CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
@@ -138,6 +139,54 @@ def test_an_attribute_that_cannot_be_saved_is_an_error_with_a_remedy():
     assert "simulator" not in dict(constant.get_resume_state()["layers"][-1][1])
 
 
+def test_an_attribute_of_numpys_subclasses_or_of_python_objects_is_an_error_too():
+    class Holds(ToyEnv):
+        value = None
+
+    for value in (np.array([object()]), np.zeros(2, [("x", float)]), np.matrix([[1.0]]), {1: [(Simulator(),)]}):
+        env = ResumableEnv(Holds())
+        env.reset(seed=0)
+        env.unwrapped.value = value
+        with pytest.raises(PlainStateError, match=r"Holds\.value.*constant="):
+            env.get_resume_state()
+
+
+def test_a_function_of_another_name_is_warned_of_and_stays():
+    class Calls(ToyEnv):
+        function = None
+
+    def make(function):
+        env = ResumableEnv(Calls())
+        env.reset(seed=0)
+        env.unwrapped.function = function
+        return env
+
+    other = make(max)
+    other.unwrapped.function = transitions
+    with pytest.warns(UserWarning, match=r"Calls\.function is the function transitions, .* was assert_goes_on"):
+        other.set_resume_state(make(assert_goes_on_in_another).get_resume_state())
+    assert other.unwrapped.function is transitions
+
+
+def test_without_an_object_that_the_saved_environment_had_there_is_an_error():
+    env, other = ResumableEnv(ToyEnv()), ResumableEnv(ToyEnv())
+    for each in (env, other):
+        each.reset(seed=0)
+    env.unwrapped.function = transitions
+    with pytest.raises(ValueError, match=r"ToyEnv\.function is nothing, the saved one was a function"):
+        other.set_resume_state(env.get_resume_state())
+
+
+def test_constant_attributes_stay_as_they_are():
+    env, other = (ResumableEnv(ToyEnv(), constant=["extra", "late"]) for _ in range(2))
+    for each in (env, other):
+        each.reset(seed=0)
+    env.unwrapped.extra = 1
+    other.unwrapped.extra, other.unwrapped.late = 2, 3
+    other.set_resume_state(env.get_resume_state())
+    assert (other.unwrapped.extra, other.unwrapped.late) == (2, 3)
+
+
 def test_an_environments_own_methods_are_called_instead():
     env, other = (ResumableEnv(TimeLimit(SimulatedWithMethods(), 5)) for _ in range(2))
     env.reset(seed=0)
@@ -154,6 +203,29 @@ def test_shared_generators_stay_shared():
     other.reset(seed=1)
     other.set_resume_state(env.get_resume_state())
     assert other.unwrapped.generator is other.unwrapped.same_generator
+
+
+def test_a_state_of_the_first_release_loads_and_generators_stay_shared():
+    env, other = OwnGenerators(), ResumableEnv(OwnGenerators())
+    env.reset(seed=0)
+    other.reset(seed=1)
+    names = ("generator", "same_generator", "legacy", "python", "_np_random")
+    attributes = {name: ("generator", generator_state(getattr(env, name))) for name in names}
+    attributes["action_space"] = ("space", [None])
+    attributes["_np_random_seed"] = ("plain", 0)
+    state = {"layers": [("OwnGenerators", attributes)], "generators": global_generator_states()}
+    other.set_resume_state(written_and_read(state))
+    assert other.unwrapped.generator is other.unwrapped.same_generator
+    np.testing.assert_equal([other.step(0) for _ in range(5)], [env.step(0) for _ in range(5)])
+
+
+def test_a_plain_environment_is_saved_as_in_the_first_release():
+    env = ResumableEnv(gym.make("CartPole-v1"))
+    env.reset(seed=0)
+    state = env.get_resume_state()
+    assert state["table"] == []
+    kinds = {kind for _, layer in state["layers"] for kind, _ in layer.values()}
+    assert kinds == {"plain", "generator", "space"}
 
 
 def test_the_saved_state_does_not_change_with_the_environment():

@@ -93,6 +93,27 @@ def test_a_game_goes_on_after_its_end_and_right_after_a_reset():
         assert played(env, [1, 2, 3, 2]) == played(other, [1, 2, 3, 2])
 
 
+@pytest.mark.parametrize("probability", [0.25, 0.0])
+@pytest.mark.parametrize("game", ["Qbert", "Tetris", "Amidar", "Pitfall2", "MiniatureGolf"])
+def test_games_whose_reset_leaves_what_their_state_lacks_go_on_too(game, probability):
+    env, other = (
+        ResumableEnv(
+            gym.make(f"ALE/{game}-v5", frameskip=1 if probability == 0 else 4, repeat_action_probability=probability)
+        )
+        for _ in range(2)
+    )
+    env.reset(seed=1)
+    other.reset(seed=2)
+    played(env, [0] * 20)
+    for n_steps in range(4):
+        env.reset()
+        played(env, [0] * n_steps)
+        played(other, [1] * 5)
+        assert env.prove_resumable() is None
+        other.set_resume_state(written_and_read(env.get_resume_state()))
+        assert played(env, [0, 1, 0, 2, 1]) == played(other, [0, 1, 0, 2, 1])
+
+
 def test_saving_changes_nothing_of_a_game():
     env, saved_often = (gym.make("ALE/Pong-v5", frameskip=1) for _ in range(2))
     env.reset(seed=1)

@@ -78,6 +78,17 @@ def array(dtype, shape, **more):
     return {"$array": {"type": dtype, "shape": shape, "offset": 0, **more}}
 
 
+def innermost(state):
+    """The forged state of the innermost layer of the first environment."""
+    return state["env"]["envs"][0]["layers"][-1]["$tuple"][1]
+
+
+def linked(state, first, second):
+    """Forge a table, the second entry of which an attribute is."""
+    state["env"]["envs"][0]["table"] = [first, second]
+    innermost(state).update(made_up=["linked", [1]])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -125,6 +136,20 @@ def array(dtype, shape, **more):
             lambda files, state: state["env"]["envs"][0]["layers"][0]["$tuple"][1].update(reset=["plain", 1]),
             "reset is no state",
         ),
+        (lambda files, state: innermost(state).update({"ToyEnv.step": ["plain", 1]}), r"ToyEnv\.step is no state"),
+        (lambda files, state: innermost(state).update({"Env.spec": ["plain", 1]}), r"Env\.spec is no state"),
+        (lambda files, state: innermost(state).update(step=["linked", [0]]), r"ToyEnv\.step is no state"),
+        (lambda files, state: linked(state, ["list", [[0]]], ["tuple", [[1]]]), r"made_up\[0\] is part of itself"),
+        (
+            lambda files, state: linked(state, ["array", array("|u1", [8])], ["view", 0, "<f4", [2**40], [0], 0]),
+            "a view of shape",
+        ),
+        (
+            lambda files, state: linked(state, ["array", array("|u1", [8])], ["view", 0, "<f4", [2], [8], 0]),
+            "strides is incompatible",
+        ),
+        (lambda files, state: linked(state, ["list", []], ["function", "print", {}]), "made_up is nothing"),
+        (lambda files, state: linked(state, ["list", []], ["object", "Popen", {}]), "made_up is nothing"),
     ],
 )
 def test_a_forged_checkpoint_is_one_clear_error(tmp_path, change, message):
