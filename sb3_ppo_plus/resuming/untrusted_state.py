@@ -11,6 +11,7 @@ from sb3_ppo_plus.resuming.generator_state import restored_generator, set_space_
 from sb3_ppo_plus.resuming.object_attributes import attributes_of, class_attributes_of
 from sb3_ppo_plus.resuming.object_graph import GENERATORS, TRANSPARENT, plain_copy
 from sb3_ppo_plus.resuming.object_graph_reader import MISSING
+from sb3_ppo_plus.resuming.object_state import TABLE
 from sb3_ppo_plus.resuming.simulator_state import is_mujoco_data, set_mujoco_state
 from sb3_ppo_plus.resuming.state_checks import may_replace
 from sb3_ppo_plus.untrusted.strict_json import short
@@ -31,8 +32,8 @@ def set_state_without_trust(owner: object, state: dict[str, tuple[str, Any]]) ->
     of_classes = {f"{cls.__name__}.{name}": value for (cls, name), value in class_attributes_of(owner).items()}
     left_out = []
     for name, (kind, saved) in state.items():
-        if name.startswith("$"):
-            # What the attributes share, and which of them were missing
+        if name == TABLE:
+            # Where attributes share objects; none of these are put back
             continue
         full_name = f"{type(owner).__name__}.{short(name)[1:-1]}"
         if "." in name:

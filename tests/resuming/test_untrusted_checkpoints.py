@@ -136,6 +136,18 @@ def linked(state, first, second):
             lambda files, state: state["env"]["envs"][0]["layers"][0]["$tuple"][1].update(reset=["plain", 1]),
             "reset is no state",
         ),
+    ],
+)
+def test_a_forged_checkpoint_is_one_clear_error(tmp_path, change, message):
+    interrupted(tmp_path, env=VecMonitor(make_envs()))
+    directory = rewritten(tmp_path, change)
+    with pytest.raises(CheckpointError, match=f"{directory.name} .*{message}"):
+        PPOPlus.resume(directory, VecMonitor(make_envs()), device="cpu", trusted=False)
+
+
+FORGED_OBJECTS = pytest.mark.parametrize(
+    "change, message",
+    [
         (lambda files, state: innermost(state).update({"ToyEnv.step": ["plain", 1]}), r"ToyEnv\.step is no state"),
         (lambda files, state: innermost(state).update({"Env.spec": ["plain", 1]}), r"Env\.spec is no state"),
         (lambda files, state: innermost(state).update(step=["linked", [0]]), r"ToyEnv\.step is no state"),
@@ -152,11 +164,33 @@ def linked(state, first, second):
         (lambda files, state: linked(state, ["list", []], ["object", "Popen", {}]), "made_up is nothing"),
     ],
 )
-def test_a_forged_checkpoint_is_one_clear_error(tmp_path, change, message):
-    interrupted(tmp_path, env=VecMonitor(make_envs()))
+
+
+@FORGED_OBJECTS
+def test_a_forged_object_is_one_clear_error_with_trust_too(tmp_path, change, message):
+    interrupted(tmp_path)
     directory = rewritten(tmp_path, change)
     with pytest.raises(CheckpointError, match=f"{directory.name} .*{message}"):
-        PPOPlus.resume(directory, VecMonitor(make_envs()), device="cpu", trusted=False)
+        PPOPlus.resume(directory, make_envs(), device="cpu")
+
+
+@FORGED_OBJECTS
+def test_without_trust_forged_objects_are_not_even_read(tmp_path, change, message):
+    interrupted(tmp_path)
+
+    def only_objects(files, state):
+        change(files, state)
+        # A name of a method is an error, as above
+        innermost(state).pop("step", None)
+        # No byte may belong to two arrays, which is an error too
+        for kind, *content in state["env"]["envs"][0].get("table", []):
+            if kind == "array":
+                content[0]["$array"]["shape"] = [0]
+
+    envs = make_envs()
+    with pytest.warns(UserWarning, match="were left out"):
+        PPOPlus.resume(rewritten(tmp_path, only_objects), envs, device="cpu", trusted=False)
+    assert not envs.has_attr("made_up")
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "/elsewhere"])
