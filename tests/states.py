@@ -5,7 +5,7 @@ import json
 import numpy as np
 import torch as th
 
-from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
+from sb3_ppo_plus.env_states.plain_state import PlainStateReader, PlainStateWriter
 
 
 def state_of(model):

@@ -16,12 +16,13 @@ MODULES = {
     for path in FILES
 }
 MAY_IMPORT = {
-    "zoo": {"ppo_plus", "masking", "saving", "resuming", "untrusted", "envs", "ground"},
+    "zoo": {"ppo_plus", "masking", "saving", "resuming", "env_states", "untrusted", "envs", "ground"},
     "ppo_plus": {"fast", "masking", "saving", "resuming", "rollout", "policies", "update", "envs", "ground"},
     "fast": {"rollout", "policies", "update", "ground"},
     "masking": {"policies", "envs", "ground"},
     "saving": {"policies", "untrusted", "ground"},
-    "resuming": {"saving", "untrusted", "envs", "ground"},
+    "resuming": {"env_states", "saving", "untrusted", "envs", "ground"},
+    "env_states": {"untrusted", "envs", "ground"},
     "rollout": {"policies", "envs", "ground"},
     "policies": {"ground"},
     "update": {"ground"},

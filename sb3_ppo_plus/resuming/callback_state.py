@@ -17,8 +17,8 @@ from stable_baselines3.common.callbacks import (
 )
 
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
-from sb3_ppo_plus.resuming.state_checks import may_replace
-from sb3_ppo_plus.resuming.vec_env_state import set_vec_env_state, vec_env_state
+from sb3_ppo_plus.env_states.untrusted_state import may_replace
+from sb3_ppo_plus.env_states.vec_env_state import set_vec_env_state, vec_env_state
 from sb3_ppo_plus.untrusted.strict_json import short
 
 CallbackState = dict[str, Any]

@@ -12,9 +12,9 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_plus.argument_checks import is_integer
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.env_states.proof import prove_envs
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.resuming.checkpoint_writer import CheckpointWriter
-from sb3_ppo_plus.resuming.proof import prove_envs
 from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
 from sb3_ppo_plus.resuming.training_state import Snapshot, take_snapshot

@@ -14,11 +14,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.env_states.generator_state import set_global_generator_states
 from sb3_ppo_plus.envs.workers import BROKEN_PIPES, NamingDeadWorkers
 from sb3_ppo_plus.errors import CheckpointError, DeadWorkerError, WrapperStackError
 from sb3_ppo_plus.resuming.callback_state import set_callback_states
 from sb3_ppo_plus.resuming.checkpoint_directory import Checkpoint, best_checkpoint_in, newest_checkpoint, versions
-from sb3_ppo_plus.resuming.generator_state import set_global_generator_states
 from sb3_ppo_plus.resuming.migrations import migrated
 from sb3_ppo_plus.resuming.training_state import (
     ARRAYS_FILE,

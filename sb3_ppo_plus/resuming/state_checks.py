@@ -1,4 +1,4 @@
-"""Checks of a training state from a file: the model's attributes, and what may replace a value without trust."""
+"""Checks of a training state from a file: the attributes of the model, the time, the logs."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from sb3_ppo_plus.untrusted.strict_json import short
 MAX_COUNT = 2**53
 #: Ten thousand years
 MAX_SECONDS = 3e11
-# Kinds of dtypes: flags, integers, floats, complex numbers
-_NUMERIC = "biufc"
 _PLAIN_STATISTICS = (bool, int, float, str, np.generic, np.ndarray, th.Tensor, type(None))
 
 
@@ -78,62 +76,6 @@ def check_logs(logs: object) -> None:
             texts = isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
             is_plain = value is None or texts or isinstance(value, _PLAIN_STATISTICS)
             _check(isinstance(key, str) and is_plain, f"logger: {part}: {short(key)}", "a number or a text", value)
-
-
-def may_replace(existing: object, saved: object) -> bool:
-    """Whether a value from a file without trust may take the place of another one.
-
-    It may if it is a number or an array of the same type and shape, or holds only such where the other one holds them.
-    A text may not: it could be a path. ``None`` stands for numbers that are missing.
-
-    :param existing: the value in place
-    :param saved: the value from the file
-    """
-    if existing is None:
-        return _holds_numbers_only(saved)
-    if saved is None:
-        return _holds_numbers_only(existing, any_keys=True)
-    if isinstance(existing, bool | np.bool_):
-        return isinstance(saved, bool | np.bool_)
-    if _is_number(existing) and _is_number(saved):
-        # A sum of rewards may begin as the integer 0
-        return True
-    if isinstance(existing, np.ndarray | np.generic) and isinstance(saved, np.ndarray | np.generic):
-        # Arithmetic turns an array of no dimensions into a number. An empty array waits for its first numbers
-        is_same = (existing.dtype, existing.shape) == (saved.dtype, saved.shape)
-        if existing.dtype.kind in _NUMERIC and saved.dtype.kind in _NUMERIC:
-            return is_same or existing.size == 0
-        # Texts, such as the map of a game
-        return is_same and not existing.dtype.hasobject and existing.tobytes() == saved.tobytes()
-    if isinstance(existing, th.Tensor):
-        return type(saved) is type(existing) and (saved.dtype, saved.shape) == (existing.dtype, existing.shape)
-    if type(existing) is not type(saved):
-        return False
-    if isinstance(existing, dict):
-        assert isinstance(saved, dict)
-        if existing.keys() == saved.keys():
-            return all(may_replace(value, saved[key]) for key, value in existing.items())
-        return _holds_numbers_only(existing) and _holds_numbers_only(saved)
-    if isinstance(existing, list | tuple | deque | set):
-        assert isinstance(saved, list | tuple | deque | set)
-        if isinstance(existing, deque) and existing.maxlen != saved.maxlen:  # type: ignore[union-attr]  # a deque too
-            return False
-        if len(existing) == len(saved) and not isinstance(existing, set):
-            return all(map(may_replace, existing, saved))
-        return _holds_numbers_only(existing) and _holds_numbers_only(saved)
-    # The same text or bytes change nothing
-    return bool(existing == saved)
-
-
-def _holds_numbers_only(value: object, any_keys: bool = False) -> bool:
-    if isinstance(value, dict):
-        keys = [] if any_keys else list(value)
-        return all(_holds_numbers_only(part, any_keys) for part in [*keys, *value.values()])
-    if isinstance(value, list | tuple | deque | set):
-        return all(_holds_numbers_only(part, any_keys) for part in value)
-    if isinstance(value, np.ndarray | np.generic):
-        return value.dtype.kind in _NUMERIC
-    return value is None or isinstance(value, bool | int | float | th.Tensor)
 
 
 def _is_number(value: object) -> bool:

@@ -14,18 +14,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.envs.questions import base_of
-from sb3_ppo_plus.errors import PlainStateError
-from sb3_ppo_plus.resuming.callback_state import callback_states
-from sb3_ppo_plus.resuming.generator_state import (
+from sb3_ppo_plus.env_states.generator_state import (
     global_generator_states,
     set_global_generator_states,
     set_space_generator_states,
     space_generator_states,
 )
-from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
+from sb3_ppo_plus.env_states.plain_state import PlainStateReader, PlainStateWriter
+from sb3_ppo_plus.env_states.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
+from sb3_ppo_plus.envs.questions import base_of
+from sb3_ppo_plus.errors import PlainStateError
+from sb3_ppo_plus.resuming.callback_state import callback_states
 from sb3_ppo_plus.resuming.state_checks import check_attributes, check_logs, check_seconds
-from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.untrusted.strict_json import Limits, parse

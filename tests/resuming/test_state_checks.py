@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch as th
 
-from sb3_ppo_plus.resuming.state_checks import check_logs, check_seconds, may_replace
+from sb3_ppo_plus.env_states.untrusted_state import may_replace
+from sb3_ppo_plus.resuming.state_checks import check_logs, check_seconds
 
 ALLOWED = [
     (1, 2),

@@ -1,12 +1,11 @@
 """Checkpoints that are resumed without trust, and forged ones."""
 
-import json
 import os
 
 import numpy as np
 import pytest
 from environments import ToyEnv
-from interrupted_runs import StopAfter, interrupted, learned, make_envs, make_model
+from interrupted_runs import StopAfter, interrupted, learned, make_envs, make_model, rewritten
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecMonitor
@@ -62,16 +61,6 @@ def test_without_trust_a_training_state_is_read_strictly(tmp_path, text, message
     directory = write_checkpoint(tmp_path / "rewritten", files, 48)
     with pytest.raises(CheckpointError, match=rf"training_state\.json .*{message}"):
         PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
-
-
-def rewritten(save_path, change):
-    """Write a forged checkpoint with right hashes: the newest one after a change of its files and its state."""
-    files = dict(read_checkpoint(latest_checkpoint(save_path)).files)
-    state = json.loads(files["training_state.json"])
-    change(files, state)
-    if "training_state.json" in files:
-        files["training_state.json"] = json.dumps(state).encode()
-    return write_checkpoint(save_path / "rewritten", files, 48)
 
 
 def array(dtype, shape, **more):

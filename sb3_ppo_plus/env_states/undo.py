@@ -13,11 +13,11 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
-from sb3_ppo_plus.resuming.callable_parts import BOUND, function_parts, set_function_part
-from sb3_ppo_plus.resuming.differences import first_difference
-from sb3_ppo_plus.resuming.generator_state import generator_state, restored_generator, spaces_inside
-from sb3_ppo_plus.resuming.object_attributes import attributes_of, class_attributes_of
-from sb3_ppo_plus.resuming.object_graph import (
+from sb3_ppo_plus.env_states.callable_parts import BOUND, function_parts, set_function_part
+from sb3_ppo_plus.env_states.differences import first_difference
+from sb3_ppo_plus.env_states.generator_state import generator_state, restored_generator, spaces_inside
+from sb3_ppo_plus.env_states.object_attributes import attributes_of, class_attributes_of
+from sb3_ppo_plus.env_states.object_graph import (
     TRANSPARENT,
     has_attributes,
     is_generator,

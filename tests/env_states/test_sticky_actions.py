@@ -8,8 +8,8 @@ from stable_baselines3.common.atari_wrappers import AtariWrapper
 from states import written_and_read
 
 from sb3_ppo_plus import ResumableEnv
+from sb3_ppo_plus.env_states.simulator_state import atari_state, set_atari_state
 from sb3_ppo_plus.errors import PlainStateError
-from sb3_ppo_plus.resuming.simulator_state import atari_state, set_atari_state
 
 gym.register_envs(ale_py)
 

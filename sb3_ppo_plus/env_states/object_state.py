@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
-from sb3_ppo_plus.errors import PlainStateError
-from sb3_ppo_plus.resuming.generator_state import generator_state, set_space_generator_states, space_generator_states
-from sb3_ppo_plus.resuming.object_attributes import (
+from sb3_ppo_plus.env_states.generator_state import generator_state, set_space_generator_states, space_generator_states
+from sb3_ppo_plus.env_states.object_attributes import (
     attributes_of,
     class_attributes_of,
     is_no_state,
@@ -19,7 +18,7 @@ from sb3_ppo_plus.resuming.object_attributes import (
     own_attributes,
     own_classes,
 )
-from sb3_ppo_plus.resuming.object_graph import (
+from sb3_ppo_plus.env_states.object_graph import (
     CONSTANTS,
     TRANSPARENT,
     GraphWriter,
@@ -28,9 +27,9 @@ from sb3_ppo_plus.resuming.object_graph import (
     is_stateless,
     plain_copy,
 )
-from sb3_ppo_plus.resuming.object_graph_reader import MISSING, GraphReader, text_of_constant
-from sb3_ppo_plus.resuming.overlapping_arrays import has_foreign_owner
-from sb3_ppo_plus.resuming.simulator_state import (
+from sb3_ppo_plus.env_states.object_graph_reader import MISSING, GraphReader, text_of_constant
+from sb3_ppo_plus.env_states.overlapping_arrays import has_foreign_owner
+from sb3_ppo_plus.env_states.simulator_state import (
     atari_state,
     is_atari,
     is_mujoco_data,
@@ -39,6 +38,7 @@ from sb3_ppo_plus.resuming.simulator_state import (
     set_mujoco_state,
     sticky_probability,
 )
+from sb3_ppo_plus.errors import PlainStateError
 
 ObjectState = dict[str, tuple[str, Any]]
 """For each attribute its kind and plain values.

@@ -1,13 +1,15 @@
 """Small runs that write checkpoints and stop before their end."""
 
+import json
+
 from environments import ToyEnv
 from models import build
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from states import state_of
 
-from sb3_ppo_plus import ResumableEnv, TrainingCheckpoint
-from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
+from sb3_ppo_plus import ResumableEnv, TrainingCheckpoint, latest_checkpoint
+from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories, read_checkpoint, write_checkpoint
 
 
 def make_model(env=None, **kwargs):
@@ -47,3 +49,13 @@ def interrupted(save_path, after=48, total=96, **kwargs):
     model.learn(total, [TrainingCheckpoint(1, save_path), StopAfter(after)])
     assert model.num_timesteps == after
     return model
+
+
+def rewritten(save_path, change):
+    """Write a forged checkpoint with right hashes: the newest one after a change of its files and its state."""
+    files = dict(read_checkpoint(latest_checkpoint(save_path)).files)
+    state = json.loads(files["training_state.json"])
+    change(files, state)
+    if "training_state.json" in files:
+        files["training_state.json"] = json.dumps(state).encode()
+    return write_checkpoint(save_path / "rewritten", files, 48)

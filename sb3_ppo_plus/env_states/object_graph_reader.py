@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from sb3_ppo_plus.resuming.callable_parts import BOUND, function_parts, rebound, set_function_part
-from sb3_ppo_plus.resuming.generator_state import Generator, restored_generator, set_space_generator_states
-from sb3_ppo_plus.resuming.object_attributes import attributes_of, is_no_state
-from sb3_ppo_plus.resuming.object_graph import CONSTANTS, MAPPINGS, SEQUENCES, Item
-from sb3_ppo_plus.resuming.overlapping_arrays import array_in
+from sb3_ppo_plus.env_states.callable_parts import BOUND, function_parts, rebound, set_function_part
+from sb3_ppo_plus.env_states.generator_state import Generator, restored_generator, set_space_generator_states
+from sb3_ppo_plus.env_states.object_attributes import attributes_of, is_no_state
+from sb3_ppo_plus.env_states.object_graph import CONSTANTS, MAPPINGS, SEQUENCES, Item
+from sb3_ppo_plus.env_states.overlapping_arrays import array_in
 
 _SEQUENCES = {tag: kind for kind, tag in SEQUENCES.items()}
 _MAPPINGS = {tag: kind for kind, tag in MAPPINGS.items()}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from states import written_and_read
 
+from sb3_ppo_plus.env_states import plain_state
+from sb3_ppo_plus.env_states.plain_state import PlainStateReader, PlainStateWriter
 from sb3_ppo_plus.errors import PlainStateError
-from sb3_ppo_plus.resuming import plain_state
-from sb3_ppo_plus.resuming.plain_state import PlainStateReader, PlainStateWriter
 
 plain_values = st.recursive(
     st.none()

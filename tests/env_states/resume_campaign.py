@@ -1,7 +1,7 @@
 """Does every environment go on exactly after a resume, or say that it does not? Prints a line for each.
 
-Run ``PYTHONPATH=tests python tests/resuming/resume_campaign.py [--seeds 12] [--only Pong]``. Minigrid is tried if it is
-installed.
+Run ``PYTHONPATH=tests python tests/env_states/resume_campaign.py [--seeds 12] [--only Pong]``. Minigrid is tried if it
+is installed.
 """
 
 import argparse

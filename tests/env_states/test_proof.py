@@ -14,7 +14,7 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from states import assert_same_bits, encoded, state_of
 
-import sb3_ppo_plus.resuming.proof as proof
+import sb3_ppo_plus.env_states.proof as proof
 from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, ResumeProofError, TrainingCheckpoint
 
 gym.register_envs(ale_py)
@@ -112,7 +112,7 @@ def test_a_continued_run_begins_with_it_too(tmp_path):
     interrupted(tmp_path)
     resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sb3_ppo_plus.resuming.proof.first_difference", lambda *_: "something differs")
+        patch.setattr("sb3_ppo_plus.env_states.proof.first_difference", lambda *_: "something differs")
         with pytest.raises(ResumeProofError, match=r"environment 0: saved and put back, .*something differs"):
             resumed.continue_learning(TrainingCheckpoint(1, tmp_path))
 

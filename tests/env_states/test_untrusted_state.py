@@ -6,16 +6,16 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from environments import ToyEnv
-from interrupted_runs import StopAfter, learned, make_envs, make_model
+from interrupted_runs import StopAfter, learned, make_envs, make_model, rewritten
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize, VecVideoRecorder
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, TrainingCheckpoint, latest_checkpoint
-from sb3_ppo_plus.resuming.object_state import object_state
-from sb3_ppo_plus.resuming.simulator_state import mujoco_state, set_mujoco_state
-from sb3_ppo_plus.resuming.untrusted_state import set_state_without_trust
+from sb3_ppo_plus.env_states.object_state import object_state
+from sb3_ppo_plus.env_states.simulator_state import mujoco_state, set_mujoco_state
+from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
 
 
 class Owner:
@@ -177,8 +177,6 @@ def test_without_trust_the_state_of_an_atari_game_is_left_out(tmp_path):
 
 
 def test_evaluations_of_a_forged_checkpoint_are_numbers(tmp_path):
-    from test_untrusted_checkpoints import rewritten
-
     make_model().learn(96, [TrainingCheckpoint(1, tmp_path), EvalCallback(make_envs(), eval_freq=1000), StopAfter(48)])
     directory = rewritten(
         tmp_path, lambda files, state: state["callbacks"]["EvalCallback 1"]["attributes"].update(best_mean_reward="x")
@@ -189,8 +187,6 @@ def test_evaluations_of_a_forged_checkpoint_are_numbers(tmp_path):
 
 
 def test_wrappers_outside_resumable_env_get_numbers_only(tmp_path):
-    from test_untrusted_checkpoints import rewritten
-
     def envs():
         return make_vec_env(lambda: ResumableEnv(ToyEnv()), 2, seed=0)
 

@@ -7,18 +7,18 @@ from typing import Any
 
 import gymnasium as gym
 
-from sb3_ppo_plus.errors import PlainStateError
-from sb3_ppo_plus.resuming.generator_state import global_generator_states, set_global_generator_states
-from sb3_ppo_plus.resuming.object_attributes import has_own_methods
-from sb3_ppo_plus.resuming.object_graph_reader import GraphReader
-from sb3_ppo_plus.resuming.object_state import (
+from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
+from sb3_ppo_plus.env_states.object_attributes import has_own_methods
+from sb3_ppo_plus.env_states.object_graph_reader import GraphReader
+from sb3_ppo_plus.env_states.object_state import (
     delete_later_attributes,
     names_of_attributes,
     object_states,
     set_object_states,
 )
-from sb3_ppo_plus.resuming.proof import Finding, find_flaw
-from sb3_ppo_plus.resuming.untrusted_state import set_state_without_trust
+from sb3_ppo_plus.env_states.proof import Finding, find_flaw
+from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
+from sb3_ppo_plus.errors import PlainStateError
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):

@@ -16,11 +16,11 @@ from gymnasium.wrappers import RecordVideo
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
+from sb3_ppo_plus.env_states.differences import first_difference
+from sb3_ppo_plus.env_states.object_attributes import has_own_methods
+from sb3_ppo_plus.env_states.undo import Undo
 from sb3_ppo_plus.envs.questions import base_of, has_attribute
 from sb3_ppo_plus.errors import PlainStateError, ResumeProofError
-from sb3_ppo_plus.resuming.differences import first_difference
-from sb3_ppo_plus.resuming.object_attributes import has_own_methods
-from sb3_ppo_plus.resuming.undo import Undo
 
 # Steps before and after the reset
 N_STEPS = (20, 10)

@@ -24,8 +24,8 @@ from stable_baselines3.common.vec_env import (
 from states import encoded, written_and_read
 
 from sb3_ppo_plus import ResumableEnv, WrapperStackError
+from sb3_ppo_plus.env_states.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
 from sb3_ppo_plus.resuming.signals import keep_signals_from_workers
-from sb3_ppo_plus.resuming.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
 
 
 class CountsSteps(VecEnvWrapper):

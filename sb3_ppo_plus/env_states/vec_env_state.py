@@ -9,12 +9,11 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
+from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
+from sb3_ppo_plus.env_states.resumable_env import ResumableEnv, saved_name
+from sb3_ppo_plus.env_states.untrusted_state import may_replace, set_state_without_trust
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
 from sb3_ppo_plus.errors import WrapperStackError
-from sb3_ppo_plus.resuming.object_state import object_state, set_object_state
-from sb3_ppo_plus.resuming.resumable_env import ResumableEnv, saved_name
-from sb3_ppo_plus.resuming.state_checks import may_replace
-from sb3_ppo_plus.resuming.untrusted_state import set_state_without_trust
 
 VecEnvState = dict[str, Any]
 

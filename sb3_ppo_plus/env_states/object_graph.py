@@ -28,13 +28,13 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
+from sb3_ppo_plus.env_states.callable_parts import BOUND, function_parts, is_stateless_callable
+from sb3_ppo_plus.env_states.generator_state import generator_state, space_generator_states
+from sb3_ppo_plus.env_states.object_attributes import attributes_of, is_no_state
+from sb3_ppo_plus.env_states.overlapping_arrays import View, overlapping, views_of
+from sb3_ppo_plus.env_states.plain_state import PlainStateWriter
+from sb3_ppo_plus.env_states.simulator_state import is_mujoco_model
 from sb3_ppo_plus.errors import PlainStateError
-from sb3_ppo_plus.resuming.callable_parts import BOUND, function_parts, is_stateless_callable
-from sb3_ppo_plus.resuming.generator_state import generator_state, space_generator_states
-from sb3_ppo_plus.resuming.object_attributes import attributes_of, is_no_state
-from sb3_ppo_plus.resuming.overlapping_arrays import View, overlapping, views_of
-from sb3_ppo_plus.resuming.plain_state import PlainStateWriter
-from sb3_ppo_plus.resuming.simulator_state import is_mujoco_model
 
 Item = Any
 """A leaf or a list, see above."""

@@ -11,9 +11,9 @@ from stable_baselines3.common.atari_wrappers import AtariWrapper
 from stable_baselines3.common.monitor import Monitor
 from states import encoded, written_and_read
 
+from sb3_ppo_plus.env_states.generator_state import generator_state, global_generator_states
+from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
 from sb3_ppo_plus.errors import PlainStateError
-from sb3_ppo_plus.resuming.generator_state import generator_state, global_generator_states
-from sb3_ppo_plus.resuming.resumable_env import ResumableEnv
 
 CLASSIC = ["CartPole-v1", "Pendulum-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0"]
 TOY_TEXT = ["FrozenLake-v1", "Taxi-v4", "Blackjack-v1", "CliffWalking-v1"]
