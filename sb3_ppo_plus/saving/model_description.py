@@ -31,6 +31,8 @@ from sb3_ppo_plus.untrusted.strict_json import MAX_DEPTH, MAX_DIGITS, get, short
 FORMAT = "sb3_ppo_plus.model/1"
 # Arguments that are not described: policy has its own entry, the others belong to the machine that loads
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
+# Arguments that version 0.1 does not have, and their defaults. These are left out, so that it loads what it can
+DEFAULTS_OF_LATER_ARGUMENTS = {"worker_timeout": None, "restart_workers": 0}
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
 ROLLOUT_BUFFERS: dict[str, type[RolloutBuffer]] = {
     "RolloutBuffer": RolloutBuffer,
@@ -135,8 +137,11 @@ def description_of(
     arguments = {}
     for name in constructor_arguments(type(model)):
         attribute = attributes.get(name, name)
-        if attribute not in left_out and hasattr(model, attribute):
-            arguments[name] = encode(getattr(model, attribute), tables, name)
+        if attribute in left_out or not hasattr(model, attribute):
+            continue
+        value = getattr(model, attribute)
+        if name not in DEFAULTS_OF_LATER_ARGUMENTS or value != DEFAULTS_OF_LATER_ARGUMENTS[name]:
+            arguments[name] = encode(value, tables, name)
     return {
         "format": FORMAT,
         "policy": arguments.pop("policy"),

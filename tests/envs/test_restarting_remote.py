@@ -157,7 +157,9 @@ def test_a_worker_that_was_never_given_a_seed_gets_one_of_the_models(faulty, tmp
     with watching(env, seed=3):
         for _ in range(5):
             env.step(ACTIONS)
-    assert (tmp_path / "seeds").read_text().split() == ["None", str(np.random.default_rng([3, 1]).integers(2**31))]
+    *before, last = (tmp_path / "seeds").read_text().split()
+    # Episodes may have ended before
+    assert set(before) == {"None"} and last == str(np.random.default_rng([3, 1]).integers(2**31))
 
 
 @pytest.mark.parametrize(("kind", "error"), [("hang", HangingWorkerError), ("kill", DeadWorkerError)])

@@ -158,8 +158,13 @@ def test_an_interrupt_at_the_end_leaves_the_rest_to_the_thread(tmp_path, disk):
     disk.is_slow = True
     disk.when_it_goes_on = lambda: signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
     model, checkpoint = make_model(), TrainingCheckpoint(1, tmp_path, on_signal=False)
-    with pytest.raises(KeyboardInterrupt):
-        model.learn(96, [checkpoint, StopAfter(16)])
+    # Shells let processes in the background ignore SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            model.learn(96, [checkpoint, StopAfter(16)])
+    finally:
+        signal.signal(signal.SIGINT, before)
     disk.is_slow = False
     checkpoint.wait_for_checkpoint()
     assert steps_of(tmp_path) == [16]

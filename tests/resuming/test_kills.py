@@ -20,9 +20,9 @@ def results(tmp_path_factory):
     """Folder with the results of whole runs, and of runs that were killed and resumed."""
     folder = tmp_path_factory.mktemp("runs")
     for command in ("interrupt", "resume"):
-        script = Path(__file__).with_name("resume_cases.py")
+        script = Path(__file__).parents[1] / "resume_cases.py"
         # The script imports modules beside conftest.py, as the tests do
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(script.parents[1])])}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(script.parent)])}
         ran = subprocess.run(
             [sys.executable, str(script), command, str(folder)], capture_output=True, text=True, env=environment
         )
