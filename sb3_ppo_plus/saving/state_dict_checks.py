@@ -31,7 +31,9 @@ def check_plain_tensors(state: object, name: str) -> None:
     for key, tensor in state.items():
         if not isinstance(key, str):
             raise UntrustedFileError(f"{name}: the name of a tensor is {short(key)}, no string")
-        _check_plain(tensor, f"{name}: {short(key)}")
+        # What a module's get_extra_state has returned, for its own set_extra_state
+        if key.rpartition(".")[2] != "_extra_state":
+            _check_plain(tensor, f"{name}: {short(key)}")
 
 
 def _check_plain(tensor: object, name: str) -> th.Tensor:
@@ -104,7 +106,11 @@ def check_optimizer_groups(state: object, expected: dict[str, Any]) -> dict[str,
         if not isinstance(group, dict) or group.get("params") != own["params"]:
             raise UntrustedFileError(f"{OPTIMIZER_FILE}: a group must hold the parameters {short(own['params'])}")
         for key, value in group.items():
-            if key not in own or not (key == "params" or _is_like(value, own[key])):
+            if key not in own:
+                raise UntrustedFileError(
+                    f"{OPTIMIZER_FILE} is of another optimiser than the model's, which has no setting {short(key)}"
+                )
+            if not (key == "params" or _is_like(value, own[key])):
                 raise UntrustedFileError(f"{OPTIMIZER_FILE}: {short(key)} cannot be {short(value)}")
     known = {index for group in own_groups for index in group["params"]}
     for index, entries in states.items():
@@ -133,42 +139,51 @@ def check_optimizer_entries(state: dict[str, Any], optimizer: Optimizer) -> None
         is not finite
     """
     for group, own_group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        own_entries = _entries_after_a_step(type(optimizer), group)
+        expected: dict[tuple[th.Size, th.dtype], dict[str, Any] | None] = {}
         for index, parameter in zip(group["params"], own_group["params"], strict=True):
             entries = state["state"].get(index, {})
-            if entries and own_entries is not None and entries.keys() != own_entries.keys():
-                raise UntrustedFileError(
-                    f"{OPTIMIZER_FILE}: state {index} must hold {', '.join(own_entries)}, got {short(list(entries))}"
-                )
-            for key, value in entries.items():
-                if value is not None:
-                    _check_entry(value, parameter, key, f"{OPTIMIZER_FILE}: {short(key)} of parameter {index}")
+            if not entries:
+                continue
+            kind = parameter.shape, parameter.dtype
+            if kind not in expected:
+                expected[kind] = _entries_after_a_step(type(optimizer), group, parameter)
+            _check_entries(entries, expected[kind], parameter, index)
 
 
-def _entries_after_a_step(optimizer_class: type[Optimizer], group: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the state that an optimiser of PyTorch keeps for a parameter with these settings; None for others."""
-    if optimizer_class not in OPTIMIZERS.values():
-        return None
-    parameter = th.nn.Parameter(th.zeros(1))
-    parameter.grad = th.zeros(1)
+def _entries_after_a_step(
+    optimizer_class: type[Optimizer], group: dict[str, Any], parameter: th.Tensor
+) -> dict[str, Any] | None:
+    """Return the state that an optimiser keeps for a parameter with these settings; None: it cannot be tried out."""
+    trial_parameter = th.nn.Parameter(th.zeros(parameter.shape, dtype=parameter.dtype))
+    trial_parameter.grad = th.zeros_like(trial_parameter)
     names = inspect.signature(optimizer_class).parameters.keys() - {"params", "foreach", "fused", "capturable"}
     try:
         # The constructor also checks the settings' ranges
         make: Callable[..., Optimizer] = optimizer_class
-        trial = make([parameter], **{name: value for name, value in group.items() if name in names})
+        trial = make([trial_parameter], **{name: value for name, value in group.items() if name in names})
         trial.step()
-    except (TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:
+        if optimizer_class not in OPTIMIZERS.values():
+            return None
         raise UntrustedFileError(f"{OPTIMIZER_FILE}: {error}") from error
-    return dict(trial.state[parameter])
+    return dict(trial.state[trial_parameter])
 
 
-def _check_entry(value: object, parameter: th.Tensor, key: object, name: str) -> None:
-    tensor = _check_plain(value, name)
-    # The count of steps is one number; all other entries have the shape of the parameter
-    is_one_number = tensor.shape == () and parameter.shape != ()
-    if tensor.shape not in ((), parameter.shape) or (key == "step") != is_one_number:
-        raise UntrustedFileError(f"{name} must have shape {tuple(parameter.shape)}, got {tuple(tensor.shape)}")
-    if tensor.dtype != (th.float32 if key == "step" else parameter.dtype):
-        raise UntrustedFileError(f"{name} must be {parameter.dtype}, got {tensor.dtype}")
-    if not bool(th.isfinite(tensor).all()):
-        raise UntrustedFileError(f"{name} holds NaN or infinity")
+def _check_entries(entries: dict[Any, Any], expected: dict[str, Any] | None, parameter: th.Tensor, index: int) -> None:
+    if expected is not None and entries.keys() != expected.keys():
+        raise UntrustedFileError(
+            f"{OPTIMIZER_FILE}: state {index} must hold {', '.join(expected)}, got {short(list(entries))}"
+        )
+    for key, value in entries.items():
+        name = f"{OPTIMIZER_FILE}: {short(key)} of parameter {index}"
+        own = None if expected is None else expected[key]
+        if isinstance(value, th.Tensor) or isinstance(own, th.Tensor):
+            tensor = _check_plain(value, name)
+            if isinstance(own, th.Tensor):
+                _check_like(tensor, own, name)
+            elif tensor.numel() > max(parameter.numel(), 1):
+                raise UntrustedFileError(f"{name} has {tensor.numel()} numbers, more than the parameter")
+            if not bool(th.isfinite(tensor).all()):
+                raise UntrustedFileError(f"{name} holds NaN or infinity")
+        elif value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+            raise UntrustedFileError(f"{name} is {short(value)}, no number")

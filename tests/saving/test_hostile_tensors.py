@@ -9,6 +9,8 @@ import torch as th
 from altered_files import FORMS, load, refused, tensors, zipped
 from environments import SMALL_NET, make_env
 from hostile import Payload
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
+from states import assert_same_bits
 
 from sb3_ppo_plus import PPOPlus, UntrustedFileError
 
@@ -181,3 +183,51 @@ def test_a_buffer_may_hold_infinity(tmp_path):
 def test_set_parameters_checks_what_pytorch_does_not(member, change, model_file, tmp_path):
     with pytest.raises(UntrustedFileError, match=member):
         set_parameters(zipped(tensors(model_file, member, change)), tmp_path)
+
+
+class WithExtraState(th.nn.Linear):
+    """A layer that saves more than tensors."""
+
+    def get_extra_state(self):
+        return {"n": 3}
+
+    def set_extra_state(self, state):
+        self.n = state["n"]
+
+
+@pytest.mark.parametrize(
+    "optimizer_class",
+    [
+        *(th.optim.Adam, th.optim.AdamW, th.optim.SGD, th.optim.RMSprop, th.optim.NAdam, th.optim.RAdam, th.optim.ASGD),
+        *(th.optim.Adafactor, th.optim.Adagrad, th.optim.Adadelta, th.optim.Adamax, th.optim.Rprop, RMSpropTFLike),
+    ],
+)
+def test_set_parameters_takes_the_state_of_the_models_own_optimiser(optimizer_class, tmp_path):
+    policy_kwargs = SMALL_NET | {"optimizer_class": optimizer_class}
+
+    def make():
+        return PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, policy_kwargs=policy_kwargs, device="cpu")
+
+    saved = make().learn(16)
+    saved.save(tmp_path / "model.zip")
+    model = make()
+    model.set_parameters(tmp_path / "model.zip", device="cpu")
+    assert_same_bits(model.get_parameters(), saved.get_parameters())
+    loaded = PPOPlus.load(tmp_path / "model.zip", device="cpu", trusted=False, allow=[optimizer_class])
+    assert_same_bits(loaded.get_parameters(), saved.get_parameters())
+
+
+def test_set_parameters_hands_extra_state_to_its_module(tmp_path):
+    model = PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, policy_kwargs=SMALL_NET, device="cpu")
+    model.policy.value_net = WithExtraState(model.policy.value_net.in_features, 1)
+    model.save(tmp_path / "model.zip")
+    model.set_parameters(tmp_path / "model.zip", device="cpu")
+    assert model.policy.value_net.n == 3
+
+
+def test_the_state_of_another_optimiser_is_named_as_such(model_file, tmp_path):
+    (tmp_path / "model.zip").write_bytes(zipped(model_file))
+    policy_kwargs = SMALL_NET | {"optimizer_class": th.optim.SGD}
+    model = PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, policy_kwargs=policy_kwargs, device="cpu")
+    with pytest.raises(UntrustedFileError, match="is of another optimiser than the model's, which has no setting"):
+        model.set_parameters(tmp_path / "model.zip", device="cpu")
