@@ -104,7 +104,7 @@ def may_replace(existing: object, saved: object) -> bool:
         return _holds_numbers_only(existing, any_keys=True)
     if isinstance(existing, bool | np.bool_):
         return isinstance(saved, bool | np.bool_)
-    if _is_number(existing) and _is_number(saved):
+    if is_number(existing) and is_number(saved):
         # A sum of rewards may begin as the integer 0
         return True
     if isinstance(existing, np.ndarray | np.generic) and isinstance(saved, np.ndarray | np.generic):
@@ -145,5 +145,9 @@ def _holds_numbers_only(value: object, any_keys: bool = False) -> bool:
     return value is None or isinstance(value, bool | int | float | th.Tensor)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a number of Python or NumPy, and no flag.
+
+    :param value: any value
+    """
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)

@@ -29,8 +29,9 @@ class TrainingCheckpoint(BaseCallback):
     ``set_resume_state(state)``, see :class:`ResumableEnv`. Callbacks of your own are part of it if they have
     ``get_state()`` and ``set_state(state)``.
 
-    At the end of an update its state is copied. A thread turns the copy into files while training goes on. A
-    checkpoint that is due earlier waits for the one before. ``learn`` returns when the last one is on the disk.
+    At the end of an update its state is copied, which takes the memory of the parameters and the optimiser once more.
+    A thread turns the copy into files while training goes on; of a model that is not on the CPU, ``model.zip`` is made
+    first. A checkpoint that is due earlier waits for the one before. ``learn`` returns when the last is on the disk.
 
     During ``learn`` the directory is locked: a second run in it is an error that names the process of the first. The
     lock ends with its process.

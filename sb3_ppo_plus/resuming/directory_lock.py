@@ -26,7 +26,7 @@ LOCK_FILE = ".lock"
 # As long as the longest name of a checkpoint's file
 LONGEST_PATH = Path(f".checkpoint_{10**9}_{10**15}_steps.unfinished/training_state.json")
 # Errors of file systems that have no locks
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 # Far behind the text, since nobody can read what Windows has locked
 LOCKED_BYTE = 2**20
 
@@ -110,7 +110,17 @@ class DirectoryLock:
     def _open_and_lock(self) -> None:
         path = self.save_path / LOCK_FILE
         flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        descriptor = self._descriptor = os.open(path, flags, 0o666)
+        try:
+            descriptor = self._descriptor = os.open(path, flags, 0o666)
+        except PermissionError as error:
+            if not os.access(self.save_path, os.W_OK):
+                raise
+            # In a folder that users share, it may belong to another one
+            warnings.warn(
+                f"{path} cannot be opened ({error}): nothing stops a second run from writing its checkpoints there too",
+                stacklevel=2,
+            )
+            return
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
         try:

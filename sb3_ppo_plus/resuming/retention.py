@@ -56,9 +56,12 @@ class Retention:
         """Remove what is not kept. A checkpoint is kept as well if fewer than ``keep_last`` valid ones are newer.
 
         :param save_path: directory of the checkpoints
-        :return: a line for each checkpoint that the system refuses to remove
+        :return: a line for each checkpoint that the system refuses to remove, or to list
         """
-        directories = checkpoint_directories(save_path)
+        try:
+            directories = checkpoint_directories(save_path)
+        except OSError as error:
+            return [f"old checkpoints could not be looked for: {error}"]
         self._known = {directory: self._known[directory] for directory in directories if directory in self._known}
         n_valid = 0
         older = []

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 
 from sb3_ppo_plus.attributes import COUNTERS, PlusModel
+from sb3_ppo_plus.env_states.untrusted_state import is_number
 from sb3_ppo_plus.untrusted.strict_json import short
 
 #: More steps than any run has, and fewer than a float can count
@@ -41,9 +42,9 @@ def check_attributes(model: PlusModel, attributes: dict[str, Any], trusted: bool
     for name in (*COUNTERS, "_n_iterations"):
         _check(_is_count(attributes[name]), name, f"an integer in [0, {MAX_COUNT}]", attributes[name])
     progress = attributes["_current_progress_remaining"]
-    _check(_is_number(progress) and 0 <= progress <= 1, "_current_progress_remaining", "a number in [0, 1]", progress)
+    _check(is_number(progress) and 0 <= progress <= 1, "_current_progress_remaining", "a number in [0, 1]", progress)
     interval = attributes["_log_interval"]
-    _check(interval is None or (_is_number(interval) and interval > 0), "_log_interval", "None or above 0", interval)
+    _check(interval is None or (is_number(interval) and interval > 0), "_log_interval", "None or above 0", interval)
     states = attributes["_last_states"]
     _check(states is None or type(states) is RNNStates, "_last_states", "None or the states of a memory", states)
     if not trusted:
@@ -76,10 +77,6 @@ def check_logs(logs: object) -> None:
             texts = isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
             is_plain = value is None or texts or isinstance(value, _PLAIN_STATISTICS)
             _check(isinstance(key, str) and is_plain, f"logger: {part}: {short(key)}", "a number or a text", value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
 def _is_count(value: object) -> bool:

@@ -199,3 +199,21 @@ def test_a_run_inside_the_directory_of_another_is_left_alone(tmp_path):
     inner, outer = TrainingCheckpoint(1, tmp_path / "inner", 1), TrainingCheckpoint(1, tmp_path, 1)
     make_model().learn(64, [inner, outer])
     assert steps_of(tmp_path) == steps_of(tmp_path / "inner") == [64]
+
+
+def test_a_lock_file_of_another_user_is_no_obstacle(tmp_path, monkeypatch):
+    opened = os.open
+
+    def refuse(path, *arguments, **keywords):
+        if str(path).endswith(LOCK_FILE):
+            raise PermissionError(errno.EACCES, "not yours", str(path))
+        return opened(path, *arguments, **keywords)
+
+    monkeypatch.setattr(os, "open", refuse)
+    lock = DirectoryLock(tmp_path)
+    with pytest.warns(UserWarning, match=r"\.lock cannot be opened .*not yours.*: nothing stops a second run"):
+        lock.acquire()
+    lock.release()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(CheckpointError, match="no checkpoints can be written to .*not yours"):
+        lock.acquire()

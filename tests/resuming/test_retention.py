@@ -227,3 +227,11 @@ def test_a_mean_return_that_is_not_finite_is_none(tmp_path):
     model.ep_info_buffer.append({"r": float("inf"), "l": 1, "t": 0.0})
     model.learn(16, TrainingCheckpoint(1, tmp_path), reset_num_timesteps=False)
     assert read_checkpoint(latest_checkpoint(tmp_path)).mean_return is None
+
+
+def test_a_folder_that_cannot_be_listed_is_a_line_and_no_error(tmp_path, monkeypatch):
+    def refuse(save_path):
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(retention, "checkpoint_directories", refuse)
+    assert Retention(1).rotate(tmp_path) == ["old checkpoints could not be looked for: not yours"]
