@@ -113,7 +113,7 @@ class DirectoryLock:
         try:
             descriptor = self._descriptor = os.open(path, flags, 0o666)
         except PermissionError as error:
-            if not os.access(self.save_path, os.W_OK):
+            if not path.is_file():
                 raise
             # In a folder that users share, it may belong to another one
             warnings.warn(
