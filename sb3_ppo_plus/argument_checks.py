@@ -163,7 +163,11 @@ def did_you_mean(given: object, allowed: Iterable[str]) -> str:
 
 def _nearest_name(given: object, allowed: Iterable[str]) -> str | None:
     by_lower_case = {name.lower(): name for name in allowed}
-    nearest = difflib.get_close_matches(str(given).lower(), by_lower_case, n=1)
+    text = str(given)
+    if len(text) > 2 * max(map(len, by_lower_case), default=0):
+        # It is near to none, and comparing takes time and memory
+        return None
+    nearest = difflib.get_close_matches(text.lower(), by_lower_case, n=1)
     return by_lower_case[nearest[0]] if nearest else None
 
 

@@ -276,7 +276,7 @@ def _parse(text: str, name: str) -> Schedule:
             shape, numbers = known, numbers.removeprefix(f"{known}_")
             break
     try:
-        values = [float(number) for number in numbers.split("_")]
+        values = [float(number) for number in numbers.split("_", 3)]
     except ValueError:
         values = []
     lacks_end = shape != "" and len(values) == 1 and _needs_end(shape)

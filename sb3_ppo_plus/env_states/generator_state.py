@@ -24,6 +24,8 @@ BIT_GENERATORS = {
 }
 SEEDS = ("entropy", "spawn_key", "pool_size", "n_children_spawned")
 """Arguments and attributes of NumPy's SeedSequence."""
+# Of a SeedSequence, whose time and memory grow with it; NumPy's default is 4
+MAX_POOL_SIZE = 64
 Generator = np.random.Generator | np.random.RandomState | random.Random
 
 
@@ -48,7 +50,7 @@ def set_global_generator_states(states: dict[str, Any]) -> None:
     :param states: what :func:`global_generator_states` has returned
     """
     random.setstate(_python_tuple(states["python"]))
-    np.random.set_state(states["numpy"])
+    np.random.set_state(_checked(states["numpy"]))
     th.set_rng_state(states["torch"])
     for device, state in enumerate(states.get("cuda", [])):
         if th.cuda.is_available() and device < th.cuda.device_count():
@@ -89,17 +91,30 @@ def restored_generator(existing: object, state: GeneratorState) -> Generator:
         raise ValueError(f"the state of a random generator has bit_generator={kind!r}; allowed: {list(BIT_GENERATORS)}")
     if "random_state" in state:
         random_state = existing if isinstance(existing, np.random.RandomState) else np.random.RandomState()
-        random_state.set_state(state["random_state"])
+        random_state.set_state(_checked(state["random_state"]))
         return random_state
     is_same_kind = isinstance(existing, np.random.Generator) and type(existing.bit_generator).__name__ == kind
     generator = existing if is_same_kind else np.random.Generator(BIT_GENERATORS[kind]())
     assert isinstance(generator, np.random.Generator)
     seeds, there = state.get("seeds"), generator.bit_generator.seed_seq
+    if seeds is not None and not 4 <= seeds["pool_size"] <= MAX_POOL_SIZE:
+        raise ValueError(f"seeds have pool_size={seeds['pool_size']!r}; allowed: 4 to {MAX_POOL_SIZE}")
     if seeds is not None and any(getattr(there, name, None) != seeds[name] for name in SEEDS):
         # Called again, it gives the same generator other bits, which can spawn as the saved ones could
         generator.__init__(BIT_GENERATORS[kind](np.random.SeedSequence(**seeds)))  # type: ignore[misc]  # see above
-    generator.bit_generator.state = state["generator"]
+    generator.bit_generator.state = _checked(state["generator"])
     return generator
+
+
+def _checked(state: GeneratorState) -> GeneratorState:
+    """Refuse positions outside a generator's memory: NumPy would read there."""
+    inner = state["state"]
+    found = [("pos", inner.get("pos", 0) if isinstance(inner, dict) else 0, 624)]
+    found.append(("buffer_pos", state.get("buffer_pos", 0), 4))
+    for name, position, largest in found:
+        if isinstance(position, bool) or not isinstance(position, int | np.integer) or not 0 <= position <= largest:
+            raise ValueError(f"the state of a random generator has {name}={position!r}; allowed: 0 to {largest}")
+    return state
 
 
 def _python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -27,6 +27,10 @@ MAPPINGS = {dict: "$items", OrderedDict: "$ordered", Counter: "$counter"}
 LARGEST_GAPS = 8
 # Without trust: gaps of all arrays in bytes, and keys whose hashes somebody can make equal
 MAX_GAP_BYTES, MAX_ODD_KEYS = 2**26, 5000
+#: An empty deque takes 600 bytes
+MAX_DEQUES = 10_000
+# Longer ones are of many fields
+LONGEST_DTYPE = 40
 
 
 class PlainStateWriter:
@@ -135,16 +139,16 @@ class PlainStateReader:
     def __init__(self, arrays: bytes, trusted: bool = True) -> None:
         self._arrays = arrays
         self._trusted = trusted
-        self._n_bytes = self._n_gap_bytes = self._n_odd_keys = 0
+        self._n_bytes = self._n_gap_bytes = self._n_odd_keys = self._n_deques = 0
         self._builders: dict[str, Callable[[Json], Any]] = {
             "$array": self._array,
             "$scalar": lambda content: self._array(content)[()],
             "$tensor": self._tensor,
             "$bytes": lambda content: self._array(content).tobytes(),
-            "$floats": lambda content: self._array(content).tolist(),
-            "$tuple": lambda content: tuple(map(self.build, content)),
-            "$rnn_states": lambda content: RNNStates(*map(self.build, content)),
-            "$set": lambda content: set(map(self._key, content)),
+            "$floats": self._floats,
+            "$tuple": lambda content: tuple(map(self.build, _items(content))),
+            "$rnn_states": lambda content: RNNStates(*map(self.build, _items(content))),
+            "$set": lambda content: set(map(self._key, _items(content))),
             **{tag: partial(self._mapping, kind) for kind, tag in MAPPINGS.items()},
         }
 
@@ -162,28 +166,41 @@ class PlainStateReader:
         if not tag.startswith("$"):
             return {key: self.build(item) for key, item in encoded.items()}
         if tag == "$deque":
-            return deque(map(self.build, encoded[tag]), encoded["maxlen"])
+            self._n_deques += 1
+            if self._n_deques > MAX_DEQUES and not self._trusted:
+                raise ValueError(f"the training state has more than {MAX_DEQUES} deques")
+            return deque(map(self.build, _items(encoded[tag])), encoded["maxlen"])
         if tag not in self._builders:
             raise ValueError(f"unknown kind of value {tag!r} in the training state; allowed: {list(self._builders)}")
         return self._builders[tag](encoded[tag])
 
     def _mapping(self, kind: Callable[[], dict[Any, Any]], content: Json) -> dict[Any, Any]:
         mapping = kind()
-        for key, item in content:
+        for key, item in _items(content):
             mapping[self._key(key)] = self.build(item)
         return mapping
 
     def _key(self, encoded: Json) -> Any:  # noqa: ANN401  # any plain value that has a hash
         key = self.build(encoded)
-        if not (isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**62)):
-            self._n_odd_keys += 1
+        if not (isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**20)):
+            self._n_odd_keys += _n_parts(key)
             if self._n_odd_keys > MAX_ODD_KEYS and not self._trusted:
                 raise ValueError(
                     f"the training state has more than {MAX_ODD_KEYS} keys that are no strings or integers"
                 )
         return key
 
+    def _floats(self, content: Json) -> list[float]:
+        array = self._array(content)
+        # Floats of Python need four times the memory of float64
+        if array.dtype != np.float64 or array.ndim != 1:
+            raise ValueError(f"the training state has a list of floats of {array.dtype}; allowed: float64")
+        numbers: list[float] = array.tolist()
+        return numbers
+
     def _array(self, content: Json) -> np.ndarray:
+        if len(content["type"]) > LONGEST_DTYPE:
+            raise ValueError(f"the training state has an array of {content['type'][:LONGEST_DTYPE]}...")
         dtype = np.dtype(content["type"])
         if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
             raise ValueError(f"the training state has an array of {dtype}; allowed: dtypes without objects or fields")
@@ -226,3 +243,14 @@ class PlainStateReader:
 def _n_bytes(dtype: np.dtype[Any], shape: Sequence[int], strides: Sequence[int]) -> int:
     """Return how many bytes an array spans. It must not be empty, and its strides must be positive."""
     return dtype.itemsize + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+
+
+def _items(content: Json) -> list[Any]:
+    if not isinstance(content, list):
+        raise ValueError(f"the training state has {type(content).__name__} in place of a list")
+    return content
+
+
+def _n_parts(key: object) -> int:
+    """Return how many parts a key has, which are compared where two keys have one hash."""
+    return 1 + sum(map(_n_parts, key)) if isinstance(key, tuple) else 1

@@ -18,6 +18,8 @@ from sb3_ppo_plus.env_states.object_state import TABLE
 from sb3_ppo_plus.env_states.simulator_state import is_mujoco_data, set_mujoco_state
 from sb3_ppo_plus.untrusted.strict_json import short
 
+# Sizes, which memory is reserved for: no run changes them
+STRUCTURE = ("num_envs", "n_envs", "n_stack", "num_stack", "stack_size", "frame_stack")
 # Kinds of dtypes: flags, integers, floats, complex numbers
 _NUMERIC = "biufc"
 
@@ -55,7 +57,8 @@ def set_state_without_trust(owner: object, state: dict[str, tuple[str, Any]]) ->
 
 def _put(owner: object, name: str, kind: str, saved: Any, existing: Any) -> list[str]:  # noqa: ANN401  # any value
     """Put back one attribute. Return the ends of the names of what was left out; "" is the whole attribute."""
-    if kind == "plain" and existing is not MISSING and may_replace(existing, saved):
+    may_change = name not in STRUCTURE or _is_equal(existing, saved)
+    if kind == "plain" and may_change and existing is not MISSING and may_replace(existing, saved):
         if not _is_equal(existing, saved):
             setattr(owner, name, plain_copy(saved))
     elif kind == "space" and isinstance(existing, spaces.Space):
@@ -101,12 +104,13 @@ def may_replace(existing: object, saved: object) -> bool:
     if existing is None:
         return _holds_numbers_only(saved)
     if saved is None:
-        return _holds_numbers_only(existing, any_keys=True)
+        # In place of a number, arithmetic would fail
+        return isinstance(existing, list | tuple | dict) and _holds_numbers_only(existing, any_keys=True)
     if isinstance(existing, bool | np.bool_):
         return isinstance(saved, bool | np.bool_)
     if is_number(existing) and is_number(saved):
-        # A sum of rewards may begin as the integer 0
-        return True
+        # A sum of rewards may begin as the integer 0. Arithmetic with a much larger integer would fail
+        return not isinstance(saved, int) or abs(saved) < 2**63 or saved == existing
     if isinstance(existing, np.ndarray | np.generic) and isinstance(saved, np.ndarray | np.generic):
         # Arithmetic turns an array of no dimensions into a number. An empty array waits for its first numbers
         is_same = (existing.dtype, existing.shape) == (saved.dtype, saved.shape)

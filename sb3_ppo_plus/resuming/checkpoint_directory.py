@@ -35,6 +35,10 @@ from sb3_ppo_plus.untrusted.strict_json import parse, short
 MANIFEST = "manifest.json"
 #: It names a few files and versions
 MAX_MANIFEST_BYTES = 2**20
+#: A checkpoint has three. Several names may be links to one large file
+MAX_FILES = 4
+#: How many newer ones may be invalid, without trust
+MAX_TRIES = 20
 _NAME = re.compile(r"checkpoint_(\d+)_\d+_steps")
 _LEFTOVER = re.compile(r"\.checkpoint_\d+_\d+_steps\.(?:unfinished|removed)")
 _PACKAGES = ("gymnasium", "numpy", "sb3-ppo-plus", "stable-baselines3", "torch")
@@ -114,6 +118,8 @@ def read_checkpoint(directory: Path, follows_links: bool = True) -> Checkpoint:
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} was altered")
         check_format(manifest, str(directory))
         files = {}
+        if len(manifest["files"]) > MAX_FILES or not isinstance(manifest["versions"], dict):
+            raise InvalidCheckpointError(f"{directory}: {MANIFEST} is no manifest")
         for name, expected in manifest["files"].items():
             # A name must not lead out of the directory, nor may two names lead to one large file
             if not name or Path(name).name != name:
@@ -146,13 +152,14 @@ def newest_checkpoint(
     """Read the newest valid checkpoint, and warn of each newer one that is not valid.
 
     :param save_path: directory of the checkpoints, or the directory of one checkpoint
-    :param follows_links: whether what lies in ``save_path`` may be symbolic links
+    :param follows_links: whether what lies in ``save_path`` may be symbolic links. If not, the oldest are not tried
+        where there are more than 20
     :param skipped: gets a line for each checkpoint that is not valid
     :return: None if there is no valid checkpoint
     """
     directories = _directories(save_path)
     while True:
-        for directory in directories:
+        for directory in directories if follows_links else directories[:MAX_TRIES]:
             # A directory that was given by its name may itself be a link
             is_given = directory == Path(save_path)
             checkpoint = _read_or_warn(directory, is_given, follows_links, skipped)

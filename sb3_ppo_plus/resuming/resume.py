@@ -30,8 +30,12 @@ from sb3_ppo_plus.resuming.training_state import (
     seconds_of_learning,
     set_training_state,
 )
+from sb3_ppo_plus.untrusted.strict_json import short
 
 Model = TypeVar("Model", bound=PPO)
+
+#: Characters of the name of a log's folder, without trust
+MAX_LOG_NAME = 200
 
 
 def latest_checkpoint(save_path: str | Path) -> Path | None:
@@ -110,8 +114,9 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
 
 
 def _check_log_name(name: str) -> None:
-    if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"_tb_log_name must be the name of a folder inside tensorboard_log, got {name!r}")
+    is_odd = len(name) > MAX_LOG_NAME or not name.isprintable()
+    if is_odd or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"_tb_log_name must be the name of a folder inside tensorboard_log, got {short(name)}")
 
 
 def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
@@ -156,10 +161,21 @@ class Continuation(BaseCallback):
         model._num_timesteps_at_start = self._num_timesteps_at_start
         restore_logs(model, self._logs)
         if self._callback_states is not None:
-            set_callback_states(model._current_run.callback, self._callback_states, self._trusted)
+            self._set_callback_states(model._current_run.callback)
         # For the second time: since resume, code that made the callbacks may have drawn random numbers
         if self._generators is not None:
             set_global_generator_states(self._generators)
+
+    def _set_callback_states(self, callback: BaseCallback) -> None:
+        assert self._callback_states is not None
+        try:
+            set_callback_states(callback, self._callback_states, self._trusted)
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+            if self._trusted:
+                raise
+            raise CheckpointError(
+                f"the state of the callbacks cannot be put back: {type(error).__name__}: {error}"
+            ) from error
 
     def _on_step(self) -> bool:
         return True

@@ -12,6 +12,7 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 
 from sb3_ppo_plus.attributes import COUNTERS, PlusModel
 from sb3_ppo_plus.env_states.untrusted_state import is_number
+from sb3_ppo_plus.trees import tree_flatten
 from sb3_ppo_plus.untrusted.strict_json import short
 
 #: More steps than any run has, and fewer than a float can count
@@ -46,11 +47,37 @@ def check_attributes(model: PlusModel, attributes: dict[str, Any], trusted: bool
     interval = attributes["_log_interval"]
     _check(interval is None or (is_number(interval) and interval > 0), "_log_interval", "None or above 0", interval)
     states = attributes["_last_states"]
-    _check(states is None or type(states) is RNNStates, "_last_states", "None or the states of a memory", states)
+    _check(states is None or _are_states(states), "_last_states", "None or the states of a memory", states)
     if not trusted:
         _check_observations(model, attributes)
         for name in ("ep_info_buffer", "ep_success_buffer"):
             _check_statistics(model, attributes[name], name)
+
+
+def check_other_parts(model: PlusModel, state: dict[str, Any]) -> None:
+    """Check learning rates, the scaler of gradients, gSDE's noise and the logs, from a file that is not trusted.
+
+    :param model: the model that will get them
+    :param state: what ``read_state`` has returned
+    :raises ValueError: for a value that training could not have given; the message names it
+    """
+    factors = state["learning_rate_factors"]
+    are_factors = isinstance(factors, list) and all(factor is None or _is_finite(factor) for factor in factors)
+    _check(are_factors, "learning_rate_factors", "a list of numbers from 0 on and None", factors)
+    scaler = state["grad_scaler"]
+    are_numbers = isinstance(scaler, dict) and all(_is_finite(value) for value in scaler.values())
+    _check(are_numbers, "grad_scaler", "numbers by name", scaler)
+    has_gradient = state["has_gradient"]
+    are_flags = has_gradient is None or (
+        isinstance(has_gradient, list) and all(isinstance(flag, bool) for flag in has_gradient)
+    )
+    _check(are_flags, "has_gradient", "None or flags", has_gradient)
+    for name, tensor in (state["gsde"] or {}).items():
+        is_finite = isinstance(tensor, th.Tensor) and bool(th.isfinite(tensor).all())
+        own = getattr(model.policy.action_dist, name, None)
+        is_like = is_finite and isinstance(own, th.Tensor) and own.shape == tensor.shape and own.dtype == tensor.dtype
+        _check(is_like, f"gsde: {short(name)}", "the noise of the policy's distribution", tensor)
+    check_logs(state["logger"])
 
 
 def check_seconds(seconds: object) -> None:
@@ -72,11 +99,15 @@ def check_logs(logs: object) -> None:
     is_table = isinstance(logs, dict) and all(isinstance(part, dict) for part in logs.values())
     _check(is_table, "logger", "tables by name", logs)
     assert isinstance(logs, dict)
+    values, excluded = logs.get("name_to_value", {}), logs.get("name_to_excluded", {})
+    _check(values.keys() == excluded.keys(), "logger", "tables of the same names", logs)
     for part, table in logs.items():
         for key, value in table.items():
             texts = isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
             is_plain = value is None or texts or isinstance(value, _PLAIN_STATISTICS)
-            _check(isinstance(key, str) and is_plain, f"logger: {part}: {short(key)}", "a number or a text", value)
+            is_short = not isinstance(value, int) or abs(value) < MAX_COUNT
+            is_right = isinstance(key, str) and is_plain and is_short
+            _check(is_right, f"logger: {part}: {short(key)}", "a number or a text", value)
 
 
 def _is_count(value: object) -> bool:
@@ -96,7 +127,8 @@ def _check_observations(model: PlusModel, attributes: dict[str, Any]) -> None:
     _check(starts is None or is_flags, "_last_episode_starts", f"None or {n_envs} flags", starts)
     for name in ("_last_obs", "_last_original_obs"):
         value = attributes[name]
-        space = model.observation_space
+        normalize = model._vec_normalize_env if name == "_last_original_obs" else None
+        space = model.observation_space if normalize is None else normalize.observation_space
         _check(value is None or _is_observation(space, value, n_envs), name, f"{n_envs} observations of {space}", value)
 
 
@@ -117,5 +149,22 @@ def _check_statistics(model: PlusModel, value: Any, name: str) -> None:  # noqa:
     size = getattr(model, "_stats_window_size", None)
     _check(type(value) is deque and value.maxlen == size, name, f"statistics of {size} episodes", value)
     for entry in value:
-        numbers = entry.values() if isinstance(entry, dict) else [entry]
-        _check(all(isinstance(number, _PLAIN_STATISTICS) for number in numbers), name, "numbers of episodes", entry)
+        if isinstance(entry, dict):
+            # Those that SB3 averages; Monitor's info_keywords may be texts
+            numbers = [entry.get(key, 0) for key in ("r", "l", "t")]
+            are_plain = all(isinstance(key, str) and isinstance(entry[key], _PLAIN_STATISTICS) for key in entry)
+        else:
+            numbers, are_plain = [entry], True
+        are_numbers = all(is_number(number) or isinstance(number, bool | np.bool_ | np.ndarray) for number in numbers)
+        _check(are_plain and are_numbers, name, "numbers of episodes", entry)
+
+
+def _are_states(states: Any) -> bool:  # noqa: ANN401  # from the file
+    if type(states) is not RNNStates:
+        return False
+    leaves, _ = tree_flatten(tuple(states))
+    return all(isinstance(leaf, th.Tensor) and bool(th.isfinite(leaf).all()) for leaf in leaves)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < float("inf")

@@ -25,7 +25,7 @@ from sb3_ppo_plus.env_states.vec_env_state import reset_without_learning, set_ve
 from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
-from sb3_ppo_plus.resuming.state_checks import check_attributes, check_logs, check_seconds
+from sb3_ppo_plus.resuming.state_checks import check_attributes, check_other_parts, check_seconds
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.untrusted.strict_json import Limits, parse
@@ -35,7 +35,7 @@ TrainingState = dict[str, Any]
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
 # Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
 # there may be many environments, with nested lists. Python itself reads at most 4300 digits
-UNTRUSTED_LIMITS = Limits(2**28, max_depth=128, max_values=2**22, max_digits=4300, allows_non_finite=True)
+UNTRUSTED_LIMITS = Limits(2**28, max_depth=128, max_values=2**21, max_digits=4300, allows_non_finite=True)
 GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
@@ -139,7 +139,7 @@ def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = T
     check_attributes(model, state["attributes"], trusted)
     check_seconds(state["seconds"])
     if not trusted:
-        check_logs(state["logger"])
+        check_other_parts(model, state)
     for name, value in state["attributes"].items():
         setattr(model, name, tree_map(lambda leaf: _on_device(leaf, model.device), value))
     model._coefficients.groups(model).factors = state["learning_rate_factors"]

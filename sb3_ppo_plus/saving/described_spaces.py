@@ -13,7 +13,7 @@ from sb3_ppo_plus.untrusted.strict_json import DTYPES, decode_array, decode_shap
 
 MAX_CHOICES = 2**31
 #: Numbers in all parts of a space together: a few bytes of JSON could ask for any amount of memory
-MAX_ELEMENTS = 2**24
+MAX_ELEMENTS = 2**23
 MAX_KEYS = 1000
 
 
@@ -55,7 +55,7 @@ def decode_space(description: object, name: str) -> spaces.Space[Any]:
 
     :param description: the JSON object
     :param name: what to call it in messages
-    :raises UntrustedFileError: for JSON of another form, and for more than 2**24 elements in all
+    :raises UntrustedFileError: for JSON of another form, and for more than 2**23 elements in all
     """
     return _decode(description, name, MAX_ELEMENTS)
 

@@ -61,7 +61,7 @@ PYTORCH_VARIABLES = ("pytorch_variables.pth", "tensors.pth")
 MAX_ENVS = 2**20
 # What a policy may build beside the file's tensors: tables of positions, which are buffers and not saved. Policies of
 # other people, in ``allow``, may also build layers only to replace them
-SPARE_BUFFER_BYTES, SPARE_PARAMETER_BYTES, SPARE_BYTES_IF_ALLOWED = 2**24, 2**16, 2**26
+SPARE_BUFFER_BYTES, SPARE_PARAMETER_BYTES, SPARE_BYTES_IF_ALLOWED = 2**22, 2**16, 2**26
 SPARE_TENSORS = 100
 
 Model = TypeVar("Model", bound=PPO)
@@ -121,6 +121,8 @@ def load_without_trust(
             raise UntrustedFileError(f"{path} lacks {name}")
     description = parse(members[DESCRIPTION], f"{path}: {DESCRIPTION}")
     arguments = _arguments(cls, description, tables, replaced)
+    if not isinstance(arguments.get("verbose", 0), int):
+        raise UntrustedFileError(f"{DESCRIPTION}: verbose must be an int, got {short(arguments['verbose'])}")
     if env is not None:
         env = cls._wrap_env(env, arguments.get("verbose", 0))
         check_for_correct_spaces(env, *_spaces(description))
@@ -146,9 +148,14 @@ def read_parameters(path: File, device: th.device | str, model: PPO) -> dict[str
         NaN or infinite, and for the state of another optimiser than the model's
     """
     with opened_model(path) as file:
-        # Any name is allowed, since a subclass may save further state dicts
+        # Any name is allowed here, since a subclass may save further members
         members = read_members(file, str(path), lambda name: True, MAX_MEMBERS)
     names = [name for name in members if name.endswith(".pth") and name not in PYTORCH_VARIABLES]
+    known = model.get_parameters()
+    for name in names:
+        # SB3 would follow the name to any object in the model
+        if name.removesuffix(".pth") not in known:
+            raise UntrustedFileError(f"{path}: the model has no parameters of the name {short(name)}")
     states = {
         name.removesuffix(".pth"): load_tensors(members[name], name, get_device(device), allows_legacy=True)
         for name in names

@@ -12,7 +12,7 @@ from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 from sb3_ppo_plus.untrusted.strict_json import short
 
 #: PyYAML reads about this much in a second; the files of the RL Zoo have two or three thousand bytes
-MAX_YAML_BYTES = 2**17
+MAX_YAML_BYTES = 2**15
 #: Characters of a number
 MAX_NUMBER_LENGTH = 64
 
@@ -74,7 +74,7 @@ _PlainLoader.add_constructor(None, _not_plain)
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of the RL Zoo without building any object in it.
 
-    :param path: the file, at most 128 KiB
+    :param path: the file, at most 32 KiB
     :raises UntrustedFileError: if it holds no YAML, or no mapping of names; if it is no regular file
     """
     text = read_regular_file(path, MAX_YAML_BYTES)

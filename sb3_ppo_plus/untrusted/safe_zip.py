@@ -6,6 +6,7 @@ import io
 import os
 import pathlib
 import stat
+import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -16,6 +17,9 @@ from stable_baselines3.common.save_util import open_path
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.untrusted.regular_files import open_regular_file
 from sb3_ppo_plus.untrusted.strict_json import short
+
+#: Bytes of the comment at the end of an archive, and of a member's entry in the list: its name and 46 more
+MAX_COMMENT, MAX_ENTRY = 2**16 - 1, 512
 
 
 @contextmanager
@@ -57,6 +61,7 @@ def read_members(file: IO[bytes], name: str, allows: Callable[[str], bool], max_
         compressed, encrypted, links or folders, or overlap
     """
     try:
+        _check_directory(file, name, max_members)
         with zipfile.ZipFile(file) as archive:
             infos = archive.infolist()
             if len(infos) > max_members:
@@ -74,6 +79,22 @@ def read_members(file: IO[bytes], name: str, allows: Callable[[str], bool], max_
     except Exception as error:
         # zipfile raises a dozen types of errors for damaged archives
         raise UntrustedFileError(f"{name} is no readable zip archive: {type(error).__name__}: {error}") from error
+
+
+def _check_directory(file: IO[bytes], name: str, max_members: int) -> None:
+    """Check the size of the list of members before it is read: each of its entries takes time and memory."""
+    size = file.seek(0, io.SEEK_END)
+    # The record at the end has 22 bytes, and a comment
+    file.seek(max(0, size - 22 - MAX_COMMENT))
+    tail = file.read()
+    file.seek(0)
+    begin = tail.rfind(b"PK\5\6")
+    if begin >= 0 and len(tail) - begin >= 22:
+        n_members, n_bytes = struct.unpack("<HI", tail[begin + 10 : begin + 16])
+        if n_members > max_members or n_bytes > max_members * MAX_ENTRY:
+            raise UntrustedFileError(
+                f"{name} lists {n_members} members in {n_bytes} bytes; at most {max_members} of {MAX_ENTRY} are allowed"
+            )
 
 
 def _check_members(infos: list[zipfile.ZipInfo], name: str, allows: Callable[[str], bool]) -> None:

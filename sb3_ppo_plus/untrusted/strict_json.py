@@ -36,7 +36,7 @@ class Limits(NamedTuple):
 
     :param max_bytes: bytes of UTF-8
     :param max_depth: levels of nested lists and objects
-    :param max_values: values, lists and objects in all
+    :param max_values: commas, texts, lists and objects in all
     :param max_digits: characters of an integer, its sign included
     :param allows_non_finite: whether NaN, Infinity and -Infinity are numbers
     """
@@ -81,12 +81,14 @@ def parse(text: bytes, name: str, limits: Limits = STRICT) -> Any:  # noqa: ANN4
 
 def _check_size(text: bytes, name: str, limits: Limits) -> None:
     """Check depth and number of values before parsing, since Python's parser recurses, and needs memory for each."""
-    depth, n_values = 0, 1
+    depth = n_values = 0
     for match in _MARK_OR_STRING.finditer(text):
         mark = match.group()[:1]
         depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(mark, 0)
-        # A value follows each comma, and may follow each opening bracket
-        n_values += mark in b",[{"
+        # A value follows each comma, and may follow each opening bracket; a text is one
+        n_values += mark in b',[{"'
+        if depth < 0:
+            raise UntrustedFileError(f"{name} closes more than it opens")
         if depth > limits.max_depth:
             raise UntrustedFileError(f"{name} is nested more than {limits.max_depth} levels deep")
         if n_values > limits.max_values:

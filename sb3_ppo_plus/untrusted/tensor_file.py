@@ -33,6 +33,10 @@ MAX_DEPTH = 8
 #: Elements of a tuple that may be used several times, such as the betas of Adam
 MAX_SHARED_TUPLE = 16
 MAX_DIMENSIONS = 32
+#: Numbers of parameters in an optimiser's state. Among small ones, few have one place in a dict
+MAX_INTEGER_KEY = 2**20
+#: How often each number of a storage may be used: tensors of a shared extractor have three names
+MAX_USES = 8
 
 _TENSOR_FILE = re.compile(
     r"data\.pkl|byteorder|version|\.format_version|\.storage_alignment|\.data/serialization_id|data/\d{1,6}"
@@ -67,12 +71,14 @@ class _Storage:
     :param key: its name in the file
     :param n_numbers: how many numbers it says that it has
     :param numbers: the numbers, of shape (n_numbers,); None until they are read
+    :param n_used: numbers of all tensors in it
     """
 
     dtype: th.dtype
     key: str
     n_numbers: int
     numbers: th.Tensor | None = None
+    n_used: int = 0
 
 
 @dataclass
@@ -136,8 +142,8 @@ class _Machine:
         if not isinstance(mapping, dict):
             raise ValueError(f"a {type(mapping).__name__} has no keys")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Hashing a nested tuple may never end, and large integers may have equal hashes
-            if type(key) not in (str, int) or (type(key) is int and abs(key) >= 2**62):
+            # Hashing a nested tuple may never end, and integers may follow one another through a dict
+            if type(key) not in (str, int) or (type(key) is int and not 0 <= key <= MAX_INTEGER_KEY):
                 raise ValueError(f"{short(key)} is no key")
             mapping[key] = value
 
@@ -202,6 +208,9 @@ class _Machine:
         last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
         if math.prod(size) > 0 and last >= storage.n_numbers:
             raise ValueError(f"a tensor of shape {size} ends behind its storage")
+        storage.n_used += math.prod(size)
+        if storage.n_used > MAX_USES * storage.n_numbers:
+            raise ValueError(f"the storage {short(storage.key)} has more than {MAX_USES} tensors")
         if storage.numbers is None:
             storage.numbers = self.read_storage(storage)
         if math.prod(size) == 0:
@@ -340,6 +349,8 @@ def _read_legacy(data: bytes, device: th.device) -> Any:  # noqa: ANN401  # call
             raise ValueError(f"the storage {short(key)} must have {storage.n_numbers} numbers, got {n_numbers}")
         storage.numbers = _numbers(storage, file.read(n_numbers * storage.dtype.itemsize), device)
     file.seek(begin)
+    for storage in machine.storages.values():
+        storage.n_used = 0
     if any(storage.numbers is None or storage.numbers.device.type == "meta" for storage in machine.storages.values()):
         raise ValueError("it lacks the bytes of a storage")
     return machine.run(file)

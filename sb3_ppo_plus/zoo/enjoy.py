@@ -25,8 +25,13 @@ MAX_VALUES = 1000
 MAX_WRAPPERS = 20
 #: Limits of integers: how often one step may step the environment, how many observations are put together, and so on
 MAX_REPEATS, MAX_STACKED, MAX_PIXELS, MAX_INTEGER, MAX_STEPS = 64, 100, 1024, 10_000, 10**9
+#: Steps at the beginning of an episode, each of which may repeat
+MAX_NOOPS = 100
+#: Pixels of all images that are put together
+MAX_STACKED_PIXELS = 2**23
 _REPEATS = ("skip", "frame_skip", "frameskip", "repeat_action_duration")
-_STACKED = ("horizon", "stack_size", "n_stack", "frame_stack")
+_STACKED = ("horizon", "stack_size", "n_stack", "frame_stack", "delay")
+_NOOPS = ("noop_max",)
 _SHAPES = ("shape", "width", "height", "screen_size")
 _STEPS = ("max_episode_steps", "max_steps", "seed")
 # A name, no path and no module
@@ -103,8 +108,8 @@ def _check_plain(value: object, name: str, key: str = "") -> None:
 def _check_number(value: float, name: str, key: str) -> None:
     """Refuse integers that would take for ever or fill the memory, such as a FrameSkip of 10**12."""
     largest = MAX_INTEGER
-    groups = ((_REPEATS, MAX_REPEATS), (_STACKED, MAX_STACKED), (_SHAPES, MAX_PIXELS), (_STEPS, MAX_STEPS))
-    for keys, limit in groups:
+    groups = ((_REPEATS, MAX_REPEATS), (_NOOPS, MAX_NOOPS), (_STACKED, MAX_STACKED), (_SHAPES, MAX_PIXELS))
+    for keys, limit in (*groups, (_STEPS, MAX_STEPS)):
         if key in keys:
             largest = limit
     is_integer = isinstance(value, int) or value.is_integer()
@@ -116,20 +121,30 @@ def _check_number(value: float, name: str, key: str) -> None:
 
 
 def _check_product(members: dict[str, Any], path: Path) -> None:
-    """Refuse wrappers inside wrappers whose repeats or stacks multiply."""
-    for keys, largest in ((_REPEATS, MAX_REPEATS), (_STACKED, MAX_STACKED)):
-        product = 1
-        unchecked: list[tuple[object, object]] = list(members.items())
-        while unchecked:
-            key, item = unchecked.pop()
-            if isinstance(item, dict):
-                unchecked.extend(item.items())
-            elif isinstance(item, list):
-                unchecked.extend((key, member) for member in item)
-            elif key in keys and isinstance(item, int | float):
-                product = max(product * int(item), product)
+    """Refuse wrappers inside wrappers whose repeats, stacks or pixels multiply."""
+    repeats, stacked = _product(members, _REPEATS), _product(members, _STACKED)
+    pixels = _product(members, _SHAPES)
+    for keys, product, largest in (
+        (_REPEATS, repeats, MAX_REPEATS),
+        (_STACKED, stacked, MAX_STACKED),
+        ((*_STACKED, *_SHAPES), stacked * pixels, MAX_STACKED_PIXELS),
+    ):
         if product > largest:
             raise UntrustedFileError(f"{path}: {', '.join(keys)} multiply to {product}; at most {largest} is allowed")
+
+
+def _product(members: dict[str, Any], keys: tuple[str, ...]) -> int:
+    product = 1
+    unchecked: list[tuple[object, object]] = list(members.items())
+    while unchecked:
+        key, item = unchecked.pop()
+        if isinstance(item, dict):
+            unchecked.extend(item.items())
+        elif isinstance(item, list):
+            unchecked.extend((key, member) for member in item)
+        elif key in keys and isinstance(item, int | float):
+            product = max(product * int(item), product)
+    return product
 
 
 def _checked_env_kwargs(members: dict[str, Any], path: Path) -> dict[str, Any] | None:

@@ -157,18 +157,40 @@ def test_without_trust_gaps_are_counted_together():
         built_without_trust([array, array], bytes(2**24))
 
 
-@pytest.mark.parametrize("key", [2**62, -(2**70), 0.5, {"$tuple": [1, 2]}], ids=str)
+@pytest.mark.parametrize("key", [2**20, 2**62, -(2**70), 0.5, {"$tuple": [1, 2]}], ids=str)
 def test_without_trust_few_keys_may_have_equal_hashes(key, monkeypatch):
-    monkeypatch.setattr(plain_state, "MAX_ODD_KEYS", 1)
+    monkeypatch.setattr(plain_state, "MAX_ODD_KEYS", 3)
     content = {"$items": [[key, 1], ["a", 2], [3, 4]]}
     assert len(built_without_trust(content)) == 3
     for more in ({"$set": [key]}, content):
-        assert PlainStateReader(b"").build([content, more])
-        with pytest.raises(ValueError, match="more than 1 keys"):
-            built_without_trust([content, more])
+        assert PlainStateReader(b"").build([content, *[more] * 3])
+        with pytest.raises(ValueError, match="more than 3 keys"):
+            built_without_trust([content, *[more] * 3])
 
 
 @pytest.mark.parametrize("dtype", ["i4,f4", "(2,)f4", "|O"])
 def test_arrays_of_fields_arrays_and_objects_are_refused(dtype):
     with pytest.raises(ValueError, match="without objects or fields"):
         PlainStateReader(bytes(100)).build({"$array": {"type": dtype, "shape": [1], "offset": 0}})
+
+
+@pytest.mark.parametrize("tag", ["$set", "$deque", "$tuple", "$items", "$rnn_states"])
+@pytest.mark.parametrize("content", ["", {}, 5], ids=str)
+def test_parts_of_containers_are_lists(tag, content):
+    with pytest.raises(ValueError, match="in place of a list"):
+        PlainStateReader(b"").build({tag: content, "maxlen": None})
+
+
+def test_without_trust_deques_are_counted(monkeypatch):
+    monkeypatch.setattr(plain_state, "MAX_DEQUES", 2)
+    content = [{"$deque": [], "maxlen": 3}] * 3
+    assert len(PlainStateReader(b"").build(content)) == 3
+    with pytest.raises(ValueError, match="more than 2 deques"):
+        built_without_trust(content)
+
+
+def test_lists_of_floats_are_float64_and_names_of_dtypes_are_short():
+    with pytest.raises(ValueError, match="list of floats of int8"):
+        PlainStateReader(bytes(9)).build({"$floats": {"type": "|i1", "shape": [9], "offset": 0}})
+    with pytest.raises(ValueError, match=r"an array of i1,i1"):
+        PlainStateReader(bytes(9)).build({"$array": {"type": ",".join(["i1"] * 10**6), "shape": [1], "offset": 0}})

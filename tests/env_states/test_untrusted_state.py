@@ -13,9 +13,14 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFram
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, TrainingCheckpoint, latest_checkpoint
+from sb3_ppo_plus.env_states.generator_state import generator_state, restored_generator
 from sb3_ppo_plus.env_states.object_state import object_state
 from sb3_ppo_plus.env_states.simulator_state import mujoco_state, set_mujoco_state
 from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
+
+
+def seeds(pool_size):
+    return {"entropy": 0, "spawn_key": (), "pool_size": pool_size, "n_children_spawned": 0}
 
 
 class Owner:
@@ -182,7 +187,7 @@ def test_evaluations_of_a_forged_checkpoint_are_numbers(tmp_path):
         tmp_path, lambda files, state: state["callbacks"]["EvalCallback 1"]["attributes"].update(best_mean_reward="x")
     )
     resumed = PPOPlus.resume(directory, make_envs(), device="cpu", trusted=False)
-    with pytest.raises(ValueError, match="EvalCallback 1: best_mean_reward cannot be 'x'"):
+    with pytest.raises(CheckpointError, match="EvalCallback 1: best_mean_reward cannot be 'x'"):
         resumed.continue_learning(EvalCallback(make_envs(), eval_freq=1000))
 
 
@@ -213,3 +218,41 @@ def test_without_trust_mujoco_gets_no_indices():
         assert np.array_equal(getattr(data, name), array), name
     # Floats are put back, here as NaN
     assert np.isnan(data.xpos).all()
+
+
+def test_sizes_of_vectorised_environments_are_left_out(tmp_path):
+    def forge(files, state):
+        state["env"]["wrappers"][0]["$tuple"][1]["num_envs"] = {"$tuple": ["plain", 7 * 10**8]}
+
+    make_model(VecNormalize(make_envs())).learn(96, [TrainingCheckpoint(1, tmp_path), StopAfter(48)])
+    env = VecNormalize(make_envs())
+    with pytest.warns(UserWarning, match=r"left out.*VecNormalize\.num_envs"):
+        PPOPlus.resume(rewritten(tmp_path, forge), env, device="cpu", trusted=False)
+    assert env.num_envs == 2
+
+
+def test_frames_of_normalised_observations_are_resumed_without_trust(tmp_path):
+    def envs():
+        return VecFrameStack(VecNormalize(make_envs()), 2)
+
+    make_model(envs()).learn(96, [TrainingCheckpoint(1, tmp_path), StopAfter(48)])
+    resumed = PPOPlus.resume(tmp_path, envs(), device="cpu", trusted=False)
+    assert_same_bits(state_of(resumed.continue_learning()), state_of(make_model(envs()).learn(96)))
+
+
+MT, PHILOX = np.random.MT19937(0).state, np.random.Philox(0).state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        *({"generator": MT | {"state": MT["state"] | {"pos": pos}}} for pos in (-1, 625, 10**9, 1.5, True)),
+        *({"generator": PHILOX | {"buffer_pos": pos}} for pos in (-1, 5, 10**9)),
+        {"random_state": MT | {"state": MT["state"] | {"pos": 700}, "has_gauss": 0, "gauss": 0.0}},
+        *(generator_state(np.random.default_rng(0)) | {"seeds": seeds(size)} for size in (0, 65, 10**9)),
+    ],
+    ids=lambda state: str(list(state))[:40],
+)
+def test_positions_outside_a_generators_memory_are_refused(state):
+    with pytest.raises(ValueError, match=r"pos=|pool_size="):
+        restored_generator(np.random.default_rng(0), state)

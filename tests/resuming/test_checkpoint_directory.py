@@ -293,3 +293,25 @@ def test_checkpoints_that_are_replaced_while_they_are_looked_for_are_looked_for_
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert newest_checkpoint(tmp_path).manifest["num_timesteps"] == 200
+
+
+def test_a_manifest_names_few_files(tmp_path):
+    (directory,) = write(tmp_path, 100)
+    manifest = json.loads((directory / MANIFEST).read_text())["manifest"]
+    name, entry = next(iter(manifest["files"].items()))
+    for number in range(5):
+        (directory / f"link {number}").hardlink_to(directory / name)
+    files = manifest["files"] | {f"link {number}": entry for number in range(5)}
+    (directory / MANIFEST).write_bytes(_sealed(manifest | {"files": files}))
+    with pytest.raises(InvalidCheckpointError, match="is no manifest"):
+        read_checkpoint(directory)
+
+
+def test_without_links_only_the_newest_are_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_directory, "MAX_TRIES", 2)
+    directories = write(tmp_path, 100, 200, 300)
+    for directory in directories[1:]:
+        (directory / MANIFEST).write_text("{}")
+    with pytest.warns(UserWarning, match="skipped an invalid checkpoint"):
+        assert newest_checkpoint(tmp_path, follows_links=False) is None
+        assert newest_checkpoint(tmp_path).directory == directories[0]

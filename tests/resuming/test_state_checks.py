@@ -13,7 +13,6 @@ ALLOWED = [
     (1, 2),
     (0, 0.5),
     (0.5, float("inf")),
-    (1, None),
     (None, 1),
     (None, None),
     (None, [1, np.zeros(2)]),
@@ -50,6 +49,9 @@ REFUSED = [
     ("a", 1),
     (1, "a"),
     ("a", None),
+    (1, None),
+    (np.zeros(2), None),
+    (1, 2**63),
     (None, "a"),
     (None, {"a": 1}),
     (None, ["a"]),
@@ -100,8 +102,20 @@ def test_a_time_is_a_number_of_seconds(seconds):
         check_seconds(seconds)
 
 
-@pytest.mark.parametrize("logs", [[], {"name_to_value": []}, {"name_to_value": {1: 2}}, {"name_to_value": {"a": {}}}])
+@pytest.mark.parametrize(
+    "logs",
+    [
+        [],
+        {"name_to_value": []},
+        {"name_to_value": {1: 2}},
+        {"name_to_value": {"a": {}}},
+        {"name_to_value": {"a": 1}},
+        {"name_to_value": {"a": 10**400}, "name_to_excluded": {"a": ""}},
+    ],
+    ids=str,
+)
 def test_logs_are_numbers_and_texts_by_name(logs):
-    check_logs({"name_to_value": {"a": 1.0, "b": "x", "c": None}, "name_to_excluded": {"a": ("stdout",), "b": None}})
+    excluded = {"a": ("stdout",), "b": None, "c": ""}
+    check_logs({"name_to_value": {"a": 1.0, "b": "x", "c": None}, "name_to_excluded": excluded})
     with pytest.raises(ValueError, match="logger"):
         check_logs(logs)

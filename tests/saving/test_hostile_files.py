@@ -256,6 +256,7 @@ def test_arguments_are_taken_or_refused(name, value, model_file):
         {"features_extractor_class": "transformer", "features_extractor_kwargs": {"d_feedforward": 10**12}},
         {"unheard_of": 1},
         {"activation_fn": "os.system"},
+        {"activation_fn": "x" * 10**7},
         {"action_dist": "__import__('os')"},
         {"optimizer_kwargs": {"foo": 1}},
         {"lr_schedule": 1},
@@ -353,3 +354,10 @@ def test_counters_are_checked(name, value, model_file):
         (description if name == "n_envs" else description["counters"])[name] = value
 
     refused(zipped(described(model_file, change)), name)
+
+
+def test_a_long_text_is_no_schedule(model_file):
+    def change(description):
+        description["arguments"]["learning_rate"] = "_".join(["1"] * 10**6)
+
+    refused(zipped(described(model_file, change)), "learning_rate")

@@ -231,3 +231,12 @@ def test_the_state_of_another_optimiser_is_named_as_such(model_file, tmp_path):
     model = PPOPlus("MlpPolicy", make_env(), n_steps=8, batch_size=8, policy_kwargs=policy_kwargs, device="cpu")
     with pytest.raises(UntrustedFileError, match="is of another optimiser than the model's, which has no setting"):
         model.set_parameters(tmp_path / "model.zip", device="cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["policy.action_net", "_coefficients._groups.optimizer", "rollout_buffer", "policy.__class__"]
+)
+def test_set_parameters_follows_no_name_into_the_model(name, model_file, tmp_path):
+    content = zipped(model_file | {f"{name}.pth": model_file["policy.pth"]})
+    with pytest.raises(UntrustedFileError, match=f"the model has no parameters of the name '{name}.pth'"):
+        set_parameters(content, tmp_path)

@@ -29,3 +29,9 @@ def test_bytes_are_limited():
     assert parse(b"  1", "a file", Limits(max_bytes=3)) == 1
     with pytest.raises(UntrustedFileError, match="has 4 bytes; at most 3"):
         parse(b"   1", "a file", Limits(max_bytes=3))
+
+
+@pytest.mark.parametrize("text", [b"]" * 10**7, b"}" * 10**7, b"[]]" + b"]" * 10**7], ids=["]", "}", "[]]"])
+def test_what_closes_more_than_it_opens_is_not_read_to_its_end(text):
+    with pytest.raises(UntrustedFileError, match="closes more than it opens"):
+        parse(text, "a file")

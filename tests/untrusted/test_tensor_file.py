@@ -61,6 +61,7 @@ STATES = {
     "transposed": lambda: {"a": th.randn(3, 4).T, "b": th.randn(2, 3, 4, 4).to(memory_format=th.channels_last)},
     "parameter": lambda: {"a": nn.Parameter(th.randn(3)), "b": nn.Parameter(th.randn(3), requires_grad=False)},
     "numbers": lambda: {"a": 1, "b": -(2**40), "c": 0.5, "d": None, "e": True, "f": "é", "g": (1, 2), "h": [3, [4]]},
+    "keys": lambda: {0: 1, 2**20: 2, "a": 3},
     "long numbers": lambda: {"a": 255, "b": 65536, "c": 2**33, "d": -1, "e": 2**62, "f": 1e300},
     "many": lambda: {f"{index}": th.tensor(float(index)) for index in range(1000)},
     "list": lambda: [th.randn(2), {"a": ()}],
@@ -125,6 +126,8 @@ HOSTILE = {
     "dict in itself": (b"\x80\x02}q\x00X\x01\x00\x00\x00ah\x00s.", "a dict is used twice"),
     "tuple as key": (pickle.dumps({(1, 2): 3}, 2), "is no key"),
     "large key": (b"\x80\x02}\x8a\x0a" + b"\xff" * 9 + b"\x00K\x01s.", "is no key"),
+    "negative key": (pickle.dumps({-1: 3}, 2), "is no key"),
+    "key of 21 bits": (pickle.dumps({2**20 + 1: 3}, 2), "is no key"),
     "float as key": (pickle.dumps({0.5: 1}, 2), "is no key"),
     "large integer": (pickle.dumps({"a": 2**500}, 2), "has 501 bits"),
     "many digits": (b"\x80\x02I" + b"9" * 100_000 + b"\n.", "integer string conversion|INT"),
@@ -250,3 +253,17 @@ def test_two_archives_in_one_are_refused():
     with zipfile.ZipFile(file, "a") as opened:
         opened.writestr("other/data.pkl", pickle.dumps({}, 2))
     refused(file.getvalue(), "files of 2 archives")
+
+
+def test_many_tensors_of_one_storage_are_refused():
+    base = th.zeros(1000)
+    assert len(load_tensors(saved({str(n): base[:] for n in range(8)}), "policy.pth", CPU)) == 8
+    refused(saved({str(n): base[:] for n in range(9)}), "the storage '0' has more than 8 tensors")
+
+
+def test_a_long_list_of_members_is_not_read():
+    content = bytearray(archive(pickle.dumps({}, 2)))
+    end = content.rindex(b"PK\5\6")
+    for n_members, n_bytes in ((2**15, 100), (3, 2**31)):
+        content[end + 10 : end + 16] = struct.pack("<HI", n_members, n_bytes)
+        refused(bytes(content), "lists .* members")
