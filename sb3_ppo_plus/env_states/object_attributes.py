@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from functools import cache
 from types import MemberDescriptorType
 from typing import Any
@@ -104,6 +105,32 @@ def class_attributes_of(owner: Any) -> dict[tuple[type[Any], str], Any]:  # noqa
             if not is_special and not hasattr(type(value), "__get__") and not callable(value):
                 attributes[cls, name] = value
     return attributes
+
+
+@cache
+def names_of_classes(cls: type[Any]) -> dict[str, type[Any]]:
+    """Return the classes of an object that come from no library by the names under which their data is saved.
+
+    :param cls: the object's class
+    :return: each class by its name; of several with one name the second is "Name#2", from the most special one on
+    """
+    names: dict[str, type[Any]] = {}
+    counts: Counter[str] = Counter()
+    for own in own_classes(cls):
+        counts[own.__name__] += 1
+        names[f"{own.__name__}#{counts[own.__name__]}"] = own
+    # A plain name of an earlier version does not tell which of several it meant
+    return {name.partition("#")[0] if counts[own.__name__] == 1 else name: own for name, own in names.items()}
+
+
+def saved_class_attributes_of(owner: object) -> dict[str, Any]:
+    """Return the data of an object's classes by the names under which it is saved, "Class.attribute".
+
+    :param owner: any object
+    """
+    owner_class: Any = type(owner)
+    names = {cls: name for name, cls in names_of_classes(owner_class).items()}
+    return {f"{names[cls]}.{name}": value for (cls, name), value in class_attributes_of(owner).items()}
 
 
 @cache

@@ -12,11 +12,11 @@ from gymnasium import spaces
 from sb3_ppo_plus.env_states.generator_state import generator_state, set_space_generator_states, space_generator_states
 from sb3_ppo_plus.env_states.object_attributes import (
     attributes_of,
-    class_attributes_of,
     is_no_state,
     is_of_library,
+    names_of_classes,
     own_attributes,
-    own_classes,
+    saved_class_attributes_of,
 )
 from sb3_ppo_plus.env_states.object_graph import (
     CONSTANTS,
@@ -174,9 +174,9 @@ def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict
         # Such arrays are saved with the MjData that owns their memory
         if not (uses_mujoco and isinstance(value, np.ndarray) and has_foreign_owner(value)):
             places[name] = value
-    for (cls, name), value in class_attributes_of(owner).items():
-        if name not in constant and not is_stateless(value):
-            places[f"{cls.__name__}.{name}"] = value
+    for name, value in saved_class_attributes_of(owner).items():
+        if name.rpartition(".")[2] not in constant and not is_stateless(value):
+            places[name] = value
     # An attribute that is put back may come later than before
     return dict(sorted(places.items()))
 
@@ -209,7 +209,7 @@ def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: 
 def _put_class_attribute(owner: Any, name: str, kind: str, saved: Any, reader: GraphReader) -> None:  # noqa: ANN401  # any value
     class_name, _, attribute = name.rpartition(".")
     owner_class: Any = type(owner)
-    cls = next((cls for cls in own_classes(owner_class) if cls.__name__ == class_name), None)
+    cls = names_of_classes(owner_class).get(class_name)
     existing = MISSING if cls is None else vars(cls).get(attribute, MISSING)
     if cls is None or attribute.startswith("__") or callable(existing) or hasattr(type(existing), "__get__"):
         raise ValueError(f"{name} is no state of {type(owner).__name__}")

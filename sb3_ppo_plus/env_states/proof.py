@@ -102,11 +102,13 @@ def find_flaw(
     :return: None if both times are the same
     """
     with _quiet(layers):
+        undo = Undo([layer for layer in layers if not has_own_methods(layer)])
+        undo.make_generators()
         try:
             state = env.get_resume_state()
         except PlainStateError as error:
+            undo()
             return Finding(True, str(error))
-        undo = Undo([layer for layer in layers if not has_own_methods(layer)])
         finding, changed = _flaw_after(env, state, lambda: undo.changed(shared))
         # The simulators that were there, their state, and instead of the new lists and arrays that come with it the old
         undo()

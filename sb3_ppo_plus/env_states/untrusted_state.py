@@ -11,7 +11,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_ppo_plus.env_states.generator_state import restored_generator, set_space_generator_states
-from sb3_ppo_plus.env_states.object_attributes import attributes_of, class_attributes_of
+from sb3_ppo_plus.env_states.object_attributes import attributes_of, saved_class_attributes_of
 from sb3_ppo_plus.env_states.object_graph import GENERATORS, TRANSPARENT, plain_copy
 from sb3_ppo_plus.env_states.object_graph_reader import MISSING
 from sb3_ppo_plus.env_states.object_state import TABLE
@@ -34,7 +34,7 @@ def set_state_without_trust(owner: object, state: dict[str, tuple[str, Any]]) ->
     :raises ValueError: for the name of a method or of a special attribute, and for the state of another simulator
     """
     there = attributes_of(owner)
-    of_classes = {f"{cls.__name__}.{name}": value for (cls, name), value in class_attributes_of(owner).items()}
+    of_classes = saved_class_attributes_of(owner)
     left_out = []
     for name, (kind, saved) in state.items():
         if name == TABLE:

@@ -1,13 +1,13 @@
 import importlib.util
 
 import numpy as np
-from numpy.lib.array_utils import byte_bounds
 
 from sb3_ppo_plus.env_states import overlapping_arrays
 
 
 def test_with_the_names_of_numpy_1_overlaps_are_found_too(monkeypatch):
-    monkeypatch.delattr(np.lib, "array_utils")
+    byte_bounds = overlapping_arrays._byte_bounds
+    monkeypatch.delattr(np.lib, "array_utils", raising=False)
     monkeypatch.setattr(np, "byte_bounds", byte_bounds, raising=False)
     spec = importlib.util.spec_from_file_location("of_numpy_1", overlapping_arrays.__file__)
     module = importlib.util.module_from_spec(spec)

@@ -265,3 +265,43 @@ def test_a_slow_environment_takes_fewer_steps(monkeypatch):
 def test_all_arguments_of_the_wrapper_are_recorded():
     env = ResumableEnv(gym.make("CartPole-v1"), constant=["spec"], prove=False)
     assert env._saved_kwargs == {"constant": ("spec",), "prove": False}
+
+
+class Echo(gym.Env):
+    """Observes the action, and makes no random generator at a reset."""
+
+    observation_space = action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return action, 0.0, False, False, {}
+
+
+class SamplesActions(gym.ActionWrapper):
+    """Draws from generators that nobody has seeded."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.others = {"noise": [gym.spaces.Dict(x=gym.spaces.Box(-1.0, 1.0, (1,)))]}
+
+    def action(self, action):
+        noise = self.np_random.normal() + self.others["noise"][0].sample()["x"]
+        return np.clip(action + self.action_space.sample() + noise, -1, 1).astype(np.float32)
+
+
+def test_generators_that_nobody_has_seeded_yet_are_no_flaw_and_are_made_later_as_before():
+    env = ResumableEnv(SamplesActions(Echo()))
+    box = env.env.others["noise"][0]["x"]
+    assert env.prove_resumable() is None
+    assert env.unwrapped._np_random is None
+    assert env.action_space._np_random is None and box._np_random is None
+
+
+def test_the_trial_seeds_no_space_anew():
+    env = ResumableEnv(SamplesActions(Echo()))
+    box = env.env.others["noise"][0]["x"]
+    box.seed(5)
+    assert env.prove_resumable() is None
+    assert box.sample() == gym.spaces.Box(-1.0, 1.0, (1,), seed=5).sample()
