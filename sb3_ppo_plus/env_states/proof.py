@@ -17,10 +17,11 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 
 from sb3_ppo_plus.env_states.differences import first_difference
-from sb3_ppo_plus.env_states.object_attributes import has_own_methods
+from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.undo import Undo
 from sb3_ppo_plus.envs.questions import base_of, has_attribute
 from sb3_ppo_plus.errors import PlainStateError, ResumeProofError
+from sb3_ppo_plus.untrusted.strict_json import short
 
 # Steps before and after the reset
 N_STEPS = (20, 10)
@@ -102,7 +103,7 @@ def find_flaw(
     :return: None if both times are the same
     """
     with _quiet(layers):
-        undo = Undo([layer for layer in layers if not has_own_methods(layer)])
+        undo = Undo([layer for layer in layers if not saves_itself(layer)])
         undo.make_generators()
         try:
             state = env.get_resume_state()
@@ -119,7 +120,7 @@ def find_flaw(
         finally:
             undo()
         if finding is None and changed:
-            return Finding(False, f"steps change {changed[0]!r:.60}, which another environment holds too. {OF_SHARED}")
+            return Finding(False, f"steps change {short(changed[0])}, which another environment holds too. {OF_SHARED}")
         return finding
 
 

@@ -8,11 +8,13 @@ from typing import Any
 import gymnasium as gym
 
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
-from sb3_ppo_plus.env_states.object_attributes import has_own_methods
+from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_graph_reader import GraphReader
 from sb3_ppo_plus.env_states.object_state import (
     delete_later_attributes,
+    delete_later_data_of_classes,
     names_of_attributes,
+    names_of_class_attributes,
     object_states,
     set_object_states,
 )
@@ -47,6 +49,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         super().__init__(env)
         self.constant = constant
         self.prove = prove
+        self._differences: list[str] = []
 
     def get_resume_state(self) -> dict[str, Any]:
         """Copy the state of every layer, from the outside in, and of this process's global random generators.
@@ -63,20 +66,30 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                 "changes, name it in ResumableEnv(env, constant=[...])"
             ) from error
         remaining = iter(states)
-        saved = [(_name(layer), _own_state(layer) if has_own_methods(layer) else next(remaining)) for layer in layers]
-        names = [names_of_attributes(layer) for layer in _without_own_methods(layers)]
-        return {"layers": saved, "table": table, "names": names, "generators": global_generator_states()}
+        saved = [(_name(layer), _own_state(layer) if saves_itself(layer) else next(remaining)) for layer in layers]
+        own = _without_own_methods(layers)
+        return {
+            "layers": saved,
+            "table": table,
+            "names": [names_of_attributes(layer) for layer in own],
+            "class_names": [names_of_class_attributes(layer) for layer in own],
+            "generators": global_generator_states(),
+        }
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned.
 
+        Attributes that the environment did not have when it was saved are deleted, and data of its classes is set
+        back, even where it is the code that was edited since: :meth:`resume_differences` names what was.
+
         :param state: the state, which may be put back several times
-        :raises ValueError: for the state of other wrappers or of another environment; the message names both
+        :raises ValueError: for the state of other wrappers or of another environment; the message names both. Also
+            where a class or a callable that holds nothing was another one
         """
         layers = self._layers_of(state)
         states = []
         for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-            if has_own_methods(layer):
+            if saves_itself(layer):
                 layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
             else:
                 states.append(layer_state)
@@ -84,10 +97,22 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
         own = _without_own_methods(layers)
         set_object_states(own, states, reader)
+        deleted: list[str] = []
         for layer, attributes in zip(own, state.get("names", ()), strict=False):
             if attributes is not None:
-                delete_later_attributes(layer, (*attributes, *self.constant))
+                deleted += delete_later_attributes(layer, (*attributes, *self.constant))
+        for layer, attributes in zip(own, state.get("class_names", ()), strict=False):
+            deleted += delete_later_data_of_classes(layer, attributes, self.constant)
+        self._differences = [*reader.differences, *(f"{name} was deleted, which was not saved" for name in deleted)]
         set_global_generator_states(state["generators"])
+
+    def resume_differences(self) -> list[str]:
+        """Say what the last :meth:`set_resume_state` has deleted or set back, and which functions are other ones.
+
+        :return: a text for each, for ``PPOPlus.resume`` to warn of. It is returned since nobody sees a worker's
+            warnings
+        """
+        return self._differences
 
     def set_resume_state_without_trust(self, state: dict[str, Any]) -> tuple[list[str], str]:
         """Put back what may come from anybody, see :func:`set_state_without_trust`.
@@ -102,7 +127,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         try:
             layers = self._layers_of(state)
             for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-                if has_own_methods(layer):
+                if saves_itself(layer):
                     layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
                 else:
                     left_out += set_state_without_trust(layer, layer_state)
@@ -166,4 +191,4 @@ def _own_state(layer: Any) -> Any:  # noqa: ANN401  # a layer with methods, and 
 
 
 def _without_own_methods(layers: list[gym.Env[Any, Any]]) -> list[gym.Env[Any, Any]]:
-    return [layer for layer in layers if not has_own_methods(layer)]
+    return [layer for layer in layers if not saves_itself(layer)]

@@ -17,7 +17,12 @@ from gymnasium.utils import seeding
 from sb3_ppo_plus.env_states.callable_parts import BOUND, function_parts, set_function_part
 from sb3_ppo_plus.env_states.differences import first_difference
 from sb3_ppo_plus.env_states.generator_state import generator_state, restored_generator, spaces_inside
-from sb3_ppo_plus.env_states.object_attributes import attributes_of, class_attributes_of
+from sb3_ppo_plus.env_states.object_attributes import (
+    attributes_of,
+    class_attributes_of,
+    delete_later_class_attributes,
+    own_classes,
+)
 from sb3_ppo_plus.env_states.object_graph import (
     TRANSPARENT,
     has_attributes,
@@ -49,6 +54,9 @@ class Undo:
         self.containers = set(self._contents)
         """Ids of the lists, dicts, sets, deques and arrays that attributes hold."""
         for layer in layers:
+            layer_class: Any = type(layer)
+            for cls in own_classes(layer_class):
+                self._steps.append(partial(delete_later_class_attributes, cls, set(vars(cls))))
             for (cls, name), value in class_attributes_of(layer).items():
                 self._steps.append(partial(_set_if_changed, cls, name, value))
                 self._remember(value)

@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
+from sb3_ppo_plus.env_states.callable_parts import is_same_reference, reference_to
 from sb3_ppo_plus.env_states.generator_state import restored_generator, set_space_generator_states
 from sb3_ppo_plus.env_states.object_attributes import attributes_of, saved_class_attributes_of
 from sb3_ppo_plus.env_states.object_graph import GENERATORS, TRANSPARENT, plain_copy
@@ -46,6 +47,11 @@ def set_state_without_trust(owner: object, state: dict[str, tuple[str, Any]]) ->
             if not (kind == "plain" and existing is not MISSING and _is_equal(existing, saved)):
                 left_out.append(full_name)
             continue
+        if kind == "reference":
+            # Never put back
+            if not isinstance(saved, str) or not is_same_reference(reference_to(there.get(name)), saved):
+                left_out.append(full_name)
+            continue
         if name.startswith("__") or callable(inspect.getattr_static(type(owner), name, None)):
             raise ValueError(f"{full_name} is no state")
         inner = _put(owner, name, kind, saved, there.get(name, MISSING))
@@ -55,9 +61,13 @@ def set_state_without_trust(owner: object, state: dict[str, tuple[str, Any]]) ->
 
 def _put(owner: object, name: str, kind: str, saved: Any, existing: Any) -> list[str]:  # noqa: ANN401  # any value
     """Put back one attribute. Return the ends of the names of what was left out; "" is the whole attribute."""
-    if kind == "plain" and existing is not MISSING and may_replace(existing, saved):
+    is_plain = kind == "plain" or (kind == "read-only" and isinstance(saved, np.ndarray))
+    if is_plain and existing is not MISSING and may_replace(existing, saved):
         if not _is_equal(existing, saved):
-            setattr(owner, name, plain_copy(saved))
+            value = plain_copy(saved)
+            if kind == "read-only":
+                value.flags.writeable = False
+            setattr(owner, name, value)
     elif kind == "space" and isinstance(existing, spaces.Space):
         set_space_generator_states(existing, saved)
     elif kind == "generator" and isinstance(existing, GENERATORS):
