@@ -81,7 +81,7 @@ def are_leaves(values: Collection[object]) -> bool:
 
 
 def is_stateless(value: object) -> bool:
-    """Whether a value holds nothing that may change and matters: classes, modules, rendering.
+    """Whether a value holds nothing that may change and matters: classes, modules, rendering, loggers.
 
     :param value: any value
     """

@@ -68,8 +68,8 @@ class Kind(NamedTuple):
 def object_state(owner: object, constant: Collection[str] = (), refused: list[str] | None = None) -> ObjectState:
     """Copy what may change in an object: plain attributes, random generators (also of spaces), MuJoCo, Atari.
 
-    Running means and stacks of observations are part of it, and what functions and other callables hold. Classes,
-    modules and rendering are not.
+    Running means and stacks of observations are part of it, and what functions and other callables hold. Of classes
+    and of callables that hold nothing it has the names, to be compared. Modules and rendering are no part.
 
     :param owner: an environment or a wrapper
     :param constant: names of further attributes to leave out

@@ -28,7 +28,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
 
     It saves the simulators of MuJoCo and Atari, and attributes: plain values, random generators, what functions, their
     closures and other callables hold, and the data of the environment's classes. Lists and arrays that several
-    attributes or wrappers share stay shared, and views stay views. What it cannot save is an error.
+    attributes or wrappers share stay shared, and views stay views. What it cannot save is an error. Functions and classes
+    themselves are not exchanged, but compared when the state is put back: another class or builtin function is an
+    error, another Python function is one of :meth:`resume_differences`.
 
     It does not save changes to an ``MjModel``, nor state in modules: :meth:`prove_resumable` finds them. It does not
     save in which order Python visits a set, nor what two environments share.
@@ -40,7 +42,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     :param env: the environment
     :param constant: names of attributes that cannot be saved, and need not be, since they never change
     :param prove: whether training with a :class:`TrainingCheckpoint` begins with a proof, see :meth:`prove_resumable`.
-        It takes up to 60 steps with random actions and two resets: give False where these move real hardware
+        It takes up to 60 steps with random actions and two resets, and up to 4 seconds, or 10 seconds for all
+        environments of a DummyVecEnv together, unless two steps and a reset of each, done twice, take longer. Give
+        False where these move real hardware
     """
 
     def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = (), prove: bool = True) -> None:
@@ -136,7 +140,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             return left_out, f"{type(error).__name__}: {error}"
         return left_out, ""
 
-    def prove_resumable(self, shared: Collection[int] = ()) -> Finding | None:
+    def prove_resumable(self, shared: Collection[int] = (), max_seconds: float | None = None) -> Finding | None:
         """Find out, on the environment itself, whether it goes on in the same way after its state was put back.
 
         Some steps with random actions, and a reset, are done twice from the same state: observations, rewards, ends of
@@ -145,10 +149,12 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         statistics, counters. Monitor and RecordVideo write nothing meanwhile; other wrappers may.
 
         :param shared: ids of lists, dicts, sets and arrays that another environment of this process holds too
+        :param max_seconds: time for the first of the two times, after which at least two steps and a reset are done;
+            None: 2 seconds
         :return: what is wrong, for :class:`TrainingCheckpoint` to raise or to warn of; None: nothing, or ``prove`` is
             False. It is returned since an exception would end a worker process
         """
-        return find_flaw(self, self.resumable_layers(), shared) if self.prove else None
+        return find_flaw(self, self.resumable_layers(), shared, max_seconds) if self.prove else None
 
     def resumable_layers(self) -> list[gym.Env[Any, Any]]:
         """Return the wrappers inside this one and the environment, from the outside in."""
