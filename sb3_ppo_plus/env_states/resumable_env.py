@@ -28,8 +28,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
 
     It saves the simulators of MuJoCo and Atari, and attributes: plain values, random generators, what functions, their
     closures and other callables hold, and the data of the environment's classes. Lists and arrays that several
-    attributes or wrappers share stay shared, and views stay views. What it cannot save is an error. Functions and classes
-    themselves are not exchanged, but compared when the state is put back: another class or builtin function is an
+    attributes or wrappers share stay shared, and views stay views. What it cannot save is an error.
+
+    It compares functions and classes themselves when the state is put back: another class or builtin function is an
     error, another Python function is one of :meth:`resume_differences`.
 
     It does not save changes to an ``MjModel``, nor state in modules: :meth:`prove_resumable` finds them. It does not

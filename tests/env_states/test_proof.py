@@ -297,7 +297,8 @@ def test_environments_of_one_process_share_a_budget(monkeypatch, seconds, n_firs
     proof.prove_envs(env)
     assert (len(counts), counts[0], counts[-1]) == (12, n_first, n_last)
     late = [str(warning.message) for warning in recwarn if "the proof of" in str(warning.message)]
-    is_late = Clock.seconds > proof.MAX_SECONDS_OF_ALL
+    # The last one may take two steps more than its share, twice
+    is_late = Clock.seconds > proof.MAX_SECONDS_OF_ALL + 4 * seconds
     assert is_late == (seconds == 1.0) and len(late) == is_late
     assert all("of 12 environments has taken 10.0 s" in text and "prove=False" in text for text in late)
 
