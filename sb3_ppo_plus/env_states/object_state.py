@@ -165,16 +165,20 @@ def delete_later_data_of_classes(owner: object, names: Collection[str], constant
     return deleted
 
 
-def set_object_state(owner: object, state: ObjectState) -> None:
+def set_object_state(owner: object, state: ObjectState, differences: list[str] | None = None) -> None:
     """Put back the state of an object.
 
     :param owner: an environment or a wrapper
     :param state: what :func:`object_state` has returned
+    :param differences: gets a text for each function that is another one, and for data of classes that was set back
     :raises ValueError: for the name of a method or of a special attribute, which no state contains; and if ``owner``
         lacks an object that the saved one had
     """
     _, table = state.get(TABLE, ("table", []))
-    set_object_states([owner], [state], GraphReader(table, [owner]))
+    reader = GraphReader(table, [owner])
+    set_object_states([owner], [state], reader)
+    if differences is not None:
+        differences += reader.differences
 
 
 def set_object_states(owners: Sequence[object], states: Sequence[ObjectState], reader: GraphReader) -> None:

@@ -79,7 +79,8 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
     """
     _check_same_stack(env, state)
     left_out: list[str] = []
-    goes_on = _set_envs(env, state, trusted, left_out)
+    differences: list[str] = []
+    goes_on = _set_envs(env, state, trusted, left_out, differences)
     for name, values in state["attributes"].items():
         if name not in _KNOWN_ATTRIBUTES:
             raise ValueError(f"{name} is no state of an environment's wrapper")
@@ -90,9 +91,10 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
         if saves_itself(wrapper):
             wrapper.set_resume_state(wrapper_state)
         elif trusted:
-            set_object_state(wrapper, wrapper_state)
+            set_object_state(wrapper, wrapper_state, differences)
         else:
             left_out += set_state_without_trust(wrapper, wrapper_state)
+    _warn_of_differences(differences)
     if left_out:
         warnings.warn(
             "without trust these parts of the checkpoint were left out, so that what follows may differ: "
@@ -102,7 +104,7 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
     return goes_on
 
 
-def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str]) -> bool:
+def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str], differences: list[str]) -> bool:
     """Put back the states of the environments. Return whether their episodes go on."""
     base = base_of(env)
     if state["vec_env"] is not None and saves_itself(base):
@@ -122,22 +124,20 @@ def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str
                 raise ValueError(f"environment {index}: {error}")
         else:
             base.env_method("set_resume_state", env_state, indices=[index])
-    if trusted:
-        _warn_of_differences(base)
+    if trusted and has_attribute(base, "resume_differences"):
+        differences += chain.from_iterable(base.env_method("resume_differences"))
     return True
 
 
-def _warn_of_differences(base: Any) -> None:  # noqa: ANN401  # a VecEnv, or what one of another package wraps
-    if not has_attribute(base, "resume_differences"):
-        return
+def _warn_of_differences(differences: list[str]) -> None:
     # Several environments may share a class
-    differences = list(dict.fromkeys(chain.from_iterable(base.env_method("resume_differences"))))
+    differences = list(dict.fromkeys(differences))
     if differences:
         more = f"; and {len(differences) - MOST_NAMED} more" if len(differences) > MOST_NAMED else ""
         warnings.warn(
             "the environments were put back as they were saved, which differs from how they were made: "
             f"{'; '.join(differences[:MOST_NAMED])}{more}. Where this is an edit of their code, it is not in effect",
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
