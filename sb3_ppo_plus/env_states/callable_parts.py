@@ -23,6 +23,8 @@ _STATELESS = (
 )
 # Packages whose callables are compiled functions
 _COMPILERS = ("jax", "jaxlib", "numba")
+# Names of the module that a process was started with
+_SCRIPTS = frozenset(("__main__", "__mp_main__"))
 
 
 def is_stateless_callable(value: object) -> bool:
@@ -34,6 +36,49 @@ def is_stateless_callable(value: object) -> bool:
         owner = value.__self__
         return owner is None or isinstance(owner, types.ModuleType | type)
     return isinstance(value, _STATELESS) or (callable(value) and type(value).__module__.partition(".")[0] in _COMPILERS)
+
+
+def reference_to(value: object) -> str | None:
+    """Return what tells a class or a callable that holds nothing from others: "module:name".
+
+    :param value: any value
+    :return: None for anything else
+    """
+    if isinstance(value, type):
+        return f"{value.__module__}:{value.__qualname__}"
+    if not is_stateless_callable(value):
+        return None
+    if isinstance(value, operator.attrgetter | operator.itemgetter | operator.methodcaller):
+        return repr(value)
+    name = getattr(value, "__name__", type(value).__qualname__)
+    if isinstance(value, BOUND) and isinstance(value.__self__, types.ModuleType):
+        return f"{value.__self__.__name__}:{name}"
+    if isinstance(value, BOUND) and isinstance(value.__self__, type):
+        return f"{reference_to(value.__self__)}.{name}"
+    module = "numpy" if isinstance(value, np.ufunc) else getattr(value, "__module__", None) or "builtins"
+    return f"{module}:{getattr(value, '__qualname__', None) or name}"
+
+
+def is_same_reference(first: str | None, second: str | None) -> bool:
+    """Whether two references mean the same. The module of a script has other names where others import it.
+
+    :param first: what :func:`reference_to` has returned
+    :param second: the same of another value
+    """
+    if first == second:
+        return True
+    if first is None or second is None:
+        return False
+    (module, _, name), (other_module, _, other_name) = first.rpartition(":"), second.rpartition(":")
+    return name == other_name and not _SCRIPTS.isdisjoint((module, other_module))
+
+
+def place_of(function: types.FunctionType) -> tuple[str, int]:
+    """Return where a function was defined: "module:name" and the line.
+
+    :param function: a Python function
+    """
+    return f"{function.__module__}:{function.__qualname__}", function.__code__.co_firstlineno
 
 
 def function_parts(function: types.FunctionType) -> dict[str, Any]:

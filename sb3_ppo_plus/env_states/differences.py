@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-# Longest text of a value in a message
-_LONGEST = 60
+from sb3_ppo_plus.untrusted.strict_json import short
 
 
 def first_difference(expected: Any, found: Any, name: str) -> str | None:  # noqa: ANN401  # any value
@@ -25,14 +24,22 @@ def first_difference(expected: Any, found: Any, name: str) -> str | None:  # noq
         return None
     if isinstance(expected, Mapping) and isinstance(found, Mapping):
         if expected.keys() != found.keys():
-            return f"{name} has the keys {_short(list(found))}, expected {_short(list(expected))}"
+            return _difference_of_keys(expected, found, name)
         return _first((expected[key], found[key], f"{name}[{key!r}]") for key in expected)
     if isinstance(expected, list | tuple | deque) and type(expected) is type(found):
         if len(expected) != len(found):
             return f"{name} has {len(found)} parts, expected {len(expected)}"
         pairs = enumerate(zip(expected, found, strict=True))
         return _first(((a, b, f"{name}[{index}]") for index, (a, b) in pairs))
-    return None if _are_same(expected, found) else f"{name} is {_short(found)}, expected {_short(expected)}"
+    return None if _are_same(expected, found) else f"{name} is {short(found)}, expected {short(expected)}"
+
+
+def _difference_of_keys(expected: Mapping[Any, Any], found: Mapping[Any, Any], name: str) -> str:
+    missing = [key for key in expected if key not in found]
+    if missing:
+        return f"{name} lacks {missing[0]!r}, which was there before"
+    added = next(key for key in found if key not in expected)
+    return f"{name} has {added!r} = {short(found[added])}, which was not there before"
 
 
 def _first(parts: Any) -> str | None:  # noqa: ANN401  # triples of expected, found, name
@@ -59,8 +66,3 @@ def _are_same(expected: Any, found: Any) -> bool:  # noqa: ANN401  # any value
 
 def _bits(tensor: th.Tensor) -> th.Tensor:
     return tensor.contiguous().view(th.uint8) if tensor.dim() > 0 else tensor.reshape(1).view(th.uint8)
-
-
-def _short(value: object) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
+from collections.abc import Collection
 from functools import cache
 from types import MemberDescriptorType
 from typing import Any
@@ -48,11 +50,12 @@ def is_no_state(owner: Any, name: str) -> bool:  # noqa: ANN401  # any object
     return name in NOT_STATE_OF_LIBRARIES and is_of_library(type(owner))
 
 
-def has_own_methods(layer: object) -> bool:
+def saves_itself(layer: object) -> bool:
     """Whether an environment or a wrapper saves its state itself.
 
     :param layer: the environment or wrapper
     """
+    # The class is asked, since an instance of SB3's wrappers has the methods of what it wraps
     return hasattr(type(layer), "get_resume_state") and hasattr(type(layer), "set_resume_state")
 
 
@@ -104,6 +107,46 @@ def class_attributes_of(owner: Any) -> dict[tuple[type[Any], str], Any]:  # noqa
             if not is_special and not hasattr(type(value), "__get__") and not callable(value):
                 attributes[cls, name] = value
     return attributes
+
+
+@cache
+def names_of_classes(cls: type[Any]) -> dict[str, type[Any]]:
+    """Return the classes of an object that come from no library by the names under which their data is saved.
+
+    :param cls: the object's class
+    :return: each class by its name; of several with one name the second is "Name#2", from the most special one on
+    """
+    names: dict[str, type[Any]] = {}
+    counts: Counter[str] = Counter()
+    hashable: Any = cls
+    for own in own_classes(hashable):
+        counts[own.__name__] += 1
+        names[f"{own.__name__}#{counts[own.__name__]}"] = own
+    # A plain name of an earlier version does not tell which of several it meant
+    return {name.partition("#")[0] if counts[own.__name__] == 1 else name: own for name, own in names.items()}
+
+
+def saved_class_attributes_of(owner: object) -> dict[str, Any]:
+    """Return the data of an object's classes by the names under which it is saved, "Class.attribute".
+
+    :param owner: any object
+    """
+    owner_class: Any = type(owner)
+    names = {cls: name for name, cls in names_of_classes(owner_class).items()}
+    return {f"{names[cls]}.{name}": value for (cls, name), value in class_attributes_of(owner).items()}
+
+
+def delete_later_class_attributes(cls: type[Any], names: Collection[str]) -> list[str]:
+    """Delete the attributes that a class has got later.
+
+    :param cls: the class
+    :param names: names of those that it had
+    :return: names of those that were deleted
+    """
+    later = [name for name in vars(cls) if name not in names and not name.startswith("__")]
+    for name in later:
+        delattr(cls, name)
+    return later
 
 
 @cache

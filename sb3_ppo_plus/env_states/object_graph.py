@@ -1,14 +1,15 @@
 """Shared objects, arrays with common memory and functions with state, as a table of plain values.
 
 Each entry of the table is a list: the kind of an object, and its contents. An **item** of the contents is a leaf (None,
-a number, text, bytes), ``[number]``, which is an entry of the table, or ``[]``, which is no state: the item that is
-there when the state is put back stays.
+a number, text, bytes); ``[number]``, which is an entry of the table; ``[text]``, a class or a callable that holds
+nothing, which must be the same when the state is put back; or ``[]``, which is no state: what is there stays.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import logging
 import random
 import types
 from collections import Counter, OrderedDict, deque
@@ -28,7 +29,13 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.stacked_observations import StackedObservations
 
-from sb3_ppo_plus.env_states.callable_parts import BOUND, function_parts, is_stateless_callable
+from sb3_ppo_plus.env_states.callable_parts import (
+    BOUND,
+    function_parts,
+    is_stateless_callable,
+    place_of,
+    reference_to,
+)
 from sb3_ppo_plus.env_states.generator_state import generator_state, space_generator_states
 from sb3_ppo_plus.env_states.object_attributes import attributes_of, is_no_state
 from sb3_ppo_plus.env_states.overlapping_arrays import View, overlapping, views_of
@@ -41,10 +48,8 @@ Item = Any
 
 # Modules of those whose objects are state all the same
 STATE_MODULES = ("pygame.rect", "pygame.math", "pygame.sprite", "pygame.mask", "pygame.geometry")
-# Modules whose objects are no state: they render, or write statistics of episodes to files, or messages
-NOT_STATE_MODULES = (
-    *("pygame", "gymnasium.envs.mujoco.mujoco_rendering", "stable_baselines3.common.monitor", "logging"),
-)
+# Modules whose objects are no state: they render, or write statistics of episodes to files
+NOT_STATE_MODULES = ("pygame", "gymnasium.envs.mujoco.mujoco_rendering", "stable_baselines3.common.monitor")
 # Objects whose attributes are their state
 TRANSPARENT = (RunningMeanStd, gymnasium.wrappers.utils.RunningMeanStd, StackedObservations)
 GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
@@ -76,16 +81,21 @@ def are_leaves(values: Collection[object]) -> bool:
 
 
 def is_stateless(value: object) -> bool:
-    """Whether a value holds nothing that may change and matters: classes, modules, rendering.
+    """Whether a value holds nothing that may change and matters: classes, modules, rendering, loggers.
 
     :param value: any value
     """
-    if isinstance(value, EnvSpec | types.ModuleType | type) or is_mujoco_model(value):
+    if isinstance(value, EnvSpec | types.ModuleType | type | logging.Logger | logging.Handler):
         return True
-    module = type(value).__module__
-    if module.startswith(NOT_STATE_MODULES) and not module.startswith(STATE_MODULES):
-        return True
-    return is_stateless_callable(value)
+    return _holds_no_state(type(value).__module__) or is_mujoco_model(value) or is_stateless_callable(value)
+
+
+@functools.cache
+def _holds_no_state(module: str) -> bool:
+    """Whether objects of a module's classes are no state."""
+    # With the dot, so that pygame_snake is not of pygame
+    prefixes, exceptions = (tuple(f"{name}." for name in names) for names in (NOT_STATE_MODULES, STATE_MODULES))
+    return f"{module}.".startswith(prefixes) and not f"{module}.".startswith(exceptions)
 
 
 def plain_copy(value: Any) -> Any:  # noqa: ANN401  # any plain value
@@ -238,7 +248,8 @@ class GraphWriter:
         if is_leaf(value):
             return value
         if is_stateless(value) or isinstance(value, VecEnv):
-            return []
+            reference = reference_to(value)
+            return [] if reference is None else [reference]
         number = self._numbers.get(id(value))
         if number is None:
             number = self._numbers[id(value)] = len(self.entries)
@@ -273,18 +284,21 @@ class GraphWriter:
         if id(value) in self._refused:
             raise PlainStateError(f"{name} shares its memory with a tensor or an array of objects")
         check_plain(value, name)
+        # A flag of the array, which its copy lacks
+        read_only = [] if isinstance(value, th.Tensor) or value.flags.writeable else ["read-only"]
         if id(value) not in self._views:
-            return ["tensor" if isinstance(value, th.Tensor) else "array", copy.deepcopy(value)]
+            return ["tensor" if isinstance(value, th.Tensor) else "array", copy.deepcopy(value), *read_only]
         block, offset = self._views[id(value)]
         number = self._numbers.get(id(block))
         if number is None:
             number = self._numbers[id(block)] = len(self.entries)
             self.entries.append(["array", block])
-        return ["view", number, value.dtype.str, list(value.shape), list(value.strides), offset]
+        return ["view", number, value.dtype.str, list(value.shape), list(value.strides), offset, *read_only]
 
     def _callable(self, value: Any, name: str) -> list[Any]:  # noqa: ANN401  # any other value
         if isinstance(value, types.FunctionType):
-            return ["function", value.__name__, self._parts(function_parts(value), f"{name}'s")]
+            parts = self._parts(function_parts(value), f"{name}'s")
+            return ["function", value.__name__, parts, list(place_of(value))]
         if isinstance(value, BOUND):
             owner = value.__self__
             is_object = not callable(owner) and has_attributes(owner)

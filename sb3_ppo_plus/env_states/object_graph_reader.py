@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import types
-import warnings
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,15 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
-from sb3_ppo_plus.env_states.callable_parts import BOUND, function_parts, rebound, set_function_part
+from sb3_ppo_plus.env_states.callable_parts import (
+    BOUND,
+    function_parts,
+    is_same_reference,
+    place_of,
+    rebound,
+    reference_to,
+    set_function_part,
+)
 from sb3_ppo_plus.env_states.generator_state import Generator, restored_generator, set_space_generator_states
 from sb3_ppo_plus.env_states.object_attributes import attributes_of, is_no_state
 from sb3_ppo_plus.env_states.object_graph import CONSTANTS, MAPPINGS, SEQUENCES, Item
@@ -41,6 +48,8 @@ class GraphReader:
         self._splits_generators = splits_generators
         self._built: dict[int, Any] = {}
         self._is_building: set[int] = set()
+        self.differences: list[str] = []
+        """What is there, other than it was saved, and stays, or was put back although the code has changed it."""
         # Kept, since an id is unique only while its object lives
         self._generators: dict[int, object] = {}
 
@@ -59,6 +68,9 @@ class GraphReader:
                 raise ValueError(f"there is no {name}, as there was in the saved one: it was made in another way")
             return existing
         number = item[0]
+        if isinstance(number, str):
+            check_reference(existing, number, name)
+            return existing
         if number not in self._built:
             if number in self._is_building:
                 raise ValueError(f"{name} is part of itself")
@@ -105,10 +117,12 @@ class GraphReader:
             return mapping
         if kind == "array" or kind == "tensor":
             # Copied, so that a state can be put back several times
-            return content[0].copy() if kind == "array" else content[0].clone()
+            copied = content[0].copy(order="K") if kind == "array" else content[0].clone()
+            return _read_only(copied) if "read-only" in content[1:] else copied
         if kind == "view":
-            block, dtype, shape, strides, offset = content
-            return array_in(self.value([block], MISSING, name), dtype, shape, strides, offset)
+            block, dtype, shape, strides, offset, *read_only = content
+            array = array_in(self.value([block], MISSING, name), dtype, shape, strides, offset)
+            return _read_only(array) if read_only else array
         if kind == "layer":
             return self._layers[content[0]]
         if kind == "generator":
@@ -156,13 +170,16 @@ class GraphReader:
         return existing
 
     def _put_function(self, number: int, existing: types.FunctionType, name: str) -> None:
-        _, saved_name, parts = self._entries[number]
+        # States of earlier versions do not tell the place
+        _, saved_name, parts, *saved_place = self._entries[number]
         if existing.__name__ != saved_name:
-            warnings.warn(
-                f"{name} is the function {existing.__name__}, the saved one was {saved_name}: it stays as it is",
-                stacklevel=2,
-            )
+            self.differences.append(f"{name} is the function {existing.__name__}, the saved one was {saved_name}")
             return
+        place = place_of(existing)
+        for saved_reference, saved_line in saved_place:
+            if not is_same_reference(place[0], saved_reference) or place[1] != saved_line:
+                found, saved = f"{place[0]} in line {place[1]}", f"{saved_reference} in line {saved_line}"
+                self.differences.append(f"{name} is the function {found}, the saved one was {saved}")
         self._built[number] = existing
         there = function_parts(existing)
         for part, item in parts.items():
@@ -194,6 +211,8 @@ class GraphReader:
         if not item:
             return True
         number = item[0]
+        if isinstance(number, str):
+            return is_same_reference(reference_to(existing), number)
         if number in found or number in self._built:
             return (found | self._built)[number] is existing
         kind, *content = self._entries[number]
@@ -217,6 +236,25 @@ class GraphReader:
             is_array = type(existing) is np.ndarray and existing.dtype == saved.dtype and existing.shape == saved.shape
             return is_array and existing.tobytes() == saved.tobytes()
         return False
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def check_reference(existing: object, saved: str, name: str) -> None:
+    """Check that a class, or a callable that holds nothing, is the saved one.
+
+    :param existing: what is there, or :data:`MISSING`
+    :param saved: what ``reference_to`` has returned
+    :param name: what to call it in the error
+    :raises ValueError: if it is another one
+    """
+    reference = reference_to(existing)
+    if not is_same_reference(reference, saved):
+        there = "missing" if existing is MISSING else reference or f"a {type(existing).__qualname__}"
+        raise ValueError(f"{name} is {there}, the saved one was {saved}")
 
 
 def text_of_constant(value: object) -> str:

@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from gymnasium import spaces
 
+from sb3_ppo_plus.env_states.callable_parts import reference_to
 from sb3_ppo_plus.env_states.generator_state import generator_state, set_space_generator_states, space_generator_states
 from sb3_ppo_plus.env_states.object_attributes import (
     attributes_of,
-    class_attributes_of,
     is_no_state,
     is_of_library,
+    names_of_classes,
     own_attributes,
-    own_classes,
+    saved_class_attributes_of,
 )
 from sb3_ppo_plus.env_states.object_graph import (
     CONSTANTS,
@@ -27,7 +28,7 @@ from sb3_ppo_plus.env_states.object_graph import (
     is_stateless,
     plain_copy,
 )
-from sb3_ppo_plus.env_states.object_graph_reader import MISSING, GraphReader, text_of_constant
+from sb3_ppo_plus.env_states.object_graph_reader import MISSING, GraphReader, check_reference, text_of_constant
 from sb3_ppo_plus.env_states.overlapping_arrays import has_foreign_owner
 from sb3_ppo_plus.env_states.simulator_state import (
     atari_state,
@@ -39,12 +40,14 @@ from sb3_ppo_plus.env_states.simulator_state import (
     sticky_probability,
 )
 from sb3_ppo_plus.errors import PlainStateError
+from sb3_ppo_plus.untrusted.strict_json import short
 
 ObjectState = dict[str, tuple[str, Any]]
 """For each attribute its kind and plain values.
 
-The kind is a key of :data:`KINDS`, "plain", "generator", "constant" (only compared), or "linked": an item of a table,
-see ``object_graph``. The attribute of a class is "Class.name". :data:`TABLE` is no attribute.
+The kind is a key of :data:`KINDS`, "plain", "read-only" (an array), "generator", "constant" or "reference" (only
+compared), or "linked": an item of a table, see ``object_graph``. The attribute of a class is "Class.name".
+:data:`TABLE` is no attribute.
 """
 TABLE = ":table"
 
@@ -65,8 +68,8 @@ class Kind(NamedTuple):
 def object_state(owner: object, constant: Collection[str] = (), refused: list[str] | None = None) -> ObjectState:
     """Copy what may change in an object: plain attributes, random generators (also of spaces), MuJoCo, Atari.
 
-    Running means and stacks of observations are part of it, and what functions and other callables hold. Classes,
-    modules and rendering are not.
+    Running means and stacks of observations are part of it, and what functions and other callables hold. Of classes
+    and of callables that hold nothing it has the names, to be compared. Modules and rendering are no part.
 
     :param owner: an environment or a wrapper
     :param constant: names of further attributes to leave out
@@ -114,6 +117,14 @@ def object_states(
     return states, graph.entries
 
 
+def names_of_class_attributes(owner: object) -> list[str]:
+    """Return the names of the data of an object's classes, so that those which come later can be deleted.
+
+    :param owner: an environment or a wrapper
+    """
+    return sorted(saved_class_attributes_of(owner))
+
+
 def names_of_attributes(owner: object) -> list[str] | None:
     """Return the names of an object's attributes, so that those which come later can be deleted.
 
@@ -123,27 +134,51 @@ def names_of_attributes(owner: object) -> list[str] | None:
     return None if is_of_library(type(owner)) else sorted(own_attributes(owner))
 
 
-def delete_later_attributes(owner: object, names: Collection[str]) -> None:
+def delete_later_attributes(owner: object, names: Collection[str]) -> list[str]:
     """Delete the attributes of an object that it did not have when it was saved.
 
     :param owner: an environment or a wrapper
     :param names: what :func:`names_of_attributes` has returned, and names of constant attributes
+    :return: what was deleted, as "Class.attribute"
     """
-    for name in own_attributes(owner) - set(names):
-        if not is_no_state(owner, name):
-            object.__delattr__(owner, name)
+    later = sorted(name for name in own_attributes(owner) - set(names) if not is_no_state(owner, name))
+    for name in later:
+        object.__delattr__(owner, name)
+    return [f"{type(owner).__name__}.{name}" for name in later]
 
 
-def set_object_state(owner: object, state: ObjectState) -> None:
+def delete_later_data_of_classes(owner: object, names: Collection[str], constant: Collection[str] = ()) -> list[str]:
+    """Delete the data that the classes of an object did not have when it was saved.
+
+    :param owner: an environment or a wrapper
+    :param names: what :func:`names_of_class_attributes` has returned
+    :param constant: names of attributes that stay
+    :return: what was deleted, as "Class.attribute"
+    """
+    owner_class: Any = type(owner)
+    classes = names_of_classes(owner_class)
+    later = [name for name in names_of_class_attributes(owner) if name not in names]
+    deleted = [name for name in later if name.rpartition(".")[2] not in constant]
+    for name in deleted:
+        class_name, _, attribute = name.rpartition(".")
+        delattr(classes[class_name], attribute)
+    return deleted
+
+
+def set_object_state(owner: object, state: ObjectState, differences: list[str] | None = None) -> None:
     """Put back the state of an object.
 
     :param owner: an environment or a wrapper
     :param state: what :func:`object_state` has returned
+    :param differences: gets a text for each function that is another one, and for data of classes that was set back
     :raises ValueError: for the name of a method or of a special attribute, which no state contains; and if ``owner``
         lacks an object that the saved one had
     """
     _, table = state.get(TABLE, ("table", []))
-    set_object_states([owner], [state], GraphReader(table, [owner]))
+    reader = GraphReader(table, [owner])
+    set_object_states([owner], [state], reader)
+    if differences is not None:
+        differences += reader.differences
 
 
 def set_object_states(owners: Sequence[object], states: Sequence[ObjectState], reader: GraphReader) -> None:
@@ -169,14 +204,17 @@ def set_object_states(owners: Sequence[object], states: Sequence[ObjectState], r
 def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict[str, Any]:
     places = {}
     for name, value in attributes_of(owner).items():
-        if is_no_state(owner, name) or name in constant or is_stateless(value):
+        if is_no_state(owner, name) or name in constant:
+            continue
+        if is_stateless(value) and reference_to(value) is None:
             continue
         # Such arrays are saved with the MjData that owns their memory
         if not (uses_mujoco and isinstance(value, np.ndarray) and has_foreign_owner(value)):
             places[name] = value
-    for (cls, name), value in class_attributes_of(owner).items():
-        if name not in constant and not is_stateless(value):
-            places[f"{cls.__name__}.{name}"] = value
+    of_classes = saved_class_attributes_of(owner).items()
+    places |= {
+        name: value for name, value in of_classes if name.rpartition(".")[2] not in constant and not is_stateless(value)
+    }
     # An attribute that is put back may come later than before
     return dict(sorted(places.items()))
 
@@ -190,6 +228,9 @@ def _kind_of(value: object) -> str | None:
 def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: bool) -> tuple[str, Any]:  # noqa: ANN401  # any value
     is_of_class = "." in name
     full_name = name if is_of_class else f"{type(owner).__name__}.{name}"
+    reference = reference_to(value) if callable(value) else None
+    if reference is not None:
+        return "reference", reference
     kind = _kind_of(value)
     if kind == "atari" and getattr(owner, "continuous", False) and sticky_probability(value) > 0:
         raise PlainStateError(f"{full_name} may repeat the strength of a continuous action, which ALE does not tell")
@@ -203,13 +244,14 @@ def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: 
     # What a class and an object share must be the same object afterwards
     if is_linked or (is_of_class and not is_leaf(value)):
         return "linked", graph.item(value, full_name)
-    return "plain", plain_copy(value)
+    is_read_only = type(value) is np.ndarray and not value.flags.writeable
+    return "read-only" if is_read_only else "plain", plain_copy(value)
 
 
 def _put_class_attribute(owner: Any, name: str, kind: str, saved: Any, reader: GraphReader) -> None:  # noqa: ANN401  # any value
     class_name, _, attribute = name.rpartition(".")
     owner_class: Any = type(owner)
-    cls = next((cls for cls in own_classes(owner_class) if cls.__name__ == class_name), None)
+    cls = names_of_classes(owner_class).get(class_name)
     existing = MISSING if cls is None else vars(cls).get(attribute, MISSING)
     if cls is None or attribute.startswith("__") or callable(existing) or hasattr(type(existing), "__get__"):
         raise ValueError(f"{name} is no state of {type(owner).__name__}")
@@ -217,6 +259,8 @@ def _put_class_attribute(owner: Any, name: str, kind: str, saved: Any, reader: G
         _put_in_place(existing, kind, saved, name)
     elif not reader.adopt(saved, existing):
         value = reader.generator(saved, existing) if kind == "generator" else reader.value(saved, existing, name)
+        if kind != "generator" and existing is not MISSING:
+            reader.differences.append(f"{name} was {short(existing)}, and is {short(value)} again, as it was saved")
         if value is not existing:
             setattr(cls, attribute, value)
 
@@ -233,6 +277,9 @@ def _put_attribute(
     existing = there.get(name, MISSING)
     full_name = f"{type(owner).__name__}.{name}"
     replaces_method = callable(inspect.getattr_static(type(owner), name, None))
+    if kind == "reference":
+        check_reference(existing, saved, full_name)
+        return
     if name.startswith("__") or (replaces_method and (kind != "linked" or existing is MISSING)):
         raise ValueError(f"{full_name} is no state")
     if kind in KINDS or kind == "constant":
@@ -245,6 +292,8 @@ def _put_attribute(
     else:
         # Copied, so that a state can be put back several times
         value = plain_copy(saved)
+        if kind == "read-only":
+            value.flags.writeable = False
     if replaces_method and not callable(value):
         raise ValueError(f"{full_name} is no state")
     if value is not existing:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 # Largest size of an array whose elements share bytes, relative to the block that holds it
 LARGEST_REPETITION = 64
+_OF_NUMPY: Any = np
+# NumPy 1 has it at the top
+_byte_bounds: Callable[[np.ndarray], tuple[int, int]] = getattr(_OF_NUMPY.lib, "array_utils", _OF_NUMPY).byte_bounds
 
 
 class View(NamedTuple):
@@ -41,7 +44,7 @@ def overlapping(arrays: Sequence[np.ndarray]) -> list[list[np.ndarray]]:
     # Without a base, no other object can know the memory
     if all(array.base is None for array in arrays):
         return []
-    bounds = [(np.lib.array_utils.byte_bounds(array), array) for array in arrays if array.size > 0]
+    bounds = [(_byte_bounds(array), array) for array in arrays if array.size > 0]
     groups: list[list[np.ndarray]] = []
     end = -1
     for (low, high), array in sorted(bounds, key=lambda bound: bound[0]):
@@ -60,7 +63,7 @@ def views_of(group: Iterable[np.ndarray]) -> list[View]:
     :return: the view of each
     """
     arrays = list(group)
-    bounds = [np.lib.array_utils.byte_bounds(array) for array in arrays]
+    bounds = [_byte_bounds(array) for array in arrays]
     low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
     block = np.zeros(high - low, np.uint8)
     views = [View(block, array.__array_interface__["data"][0] - low) for array in arrays]

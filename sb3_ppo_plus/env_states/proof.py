@@ -14,18 +14,21 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.wrappers import RecordVideo
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv
 
 from sb3_ppo_plus.env_states.differences import first_difference
-from sb3_ppo_plus.env_states.object_attributes import has_own_methods
+from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.undo import Undo
 from sb3_ppo_plus.envs.questions import base_of, has_attribute
 from sb3_ppo_plus.errors import PlainStateError, ResumeProofError
+from sb3_ppo_plus.untrusted.strict_json import short
 
 # Steps before and after the reset
 N_STEPS = (20, 10)
-# A slow environment takes fewer steps
+# A slow environment takes fewer steps, and does them twice
 MAX_SECONDS = 2.0
+# So do slow environments that take their steps one after the other, for all of them together
+MAX_SECONDS_OF_ALL = 10.0
 # What training and its logs use of an info; others may hold the time
 MASK = "action_mask"
 INFOS = ("episode", "is_success", MASK)
@@ -67,6 +70,9 @@ class Finding(NamedTuple):
 def prove_envs(env: VecEnv) -> None:
     """Have each ResumableEnv of a vectorised environment prove itself.
 
+    Environments of one process take :data:`MAX_SECONDS_OF_ALL` together: where they are slow, the first one takes more
+    steps than the others, which take at least two and a reset, twice. A warning says where that is longer.
+
     Nothing happens if the environments have no such method, or ``env`` cannot ask them.
 
     :param env: the outermost vectorised environment, after a reset
@@ -75,9 +81,8 @@ def prove_envs(env: VecEnv) -> None:
     base = base_of(env)
     if not has_attribute(base, "prove_resumable"):
         return
-    findings = base.env_method("prove_resumable", _shared_containers(base))
     doubts = []
-    for index, finding in enumerate(findings):
+    for index, finding in enumerate(_findings(base)):
         if finding is not None and finding.is_error:
             raise ResumeProofError(f"environment {index}: {finding.text}")
         if finding is not None:
@@ -86,10 +91,34 @@ def prove_envs(env: VecEnv) -> None:
         warnings.warn(doubts[0], stacklevel=2)
 
 
+def _findings(base: Any) -> Iterator[Finding | None]:  # noqa: ANN401  # a VecEnv
+    if isinstance(base, SubprocVecEnv):
+        # At the same time, each in a process of its own
+        yield from base.env_method("prove_resumable")
+        return
+    shared = _shared_containers(base)
+    ends_at = time.perf_counter() + MAX_SECONDS_OF_ALL
+    is_late = False
+    for index in range(base.num_envs):
+        left = ends_at - time.perf_counter()
+        if left <= 0 and not is_late:
+            is_late = True
+            warnings.warn(
+                f"the proof of {index} of {base.num_envs} environments has taken {MAX_SECONDS_OF_ALL} s: each of the "
+                "others takes two steps and a reset, twice. ResumableEnv(env, prove=False) takes none",
+                stacklevel=3,
+            )
+        # The first one takes what it needs, the others share the rest. All steps are taken twice
+        n_sharing = base.num_envs - index if index > 0 else 1
+        max_seconds = min(MAX_SECONDS, max(left, 0.0) / (2 * n_sharing))
+        yield from base.env_method("prove_resumable", shared, max_seconds, indices=[index])
+
+
 def find_flaw(
     env: Any,  # noqa: ANN401  # a ResumableEnv
     layers: Collection[gym.Env[Any, Any]],
     shared: Collection[int] = (),
+    max_seconds: float | None = None,
 ) -> Finding | None:
     """Take some steps with random actions, put back the state, take the same steps again, and put back the state.
 
@@ -99,15 +128,21 @@ def find_flaw(
     :param env: an environment with ``get_resume_state`` and ``set_resume_state``, after a reset
     :param layers: the environments and wrappers inside it
     :param shared: ids of containers that another environment holds too
+    :param max_seconds: time after which no further steps are taken, beyond two and a reset; they are then done again,
+        which takes as long. None: :data:`MAX_SECONDS`
     :return: None if both times are the same
     """
     with _quiet(layers):
+        undo = Undo([layer for layer in layers if not saves_itself(layer)])
+        undo.make_generators()
         try:
             state = env.get_resume_state()
         except PlainStateError as error:
+            undo()
             return Finding(True, str(error))
-        undo = Undo([layer for layer in layers if not has_own_methods(layer)])
-        finding, changed = _flaw_after(env, state, lambda: undo.changed(shared))
+        finding, changed = _flaw_after(
+            env, state, lambda: undo.changed(shared), MAX_SECONDS if max_seconds is None else max_seconds
+        )
         # The simulators that were there, their state, and instead of the new lists and arrays that come with it the old
         undo()
         try:
@@ -117,7 +152,7 @@ def find_flaw(
         finally:
             undo()
         if finding is None and changed:
-            return Finding(False, f"steps change {changed[0]!r:.60}, which another environment holds too. {OF_SHARED}")
+            return Finding(False, f"steps change {short(changed[0])}, which another environment holds too. {OF_SHARED}")
         return finding
 
 
@@ -137,10 +172,11 @@ def _flaw_after(
     env: Any,  # noqa: ANN401  # a ResumableEnv
     state: Any,  # noqa: ANN401  # plain values
     ask: Callable[[], list[Any]],
+    max_seconds: float,
 ) -> tuple[Finding | None, list[Any]]:
     """Return a finding, and what ``ask`` returns after the first time."""
     try:
-        operations, expected = _first_time(env)
+        operations, expected = _first_time(env, max_seconds)
     except Exception as error:
         return Finding(False, f"a random action or a reset raised {type(error).__name__}: {error}. {NO_PROOF}"), []
     answer = ask()
@@ -169,7 +205,7 @@ def _changed(difference: str) -> Finding:
     return Finding(True, f"saved and put back, it goes on in another way: {difference}. {REMEDIES}")
 
 
-def _first_time(env: Any) -> tuple[list[Any], list[Any]]:  # noqa: ANN401  # a ResumableEnv
+def _first_time(env: Any, max_seconds: float) -> tuple[list[Any], list[Any]]:  # noqa: ANN401  # a ResumableEnv
     """Take steps with random actions; return the actions, and RESET where a reset was, and what happened each time."""
     operations: list[Any] = []
     outcomes: list[Any] = []
@@ -191,7 +227,7 @@ def _first_time(env: Any) -> tuple[list[Any], list[Any]]:  # noqa: ANN401  # a R
             masks = outcomes[-1]["masks"] if outcomes else masks
             if is_over_after(random_action(masks)):
                 is_over_after(RESET)
-            if time.perf_counter() - started > MAX_SECONDS * part / len(N_STEPS):
+            if time.perf_counter() - started > max_seconds * part / len(N_STEPS):
                 break
         if part < len(N_STEPS):
             is_over_after(RESET)

@@ -8,11 +8,13 @@ from typing import Any
 import gymnasium as gym
 
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
-from sb3_ppo_plus.env_states.object_attributes import has_own_methods
+from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_graph_reader import GraphReader
 from sb3_ppo_plus.env_states.object_state import (
     delete_later_attributes,
+    delete_later_data_of_classes,
     names_of_attributes,
+    names_of_class_attributes,
     object_states,
     set_object_states,
 )
@@ -28,6 +30,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     closures and other callables hold, and the data of the environment's classes. Lists and arrays that several
     attributes or wrappers share stay shared, and views stay views. What it cannot save is an error.
 
+    It compares functions and classes themselves when the state is put back: another class or builtin function is an
+    error, another Python function is one of :meth:`resume_differences`.
+
     It does not save changes to an ``MjModel``, nor state in modules: :meth:`prove_resumable` finds them. It does not
     save in which order Python visits a set, nor what two environments share.
 
@@ -38,7 +43,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     :param env: the environment
     :param constant: names of attributes that cannot be saved, and need not be, since they never change
     :param prove: whether training with a :class:`TrainingCheckpoint` begins with a proof, see :meth:`prove_resumable`.
-        It takes up to 60 steps with random actions and two resets: give False where these move real hardware
+        It takes up to 60 steps with random actions and two resets, and up to 4 seconds, or 10 seconds for all
+        environments of a DummyVecEnv together, unless two steps and a reset of each, done twice, take longer. Give
+        False where these move real hardware
     """
 
     def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = (), prove: bool = True) -> None:
@@ -47,6 +54,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         super().__init__(env)
         self.constant = constant
         self.prove = prove
+        self._differences: list[str] = []
 
     def get_resume_state(self) -> dict[str, Any]:
         """Copy the state of every layer, from the outside in, and of this process's global random generators.
@@ -63,20 +71,30 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                 "changes, name it in ResumableEnv(env, constant=[...])"
             ) from error
         remaining = iter(states)
-        saved = [(_name(layer), _own_state(layer) if has_own_methods(layer) else next(remaining)) for layer in layers]
-        names = [names_of_attributes(layer) for layer in _without_own_methods(layers)]
-        return {"layers": saved, "table": table, "names": names, "generators": global_generator_states()}
+        saved = [(_name(layer), _own_state(layer) if saves_itself(layer) else next(remaining)) for layer in layers]
+        own = _without_own_methods(layers)
+        return {
+            "layers": saved,
+            "table": table,
+            "names": [names_of_attributes(layer) for layer in own],
+            "class_names": [names_of_class_attributes(layer) for layer in own],
+            "generators": global_generator_states(),
+        }
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned.
 
+        Attributes that the environment did not have when it was saved are deleted, and data of its classes is set
+        back, even where it is the code that was edited since: :meth:`resume_differences` names what was.
+
         :param state: the state, which may be put back several times
-        :raises ValueError: for the state of other wrappers or of another environment; the message names both
+        :raises ValueError: for the state of other wrappers or of another environment; the message names both. Also
+            where a class or a callable that holds nothing was another one
         """
         layers = self._layers_of(state)
         states = []
         for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-            if has_own_methods(layer):
+            if saves_itself(layer):
                 layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
             else:
                 states.append(layer_state)
@@ -84,10 +102,22 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
         own = _without_own_methods(layers)
         set_object_states(own, states, reader)
+        deleted: list[str] = []
         for layer, attributes in zip(own, state.get("names", ()), strict=False):
             if attributes is not None:
-                delete_later_attributes(layer, (*attributes, *self.constant))
+                deleted += delete_later_attributes(layer, (*attributes, *self.constant))
+        for layer, attributes in zip(own, state.get("class_names", ()), strict=False):
+            deleted += delete_later_data_of_classes(layer, attributes, self.constant)
+        self._differences = [*reader.differences, *(f"{name} was deleted, which was not saved" for name in deleted)]
         set_global_generator_states(state["generators"])
+
+    def resume_differences(self) -> list[str]:
+        """Say what the last :meth:`set_resume_state` has deleted or set back, and which functions are other ones.
+
+        :return: a text for each, for ``PPOPlus.resume`` to warn of. It is returned since nobody sees a worker's
+            warnings
+        """
+        return self._differences
 
     def set_resume_state_without_trust(self, state: dict[str, Any]) -> tuple[list[str], str]:
         """Put back what may come from anybody, see :func:`set_state_without_trust`.
@@ -102,7 +132,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         try:
             layers = self._layers_of(state)
             for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-                if has_own_methods(layer):
+                if saves_itself(layer):
                     layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
                 else:
                     left_out += set_state_without_trust(layer, layer_state)
@@ -111,7 +141,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             return left_out, f"{type(error).__name__}: {error}"
         return left_out, ""
 
-    def prove_resumable(self, shared: Collection[int] = ()) -> Finding | None:
+    def prove_resumable(self, shared: Collection[int] = (), max_seconds: float | None = None) -> Finding | None:
         """Find out, on the environment itself, whether it goes on in the same way after its state was put back.
 
         Some steps with random actions, and a reset, are done twice from the same state: observations, rewards, ends of
@@ -120,10 +150,12 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         statistics, counters. Monitor and RecordVideo write nothing meanwhile; other wrappers may.
 
         :param shared: ids of lists, dicts, sets and arrays that another environment of this process holds too
+        :param max_seconds: time for the first of the two times, after which at least two steps and a reset are done;
+            None: 2 seconds
         :return: what is wrong, for :class:`TrainingCheckpoint` to raise or to warn of; None: nothing, or ``prove`` is
             False. It is returned since an exception would end a worker process
         """
-        return find_flaw(self, self.resumable_layers(), shared) if self.prove else None
+        return find_flaw(self, self.resumable_layers(), shared, max_seconds) if self.prove else None
 
     def resumable_layers(self) -> list[gym.Env[Any, Any]]:
         """Return the wrappers inside this one and the environment, from the outside in."""
@@ -166,4 +198,4 @@ def _own_state(layer: Any) -> Any:  # noqa: ANN401  # a layer with methods, and 
 
 
 def _without_own_methods(layers: list[gym.Env[Any, Any]]) -> list[gym.Env[Any, Any]]:
-    return [layer for layer in layers if not has_own_methods(layer)]
+    return [layer for layer in layers if not saves_itself(layer)]

@@ -12,11 +12,17 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from gymnasium.utils import seeding
 
 from sb3_ppo_plus.env_states.callable_parts import BOUND, function_parts, set_function_part
 from sb3_ppo_plus.env_states.differences import first_difference
 from sb3_ppo_plus.env_states.generator_state import generator_state, restored_generator, spaces_inside
-from sb3_ppo_plus.env_states.object_attributes import attributes_of, class_attributes_of
+from sb3_ppo_plus.env_states.object_attributes import (
+    attributes_of,
+    class_attributes_of,
+    delete_later_class_attributes,
+    own_classes,
+)
 from sb3_ppo_plus.env_states.object_graph import (
     TRANSPARENT,
     has_attributes,
@@ -41,14 +47,33 @@ class Undo:
         self._contents: dict[int, Any] = {}
         # An id is unique only while its object lives
         self._kept: dict[int, Any] = {id(layer): layer for layer in layers}
+        self._layers = layers
+        self._spaces: list[spaces.Space[Any]] = []
         for layer in layers:
             self._remember_attributes(layer)
         self.containers = set(self._contents)
         """Ids of the lists, dicts, sets, deques and arrays that attributes hold."""
         for layer in layers:
+            layer_class: Any = type(layer)
+            for cls in own_classes(layer_class):
+                self._steps.append(partial(delete_later_class_attributes, cls, set(vars(cls))))
             for (cls, name), value in class_attributes_of(layer).items():
                 self._steps.append(partial(_set_if_changed, cls, name, value))
                 self._remember(value)
+
+    def make_generators(self) -> None:
+        """Give each environment and space a random generator now that would get one at its first use.
+
+        Made later, it would draw other numbers each time. Putting everything back removes it again.
+        """
+        for layer in self._layers:
+            if not isinstance(layer, gym.Wrapper):
+                # Made where it is missing
+                _ = layer.np_random
+        for space in self._spaces:
+            if space._np_random is None:
+                # Not space.np_random, which may seed the spaces inside it anew
+                space._np_random, _ = seeding.np_random()
 
     def __call__(self) -> None:
         """Put everything back."""
@@ -80,6 +105,7 @@ class Undo:
             self._steps.append(partial(restored_generator, value, generator_state(value)))
         elif isinstance(value, spaces.Space):
             for space in spaces_inside(value):
+                self._spaces.append(space)
                 self._steps.append(partial(setattr, space, "_np_random", space._np_random))
                 self._remember(space._np_random)
         elif isinstance(value, types.FunctionType):

@@ -10,8 +10,9 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 
+from sb3_ppo_plus.env_states.callable_parts import is_same_reference, reference_to
 from sb3_ppo_plus.env_states.generator_state import restored_generator, set_space_generator_states
-from sb3_ppo_plus.env_states.object_attributes import attributes_of, class_attributes_of
+from sb3_ppo_plus.env_states.object_attributes import attributes_of, saved_class_attributes_of
 from sb3_ppo_plus.env_states.object_graph import GENERATORS, TRANSPARENT, plain_copy
 from sb3_ppo_plus.env_states.object_graph_reader import MISSING
 from sb3_ppo_plus.env_states.object_state import TABLE
@@ -36,7 +37,7 @@ def set_state_without_trust(owner: object, state: dict[str, tuple[str, Any]]) ->
     :raises ValueError: for the name of a method or of a special attribute, and for the state of another simulator
     """
     there = attributes_of(owner)
-    of_classes = {f"{cls.__name__}.{name}": value for (cls, name), value in class_attributes_of(owner).items()}
+    of_classes = saved_class_attributes_of(owner)
     left_out = []
     for name, (kind, saved) in state.items():
         if name == TABLE:
@@ -48,6 +49,11 @@ def set_state_without_trust(owner: object, state: dict[str, tuple[str, Any]]) ->
             if not (kind == "plain" and existing is not MISSING and _is_equal(existing, saved)):
                 left_out.append(full_name)
             continue
+        if kind == "reference":
+            # Never put back
+            if not isinstance(saved, str) or not is_same_reference(reference_to(there.get(name)), saved):
+                left_out.append(full_name)
+            continue
         if name.startswith("__") or callable(inspect.getattr_static(type(owner), name, None)):
             raise ValueError(f"{full_name} is no state")
         inner = _put(owner, name, kind, saved, there.get(name, MISSING))
@@ -57,10 +63,14 @@ def set_state_without_trust(owner: object, state: dict[str, tuple[str, Any]]) ->
 
 def _put(owner: object, name: str, kind: str, saved: Any, existing: Any) -> list[str]:  # noqa: ANN401  # any value
     """Put back one attribute. Return the ends of the names of what was left out; "" is the whole attribute."""
+    is_plain = kind == "plain" or (kind == "read-only" and isinstance(saved, np.ndarray))
     may_change = name not in STRUCTURE or _is_equal(existing, saved)
-    if kind == "plain" and may_change and existing is not MISSING and may_replace(existing, saved):
+    if is_plain and may_change and existing is not MISSING and may_replace(existing, saved):
         if not _is_equal(existing, saved):
-            setattr(owner, name, plain_copy(saved))
+            value = plain_copy(saved)
+            if kind == "read-only":
+                value.flags.writeable = False
+            setattr(owner, name, value)
     elif kind == "space" and isinstance(existing, spaces.Space):
         set_space_generator_states(existing, saved)
     elif kind == "generator" and isinstance(existing, GENERATORS):

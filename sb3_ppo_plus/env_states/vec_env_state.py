@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
+from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
 from sb3_ppo_plus.env_states.resumable_env import ResumableEnv, saved_name
 from sb3_ppo_plus.env_states.untrusted_state import may_replace, set_state_without_trust
@@ -27,6 +29,8 @@ WRAPPER_ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "PassiveEnvChecker": (),
     "TimeLimit": ("_elapsed_steps",),
 }
+# Differences that a warning names
+MOST_NAMED = 10
 _KNOWN_ATTRIBUTES = {name for names in WRAPPER_ATTRIBUTES.values() for name in names}
 
 
@@ -48,7 +52,7 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
         "stack": stack,
         "attributes": {},
         "envs": None,
-        "vec_env": base.get_resume_state() if _has_methods(type(base)) else None,
+        "vec_env": base.get_resume_state() if saves_itself(base) else None,
     }
     if _envs_are_resumable(base):
         state["envs"] = base.env_method("get_resume_state")
@@ -75,7 +79,8 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
     """
     _check_same_stack(env, state)
     left_out: list[str] = []
-    goes_on = _set_envs(env, state, trusted, left_out)
+    differences: list[str] = []
+    goes_on = _set_envs(env, state, trusted, left_out, differences)
     for name, values in state["attributes"].items():
         if name not in _KNOWN_ATTRIBUTES:
             raise ValueError(f"{name} is no state of an environment's wrapper")
@@ -83,12 +88,13 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
             for index, value in enumerate(values):
                 _set_wrapper_attribute(base_of(env), name, value, index, trusted, left_out)
     for wrapper, (_, wrapper_state) in zip(_wrappers(env), state["wrappers"], strict=True):
-        if _has_methods(type(wrapper)):
+        if saves_itself(wrapper):
             wrapper.set_resume_state(wrapper_state)
         elif trusted:
-            set_object_state(wrapper, wrapper_state)
+            set_object_state(wrapper, wrapper_state, differences)
         else:
             left_out += set_state_without_trust(wrapper, wrapper_state)
+    _warn_of_differences(differences)
     if left_out:
         warnings.warn(
             "without trust these parts of the checkpoint were left out, so that what follows may differ: "
@@ -98,10 +104,10 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
     return goes_on
 
 
-def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str]) -> bool:
+def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str], differences: list[str]) -> bool:
     """Put back the states of the environments. Return whether their episodes go on."""
     base = base_of(env)
-    if state["vec_env"] is not None and _has_methods(type(base)):
+    if state["vec_env"] is not None and saves_itself(base):
         env.reset()
         base.set_resume_state(state["vec_env"])
         return True
@@ -118,7 +124,21 @@ def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str
                 raise ValueError(f"environment {index}: {error}")
         else:
             base.env_method("set_resume_state", env_state, indices=[index])
+    if trusted and has_attribute(base, "resume_differences"):
+        differences += chain.from_iterable(base.env_method("resume_differences"))
     return True
+
+
+def _warn_of_differences(differences: list[str]) -> None:
+    # Several environments may share a class
+    differences = list(dict.fromkeys(differences))
+    if differences:
+        more = f"; and {len(differences) - MOST_NAMED} more" if len(differences) > MOST_NAMED else ""
+        warnings.warn(
+            "the environments were put back as they were saved, which differs from how they were made: "
+            f"{'; '.join(differences[:MOST_NAMED])}{more}. Where this is an edit of their code, it is not in effect",
+            stacklevel=3,
+        )
 
 
 def _set_wrapper_attribute(
@@ -161,15 +181,10 @@ def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:
 
 
 def _wrapper_state(wrapper: VecEnvWrapper, unsaved: list[str]) -> Any:  # noqa: ANN401  # plain values
-    if _has_methods(type(wrapper)):
+    if saves_itself(wrapper):
         return wrapper.get_resume_state()
     is_own = type(wrapper).__module__.startswith("stable_baselines3.")
     return object_state(wrapper, FOR_NEXT_RESET, [] if is_own else unsaved)
-
-
-def _has_methods(cls: type[Any]) -> bool:
-    # The class is asked, since an instance of SB3's wrappers has the methods of what it wraps
-    return hasattr(cls, "get_resume_state") and hasattr(cls, "set_resume_state")
 
 
 def _envs_are_resumable(base: Any) -> bool:  # noqa: ANN401  # a VecEnv, or what one of another package wraps

@@ -39,7 +39,7 @@ def has_attribute(env: Any, name: str) -> bool:  # noqa: ANN401  # a VecEnv, or 
     return bool(_answer(lambda: env.has_attr(name) and not env.has_attr(_NO_ATTRIBUTE)))
 
 
-def attributes_of(env: Any, name: str, indices: Sequence[int]) -> list[Any] | None:  # noqa: ANN401  # what base_of returned
+def values_of_attribute(env: Any, name: str, indices: Sequence[int]) -> list[Any] | None:  # noqa: ANN401  # what base_of returned
     """Get an attribute of some environments.
 
     :param env: the vectorised environment

@@ -16,7 +16,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.argument_checks import integer_of_at_least
-from sb3_ppo_plus.envs.questions import attributes_of, indices_of_wrapped
+from sb3_ppo_plus.envs.questions import indices_of_wrapped, values_of_attribute
 
 
 class RestartingEnv(gym.Wrapper[Any, Any, Any, Any]):
@@ -142,6 +142,6 @@ class RestartCounter:
 
     def count(self) -> int | None:
         """Return the number of restarts so far; None if no environment can restart."""
-        counts = attributes_of(self.env, "n_restarts", self._indices) if self._indices else None
+        counts = values_of_attribute(self.env, "n_restarts", self._indices) if self._indices else None
         # A VecEnv that claims to have every wrapper returns other things than numbers
         return sum(counts) if counts is not None and all(isinstance(count, int) for count in counts) else None

@@ -27,6 +27,7 @@ DTYPES += ("float64",)
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
+_LINE_BREAKS = re.compile(r"\s*\n\s*")
 # Strings may lack their end, and quantifiers are possessive: otherwise a search could start again at every quote
 _MARK_OR_STRING = re.compile(rb'"(?:[^"\\]+|\\.?)*+"?|[\[\]{},]', re.DOTALL)
 
@@ -52,8 +53,11 @@ STRICT = Limits()
 
 
 def short(value: object) -> str:
-    """Return a text for messages that shows a value from a file: escaped, and cut if it is long."""
-    return _SHORT.repr(value)
+    """Return a text for messages that shows a value, such as one from a file: escaped, in one line, cut if it is long.
+
+    :param value: the value
+    """
+    return _LINE_BREAKS.sub(" ", _SHORT.repr(value))
 
 
 def parse(text: bytes, name: str, limits: Limits = STRICT) -> Any:  # noqa: ANN401  # whatever JSON holds

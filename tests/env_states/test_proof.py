@@ -100,6 +100,7 @@ def test_box2d_is_an_error_before_the_first_step(tmp_path, env_id):
 
 def test_it_takes_steps_in_each_environment_unless_it_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(proof, "MAX_SECONDS", np.inf)
+    monkeypatch.setattr(proof, "MAX_SECONDS_OF_ALL", np.inf)
     for prove, expected in ((True, 2 * 2 * sum(proof.N_STEPS)), (False, 0)):
         N_STEPS.clear()
         env = make_vec_env(Counting, 2, wrapper_class=ResumableEnv, wrapper_kwargs={"prove": prove})
@@ -262,6 +263,96 @@ def test_a_slow_environment_takes_fewer_steps(monkeypatch):
     assert len(N_STEPS) == 4
 
 
+class Clock:
+    """Stands for the module ``time``: its seconds are those that steps say they take."""
+
+    seconds = 0.0
+
+    @classmethod
+    def perf_counter(cls):
+        return cls.seconds
+
+
+class Slow(ToyEnv):
+    """A step takes some seconds of :class:`Clock`."""
+
+    def __init__(self, seconds):
+        super().__init__()
+        self.seconds = seconds
+
+    def step(self, action):
+        Clock.seconds += self.seconds
+        N_STEPS.append(self.seconds)
+        return super().step(action)
+
+
+@pytest.mark.parametrize("seconds, n_first, n_last", [(2**-7, 60, 60), (2**-5, 60, 22), (1.0, 6, 4)])
+def test_environments_of_one_process_share_a_budget(monkeypatch, seconds, n_first, n_last, recwarn):
+    monkeypatch.setattr(proof, "time", Clock)
+    monkeypatch.setattr(Clock, "seconds", 0.0)
+    env = make_vec_env(lambda: Slow(seconds), 12, wrapper_class=ResumableEnv)
+    env.reset()
+    counts = []
+    monkeypatch.setattr(ResumableEnv, "prove_resumable", counted(ResumableEnv.prove_resumable, counts))
+    proof.prove_envs(env)
+    assert (len(counts), counts[0], counts[-1]) == (12, n_first, n_last)
+    late = [str(warning.message) for warning in recwarn if "the proof of" in str(warning.message)]
+    # The last one may take two steps more than its share, twice
+    is_late = Clock.seconds > proof.MAX_SECONDS_OF_ALL + 4 * seconds
+    assert is_late == (seconds == 1.0) and len(late) == is_late
+    assert all("of 12 environments has taken 10.0 s" in text and "prove=False" in text for text in late)
+
+
+def counted(method, counts):
+    def call(*args):
+        N_STEPS.clear()
+        finding = method(*args)
+        counts.append(len(N_STEPS))
+        return finding
+
+    return call
+
+
 def test_all_arguments_of_the_wrapper_are_recorded():
     env = ResumableEnv(gym.make("CartPole-v1"), constant=["spec"], prove=False)
     assert env._saved_kwargs == {"constant": ("spec",), "prove": False}
+
+
+class Echo(gym.Env):
+    """Observes the action, and makes no random generator at a reset."""
+
+    observation_space = action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return action, 0.0, False, False, {}
+
+
+class SamplesActions(gym.ActionWrapper):
+    """Draws from generators that nobody has seeded."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.others = {"noise": [gym.spaces.Dict(x=gym.spaces.Box(-1.0, 1.0, (1,)))]}
+
+    def action(self, action):
+        noise = self.np_random.normal() + self.others["noise"][0].sample()["x"]
+        return np.clip(action + self.action_space.sample() + noise, -1, 1).astype(np.float32)
+
+
+def test_generators_that_nobody_has_seeded_yet_are_no_flaw_and_are_made_later_as_before():
+    env = ResumableEnv(SamplesActions(Echo()))
+    box = env.env.others["noise"][0]["x"]
+    assert env.prove_resumable() is None
+    assert env.unwrapped._np_random is None
+    assert env.action_space._np_random is None and box._np_random is None
+
+
+def test_the_trial_seeds_no_space_anew():
+    env = ResumableEnv(SamplesActions(Echo()))
+    box = env.env.others["noise"][0]["x"]
+    box.seed(5)
+    assert env.prove_resumable() is None
+    assert box.sample() == gym.spaces.Box(-1.0, 1.0, (1,), seed=5).sample()

@@ -153,3 +153,12 @@ def test_workers_ignore_signals_and_still_end(number):
     env.step(np.stack([env.action_space.sample()] * 2))
     env.close()
     assert [process.exitcode for process in env.processes] == [0, 0]
+
+
+def test_a_function_of_a_wrapper_that_is_another_one_is_a_warning():
+    env, other = CountsSteps(make_envs()), CountsSteps(make_envs())
+    env.reset()
+    other.reset()
+    env.function, other.function = os.path.join, os.path.split
+    with pytest.warns(UserWarning, match=r"CountsSteps\.function is the function split, the saved one was join"):
+        set_vec_env_state(other, written_and_read(vec_env_state(env)))

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor, 
 from states import assert_same_training
 
 from sb3_ppo_plus import PPOPlus, RestartingEnv, ResumableEnv, TrainingCheckpoint
-from sb3_ppo_plus.envs.questions import attributes_of, base_of, has_attribute, indices_of_wrapped, names_of
+from sb3_ppo_plus.envs.questions import base_of, has_attribute, indices_of_wrapped, names_of, values_of_attribute
 
 # Not all of these VecEnvs take a seed
 UNSEEDED = {name: value for name, value in SETTINGS.items() if name != "seed"}
@@ -289,8 +289,8 @@ def test_sb3s_vec_envs_are_understood():
     assert has_attribute(env, "action_masks") and not has_attribute(env, "get_resume_state")
     assert names_of(env) == [str(one) for one in env.venv.envs]
     assert indices_of_wrapped(env, RestartingEnv) == []
-    assert attributes_of(env, "sizes", [1]) == [env.venv.envs[1].unwrapped.sizes]
-    assert attributes_of(env, "nothing", [1]) is None
+    assert values_of_attribute(env, "sizes", [1]) == [env.venv.envs[1].unwrapped.sizes]
+    assert values_of_attribute(env, "nothing", [1]) is None
 
 
 def test_an_answer_of_the_wrong_length_is_ignored():

@@ -287,5 +287,7 @@ def of_ours(names):
 def keys_in(value):
     """The keys of a JSON value, and of all that is in it, but for those that version 0.1 passes over."""
     if isinstance(value, dict):
-        return {key: keys_in(item) for key, item in value.items() if key not in ("names", "seeds", "table")}
+        return {
+            key: keys_in(item) for key, item in value.items() if key not in ("names", "class_names", "seeds", "table")
+        }
     return [keys_in(item) for item in value] if isinstance(value, list) else None
