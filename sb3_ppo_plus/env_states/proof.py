@@ -20,6 +20,7 @@ from sb3_ppo_plus.env_states.differences import first_difference
 from sb3_ppo_plus.env_states.object_attributes import has_own_methods
 from sb3_ppo_plus.env_states.undo import Undo
 from sb3_ppo_plus.envs.questions import base_of, has_attribute
+from sb3_ppo_plus.envs.watched_remote import time_for_proof
 from sb3_ppo_plus.errors import PlainStateError, ResumeProofError
 
 # Steps before and after the reset
@@ -75,7 +76,8 @@ def prove_envs(env: VecEnv) -> None:
     base = base_of(env)
     if not has_attribute(base, "prove_resumable"):
         return
-    findings = base.env_method("prove_resumable", _shared_containers(base))
+    with time_for_proof(base):
+        findings = base.env_method("prove_resumable", _shared_containers(base))
     doubts = []
     for index, finding in enumerate(findings):
         if finding is not None and finding.is_error:

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 from sb3_ppo_plus.envs import workers
 from sb3_ppo_plus.envs.in_workers import MakesItAgain, earlier_effects
-from sb3_ppo_plus.envs.watched_remote import Clock, Starting, WatchedRemote
+from sb3_ppo_plus.envs.watched_remote import Clock, MoreTime, WatchedRemote
 
 
 @dataclass
@@ -161,7 +161,7 @@ class RestartingRemote(WatchedRemote):
         work_remote.close()
         env.processes[self.index] = process
         self.connect(remote)
-        with Starting(self.clock):
+        with MoreTime(self.clock, is_start=True):
             spaces = self._ask("get_spaces", None)
             for effect in earlier_effects(env):
                 self._ask(*effect)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import select
 import time
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
@@ -19,6 +20,8 @@ from sb3_ppo_plus.errors import DeadWorkerError, HangingWorkerError
 SLICE = 1.0
 # In seconds: a worker that starts imports packages and builds its environment, for which worker_timeout may be short
 MAX_START = 300.0
+# The proof of a ResumableEnv is one command. However slow each step is, it takes about so many steps and resets
+STEPS_OF_PROOF = 12
 
 
 @dataclass
@@ -37,24 +40,38 @@ class Clock:
     is_start: bool = False
 
 
-class Starting:
-    """Within it, workers have the time to start, which does not count for others.
+class MoreTime:
+    """Within it, workers have more time, which does not count for others.
 
     :param clock: the clock of the workers
+    :param is_start: whether workers are starting
+    :param n_steps: how many steps and resets one command takes, each of which may take as long as the limit
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, is_start: bool, n_steps: int = 1) -> None:
         self._clock = clock
-        self._before = clock.limit, clock.waited
+        self._before = clock.limit, clock.waited, clock.is_start
+        self._is_start = is_start
+        self._n_steps = n_steps
 
     def __enter__(self) -> None:
         clock = self._clock
-        clock.is_start = True
-        clock.limit = None if clock.limit is None else max(clock.limit, MAX_START)
+        clock.is_start = self._is_start
+        clock.limit = None if clock.limit is None else max(self._n_steps * clock.limit, MAX_START)
 
     def __exit__(self, *error: object) -> None:
-        self._clock.is_start = False
-        self._clock.limit, self._clock.waited = self._before
+        self._clock.limit, self._clock.waited, self._clock.is_start = self._before
+
+
+def time_for_proof(env: object) -> AbstractContextManager[None]:
+    """Return a context in which workers have the time for the proof of a ResumableEnv.
+
+    :param env: the innermost vectorised environment, of any class
+    """
+    for remote in getattr(env, "remotes", ()):
+        if isinstance(remote, WatchedRemote):
+            return MoreTime(remote.clock, False, STEPS_OF_PROOF)
+    return contextlib.nullcontext()
 
 
 class WatchedRemote:

@@ -8,7 +8,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 from sb3_ppo_plus.envs.in_workers import EndsWithMain, env_functions, have_effect
 from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.envs.restarting_remote import Budget, RestartingRemote, episodes_of
-from sb3_ppo_plus.envs.watched_remote import Clock, Starting, WatchedRemote
+from sb3_ppo_plus.envs.watched_remote import Clock, MoreTime, WatchedRemote
 from sb3_ppo_plus.envs.workers import NamingDeadWorkers, eval_envs_of, is_forked
 
 
@@ -99,7 +99,7 @@ class WorkerWatch(NamingDeadWorkers):
         env.remotes = tuple(WatchedRemote(env, index, clock) for index in indices)
         if not is_used:
             return
-        with Starting(clock):
+        with MoreTime(clock, is_start=True):
             have_effect(env, EndsWithMain())
             functions = env_functions(env) if self._budget.limit > 0 else []
         if functions:

@@ -1,5 +1,6 @@
 """Workers that hang or die are named, and leave nothing behind."""
 
+import copy
 import gc
 import os
 import signal
@@ -16,7 +17,7 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from states import assert_same_training
 
-from sb3_ppo_plus import DeadWorkerError, HangingWorkerError, PPOPlus, TrainingCheckpoint
+from sb3_ppo_plus import DeadWorkerError, HangingWorkerError, PPOPlus, ResumableEnv, TrainingCheckpoint
 from sb3_ppo_plus.envs import watched_remote, worker_watch
 from sb3_ppo_plus.envs.questions import has_attribute
 from sb3_ppo_plus.envs.watched_remote import WatchedRemote
@@ -118,6 +119,35 @@ def test_resuming_with_a_hanging_or_dying_worker_names_it(tmp_path, kind):
     env.close()
     with pytest.raises(DeadWorkerError, match="worker 1 of 2"):
         PPOPlus.resume(tmp_path / "runs", faulty_envs(tmp_path, kind, n_envs=2, place="reset"), device="cpu")
+
+
+class ProvesSlowly(ResumableEnv):
+    def prove_resumable(self, shared=()):
+        time.sleep(1.5 * SHORT)
+        return super().prove_resumable(shared)
+
+
+@pytest.mark.filterwarnings("error:worker . of . of the SubprocVecEnv")
+@pytest.mark.parametrize("restart_workers", [0, 1])
+def test_the_proof_of_resumable_environments_may_take_longer_than_a_step(tmp_path, restart_workers):
+    env = SubprocVecEnv([lambda: ProvesSlowly(ToyEnv())] * 2, "fork")
+    model = build_watched(env, worker_timeout=SHORT, restart_workers=restart_workers)
+    model.learn(16, TrainingCheckpoint(1, tmp_path))
+    env.close()
+    assert model.num_timesteps == 16
+
+
+def test_after_the_proof_the_time_limit_is_the_one_before():
+    env = SubprocVecEnv([ToyEnv] * 2, "fork")
+    with WorkerWatch(env, LONG, 0, None):
+        clock = env.remotes[0].clock
+        before = copy.copy(clock)
+        with watched_remote.time_for_proof(env):
+            # A step alone may take as long as the limit
+            assert clock.limit > 10 * LONG
+            clock.waited += 5
+        assert clock == before
+    env.close()
 
 
 def test_two_workers_that_hang_wait_for_one_limit_together():
