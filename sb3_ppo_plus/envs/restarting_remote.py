@@ -65,6 +65,15 @@ def episodes_of(env: SubprocVecEnv, seed: int | None) -> list[Episode]:
     return _EPISODES[env]
 
 
+def known_episodes(env: object) -> list[Episode]:
+    """Return what is known of the episodes of all workers.
+
+    :param env: the innermost vectorised environment, of any class
+    :return: empty if no worker could be started anew so far
+    """
+    return _EPISODES.get(env, []) if isinstance(env, SubprocVecEnv) else []
+
+
 class RestartingRemote(WatchedRemote):
     """Starts the worker anew when it hangs or has ended. Its episode ends as truncated, as with ``RestartingEnv``.
 
@@ -198,4 +207,6 @@ class RestartingRemote(WatchedRemote):
 
     def note(self) -> str:
         """Say at the end of an error why the worker is not started anew."""
+        if self.budget.limit == 0:
+            return ""
         return f"; restart_workers={self.budget.limit}, and as many workers were started anew before"

@@ -7,7 +7,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_ppo_plus.envs.in_workers import EndsWithMain, env_functions, have_effect
 from sb3_ppo_plus.envs.questions import base_of
-from sb3_ppo_plus.envs.restarting_remote import Budget, RestartingRemote, episodes_of
+from sb3_ppo_plus.envs.restarting_remote import Budget, RestartingRemote, episodes_of, known_episodes
 from sb3_ppo_plus.envs.watched_remote import Clock, MoreTime, WatchedRemote
 from sb3_ppo_plus.envs.workers import NamingDeadWorkers, eval_envs_of, is_forked
 
@@ -90,7 +90,9 @@ class WorkerWatch(NamingDeadWorkers):
                 self._watch(env)
 
     def _watch(self, env: SubprocVecEnv) -> None:
-        is_used = self._timeout is not None or self._budget.limit > 0
+        # Workers that were started anew before the last checkpoint, whose episodes have to end
+        is_pending = any(episode.begun is not None for episode in known_episodes(env))
+        is_used = self._timeout is not None or self._budget.limit > 0 or is_pending
         if env.closed or not (is_used or is_forked(env)):
             return
         self._watched.append(env)
@@ -101,7 +103,7 @@ class WorkerWatch(NamingDeadWorkers):
             return
         with MoreTime(clock, is_start=True):
             have_effect(env, EndsWithMain())
-            functions = env_functions(env) if self._budget.limit > 0 else []
+            functions = env_functions(env) if self._budget.limit > 0 else [b""] * len(indices) if is_pending else []
         if functions:
             episodes = episodes_of(env, self._seed)
             connections = env.remotes
