@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 from sb3_ppo_plus.envs import workers
 from sb3_ppo_plus.envs.in_workers import MakesItAgain, earlier_effects
-from sb3_ppo_plus.envs.watched_remote import Clock, MoreTime, WatchedRemote
+from sb3_ppo_plus.envs.watched_remote import Clock, MoreTime, NoAnswerError, WatchedRemote
 
 
 @dataclass
@@ -121,21 +121,21 @@ class RestartingRemote(WatchedRemote):
             self.episode.last_observation = answer[0]
         return answer
 
-    def recover(self, error: Exception) -> Any:  # noqa: ANN401  # what a worker answers
+    def recover(self, error: NoAnswerError) -> Any:  # noqa: ANN401  # what a worker answers
         """Start the worker anew, and answer the command that was going on.
 
         :param error: what :meth:`receive` has raised
         :raises DeadWorkerError: if too many workers were started anew
         :raises ValueError: if the new environment has other spaces
         """
-        command, hang = self.command, str(error) if isinstance(error, TimeoutError) else ""
+        command, hang = self.command, error.hang
         options = command[1][1] if command[0] == "reset" else None
         while self.budget.used < self.budget.limit:
             self._count(hang)
             try:
                 begun = self._start_anew(options)
-            except (EOFError, OSError) as another:
-                hang = str(another) if isinstance(another, TimeoutError) else ""
+            except NoAnswerError as another:
+                hang = another.hang
                 continue
             except BaseException:
                 workers.end_workers(self.env)
@@ -155,8 +155,7 @@ class RestartingRemote(WatchedRemote):
     def _start_anew(self, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         """Replace the process, and return what the ``reset`` of its environment returns.
 
-        :raises TimeoutError: if the new worker hangs
-        :raises EOFError: if the new worker has ended
+        :raises NoAnswerError: if the new worker hangs or has ended
         """
         env, old = self.env, self.env.processes[self.index]
         old.kill()

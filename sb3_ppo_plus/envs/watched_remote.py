@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
 import select
 import time
 from contextlib import AbstractContextManager
@@ -74,6 +75,17 @@ def time_for_proof(env: object) -> AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
+class NoAnswerError(Exception):
+    """A worker does not answer.
+
+    :param hang: how it hangs; empty: it has ended, or closed its pipe
+    """
+
+    def __init__(self, hang: str = "") -> None:
+        super().__init__(hang)
+        self.hang = hang
+
+
 class WatchedRemote:
     """Takes the place of a ``Connection`` to a worker. What it lacks is that of the connection.
 
@@ -125,26 +137,30 @@ class WatchedRemote:
         """
         try:
             return self.receive()
-        except (EOFError, OSError) as error:
+        except NoAnswerError as error:
             return self.recover(error)
 
     def receive(self) -> Any:  # noqa: ANN401  # what a worker answers
         """Wait for the answer.
 
-        :raises TimeoutError: if there is none within the time limit
-        :raises EOFError: if the worker has ended
+        :raises NoAnswerError: if there is none within the time limit, or the worker has ended
         """
         while not self._is_ready():
             pass
-        return self.remote.recv()
+        try:
+            answer = self.remote.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise NoAnswerError from error
+        # As a Connection's recv. What it raises comes from the objects in the answer, and not from the pipe
+        return pickle.loads(answer)
 
-    def recover(self, error: Exception) -> Any:  # noqa: ANN401  # what a worker answers
+    def recover(self, error: NoAnswerError) -> Any:  # noqa: ANN401  # what a worker answers
         """Answer a command that failed; here it cannot be answered.
 
         :param error: what :meth:`receive` has raised
         :raises DeadWorkerError: names the worker
         """
-        return self.give_up(str(error) if isinstance(error, TimeoutError) else "", error)
+        return self.give_up(error.hang, error)
 
     def give_up(self, hang: str, error: Exception) -> NoReturn:
         """End all workers.
@@ -193,8 +209,7 @@ class WatchedRemote:
         """Wait for one slice of time.
 
         :return: whether there is an answer, or the end of the pipe
-        :raises TimeoutError: if the time is over
-        :raises EOFError: if the worker has ended
+        :raises NoAnswerError: if the time is over, or the worker has ended
         """
         limit = self.clock.limit
         left = math.inf if limit is None else limit - (self.clock.waited - self._sent_at)
@@ -209,9 +224,9 @@ class WatchedRemote:
             process.join(workers.MAX_WAIT)
             if self.remote.poll():
                 return True
-            raise EOFError
+            raise NoAnswerError
         if left <= span:
-            raise TimeoutError(f"has not answered for {limit:g} seconds, at {self._doing()}")
+            raise NoAnswerError(f"has not answered for {limit:g} seconds, at {self._doing()}")
         return False
 
     def _wait(self, span: float) -> tuple[bool, bool]:

@@ -13,12 +13,14 @@ from sb3_ppo_plus.envs.workers import NamingDeadWorkers, eval_envs_of, is_forked
 
 
 class WorkerWatch(NamingDeadWorkers):
-    """A context in which hanging and dead workers are named, or started anew.
+    """A context in which hanging and dead workers are named; those of the training environment may be started anew.
+
+    An evaluation with a worker that is started anew would count an episode that has not ended.
 
     Workers are watched if there is a time limit, if they may be started anew, or if they are forked: a fork keeps the
     pipes of the others open, so that the main process does not see their end. Other workers are left as they are.
 
-    :param env: the vectorised environment to watch; None: there is none
+    :param env: the training environment; None: there is none
     :param timeout: seconds in which a worker must answer; None: no limit
     :param max_restarts: how many workers may be started anew within the context
     :param seed: where seeds of new environments come from, if ``reset`` was given none
@@ -36,11 +38,12 @@ class WorkerWatch(NamingDeadWorkers):
         self._budget = Budget(max_restarts, total=n_restarts)
         self._watched: list[SubprocVecEnv] = []
         self._is_on = False
+        self._can_restart = False
 
     @property
     def n_restarts(self) -> int | None:
         """Workers that were started anew, those before included; None: there were none, and there can be none."""
-        return self._budget.total if self._budget.total or (self._budget.limit and self._watched) else None
+        return self._budget.total if self._budget.total or self._can_restart else None
 
     def __enter__(self) -> None:
         """Watch the environment.
@@ -92,7 +95,8 @@ class WorkerWatch(NamingDeadWorkers):
     def _watch(self, env: SubprocVecEnv) -> None:
         # Workers that were started anew before the last checkpoint, whose episodes have to end
         is_pending = any(episode.begun is not None for episode in known_episodes(env))
-        is_used = self._timeout is not None or self._budget.limit > 0 or is_pending
+        may_restart = self._budget.limit > 0 and self._env is not None and env is base_of(self._env)
+        is_used = self._timeout is not None or may_restart or is_pending
         if env.closed or not (is_used or is_forked(env)):
             return
         self._watched.append(env)
@@ -103,7 +107,8 @@ class WorkerWatch(NamingDeadWorkers):
             return
         with MoreTime(clock, is_start=True):
             have_effect(env, EndsWithMain())
-            functions = env_functions(env) if self._budget.limit > 0 else [b""] * len(indices) if is_pending else []
+            functions = env_functions(env) if may_restart else [b""] * len(indices) if is_pending else []
+        self._can_restart = self._can_restart or may_restart
         if functions:
             episodes = episodes_of(env, self._seed)
             connections = env.remotes

@@ -253,11 +253,22 @@ def test_workers_that_are_not_sb3s_are_refused(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Training and eval env", "ignore:Evaluation environment is not wrapped")
-def test_a_worker_of_an_evaluation_is_started_anew(faulty):
-    env = faulty()
-    callback = EvalCallback(env, eval_freq=8, verbose=0)
-    build_watched(make_env(2), restart_workers=1).learn(32, callback)
-    assert np.isfinite(callback.last_mean_reward)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_of_an_evaluation_is_not_started_anew_but_named(faulty, kind):
+    """An episode that its worker's end has cut short would count in the mean reward."""
+    env = faulty(kind)
+    model = build_watched(make_env(2), restart_workers=1, **KINDS[kind])
+    with pytest.raises(DeadWorkerError, match=r"worker 1 of 3"):
+        model.learn(32, EvalCallback(env, eval_freq=8, verbose=0))
+    assert not any(process.is_alive() for process in env.processes)
+
+
+@pytest.mark.filterwarnings("ignore:Training and eval env", "ignore:Evaluation environment is not wrapped")
+def test_restarts_are_not_counted_where_only_an_evaluation_has_workers(faulty):
+    model = build_watched(make_env(2), restart_workers=1)
+    recorder = record_logs(model)
+    model.learn(32, EvalCallback(faulty(times=0), eval_freq=8, verbose=0))
+    assert recorder.dumps and not any("rollout/env_restarts" in dump for dump in recorder.dumps)
 
 
 @pytest.mark.parametrize("override_existing", [True, False])

@@ -20,7 +20,7 @@ from states import assert_same_training
 from sb3_ppo_plus import DeadWorkerError, HangingWorkerError, PPOPlus, ResumableEnv, TrainingCheckpoint
 from sb3_ppo_plus.envs import watched_remote, worker_watch
 from sb3_ppo_plus.envs.questions import has_attribute
-from sb3_ppo_plus.envs.watched_remote import WatchedRemote
+from sb3_ppo_plus.envs.watched_remote import NoAnswerError, WatchedRemote
 from sb3_ppo_plus.envs.worker_watch import WorkerWatch
 
 STEPS = 48
@@ -158,10 +158,10 @@ def test_two_workers_that_hang_wait_for_one_limit_together():
         for remote in (first, second):
             os.kill(env.processes[remote.index].pid, signal.SIGSTOP)
             remote.send(("has_attr", "x"))
-        with pytest.raises(TimeoutError):
+        with pytest.raises(NoAnswerError):
             first.receive()
         waited = clock.waited
-        with pytest.raises(TimeoutError):
+        with pytest.raises(NoAnswerError):
             second.receive()
     finally:
         for process in env.processes:
@@ -174,6 +174,43 @@ def test_a_question_to_a_dead_worker_is_no_answer_but_an_error():
     with WorkerWatch(env, None, 0, None), pytest.raises(DeadWorkerError, match="worker 1 of 2"):
         env.processes[1].kill()
         has_attribute(env, "action_masks")
+
+
+class Burst:
+    """Raises an error where it is unpickled.
+
+    :param kind: class of the error
+    """
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __reduce__(self):
+        return raises, (self.kind,)
+
+
+def raises(kind):
+    raise kind("of the info")
+
+
+class HasBurstingInfos(ToyEnv):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def step(self, action):
+        return *super().step(action)[:4], {"burst": Burst(self.kind)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"worker_timeout": LONG}, {"restart_workers": 1}])
+@pytest.mark.parametrize("kind", [FileNotFoundError, ConnectionResetError])
+def test_an_info_that_cannot_be_unpickled_is_no_dead_worker(settings, kind):
+    env = SubprocVecEnv([lambda: HasBurstingInfos(kind), ToyEnv], "fork")
+    with pytest.raises(kind, match="of the info"):
+        build_watched(env, **settings).learn(16)
+    assert all(process.is_alive() for process in env.processes)
+    for process in env.processes:
+        process.kill()
 
 
 class LooksAtRemotes(BaseCallback):
@@ -228,7 +265,7 @@ def test_watching_changes_no_bit(monkeypatch, has_poll):
 
 def test_the_error_of_a_hang_holds_nothing_that_only_the_garbage_collector_frees(tmp_path):
     def errors():
-        return [one for one in gc.get_objects() if issubclass(type(one), TimeoutError | HangingWorkerError)]
+        return [one for one in gc.get_objects() if issubclass(type(one), NoAnswerError | HangingWorkerError)]
 
     model = build_watched(faulty_envs(tmp_path, "hang"), worker_timeout=SHORT)
     gc.collect()
