@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 from sb3_ppo_plus.envs import workers
 from sb3_ppo_plus.envs.in_workers import MakesItAgain, earlier_effects
-from sb3_ppo_plus.envs.watched_remote import Clock, MoreTime, NoAnswerError, WatchedRemote
+from sb3_ppo_plus.envs.watched_remote import MoreTime, NoAnswerError, WatchedRemote
 
 
 @dataclass
@@ -80,18 +80,14 @@ class RestartingRemote(WatchedRemote):
     A step that fails returns the last observation before it, reward 0 and ``info["env_restarted"] = True``. Attributes
     that were set on the environment, and the statistics of a Monitor in it, begin anew.
 
-    :param env: the vectorised environment
-    :param index: index of the worker
-    :param clock: time limit for all workers
+    :param watched: what watches the worker
     :param budget: how many may be started anew
     :param function: builds the environment, as a pickled ``CloudpickleWrapper`` of SB3
     :param episode: what is known of the worker's episode
     """
 
-    def __init__(
-        self, env: SubprocVecEnv, index: int, clock: Clock, budget: Budget, function: bytes, episode: Episode
-    ) -> None:
-        super().__init__(env, index, clock)
+    def __init__(self, watched: WatchedRemote, budget: Budget, function: bytes, episode: Episode) -> None:
+        super().__init__(watched.env, watched.index, watched.clock, watched.cutter)
         self.budget = budget
         self.function = function
         self.episode = episode
@@ -168,6 +164,8 @@ class RestartingRemote(WatchedRemote):
         process.start()
         work_remote.close()
         env.processes[self.index] = process
+        if self.cutter is not None:
+            self.cutter.attach(self.index, process, remote)
         self.connect(remote)
         with MoreTime(self.clock, is_start=True):
             spaces = self._ask("get_spaces", None)

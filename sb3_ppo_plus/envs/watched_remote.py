@@ -8,17 +8,16 @@ import pickle
 import select
 import time
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_ppo_plus.envs import workers
+from sb3_ppo_plus.envs.pipe_cutter import SLICE, PipeCutter
 from sb3_ppo_plus.errors import DeadWorkerError, HangingWorkerError
 
-# In seconds. Between two slices the process is asked whether it is alive: its own children may hold its pipes open
-SLICE = 1.0
 # In seconds: a worker that starts imports packages and builds its environment, for which worker_timeout may be short
 MAX_START = 300.0
 # The proof of a ResumableEnv is one command. However slow each step is, it takes about so many steps and resets
@@ -34,11 +33,31 @@ class Clock:
     :param limit: seconds in which a worker must answer; None: no limit
     :param waited: seconds so far
     :param is_start: whether workers are starting
+    :param message: another tuple for each message that is being sent or read, with its worker; None: there is none
     """
 
     limit: float | None
     waited: float = 0.0
     is_start: bool = False
+    message: tuple[WatchedRemote] | None = field(default=None, compare=False)
+    _seen: tuple[WatchedRemote] | None = field(default=None, compare=False)
+
+    def overdue(self, span: float) -> int | None:
+        """Count the time of a message that is being sent or read. Another thread calls this each second.
+
+        :param span: seconds since the last call
+        :return: index of the worker whose message takes too long; None: there is none
+        """
+        message, before = self.message, self._seen
+        self._seen = message
+        if message is None or message is not before:
+            return None
+        self.waited += span
+        (remote,) = message
+        if self.limit is None or self.waited - remote.sent_at < self.limit:
+            return None
+        remote.is_overdue = True
+        return remote.index
 
 
 class MoreTime:
@@ -92,15 +111,17 @@ class WatchedRemote:
     :param env: the vectorised environment
     :param index: index of the worker
     :param clock: shared by all workers of ``env``: while the main process waits for one, it waits for all
+    :param cutter: ends sending and reading that take too long; None: they take as long as they take
     """
 
-    def __init__(self, env: SubprocVecEnv, index: int, clock: Clock) -> None:
+    def __init__(self, env: SubprocVecEnv, index: int, clock: Clock, cutter: PipeCutter | None = None) -> None:
         self.env = env
         self.index = index
         self.clock = clock
+        self.cutter = cutter
         self.connect(env.remotes[index])
         self.command: tuple[str, Any] = ("", None)
-        self._sent_at = clock.waited
+        self.sent_at = clock.waited
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # any attribute of a Connection
         return getattr(self.remote, name)
@@ -111,6 +132,7 @@ class WatchedRemote:
         :param remote: the main process's end of the pipe
         """
         self.remote = remote
+        self.is_overdue = False
         self._fd = remote.fileno()
         self._sentinel = self.env.processes[self.index].sentinel
         # An object of the standard library's selectors costs several times as much at each step
@@ -120,14 +142,18 @@ class WatchedRemote:
             self._poll.register(self._sentinel, select.POLLIN)
 
     def send(self, message: tuple[str, Any]) -> None:
-        """Send a command. If the worker has ended, :meth:`recv` notices it.
+        """Send a command. If the worker has ended, or does not take it in time, :meth:`recv` notices it.
 
         :param message: name of the command, and what belongs to it
         """
         self.command = message
-        self._sent_at = self.clock.waited
-        with contextlib.suppress(*workers.BROKEN_PIPES):
-            self.remote.send(message)
+        self.sent_at = self.clock.waited
+        self.clock.message = (self,)
+        try:
+            with contextlib.suppress(*workers.BROKEN_PIPES):
+                self.remote.send(message)
+        finally:
+            self.clock.message = None
 
     def recv(self) -> Any:  # noqa: ANN401  # what a worker answers
         """Wait for the answer.
@@ -147,10 +173,13 @@ class WatchedRemote:
         """
         while not self._is_ready():
             pass
+        self.clock.message = (self,)
         try:
             answer = self.remote.recv_bytes()
         except (EOFError, OSError) as error:
-            raise NoAnswerError from error
+            raise NoAnswerError(self._no_answer() if self.is_overdue else "") from error
+        finally:
+            self.clock.message = None
         # As a Connection's recv. What it raises comes from the objects in the answer, and not from the pipe
         return pickle.loads(answer)
 
@@ -212,7 +241,8 @@ class WatchedRemote:
         :raises NoAnswerError: if the time is over, or the worker has ended
         """
         limit = self.clock.limit
-        left = math.inf if limit is None else limit - (self.clock.waited - self._sent_at)
+        left = math.inf if limit is None else limit - (self.clock.waited - self.sent_at)
+        # Between two slices the process is asked whether it is alive: its own children may hold its pipes open
         span = min(max(left, 0.0), SLICE)
         began = time.monotonic()
         has_answer, has_ended = self._wait(span)
@@ -226,8 +256,11 @@ class WatchedRemote:
                 return True
             raise NoAnswerError
         if left <= span:
-            raise NoAnswerError(f"has not answered for {limit:g} seconds, at {self._doing()}")
+            raise NoAnswerError(self._no_answer())
         return False
+
+    def _no_answer(self) -> str:
+        return f"has not answered for {self.clock.limit:g} seconds, at {self._doing()}"
 
     def _wait(self, span: float) -> tuple[bool, bool]:
         """Wait for the pipe and the end of the process; return whether each of them is there."""

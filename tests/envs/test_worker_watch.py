@@ -171,7 +171,7 @@ def test_two_workers_that_hang_wait_for_one_limit_together():
 
 def test_a_question_to_a_dead_worker_is_no_answer_but_an_error():
     env = SubprocVecEnv([ToyEnv] * 2, "fork")
-    with WorkerWatch(env, None, 0, None), pytest.raises(DeadWorkerError, match="worker 1 of 2"):
+    with pytest.raises(DeadWorkerError, match="worker 1 of 2"), WorkerWatch(env, None, 0, None):
         env.processes[1].kill()
         has_attribute(env, "action_masks")
 
@@ -221,7 +221,7 @@ class LooksAtRemotes(BaseCallback):
 
 @pytest.mark.parametrize(
     ("start_method", "settings", "is_watched"),
-    [("fork", {}, True), ("forkserver", {}, False), ("forkserver", {"worker_timeout": LONG}, True)],
+    [("fork", {}, False), ("forkserver", {}, False), ("forkserver", {"worker_timeout": LONG}, True)],
 )
 def test_connections_are_replaced_during_learn_only_where_that_has_a_use(start_method, settings, is_watched):
     env = SubprocVecEnv([ToyEnv] * 2, start_method)
