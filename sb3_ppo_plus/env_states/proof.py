@@ -20,6 +20,7 @@ from sb3_ppo_plus.env_states.differences import first_difference
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.undo import Undo
 from sb3_ppo_plus.envs.questions import base_of, has_attribute
+from sb3_ppo_plus.envs.watched_remote import time_for_proof
 from sb3_ppo_plus.errors import PlainStateError, ResumeProofError
 from sb3_ppo_plus.untrusted.strict_json import short
 
@@ -94,7 +95,9 @@ def prove_envs(env: VecEnv) -> None:
 def _findings(base: Any) -> Iterator[Finding | None]:  # noqa: ANN401  # a VecEnv
     if isinstance(base, SubprocVecEnv):
         # At the same time, each in a process of its own
-        yield from base.env_method("prove_resumable")
+        with time_for_proof(base):
+            findings = base.env_method("prove_resumable")
+        yield from findings
         return
     shared = _shared_containers(base)
     ends_at = time.perf_counter() + MAX_SECONDS_OF_ALL

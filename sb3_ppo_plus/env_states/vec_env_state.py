@@ -14,7 +14,9 @@ from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
 from sb3_ppo_plus.env_states.resumable_env import ResumableEnv, saved_name
 from sb3_ppo_plus.env_states.untrusted_state import may_replace, set_state_without_trust
+from sb3_ppo_plus.env_states.worker_episodes import episode_states, set_episode_states
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
+from sb3_ppo_plus.envs.restarting_remote import known_episodes
 from sb3_ppo_plus.errors import WrapperStackError
 
 VecEnvState = dict[str, Any]
@@ -50,20 +52,32 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
         "wrappers": [(type(wrapper).__name__, _wrapper_state(wrapper, unsaved)) for wrapper in _wrappers(env)],
         "n_envs": env.num_envs,
         "stack": stack,
-        "attributes": {},
-        "envs": None,
         "vec_env": base.get_resume_state() if saves_itself(base) else None,
+        **_state_of_envs(base, outside),
     }
-    if _envs_are_resumable(base):
-        state["envs"] = base.env_method("get_resume_state")
-        if stack and len(outside) < len(stack[0]):
-            unknown = [name for name in outside if name not in WRAPPER_ATTRIBUTES]
-            unsaved.extend(f"{name} is outside ResumableEnv: put ResumableEnv outermost" for name in unknown)
-    for wrapper in outside:
-        for name in WRAPPER_ATTRIBUTES.get(wrapper, ()):
-            # If the episodes cannot go on, only statistics of past episodes are of use
-            if state["envs"] is not None or name in MONITOR_STATISTICS:
-                state["attributes"][name] = base.env_method("get_wrapper_attr", name)
+    if state["envs"] is not None and stack and len(outside) < len(stack[0]):
+        unknown = [name for name in outside if name not in WRAPPER_ATTRIBUTES]
+        unsaved.extend(f"{name} is outside ResumableEnv: put ResumableEnv outermost" for name in unknown)
+    return state
+
+
+def _state_of_envs(base: Any, outside: list[str]) -> VecEnvState:  # noqa: ANN401  # a VecEnv, or what one of another package wraps
+    episodes = known_episodes(base)
+    while True:
+        begun = [episode.begun for episode in episodes]
+        state: VecEnvState = {"envs": None, "attributes": {}}
+        if _envs_are_resumable(base):
+            state["envs"] = base.env_method("get_resume_state")
+        for wrapper in outside:
+            for name in WRAPPER_ATTRIBUTES.get(wrapper, ()):
+                # If the episodes cannot go on, only statistics of past episodes are of use
+                if state["envs"] is not None or name in MONITOR_STATISTICS:
+                    state["attributes"][name] = base.env_method("get_wrapper_attr", name)
+        # A worker that was started anew meanwhile has another state than the one that it gave before
+        if all(episode.begun is before for episode, before in zip(episodes, begun, strict=True)):
+            break
+    if episodes:
+        state["workers"] = episode_states(base)
     return state
 
 
@@ -81,6 +95,9 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
     left_out: list[str] = []
     differences: list[str] = []
     goes_on = _set_envs(env, state, trusted, left_out, differences)
+    if goes_on:
+        # Checkpoints of earlier versions do not have it
+        left_out += set_episode_states(base_of(env), state.get("workers", []), trusted)
     for name, values in state["attributes"].items():
         if name not in _KNOWN_ATTRIBUTES:
             raise ValueError(f"{name} is no state of an environment's wrapper")

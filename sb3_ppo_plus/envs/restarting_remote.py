@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env.subproc_vec_env import _worker
 
 from sb3_ppo_plus.envs import workers
 from sb3_ppo_plus.envs.in_workers import MakesItAgain, earlier_effects
-from sb3_ppo_plus.envs.watched_remote import Clock, Starting, WatchedRemote
+from sb3_ppo_plus.envs.watched_remote import MoreTime, NoAnswerError, WatchedRemote
 
 
 @dataclass
@@ -65,24 +65,29 @@ def episodes_of(env: SubprocVecEnv, seed: int | None) -> list[Episode]:
     return _EPISODES[env]
 
 
+def known_episodes(env: object) -> list[Episode]:
+    """Return what is known of the episodes of all workers.
+
+    :param env: the innermost vectorised environment, of any class
+    :return: empty if no worker could be started anew so far
+    """
+    return _EPISODES.get(env, []) if isinstance(env, SubprocVecEnv) else []
+
+
 class RestartingRemote(WatchedRemote):
     """Starts the worker anew when it hangs or has ended. Its episode ends as truncated, as with ``RestartingEnv``.
 
     A step that fails returns the last observation before it, reward 0 and ``info["env_restarted"] = True``. Attributes
     that were set on the environment, and the statistics of a Monitor in it, begin anew.
 
-    :param env: the vectorised environment
-    :param index: index of the worker
-    :param clock: time limit for all workers
+    :param watched: what watches the worker
     :param budget: how many may be started anew
     :param function: builds the environment, as a pickled ``CloudpickleWrapper`` of SB3
     :param episode: what is known of the worker's episode
     """
 
-    def __init__(
-        self, env: SubprocVecEnv, index: int, clock: Clock, budget: Budget, function: bytes, episode: Episode
-    ) -> None:
-        super().__init__(env, index, clock)
+    def __init__(self, watched: WatchedRemote, budget: Budget, function: bytes, episode: Episode) -> None:
+        super().__init__(watched.env, watched.index, watched.clock, watched.cutter)
         self.budget = budget
         self.function = function
         self.episode = episode
@@ -112,21 +117,21 @@ class RestartingRemote(WatchedRemote):
             self.episode.last_observation = answer[0]
         return answer
 
-    def recover(self, error: Exception) -> Any:  # noqa: ANN401  # what a worker answers
+    def recover(self, error: NoAnswerError) -> Any:  # noqa: ANN401  # what a worker answers
         """Start the worker anew, and answer the command that was going on.
 
         :param error: what :meth:`receive` has raised
         :raises DeadWorkerError: if too many workers were started anew
         :raises ValueError: if the new environment has other spaces
         """
-        command, hang = self.command, str(error) if isinstance(error, TimeoutError) else ""
+        command, hang = self.command, error.hang
         options = command[1][1] if command[0] == "reset" else None
         while self.budget.used < self.budget.limit:
             self._count(hang)
             try:
                 begun = self._start_anew(options)
-            except (EOFError, OSError) as another:
-                hang = str(another) if isinstance(another, TimeoutError) else ""
+            except NoAnswerError as another:
+                hang = another.hang
                 continue
             except BaseException:
                 workers.end_workers(self.env)
@@ -146,8 +151,7 @@ class RestartingRemote(WatchedRemote):
     def _start_anew(self, options: dict[str, Any] | None) -> tuple[Any, dict[str, Any]]:
         """Replace the process, and return what the ``reset`` of its environment returns.
 
-        :raises TimeoutError: if the new worker hangs
-        :raises EOFError: if the new worker has ended
+        :raises NoAnswerError: if the new worker hangs or has ended
         """
         env, old = self.env, self.env.processes[self.index]
         old.kill()
@@ -160,8 +164,10 @@ class RestartingRemote(WatchedRemote):
         process.start()
         work_remote.close()
         env.processes[self.index] = process
+        if self.cutter is not None:
+            self.cutter.attach(self.index, process, remote)
         self.connect(remote)
-        with Starting(self.clock):
+        with MoreTime(self.clock, is_start=True):
             spaces = self._ask("get_spaces", None)
             for effect in earlier_effects(env):
                 self._ask(*effect)
@@ -198,4 +204,6 @@ class RestartingRemote(WatchedRemote):
 
     def note(self) -> str:
         """Say at the end of an error why the worker is not started anew."""
+        if self.budget.limit == 0:
+            return ""
         return f"; restart_workers={self.budget.limit}, and as many workers were started anew before"

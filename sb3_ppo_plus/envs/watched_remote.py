@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import math
+import pickle
 import select
 import time
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any, NoReturn
 
 from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_ppo_plus.envs import workers
+from sb3_ppo_plus.envs.pipe_cutter import SLICE, PipeCutter
 from sb3_ppo_plus.errors import DeadWorkerError, HangingWorkerError
 
-# In seconds. Between two slices the process is asked whether it is alive: its own children may hold its pipes open
-SLICE = 1.0
 # In seconds: a worker that starts imports packages and builds its environment, for which worker_timeout may be short
 MAX_START = 300.0
+# The proof of a ResumableEnv is one command. However slow each step is, it takes about so many steps and resets
+STEPS_OF_PROOF = 12
 
 
 @dataclass
@@ -30,31 +33,76 @@ class Clock:
     :param limit: seconds in which a worker must answer; None: no limit
     :param waited: seconds so far
     :param is_start: whether workers are starting
+    :param message: another tuple for each message that is being sent or read, with its worker; None: there is none
     """
 
     limit: float | None
     waited: float = 0.0
     is_start: bool = False
+    message: tuple[WatchedRemote] | None = field(default=None, compare=False)
+    _seen: tuple[WatchedRemote] | None = field(default=None, compare=False)
+
+    def overdue(self, span: float) -> int | None:
+        """Count the time of a message that is being sent or read. Another thread calls this each second.
+
+        :param span: seconds since the last call
+        :return: index of the worker whose message takes too long; None: there is none
+        """
+        message, before = self.message, self._seen
+        self._seen = message
+        if message is None or message is not before:
+            return None
+        self.waited += span
+        (remote,) = message
+        if self.limit is None or self.waited - remote.sent_at < self.limit:
+            return None
+        remote.is_overdue = True
+        return remote.index
 
 
-class Starting:
-    """Within it, workers have the time to start, which does not count for others.
+class MoreTime:
+    """Within it, workers have more time, which does not count for others.
 
     :param clock: the clock of the workers
+    :param is_start: whether workers are starting
+    :param n_steps: how many steps and resets one command takes, each of which may take as long as the limit
     """
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, is_start: bool, n_steps: int = 1) -> None:
         self._clock = clock
-        self._before = clock.limit, clock.waited
+        self._before = clock.limit, clock.waited, clock.is_start
+        self._is_start = is_start
+        self._n_steps = n_steps
 
     def __enter__(self) -> None:
         clock = self._clock
-        clock.is_start = True
-        clock.limit = None if clock.limit is None else max(clock.limit, MAX_START)
+        clock.is_start = self._is_start
+        clock.limit = None if clock.limit is None else max(self._n_steps * clock.limit, MAX_START)
 
     def __exit__(self, *error: object) -> None:
-        self._clock.is_start = False
-        self._clock.limit, self._clock.waited = self._before
+        self._clock.limit, self._clock.waited, self._clock.is_start = self._before
+
+
+def time_for_proof(env: object) -> AbstractContextManager[None]:
+    """Return a context in which workers have the time for the proof of a ResumableEnv.
+
+    :param env: the innermost vectorised environment, of any class
+    """
+    for remote in getattr(env, "remotes", ()):
+        if isinstance(remote, WatchedRemote):
+            return MoreTime(remote.clock, False, STEPS_OF_PROOF)
+    return contextlib.nullcontext()
+
+
+class NoAnswerError(Exception):
+    """A worker does not answer.
+
+    :param hang: how it hangs; empty: it has ended, or closed its pipe
+    """
+
+    def __init__(self, hang: str = "") -> None:
+        super().__init__(hang)
+        self.hang = hang
 
 
 class WatchedRemote:
@@ -63,15 +111,17 @@ class WatchedRemote:
     :param env: the vectorised environment
     :param index: index of the worker
     :param clock: shared by all workers of ``env``: while the main process waits for one, it waits for all
+    :param cutter: ends sending and reading that take too long; None: they take as long as they take
     """
 
-    def __init__(self, env: SubprocVecEnv, index: int, clock: Clock) -> None:
+    def __init__(self, env: SubprocVecEnv, index: int, clock: Clock, cutter: PipeCutter | None = None) -> None:
         self.env = env
         self.index = index
         self.clock = clock
+        self.cutter = cutter
         self.connect(env.remotes[index])
         self.command: tuple[str, Any] = ("", None)
-        self._sent_at = clock.waited
+        self.sent_at = clock.waited
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # any attribute of a Connection
         return getattr(self.remote, name)
@@ -82,6 +132,7 @@ class WatchedRemote:
         :param remote: the main process's end of the pipe
         """
         self.remote = remote
+        self.is_overdue = False
         self._fd = remote.fileno()
         self._sentinel = self.env.processes[self.index].sentinel
         # An object of the standard library's selectors costs several times as much at each step
@@ -91,14 +142,18 @@ class WatchedRemote:
             self._poll.register(self._sentinel, select.POLLIN)
 
     def send(self, message: tuple[str, Any]) -> None:
-        """Send a command. If the worker has ended, :meth:`recv` notices it.
+        """Send a command. If the worker has ended, or does not take it in time, :meth:`recv` notices it.
 
         :param message: name of the command, and what belongs to it
         """
         self.command = message
-        self._sent_at = self.clock.waited
-        with contextlib.suppress(*workers.BROKEN_PIPES):
-            self.remote.send(message)
+        self.sent_at = self.clock.waited
+        self.clock.message = (self,)
+        try:
+            with contextlib.suppress(*workers.BROKEN_PIPES):
+                self.remote.send(message)
+        finally:
+            self.clock.message = None
 
     def recv(self) -> Any:  # noqa: ANN401  # what a worker answers
         """Wait for the answer.
@@ -108,26 +163,33 @@ class WatchedRemote:
         """
         try:
             return self.receive()
-        except (EOFError, OSError) as error:
+        except NoAnswerError as error:
             return self.recover(error)
 
     def receive(self) -> Any:  # noqa: ANN401  # what a worker answers
         """Wait for the answer.
 
-        :raises TimeoutError: if there is none within the time limit
-        :raises EOFError: if the worker has ended
+        :raises NoAnswerError: if there is none within the time limit, or the worker has ended
         """
         while not self._is_ready():
             pass
-        return self.remote.recv()
+        self.clock.message = (self,)
+        try:
+            answer = self.remote.recv_bytes()
+        except (EOFError, OSError) as error:
+            raise NoAnswerError(self._no_answer() if self.is_overdue else "") from error
+        finally:
+            self.clock.message = None
+        # As a Connection's recv. What it raises comes from the objects in the answer, and not from the pipe
+        return pickle.loads(answer)
 
-    def recover(self, error: Exception) -> Any:  # noqa: ANN401  # what a worker answers
+    def recover(self, error: NoAnswerError) -> Any:  # noqa: ANN401  # what a worker answers
         """Answer a command that failed; here it cannot be answered.
 
         :param error: what :meth:`receive` has raised
         :raises DeadWorkerError: names the worker
         """
-        return self.give_up(str(error) if isinstance(error, TimeoutError) else "", error)
+        return self.give_up(error.hang, error)
 
     def give_up(self, hang: str, error: Exception) -> NoReturn:
         """End all workers.
@@ -176,11 +238,11 @@ class WatchedRemote:
         """Wait for one slice of time.
 
         :return: whether there is an answer, or the end of the pipe
-        :raises TimeoutError: if the time is over
-        :raises EOFError: if the worker has ended
+        :raises NoAnswerError: if the time is over, or the worker has ended
         """
         limit = self.clock.limit
-        left = math.inf if limit is None else limit - (self.clock.waited - self._sent_at)
+        left = math.inf if limit is None else limit - (self.clock.waited - self.sent_at)
+        # Between two slices the process is asked whether it is alive: its own children may hold its pipes open
         span = min(max(left, 0.0), SLICE)
         began = time.monotonic()
         has_answer, has_ended = self._wait(span)
@@ -192,10 +254,13 @@ class WatchedRemote:
             process.join(workers.MAX_WAIT)
             if self.remote.poll():
                 return True
-            raise EOFError
+            raise NoAnswerError
         if left <= span:
-            raise TimeoutError(f"has not answered for {limit:g} seconds, at {self._doing()}")
+            raise NoAnswerError(self._no_answer())
         return False
+
+    def _no_answer(self) -> str:
+        return f"has not answered for {self.clock.limit:g} seconds, at {self._doing()}"
 
     def _wait(self, span: float) -> tuple[bool, bool]:
         """Wait for the pipe and the end of the process; return whether each of them is there."""

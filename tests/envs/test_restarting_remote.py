@@ -14,9 +14,9 @@ from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize, subproc_vec_env
-from states import assert_same_bits, assert_same_training, state_of
+from states import assert_same_training
 
-from sb3_ppo_plus import DeadWorkerError, HangingWorkerError, PPOPlus, ResumableEnv, TrainingCheckpoint
+from sb3_ppo_plus import DeadWorkerError, HangingWorkerError, TrainingCheckpoint
 from sb3_ppo_plus.envs import watched_remote
 from sb3_ppo_plus.envs.worker_watch import WorkerWatch
 
@@ -253,11 +253,22 @@ def test_workers_that_are_not_sb3s_are_refused(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Training and eval env", "ignore:Evaluation environment is not wrapped")
-def test_a_worker_of_an_evaluation_is_started_anew(faulty):
-    env = faulty()
-    callback = EvalCallback(env, eval_freq=8, verbose=0)
-    build_watched(make_env(2), restart_workers=1).learn(32, callback)
-    assert np.isfinite(callback.last_mean_reward)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_worker_of_an_evaluation_is_not_started_anew_but_named(faulty, kind):
+    """An episode that its worker's end has cut short would count in the mean reward."""
+    env = faulty(kind)
+    model = build_watched(make_env(2), restart_workers=1, **KINDS[kind])
+    with pytest.raises(DeadWorkerError, match=r"worker 1 of 3"):
+        model.learn(32, EvalCallback(env, eval_freq=8, verbose=0))
+    assert not any(process.is_alive() for process in env.processes)
+
+
+@pytest.mark.filterwarnings("ignore:Training and eval env", "ignore:Evaluation environment is not wrapped")
+def test_restarts_are_not_counted_where_only_an_evaluation_has_workers(faulty):
+    model = build_watched(make_env(2), restart_workers=1)
+    recorder = record_logs(model)
+    model.learn(32, EvalCallback(faulty(times=0), eval_freq=8, verbose=0))
+    assert recorder.dumps and not any("rollout/env_restarts" in dump for dump in recorder.dumps)
 
 
 @pytest.mark.parametrize("override_existing", [True, False])
@@ -331,25 +342,6 @@ def test_a_forked_new_worker_ends_at_sigterm_although_its_main_process_handles_i
     model = build_watched(env, restart_workers=1)
     with pytest.raises(DeadWorkerError, match="worker 1 of 2 of the SubprocVecEnv was killed by SIGTERM"):
         model.learn(64, [TrainingCheckpoint(1, tmp_path), KillsThenSignals(env, signal.SIGTERM)])
-
-
-def test_a_run_that_is_resumed_after_a_restart_has_the_bits_of_one_that_is_not(tmp_path):
-    def make_envs():
-        return SubprocVecEnv(
-            [lambda: ResumableEnv(FaultyEnv("kill", tmp_path)), lambda: ResumableEnv(ToyEnv())], "fork"
-        )
-
-    env = make_envs()
-    model = build_watched(env, restart_workers=1)
-    model.learn(96, TrainingCheckpoint(1, tmp_path / "runs", keep_last=10))
-    env.close()
-    assert (tmp_path / "fault0").exists()
-    (half_way,) = (tmp_path / "runs").glob("*48*")
-    env = make_envs()
-    resumed = PPOPlus.resume(half_way, env, device="cpu").continue_learning()
-    assert resumed.num_timesteps == 96 and resumed.restart_workers == 1
-    assert_same_bits(state_of(resumed), state_of(model))
-    env.close()
 
 
 def test_the_value_of_the_last_observation_is_bootstrapped(faulty):

@@ -1,5 +1,6 @@
 """Workers that hang or die are named, and leave nothing behind."""
 
+import copy
 import gc
 import os
 import signal
@@ -16,10 +17,10 @@ from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from states import assert_same_training
 
-from sb3_ppo_plus import DeadWorkerError, HangingWorkerError, PPOPlus, TrainingCheckpoint
+from sb3_ppo_plus import DeadWorkerError, HangingWorkerError, PPOPlus, ResumableEnv, TrainingCheckpoint
 from sb3_ppo_plus.envs import watched_remote, worker_watch
 from sb3_ppo_plus.envs.questions import has_attribute
-from sb3_ppo_plus.envs.watched_remote import WatchedRemote
+from sb3_ppo_plus.envs.watched_remote import NoAnswerError, WatchedRemote
 from sb3_ppo_plus.envs.worker_watch import WorkerWatch
 
 STEPS = 48
@@ -120,6 +121,35 @@ def test_resuming_with_a_hanging_or_dying_worker_names_it(tmp_path, kind):
         PPOPlus.resume(tmp_path / "runs", faulty_envs(tmp_path, kind, n_envs=2, place="reset"), device="cpu")
 
 
+class ProvesSlowly(ResumableEnv):
+    def prove_resumable(self, shared=()):
+        time.sleep(1.5 * SHORT)
+        return super().prove_resumable(shared)
+
+
+@pytest.mark.filterwarnings("error:worker . of . of the SubprocVecEnv")
+@pytest.mark.parametrize("restart_workers", [0, 1])
+def test_the_proof_of_resumable_environments_may_take_longer_than_a_step(tmp_path, restart_workers):
+    env = SubprocVecEnv([lambda: ProvesSlowly(ToyEnv())] * 2, "fork")
+    model = build_watched(env, worker_timeout=SHORT, restart_workers=restart_workers)
+    model.learn(16, TrainingCheckpoint(1, tmp_path))
+    env.close()
+    assert model.num_timesteps == 16
+
+
+def test_after_the_proof_the_time_limit_is_the_one_before():
+    env = SubprocVecEnv([ToyEnv] * 2, "fork")
+    with WorkerWatch(env, LONG, 0, None):
+        clock = env.remotes[0].clock
+        before = copy.copy(clock)
+        with watched_remote.time_for_proof(env):
+            # A step alone may take as long as the limit
+            assert clock.limit > 10 * LONG
+            clock.waited += 5
+        assert clock == before
+    env.close()
+
+
 def test_two_workers_that_hang_wait_for_one_limit_together():
     env = SubprocVecEnv([ToyEnv] * 3, "fork")
     clock = watched_remote.Clock(SHORT)
@@ -128,10 +158,10 @@ def test_two_workers_that_hang_wait_for_one_limit_together():
         for remote in (first, second):
             os.kill(env.processes[remote.index].pid, signal.SIGSTOP)
             remote.send(("has_attr", "x"))
-        with pytest.raises(TimeoutError):
+        with pytest.raises(NoAnswerError):
             first.receive()
         waited = clock.waited
-        with pytest.raises(TimeoutError):
+        with pytest.raises(NoAnswerError):
             second.receive()
     finally:
         for process in env.processes:
@@ -141,9 +171,46 @@ def test_two_workers_that_hang_wait_for_one_limit_together():
 
 def test_a_question_to_a_dead_worker_is_no_answer_but_an_error():
     env = SubprocVecEnv([ToyEnv] * 2, "fork")
-    with WorkerWatch(env, None, 0, None), pytest.raises(DeadWorkerError, match="worker 1 of 2"):
+    with pytest.raises(DeadWorkerError, match="worker 1 of 2"), WorkerWatch(env, None, 0, None):
         env.processes[1].kill()
         has_attribute(env, "action_masks")
+
+
+class Burst:
+    """Raises an error where it is unpickled.
+
+    :param kind: class of the error
+    """
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __reduce__(self):
+        return raises, (self.kind,)
+
+
+def raises(kind):
+    raise kind("of the info")
+
+
+class HasBurstingInfos(ToyEnv):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def step(self, action):
+        return *super().step(action)[:4], {"burst": Burst(self.kind)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"worker_timeout": LONG}, {"restart_workers": 1}])
+@pytest.mark.parametrize("kind", [FileNotFoundError, ConnectionResetError])
+def test_an_info_that_cannot_be_unpickled_is_no_dead_worker(settings, kind):
+    env = SubprocVecEnv([lambda: HasBurstingInfos(kind), ToyEnv], "fork")
+    with pytest.raises(kind, match="of the info"):
+        build_watched(env, **settings).learn(16)
+    assert all(process.is_alive() for process in env.processes)
+    for process in env.processes:
+        process.kill()
 
 
 class LooksAtRemotes(BaseCallback):
@@ -154,7 +221,7 @@ class LooksAtRemotes(BaseCallback):
 
 @pytest.mark.parametrize(
     ("start_method", "settings", "is_watched"),
-    [("fork", {}, True), ("forkserver", {}, False), ("forkserver", {"worker_timeout": LONG}, True)],
+    [("fork", {}, False), ("forkserver", {}, False), ("forkserver", {"worker_timeout": LONG}, True)],
 )
 def test_connections_are_replaced_during_learn_only_where_that_has_a_use(start_method, settings, is_watched):
     env = SubprocVecEnv([ToyEnv] * 2, start_method)
@@ -198,7 +265,7 @@ def test_watching_changes_no_bit(monkeypatch, has_poll):
 
 def test_the_error_of_a_hang_holds_nothing_that_only_the_garbage_collector_frees(tmp_path):
     def errors():
-        return [one for one in gc.get_objects() if issubclass(type(one), TimeoutError | HangingWorkerError)]
+        return [one for one in gc.get_objects() if issubclass(type(one), NoAnswerError | HangingWorkerError)]
 
     model = build_watched(faulty_envs(tmp_path, "hang"), worker_timeout=SHORT)
     gc.collect()
