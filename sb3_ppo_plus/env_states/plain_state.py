@@ -26,7 +26,7 @@ MAPPINGS = {dict: "$items", OrderedDict: "$ordered", Counter: "$counter"}
 # Largest memory of an array with gaps between its numbers, relative to the memory of the numbers alone
 LARGEST_GAPS = 8
 # Without trust: gaps of all arrays in bytes, and keys whose hashes somebody can make equal
-MAX_GAP_BYTES, MAX_ODD_KEYS = 2**26, 5000
+MAX_GAP_BYTES, MAX_ODD_KEYS = 2**26, 3000
 #: An empty deque takes 600 bytes
 MAX_DEQUES = 10_000
 # Longer ones are of many fields
