@@ -248,7 +248,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(tmp_path, uninterrupted):
     (tmp_path / "job.json").write_text(long_job(tmp_path).to_json())
     command = BENCHMARKS / "campaign_run.py", tmp_path, os.getpid()
     process = start(*command)
-    wait_for(lambda: len(list(tmp_path.glob("checkpoints/*"))) >= 2, "two checkpoints")
+    wait_for(lambda: len(list(tmp_path.glob("checkpoints/checkpoint_*"))) >= 2, "two checkpoints")
     process.kill()
     assert process.wait() == -signal.SIGKILL, "it has finished too early"
     assert not (tmp_path / "result.json").exists()
@@ -305,7 +305,7 @@ def test_a_campaign_pauses_ends_with_its_runs_and_continues(tmp_path, uninterrup
     assert "no campaign runs" in capsys.readouterr().out
 
     process, pid = begin_campaign(arguments)
-    wait_for(lambda: list(work.glob("*/checkpoints/*")), "a checkpoint")
+    wait_for(lambda: list(work.glob("*/checkpoints/checkpoint_*")), "a checkpoint")
     assert campaign.main(pause) == 0
     assert state_of_process(pid) == "T"
     assert campaign.main(arguments) == 2
