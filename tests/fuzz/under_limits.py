@@ -31,6 +31,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import torch as th
 from environments import SMALL_NET, make_env
+from hostile import make_special_file
 from stable_baselines3.common.vec_env import VecNormalize
 from targets import TARGETS, checkpoint, envs, run
 
@@ -96,35 +97,22 @@ READERS: dict[str, Callable[[Path], object]] = {
 
 def special_files(folder: Path) -> Iterator[tuple[str, Path, Callable[[Path], object]]]:
     """Make a link, a named pipe, a folder and a file of holes in place of each file that is read."""
-    for kind in ("link", "fifo", "folder", "holes"):
+    for kind in ("/dev/zero", "fifo", "folder", "holes"):
         for name, read in (("model.zip", read_model), ("vecnormalize.json", READERS["normalizer"])):
-            path = folder / kind / name
-            make_special(path, kind)
+            path = folder / kind.strip("/") / name
+            make_special_file(path, kind)
             yield f"{kind} {name}", path, read
-        path = folder / kind / "config.yml"
-        make_special(path, kind)
+        path = folder / kind.strip("/") / "config.yml"
+        make_special_file(path, kind)
         yield f"{kind} config.yml", path, lambda path: read_hyperparams(str(path.parent))
         for name in ("manifest.json", "model.zip", "training_state.json", "training_state.bin"):
-            copied = folder / kind / name.replace(".", "_") / checkpoint().name
+            copied = folder / kind.strip("/") / name.replace(".", "_") / checkpoint().name
             copied.mkdir(parents=True)
             for member in checkpoint().iterdir():
                 (copied / member.name).write_bytes(member.read_bytes())
             (copied / name).unlink()
-            make_special(copied / name, kind)
+            make_special_file(copied / name, kind)
             yield f"{kind} checkpoint {name}", copied, resume
-
-
-def make_special(path: Path, kind: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "link":
-        path.symlink_to("/dev/zero")
-    elif kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        with path.open("wb") as file:
-            file.truncate(2**40)
 
 
 def outcome(read: Callable[[Path], object], path: Path) -> tuple[str, float, int]:
@@ -210,7 +198,7 @@ def main() -> None:
     slowest, largest = (0.0, ""), (0, "")
     for kind, path, read in files(arguments):
         result, seconds, memory = outcome(read, path)
-        group = kind.partition(" ")[0] if kind.startswith(("link", "fifo", "folder", "holes")) else kind
+        group = kind.partition(" ")[0] if kind.startswith(("/dev/zero", "fifo", "folder", "holes")) else kind
         counts.setdefault(group, Counter())[result] += 1
         slowest, largest = max(slowest, (seconds, f"{kind} {path}")), max(largest, (memory, f"{kind} {path}"))
         if result not in ("taken", "refused"):

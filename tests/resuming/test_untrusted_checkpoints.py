@@ -1,10 +1,9 @@
 """Checkpoints that are resumed without trust, and forged ones."""
 
-import os
-
 import numpy as np
 import pytest
 from environments import ToyEnv
+from hostile import make_special_file
 from interrupted_runs import StopAfter, interrupted, learned, make_envs, make_model, rewritten
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -198,18 +197,10 @@ def test_without_trust_only_regular_files_are_read(tmp_path, name, kind):
     path = latest_checkpoint(tmp_path) / name
     content = path.read_bytes()
     path.unlink()
-    if kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "holes":
-        with path.open("wb") as file:
-            file.truncate(2**40)
-    elif kind == "link":
+    if kind == "link":
         (tmp_path / "content").write_bytes(content)
-        path.symlink_to(tmp_path / "content")
-    else:
-        path.symlink_to(kind)
+        kind = tmp_path / "content"
+    make_special_file(path, kind)
     with (
         pytest.warns(UserWarning, match=f"skipped an invalid checkpoint: .*{name}"),
         pytest.raises(CheckpointError, match="there is no valid checkpoint"),

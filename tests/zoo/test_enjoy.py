@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 from gymnasium.envs.classic_control import PendulumEnv
-from hostile import Payload
+from hostile import Payload, make_special_file
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_plus import RestartingEnv, UntrustedFileError, zoo
@@ -349,15 +349,7 @@ def test_long_episodes_and_usual_wrappers_are_no_attack(folder):
 def test_files_that_are_none_are_not_read(member, kind, folder):
     path = folder / f"{ENV}.zip" if member == "model" else folder / ENV / member
     path.unlink()
-    if kind == "fifo":
-        os.mkfifo(path)
-    elif kind == "folder":
-        path.mkdir()
-    elif kind == "holes":
-        with path.open("wb") as file:
-            file.truncate(2**40)
-    else:
-        path.symlink_to(kind)
+    make_special_file(path, kind)
     if member == "args.yml" and kind != "holes":
         # The RL Zoo passes by arguments that are no regular file
         zoo.main(ENJOY)
