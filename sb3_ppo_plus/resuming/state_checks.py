@@ -106,7 +106,12 @@ def check_logs(logs: object) -> None:
             texts = isinstance(value, tuple | list) and all(isinstance(item, str) for item in value)
             is_plain = value is None or texts or isinstance(value, _PLAIN_STATISTICS)
             is_short = not isinstance(value, int) or abs(value) < MAX_COUNT
-            is_right = isinstance(key, str) and is_plain and is_short
+            if isinstance(value, th.Tensor | np.ndarray):
+                # TensorBoard makes no histogram of others
+                array = np.asarray(value)
+                is_short = array.dtype.kind in "biuf" and bool(np.isfinite(array).all())
+            is_text = value is None or texts or isinstance(value, str)
+            is_right = isinstance(key, str) and is_plain and is_short and (part != "name_to_excluded" or is_text)
             _check(is_right, f"logger: {part}: {short(key)}", "a number or a text", value)
 
 

@@ -111,6 +111,10 @@ def test_a_time_is_a_number_of_seconds(seconds):
         {"name_to_value": {"a": {}}},
         {"name_to_value": {"a": 1}},
         {"name_to_value": {"a": 10**400}, "name_to_excluded": {"a": ""}},
+        {"name_to_value": {"a": 1}, "name_to_excluded": {"a": 5}},
+        {"name_to_value": {"a": th.tensor(float("nan"))}, "name_to_excluded": {"a": ""}},
+        {"name_to_value": {"a": np.array([np.inf])}, "name_to_excluded": {"a": ""}},
+        {"name_to_value": {"a": np.array(["x"])}, "name_to_excluded": {"a": ""}},
     ],
     ids=str,
 )
