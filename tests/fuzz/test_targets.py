@@ -1,4 +1,4 @@
-"""Honest files are taken by the readers that are fuzzed, and what fuzzing has found is refused as it should be."""
+"""Honest files are taken by the readers that are fuzzed, and what fuzzers and attackers have found is refused."""
 
 from pathlib import Path
 
