@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -220,18 +221,25 @@ def without_timings(log: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in log.items() if not name.startswith("time/") or name in NOT_TIMINGS}
 
 
-def in_a_fork(do: Callable[[], None]) -> int:
-    """Call a function in a fork of this process, which then ends. Return its exit code."""
+def start_in_a_fork(do: Callable[[], None]) -> int:
+    """Start a function in a fork of this process, which then ends. Return the fork's process id."""
     child = os.fork()
     if child == 0:
         status = 1
         try:
             do()
             status = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stderr.flush()
             os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return child
+
+
+def in_a_fork(do: Callable[[], None]) -> int:
+    """Call a function in a fork of this process. Return its exit code."""
+    return os.waitstatus_to_exitcode(os.waitpid(start_in_a_fork(do), 0)[1])
 
 
 def run_whole(name: str, folder: Path) -> None:

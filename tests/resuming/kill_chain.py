@@ -22,7 +22,6 @@ import struct
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from resume_cases import CASES, Case
+from resume_cases import CASES, Case, start_in_a_fork
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 from states import assert_same_bits, state_of
@@ -137,22 +136,6 @@ def learn(case: Case, n_updates: int, callbacks: list[BaseCallback]) -> PPOPlus:
     return model.learn(n_updates * model.n_steps * model.n_envs, callbacks, case.log_interval)
 
 
-def in_a_fork(do: Callable[[], None]) -> int:
-    """Start a function in a fork of this process, which has imported all and trained nothing."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            do()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return child
-
-
 def has_ended(child: int) -> bool:
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
@@ -186,12 +169,12 @@ def run_chain(name: str, n_kills: int, folder: Path, seed: int) -> Chain:
     case, chain, counters, draw = CASES[name], Chain(), Counters(), random.Random(seed)
     n_updates = LONGEST_LIFE * n_kills + LONGEST_LIFE
     whole, killed = folder / f"{name}.whole", folder / name
-    child = in_a_fork(lambda: th.save(result_of(learn(case, n_updates, case.make_callbacks())), whole))
+    child = start_in_a_fork(lambda: th.save(result_of(learn(case, n_updates, case.make_callbacks())), whole))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, f"{name}: the uninterrupted run has failed"
     durations: list[float] = []
     for number in range(n_kills):
         counters.reset()
-        child = in_a_fork(lambda: live(case, n_updates, killed, counters))
+        child = start_in_a_fork(lambda: live(case, n_updates, killed, counters))
         kill_at_random(child, counters, draw, number % 3 < 2, durations)
         exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert exit_code == -signal.SIGKILL, f"{name}: life {number} has ended with {exit_code}"
@@ -200,7 +183,7 @@ def run_chain(name: str, n_kills: int, folder: Path, seed: int) -> Chain:
         chain.n_inside += is_inside
         chain.n_left_unfinished += is_inside and any(killed.glob(".checkpoint_*"))
         chain.n_before_first += counters[Counters.WRITES_BEGUN] == 0
-    child = in_a_fork(lambda: live(case, n_updates, killed, counters))
+    child = start_in_a_fork(lambda: live(case, n_updates, killed, counters))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, f"{name}: the last life has failed"
     results = [th.load(path, weights_only=False) for path in (whole, killed / "result")]
     try:
