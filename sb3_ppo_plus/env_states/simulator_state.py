@@ -58,9 +58,9 @@ def mujoco_state(data: Any) -> dict[str, Any]:  # noqa: ANN401  # mujoco is an o
     state = np.empty(mujoco.mj_stateSize(data.model, integration))
     mujoco.mj_getState(data.model, data, state, integration)
     # The arrays are joined, since each environment has 120 of them
-    derived = [getattr(data, name) for name in _derived_arrays()]
-    sizes = np.array([array.nbytes for array in derived])
-    return {"integration": state, "derived": b"".join(array.tobytes() for array in derived), "sizes": sizes}
+    derived = [array.tobytes() if _has_fixed_place(data, name, array) else b"" for name, array in _derived_arrays(data)]
+    sizes = np.array([len(array) for array in derived])
+    return {"integration": state, "derived": b"".join(derived), "sizes": sizes}
 
 
 def set_mujoco_state(data: Any, state: dict[str, Any], trusted: bool = True) -> None:  # noqa: ANN401  # mujoco is an optional dependency
@@ -79,21 +79,40 @@ def set_mujoco_state(data: Any, state: dict[str, Any], trusted: bool = True) -> 
     mujoco.mj_setState(data.model, data, state["integration"], integration)
     mujoco.mj_forward(data.model, data)
     begin = 0
-    for name, size in zip(_derived_arrays(), state["sizes"].tolist(), strict=True):
-        array = getattr(data, name)
-        # The length of some arrays depends on the contacts. Where it differs, what mj_forward has found stays
-        if array.nbytes == size and (trusted or array.dtype.kind == "f"):
+    for (name, array), size in zip(_derived_arrays(data), state["sizes"].tolist(), strict=True):
+        is_saved = array.nbytes == size and _has_fixed_place(data, name, array)
+        if is_saved and (trusted or array.dtype.kind == "f"):
             array[...] = np.frombuffer(state["derived"][begin : begin + size], array.dtype).reshape(array.shape)
         begin += size
 
 
+def _derived_arrays(data: Any) -> list[tuple[str, np.ndarray]]:  # noqa: ANN401  # mujoco is an optional dependency
+    return [(name, getattr(data, name)) for name in _names_of_arrays()]
+
+
 @cache
-def _derived_arrays() -> list[str]:
+def _names_of_arrays() -> list[str]:
     mujoco = importlib.import_module("mujoco")
     data = mujoco.MjData(mujoco.MjModel.from_xml_string("<mujoco/>"))
     names = [name for name in dir(data) if isinstance(getattr(data, name), np.ndarray)]
-    # The length of constraints' arrays depends on the contacts, and no environment of Gymnasium reads them
     return [name for name in names if not name.startswith(("_", "efc_", "iefc_"))]
+
+
+def _has_fixed_place(data: Any, name: str, array: np.ndarray) -> bool:  # noqa: ANN401  # mujoco is optional
+    """Whether an array is there at every step, in the buffer that begins with the joints' positions.
+
+    Each step lays the arrays of constraints and islands elsewhere anew, for the contacts that it finds. Where it finds
+    none, some of them are memory that nobody has written. No environment of Gymnasium reads them.
+    """
+    if name == "energy":
+        return True
+    offset = _address(array) - _address(data.qpos)
+    return 0 <= offset < int(data.nbuffer)
+
+
+def _address(array: np.ndarray) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
 
 
 def atari_state(ale: Any) -> bytes | dict[str, Any]:  # noqa: ANN401  # ale-py is an optional dependency
