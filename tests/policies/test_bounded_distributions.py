@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution, kl_divergence
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_ppo_plus import zoo
 from sb3_ppo_plus.policies.bounded_distributions import (
     ACTION_DISTRIBUTIONS,
     BetaDistribution,
     SquashedGaussianDistribution,
     make_action_distribution,
 )
+from sb3_ppo_plus.zoo import hyperparams as zoo_hyperparams
 
 # Both distributions
 
@@ -254,4 +254,4 @@ def test_a_class_of_the_table_that_is_not_bounded_is_refused_and_not_replaced(mo
 
 
 def test_the_zoo_samples_every_distribution():
-    assert set(zoo._ACTION_DISTS) == ACTION_DISTRIBUTIONS.keys()
+    assert set(zoo_hyperparams._ACTION_DISTS) == ACTION_DISTRIBUTIONS.keys()

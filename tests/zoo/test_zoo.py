@@ -28,6 +28,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_plus import PPOPlus, ResumableEnv, zoo
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
+from sb3_ppo_plus.zoo import hyperparams as zoo_hyperparams
 
 ROOT = Path(__file__).parents[2]
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
@@ -132,7 +133,7 @@ def test_ids_without_an_entry_fall_back_as_in_the_rl_zoo(env_id, key):
 
 
 def test_the_packaged_file_comes_before_the_checkouts(tmp_path, monkeypatch):
-    monkeypatch.setattr(zoo, "__file__", str(tmp_path / "sb3_ppo_plus" / "zoo" / "__init__.py"))
+    monkeypatch.setattr(zoo_hyperparams, "__file__", str(tmp_path / "sb3_ppo_plus" / "zoo" / "hyperparams.py"))
     checkout = tmp_path / "zoo_hyperparams" / "ppo_plus.yml"
     packaged = tmp_path / "sb3_ppo_plus" / "zoo_hyperparams" / "ppo_plus.yml"
     with pytest.raises(FileNotFoundError, match="reinstall sb3-ppo-plus"):
