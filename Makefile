@@ -33,7 +33,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(INSTALL) -e ".[zoo,plot,box2d,mujoco,dev]"
+	$(INSTALL) -e ".[zoo,plot,track,site,box2d,mujoco,dev]"
 	@touch $@
 
 # A check of system information in SB3's tests.
