@@ -1,0 +1,216 @@
+"""What ``train`` adds to the RL Zoo's: checkpoints in the run's folder, from which ``resume`` goes on."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+
+from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
+from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
+from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
+from sb3_ppo_plus.errors import CheckpointError, PlainStateError
+from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
+
+CHECKPOINTS = "checkpoints"
+DESCRIPTION = "resume.json"
+FORMAT = 1
+#: How an environment is made resumable: ResumableEnv's ``by``; by the user's own ResumableEnv; not at all
+OWN, NOT = "own", "not"
+
+EnvWrapper = Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]
+
+
+class RunCheckpoint(TrainingCheckpoint):
+    """Checkpoints of a run of the zoo, which goes on where one cannot be written: nobody has asked for them.
+
+    :param save_freq: as for :class:`TrainingCheckpoint`
+    :param save_path: the same
+    :param when_started: called when the directory is locked, before the first step
+    :param verbose: 1: print a line for each checkpoint
+    """
+
+    def __init__(
+        self, save_freq: int, save_path: Path, when_started: Callable[[BaseCallback], None], verbose: int = 0
+    ) -> None:
+        super().__init__(save_freq, save_path, verbose=verbose)
+        self._when_started = when_started
+
+    def _on_training_start(self) -> None:
+        try:
+            super()._on_training_start()
+        except PlainStateError as error:
+            self._warn(error)
+        self._when_started(self)
+
+    def on_update_end(self) -> bool:
+        """Write a checkpoint if one is due. Where that fails, a warning says so.
+
+        :return: False if a signal asks to stop
+        """
+        try:
+            return super().on_update_end()
+        except (CheckpointError, PlainStateError) as error:
+            self._warn(error)
+            return self.received_signal is None
+
+    def on_learn_end(self) -> None:
+        """Wait for the last checkpoint. Where it could not be written, a warning says so."""
+        try:
+            super().on_learn_end()
+        except CheckpointError as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        warnings.warn(f"training goes on without a new checkpoint: {error}", stacklevel=3)
+
+
+class CheckpointedExperiment(ExperimentManager):
+    """The RL Zoo's experiment, whose run can be resumed.
+
+    :param args: what the RL Zoo's parser returns, with ``checkpoint_freq`` and ``no_checkpoint``, which are taken out
+    :param others: the RL Zoo's other arguments
+    :param named: the same by name
+    """
+
+    def __init__(self, args: argparse.Namespace, *others: Any, **named: Any) -> None:
+        # args.yml is then as the RL Zoo writes it
+        self.checkpoint_freq: int = vars(args).pop("checkpoint_freq")
+        no_checkpoint: bool = vars(args).pop("no_checkpoint")
+        super().__init__(args, *others, **named)
+        self.is_checkpointed = not no_checkpoint and not self.optimize_hyperparameters
+        self.checkpoint: RunCheckpoint | None = None
+        self.ways: dict[str, str] = {}
+        """How the environments for "training" and "evaluation" are made resumable."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.save_path)
+
+    def create_callbacks(self) -> None:
+        """Create the RL Zoo's callbacks, and the checkpoints."""
+        if any(isinstance(callback, TrainingCheckpoint) for callback in self.callbacks):
+            print("The hyperparameters ask for a TrainingCheckpoint: the zoo writes no other checkpoints")
+            self.is_checkpointed = False
+        super().create_callbacks()  # type: ignore[no-untyped-call]  # it has no annotations
+        if self.is_checkpointed:
+            self.checkpoint = RunCheckpoint(
+                self.checkpoint_freq, self.folder / CHECKPOINTS, self.note_start, min(self.verbose, 1)
+            )
+            self.callbacks.append(self.checkpoint)
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """Create environments, each in a ResumableEnv where that is possible.
+
+        :param n_envs: their number
+        :param eval_env: whether they are for evaluations
+        :param no_log: write no monitor files
+        """
+        if not self.is_checkpointed:
+            return super().create_envs(n_envs, eval_env, no_log)
+        wrapper = self.env_wrapper
+        self.env_wrapper = functools.partial(_wrapped, wrapper, self.way_of(eval_env))
+        try:
+            return super().create_envs(n_envs, eval_env, no_log)
+        finally:
+            self.env_wrapper = wrapper
+
+    def way_of(self, eval_env: bool) -> str:
+        """Return how environments are made resumable. The first one is tried; later ones are made as it was.
+
+        :param eval_env: whether they are for evaluations
+        """
+        purpose = "evaluation" if eval_env else "training"
+        if purpose not in self.ways:
+            same = self.ways if self.eval_env_kwargs == self.env_kwargs else {}
+            self.ways[purpose] = next(iter(same.values()), None) or self._try(eval_env)
+        return self.ways[purpose]
+
+    def _try(self, eval_env: bool) -> str:
+        """Try on an environment of its own what an environment can do, so that those of the run are as they were."""
+        spec = gym.spec(self.env_name.gym_id)
+        generators = global_generator_states()
+        try:
+            envs = make_vec_env(
+                lambda **kwargs: spec.make(**kwargs),
+                seed=self.seed,
+                env_kwargs=self.eval_env_kwargs if eval_env else self.env_kwargs,
+                wrapper_class=self.env_wrapper,
+                monitor_kwargs=self.monitor_kwargs,
+            )
+            assert isinstance(envs, DummyVecEnv)
+            (env,) = envs.envs
+            if isinstance(env, ResumableEnv):
+                return OWN
+            tried = resumable_env_for(env)
+            envs.close()
+            return str(getattr(tried, "by", "state")) if isinstance(tried, ResumableEnv) else NOT
+        finally:
+            set_global_generator_states(generators)
+
+    def note_start(self, checkpoint: BaseCallback) -> None:
+        """Write what ``resume`` needs beside the RL Zoo's files.
+
+        :param checkpoint: the callback, whose training begins
+        """
+        wandb = sys.modules.get("wandb")
+        run = getattr(wandb, "run", None) if vars(self.args).get("track") else None
+        logs = checkpoint.logger.get_dir()
+        description = {
+            "format": FORMAT,
+            "checkpoint_freq": self.checkpoint_freq,
+            "resumable": self.ways,
+            "normalizes": unwrap_vec_normalize(checkpoint.training_env) is not None,
+            "logs": None if logs is None else _relative(logs, self.folder),
+            "wandb": None if run is None else run.id,
+        }
+        path = Path(self.params_path) / DESCRIPTION
+        # A kill leaves the whole file or none
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """Save the model and its normaliser. After a signal, say how the run goes on.
+
+        :param model: the model
+        :raises SystemExit: after SIGTERM, whose sender expects the program to end by it
+        """
+        super().save_trained_model(model)
+        received = None if self.checkpoint is None else self.checkpoint.received_signal
+        if received is not None:
+            print(
+                f"Ended by {received.name} at {model.num_timesteps} timesteps. To go on: "
+                f"python -m sb3_ppo_plus.zoo resume {self.folder}"
+            )
+        if received is signal.SIGTERM:
+            raise SystemExit(128 + received)
+
+
+def _wrapped(wrapper: EnvWrapper | None, way: str, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """Wrap an environment in the user's wrappers, and then in a ResumableEnv. It has proven itself already."""
+    env = env if wrapper is None else wrapper(env)
+    return env if way in (OWN, NOT) else ResumableEnv(env, prove=False)
+
+
+def _relative(logs: str, folder: Path) -> str:
+    try:
+        return os.path.relpath(logs, folder)
+    except ValueError:
+        # Another drive of Windows
+        return os.path.abspath(logs)
