@@ -10,7 +10,6 @@ from typing import Any
 
 import yaml
 
-from sb3_ppo_plus.env_states.resumable_env_for import WAYS
 from sb3_ppo_plus.errors import CheckpointError, UntrustedFileError
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.resuming.directory_lock import DirectoryLock
@@ -19,7 +18,7 @@ from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 from sb3_ppo_plus.untrusted.strict_json import get, parse, short
 from sb3_ppo_plus.zoo.enjoy import check_plain, checked_env_kwargs, read_hyperparams
 from sb3_ppo_plus.zoo.hyperparams import ALGO
-from sb3_ppo_plus.zoo.train import CHECKPOINTS, DESCRIPTION, FORMAT, NOT, OWN
+from sb3_ppo_plus.zoo.train import CHECKPOINTS, DESCRIPTION, FORMAT
 
 MAX_DESCRIPTION_BYTES = 2**16
 #: Arguments of ``train`` that a run goes on with, and their types. The rest is in config.yml and in the checkpoints
@@ -213,8 +212,4 @@ def _description(path: Path) -> dict[str, Any]:
     get(description, "normalizes", bool, name)
     get(description, "logs", (str, type(None)), name)
     get(description, "wandb", (str, type(None)), name)
-    ways = get(description, "resumable", dict, name)
-    for purpose, way in ways.items():
-        if way not in (*WAYS, OWN, NOT):
-            raise UntrustedFileError(f"{name}: {short(purpose)} cannot be resumed by {short(way)}")
     return dict(description)

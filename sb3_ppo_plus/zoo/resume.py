@@ -49,7 +49,6 @@ class ResumedExperiment(CheckpointedExperiment):
         self.total = total
         self.save_path = str(run.folder)
         self.params_path = f"{self.save_path}/{self.env_name}"
-        self.ways = dict(run.description["resumable"])
         # The RL Zoo then asks _load_pretrained_agent for the model
         self.continue_training = True
 

@@ -17,11 +17,8 @@ import gymnasium as gym
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
-from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
-from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
 from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
 from sb3_ppo_plus.errors import CheckpointError, PlainStateError
 from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
@@ -29,9 +26,6 @@ from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
 CHECKPOINTS = "checkpoints"
 DESCRIPTION = "resume.json"
 FORMAT = 1
-#: How an environment is made resumable: ResumableEnv's ``by``; by the user's own ResumableEnv; not at all
-OWN, NOT = "own", "not"
-
 EnvWrapper = Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]
 
 
@@ -94,8 +88,6 @@ class CheckpointedExperiment(ExperimentManager):
         super().__init__(args, *others, **named)
         self.is_checkpointed = not no_checkpoint and not self.optimize_hyperparameters
         self.checkpoint: RunCheckpoint | None = None
-        self.ways: dict[str, str] = {}
-        """How the environments for "training" and "evaluation" are made resumable."""
 
     @property
     def folder(self) -> Path:
@@ -115,7 +107,7 @@ class CheckpointedExperiment(ExperimentManager):
             self.callbacks.append(self.checkpoint)
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        """Create environments, each in a ResumableEnv where that is possible.
+        """Create environments, each in a ResumableEnv.
 
         :param n_envs: their number
         :param eval_env: whether they are for evaluations
@@ -124,44 +116,11 @@ class CheckpointedExperiment(ExperimentManager):
         if not self.is_checkpointed:
             return super().create_envs(n_envs, eval_env, no_log)
         wrapper = self.env_wrapper
-        self.env_wrapper = functools.partial(_wrapped, wrapper, self.way_of(eval_env))
+        self.env_wrapper = functools.partial(_resumable, wrapper)
         try:
             return super().create_envs(n_envs, eval_env, no_log)
         finally:
             self.env_wrapper = wrapper
-
-    def way_of(self, eval_env: bool) -> str:
-        """Return how environments are made resumable. The first one is tried; later ones are made as it was.
-
-        :param eval_env: whether they are for evaluations
-        """
-        purpose = "evaluation" if eval_env else "training"
-        if purpose not in self.ways:
-            same = self.ways if self.eval_env_kwargs == self.env_kwargs else {}
-            self.ways[purpose] = next(iter(same.values()), None) or self._try(eval_env)
-        return self.ways[purpose]
-
-    def _try(self, eval_env: bool) -> str:
-        """Try on an environment of its own what an environment can do, so that those of the run are as they were."""
-        spec = gym.spec(self.env_name.gym_id)
-        generators = global_generator_states()
-        try:
-            envs = make_vec_env(
-                lambda **kwargs: spec.make(**kwargs),
-                seed=self.seed,
-                env_kwargs=self.eval_env_kwargs if eval_env else self.env_kwargs,
-                wrapper_class=self.env_wrapper,
-                monitor_kwargs=self.monitor_kwargs,
-            )
-            assert isinstance(envs, DummyVecEnv)
-            (env,) = envs.envs
-            if isinstance(env, ResumableEnv):
-                return OWN
-            tried = resumable_env_for(env)
-            envs.close()
-            return str(getattr(tried, "by", "state")) if isinstance(tried, ResumableEnv) else NOT
-        finally:
-            set_global_generator_states(generators)
 
     def note_start(self, checkpoint: BaseCallback) -> None:
         """Write what ``resume`` needs beside the RL Zoo's files.
@@ -174,7 +133,6 @@ class CheckpointedExperiment(ExperimentManager):
         description = {
             "format": FORMAT,
             "checkpoint_freq": self.checkpoint_freq,
-            "resumable": self.ways,
             "normalizes": unwrap_vec_normalize(checkpoint.training_env) is not None,
             "logs": None if logs is None else _relative(logs, self.folder),
             "wandb": None if run is None else run.id,
@@ -202,10 +160,8 @@ class CheckpointedExperiment(ExperimentManager):
             raise SystemExit(128 + received)
 
 
-def _wrapped(wrapper: EnvWrapper | None, way: str, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
-    """Wrap an environment in the user's wrappers, and then in a ResumableEnv. It has proven itself already."""
-    env = env if wrapper is None else wrapper(env)
-    return env if way in (OWN, NOT) else ResumableEnv(env, prove=False)
+def _resumable(wrapper: EnvWrapper | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    return resumable_env_for(env if wrapper is None else wrapper(env))
 
 
 def _relative(logs: str, folder: Path) -> str:
