@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 
+from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, chain_of, recorder_in
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_graph_reader import GraphReader
@@ -20,7 +21,9 @@ from sb3_ppo_plus.env_states.object_state import (
 )
 from sb3_ppo_plus.env_states.proof import Finding, find_flaw
 from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
-from sb3_ppo_plus.errors import PlainStateError
+from sb3_ppo_plus.errors import PlainStateError, ReplayError
+
+WAYS = ("state", "replay", "auto")
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -29,6 +32,10 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     It saves the simulators of MuJoCo and Atari, and attributes: plain values, random generators, what functions, their
     closures and other callables hold, and the data of the environment's classes. Lists and arrays that several
     attributes or wrappers share stay shared, and views stay views. What it cannot save is an error.
+
+    By replay, the environment inside all wrappers is not saved. Its episode is: the random generators and attributes
+    before the reset that began it, and the actions since. They are done again when the state is put back, and each
+    observation, reward and end is compared: see :class:`EpisodeRecorder`. The wrappers are saved as above.
 
     It compares functions and classes themselves when the state is put back: another class or builtin function is an
     error, another Python function is one of :meth:`resume_differences`.
@@ -46,29 +53,81 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         It takes up to 60 steps with random actions and two resets, and up to 4 seconds, or 10 seconds for all
         environments of a DummyVecEnv together, unless two steps and a reset of each, done twice, take longer. Give
         False where these move real hardware
+    :param by: "state": all attributes are saved. "replay": for environments with attributes that cannot be, such as
+        Box2D and minigrid. "auto": by state if all attributes of the environment can be saved after its first reset,
+        else by replay; and what cannot be saved or proven is a warning, and then episodes begin anew at a resume
+    :raises ValueError: for another ``by``
     """
 
-    def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = (), prove: bool = True) -> None:
+    def __init__(
+        self,
+        env: gym.Env[Any, Any],
+        constant: Iterable[str] = (),
+        prove: bool = True,
+        by: Literal["state", "replay", "auto"] = "state",
+    ) -> None:
         constant = tuple(constant)
-        gym.utils.RecordConstructorArgs.__init__(self, constant=constant, prove=prove)
+        if by not in WAYS:
+            raise ValueError(f"by must be one of {', '.join(map(repr, WAYS))}, got {by!r}")
+        gym.utils.RecordConstructorArgs.__init__(self, constant=constant, prove=prove, by=by)
         super().__init__(env)
         self.constant = constant
         self.prove = prove
+        self.by: str = by
         self._differences: list[str] = []
+        self._given_up = ""
+        self._needs_recorder = by != "state"
+        self._is_chosen = False
+        self._put_recorder()
 
-    def get_resume_state(self) -> dict[str, Any]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode.
+
+        :param seed: as of the environment
+        :param options: as of the environment
+        """
+        self._put_recorder()
+        outcome = self.env.reset(seed=seed, options=options)
+        # RestartingEnv may have built another environment, whose episode has to begin with a recorder
+        while self._put_recorder():
+            outcome = self.env.reset(options=options)
+        if self.by == "auto":
+            self._choose()
+        return outcome
+
+    def get_resume_state(self) -> dict[str, Any] | None:
         """Copy the state of every layer, from the outside in, and of this process's global random generators.
 
-        :return: plain values
+        :return: plain values; None: with ``by="auto"``, something cannot be saved, see :meth:`why_not_resumable`
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
+        if self._given_up:
+            return None
+        try:
+            return self._state()
+        except PlainStateError as error:
+            if self.by != "auto":
+                raise
+            self._given_up = str(error)
+            return None
+
+    def why_not_resumable(self) -> str:
+        """Say why :meth:`get_resume_state` returns None.
+
+        :return: a text; empty if it does not
+        """
+        return self._given_up
+
+    def _state(self) -> dict[str, Any]:
         layers = self.resumable_layers()
         try:
-            states, table = object_states(_without_own_methods(layers), [*layers, self], self.constant)
+            states, table = object_states(_without_own_methods(layers), self._all_of(layers), self.constant)
         except PlainStateError as error:
+            # By replay, only wrappers are saved by their attributes
+            by_replay = "" if recorder_in(layers) else ', or play its episode again: ResumableEnv(env, by="replay")'
             raise PlainStateError(
                 f"{error}. Give its class get_resume_state() and set_resume_state(state), or, if the attribute never "
-                "changes, name it in ResumableEnv(env, constant=[...])"
+                f"changes, name it in ResumableEnv(env, constant=[...]){by_replay}"
             ) from error
         remaining = iter(states)
         saved = [(_name(layer), _own_state(layer) if saves_itself(layer) else next(remaining)) for layer in layers]
@@ -99,7 +158,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             else:
                 states.append(layer_state)
         # States of earlier versions have no table, and do not tell which attributes share a generator
-        reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
+        reader = GraphReader(state.get("table", []), self._all_of(layers), splits_generators="table" in state)
         own = _without_own_methods(layers)
         set_object_states(own, states, reader)
         deleted: list[str] = []
@@ -110,6 +169,19 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             deleted += delete_later_data_of_classes(layer, attributes, self.constant)
         self._differences = [*reader.differences, *(f"{name} was deleted, which was not saved" for name in deleted)]
         set_global_generator_states(state["generators"])
+
+    def set_resume_state_or_tell(self, state: dict[str, Any]) -> str:
+        """Put back a state, and return the error if the replay of an episode had another outcome; else "".
+
+        It is returned since an exception would end a worker process.
+
+        :param state: what :meth:`get_resume_state` has returned
+        """
+        try:
+            self.set_resume_state(state)
+        except ReplayError as error:
+            return str(error)
+        return ""
 
     def resume_differences(self) -> list[str]:
         """Say what the last :meth:`set_resume_state` has deleted or set back, and which functions are other ones.
@@ -132,7 +204,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         try:
             layers = self._layers_of(state)
             for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-                if saves_itself(layer):
+                if isinstance(layer, EpisodeRecorder):
+                    left_out += layer.set_resume_state_without_trust(layer_state)
+                elif saves_itself(layer):
                     layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
                 else:
                     left_out += set_state_without_trust(layer, layer_state)
@@ -155,7 +229,13 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :return: what is wrong, for :class:`TrainingCheckpoint` to raise or to warn of; None: nothing, or ``prove`` is
             False. It is returned since an exception would end a worker process
         """
-        return find_flaw(self, self.resumable_layers(), shared, max_seconds) if self.prove else None
+        if not self.prove or self._given_up:
+            return None
+        finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
+        if finding is None or not finding.is_error or self.by != "auto":
+            return finding
+        self._given_up = finding.text
+        return Finding(False, f"{finding.text}. At a resume its episodes begin anew", True)
 
     def resumable_layers(self) -> list[gym.Env[Any, Any]]:
         """Return the wrappers inside this one and the environment, from the outside in."""
@@ -171,11 +251,38 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         return layers
 
     def _layers(self) -> Iterator[gym.Env[Any, Any]]:
-        layer: gym.Env[Any, Any] = self.env
-        yield layer
-        while isinstance(layer, gym.Wrapper):
-            layer = layer.env
+        for layer in chain_of(self.env):
             yield layer
+            if isinstance(layer, EpisodeRecorder):
+                # It saves what is inside it
+                return
+
+    def _all_of(self, layers: list[gym.Env[Any, Any]]) -> list[gym.Env[Any, Any]]:
+        """Return all that attributes of the layers may refer to."""
+        recorder = recorder_in(layers)
+        return [*layers, self] if recorder is None else [*layers, self, recorder.env]
+
+    def _put_recorder(self) -> bool:
+        """Put a recorder around the environment inside all wrappers, if it needs one; return whether it did."""
+        if not self._needs_recorder:
+            return False
+        *_, wrapper, env = chain_of(self)
+        if isinstance(wrapper, EpisodeRecorder) or saves_itself(env):
+            return False
+        assert isinstance(wrapper, gym.Wrapper)
+        wrapper.env = EpisodeRecorder(env, self.constant)
+        return True
+
+    def _choose(self) -> None:
+        """Take the recorder away if all attributes of the environment can be saved."""
+        recorder = recorder_in(chain_of(self.env))
+        if recorder is None or not self._needs_recorder or self._is_chosen:
+            return
+        self._is_chosen = True
+        if not recorder.unsaved_attributes():
+            self._needs_recorder = False
+            outer = next(layer for layer in chain_of(self) if isinstance(layer, gym.Wrapper) and layer.env is recorder)
+            outer.env = recorder.env
 
 
 def saved_name(name: str) -> str:
