@@ -24,6 +24,8 @@ from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
 from sb3_ppo_plus.errors import PlainStateError, ReplayError
 
 WAYS = ("state", "replay", "auto")
+#: State of an environment that has no episode yet to replay, such as that of an evaluation before the first one
+NEW: dict[str, Any] = {"layers": [], "is_new": True}
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -78,6 +80,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         self._given_up = ""
         self._needs_recorder = by != "state"
         self._is_chosen = False
+        self._was_reset = False
         self._put_recorder()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -86,6 +89,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :param seed: as of the environment
         :param options: as of the environment
         """
+        self._was_reset = True
         self._put_recorder()
         outcome = self.env.reset(seed=seed, options=options)
         # RestartingEnv may have built another environment, whose episode has to begin with a recorder
@@ -103,6 +107,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         """
         if self._given_up:
             return None
+        if self._needs_recorder and not self._was_reset:
+            return dict(NEW)
         try:
             return self._state()
         except PlainStateError as error:
@@ -150,6 +156,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :raises ValueError: for the state of other wrappers or of another environment; the message names both. Also
             where a class or a callable that holds nothing was another one
         """
+        if is_new(state):
+            return
         layers = self._layers_of(state)
         states = []
         for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
@@ -201,6 +209,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             process
         """
         left_out: list[str] = []
+        if is_new(state):
+            return left_out, ""
         try:
             layers = self._layers_of(state)
             for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
@@ -283,6 +293,14 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             self._needs_recorder = False
             outer = next(layer for layer in chain_of(self) if isinstance(layer, gym.Wrapper) and layer.env is recorder)
             outer.env = recorder.env
+
+
+def is_new(state: Any) -> bool:  # noqa: ANN401  # of any environment
+    """Whether an environment was saved before its first reset, so that there is nothing to put back.
+
+    :param state: what ``get_resume_state`` has returned
+    """
+    return isinstance(state, dict) and state.get("is_new") is True
 
 
 def saved_name(name: str) -> str:

@@ -13,7 +13,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrappe
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
 from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, n_replayed_steps
-from sb3_ppo_plus.env_states.resumable_env import ResumableEnv, saved_name
+from sb3_ppo_plus.env_states.resumable_env import ResumableEnv, is_new, saved_name
 from sb3_ppo_plus.env_states.untrusted_state import may_replace, set_state_without_trust
 from sb3_ppo_plus.env_states.worker_episodes import episode_states, set_episode_states
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
@@ -53,6 +53,8 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
     state: VecEnvState = {
         "wrappers": [(type(wrapper).__name__, _wrapper_state(wrapper, unsaved)) for wrapper in _wrappers(env)],
         "n_envs": env.num_envs,
+        # Until the first reset, which uses them
+        "seeds": [None if seed is None else int(seed) for seed in getattr(base, "_seeds", ())],
         "stack": stack,
         "vec_env": base.get_resume_state() if saves_itself(base) else None,
         **_state_of_envs(base, outside),
@@ -120,6 +122,10 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
             set_object_state(wrapper, wrapper_state, differences)
         else:
             left_out += set_state_without_trust(wrapper, wrapper_state)
+    # Checkpoints of earlier versions do not have them
+    seeds = state.get("seeds", [])
+    if goes_on and len(seeds) == env.num_envs and all(seed is None or type(seed) is int for seed in seeds):
+        base_of(env)._seeds = list(seeds)
     _warn_of_differences(differences)
     if left_out:
         warnings.warn(
@@ -139,7 +145,8 @@ def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str
         return True
     if state["envs"] is None or not _envs_are_resumable(base):
         return False
-    env.reset()
+    if not all(map(is_new, state["envs"])):
+        env.reset()
     # Environments with methods of their own, and no ResumableEnv, lack it
     method = "set_resume_state_or_tell" if trusted else "set_resume_state_without_trust"
     tells = has_attribute(base, method)

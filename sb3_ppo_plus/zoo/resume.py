@@ -25,8 +25,8 @@ from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resuming.resume import load_checkpoint
 from sb3_ppo_plus.zoo.arguments import ZooParser
 from sb3_ppo_plus.zoo.enjoy import saving_statistics_twice
-from sb3_ppo_plus.zoo.registration import register, with_members
 from sb3_ppo_plus.zoo.interrupted_run import InterruptedRun, read_run
+from sb3_ppo_plus.zoo.registration import register, with_members
 from sb3_ppo_plus.zoo.train import CheckpointedExperiment
 
 # Lines above the rows of a monitor.csv
@@ -43,7 +43,9 @@ class ResumedExperiment(CheckpointedExperiment):
     :param named: the RL Zoo's other arguments by name
     """
 
-    def __init__(self, args: argparse.Namespace, *others: Any, run: InterruptedRun, total: int | None, **named: Any) -> None:
+    def __init__(
+        self, args: argparse.Namespace, *others: Any, run: InterruptedRun, total: int | None, **named: Any
+    ) -> None:
         super().__init__(args, *others, **named)
         self.run = run
         self.total = total

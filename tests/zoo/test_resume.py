@@ -1,17 +1,11 @@
 """``resume`` goes on with a run that was killed, and the result has the bits of the run that was not."""
 
-import json
-import shutil
-import signal
 from pathlib import Path
 
 import pytest
-from runs import ROLLOUT, killed_in, results_of, start, training, zoo_in
+from runs import ROLLOUT, killed_in, results_of, training, zoo_in
 from states import assert_same_bits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from sb3_ppo_plus import zoo
-from sb3_ppo_plus.resuming.directory_lock import DirectoryLock
 
 CARTPOLE = Path("logs/ppo_plus/CartPole-v1_1")
 # More than one update after the last checkpoint, and in the middle of an episode
