@@ -129,7 +129,8 @@ class CheckpointedExperiment(ExperimentManager):
         """
         wandb = sys.modules.get("wandb")
         run = getattr(wandb, "run", None) if vars(self.args).get("track") else None
-        logs = checkpoint.logger.get_dir()
+        # Without TensorBoard, SB3's logger has a temporary folder
+        logs = None if self.tensorboard_log is None else checkpoint.logger.get_dir()
         description = {
             "format": FORMAT,
             "checkpoint_freq": self.checkpoint_freq,

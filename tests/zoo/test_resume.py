@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-from runs import ROLLOUT, killed_in, results_of, training, zoo_in
 from states import assert_same_bits
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from zoo_runs import ROLLOUT, killed_in, results_of, training, zoo_in
 
 CARTPOLE = Path("logs/ppo_plus/CartPole-v1_1")
 # More than one update after the last checkpoint, and in the middle of an episode

@@ -1,7 +1,7 @@
 """Runs of the zoo in processes of their own, and what they leave in their folders.
 
-``python runs.py STEPS train ...`` is ``python -m sb3_ppo_plus.zoo train ...``, which SIGKILL ends in the rollout in which
-STEPS timesteps are done, when no checkpoint is being written.
+``python zoo_runs.py STEPS train ...`` is ``python -m sb3_ppo_plus.zoo train ...``, which SIGKILL ends in the rollout in
+which STEPS timesteps are done, when no checkpoint is being written.
 """
 
 import os
