@@ -94,6 +94,14 @@ class CheckpointedExperiment(ExperimentManager):
         """The run's folder."""
         return Path(self.save_path)
 
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the hyperparameters, with those of trial 0 too, which the RL Zoo takes for no trial."""
+        if self.trial_id == 0 and self.storage and self.study_name:
+            print("Loading from Optuna study...")
+            of_trial = self.load_trial(self.storage, self.study_name, 0)
+            self.custom_hyperparams = of_trial | (self.custom_hyperparams or {})
+        return super().read_hyperparameters()
+
     def create_callbacks(self) -> None:
         """Create the RL Zoo's callbacks, and the checkpoints."""
         if any(isinstance(callback, TrainingCheckpoint) for callback in self.callbacks):
