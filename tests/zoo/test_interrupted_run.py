@@ -92,6 +92,18 @@ def test_a_kill_before_the_final_model_was_saved_loses_nothing():
     assert_same_bits(results_of(RUN), expected)
 
 
+def test_an_evaluation_environment_that_was_not_used_before_the_checkpoint_begins_as_it_would(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    # Checkpoints at 128 and 256 timesteps, and the first evaluation between them
+    zoo.main(training("CartPole-v1", 4, **{"eval-freq": 200, "eval-episodes": 3}))
+    expected = results_of(RUN)
+    shutil.rmtree(checkpoint_directories(RUN / "checkpoints")[0])
+    for path in (RUN / f"{ENV}.zip", RUN / "best_model.zip", RUN / "evaluations.npz"):
+        path.unlink()
+    zoo.main(["resume", str(RUN)])
+    assert_same_bits(results_of(RUN), expected)
+
+
 def test_a_new_total_is_above_the_steps_that_are_done():
     assert f"must be above the {2 * ROLLOUT} timesteps that are done, got 5" in refused("-n", "5")
 
