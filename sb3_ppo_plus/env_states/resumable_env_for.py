@@ -34,4 +34,3 @@ def resumable_env_for(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
     if any(isinstance(layer, ResumableEnv) for layer in chain_of(env)):
         return env
     return ResumableEnv(env, by="auto")
-'''
