@@ -107,7 +107,7 @@ def _order(world: Any, n_fixtures: int, wanted: list[int] | None) -> list[int] |
         bodies[k % len(bodies)].CreateFixture(shape=shape)
     place_of = _places(world.contactManager.broadPhase, n_fixtures, y)
     order = sorted(place_of, key=lambda node: place_of[node])
-    if wanted is not None and sorted(wanted) == sorted(order):
+    if wanted is not None and len(wanted) == len(order) and set(wanted) == place_of.keys():
         order = wanted
     is_known = len(order) == n_fixtures
     # The node that is freed last is the first to be given away. A body frees that of its last fixture first
