@@ -16,8 +16,8 @@ import sys
 from typing import Any
 
 PACKAGE = "gymnasium.envs.box2d."
-# Fixtures of the first trial; each further one has twice as many
-FEWEST = 32
+# Nodes that were never used, by which is known that there are no others that were
+N_UNUSED = 16
 # More fixtures than a world ever held at once
 MOST = 2**16
 # The side of a square that belongs to one fixture, and the radius of the fixture in it
@@ -55,18 +55,18 @@ def emptied_world(env: Any) -> Any:  # noqa: ANN401  # as above
     return world if world.bodyCount == 0 else None
 
 
-def free_nodes(world: Any, at_least: int = FEWEST) -> list[int]:  # noqa: ANN401  # a b2World
+def free_nodes(world: Any, at_least: int = 0) -> list[int]:  # noqa: ANN401  # a b2World
     """Return the numbers of the free nodes for fixtures, in the order in which the world gives them away.
 
     :param world: an empty world. It is as before afterwards
-    :param at_least: how many fixtures to try with
-    :raises ValueError: if the world has too many nodes
+    :param at_least: how many fixtures the world has had at once, if that is known
+    :raises ValueError: if the world has had too many fixtures at once
     """
-    n_fixtures = max(at_least, FEWEST)
+    n_fixtures = at_least + N_UNUSED
     while n_fixtures <= MOST:
         order = _order(world, n_fixtures, None)
         # Nodes that were never used come last, and in order
-        if order is not None and all(order[k] == 2 * k - 1 for k in range(n_fixtures // 2, n_fixtures)):
+        if order is not None and order[-N_UNUSED:] == _unused(n_fixtures)[-N_UNUSED:]:
             return order
         n_fixtures *= 2
     raise ValueError(f"the Box2D world has had more than {MOST} fixtures at once")
@@ -80,9 +80,14 @@ def set_free_nodes(world: Any, order: list[int]) -> None:  # noqa: ANN401  # a b
     :raises ValueError: for numbers that no world has
     """
     n_here = len(free_nodes(world, len(order)))
-    order = [*order, *(2 * k - 1 for k in range(len(order), n_here))]
-    if n_here > MOST or _order(world, n_here, order) != order:
+    order = [*order, *_unused(n_here)[len(order) :]]
+    if _order(world, n_here, order) != order:
         raise ValueError(f"{len(order)} numbers are no order of the nodes of a Box2D world")
+
+
+def _unused(n_fixtures: int) -> list[int]:
+    """Return the order in which a new world gives away its nodes: the first, and then each time one is the parent's."""
+    return [0, *range(1, 2 * n_fixtures - 1, 2)]
 
 
 def _order(world: Any, n_fixtures: int, wanted: list[int] | None) -> list[int] | None:  # noqa: ANN401  # a b2World
@@ -95,21 +100,20 @@ def _order(world: Any, n_fixtures: int, wanted: list[int] | None) -> list[int] |
     # A row of its own for each trial: a free node still has the place of its last fixture
     y = DISTANCE * next(_rows)
     shape = box2d.b2CircleShape(radius=RADIUS)
-    bodies = []
+    # Bodies are of use only to give back their nodes one by one
+    bodies = [world.CreateStaticBody() for _ in range(1 if wanted is None else n_fixtures)]
     for k in range(n_fixtures):
         shape.pos = (DISTANCE * k, y)
-        bodies.append(world.CreateStaticBody())
-        bodies[k].CreateFixture(shape=shape)
+        bodies[k % len(bodies)].CreateFixture(shape=shape)
     place_of = _places(world.contactManager.broadPhase, n_fixtures, y)
-    order: list[int] | None = sorted(place_of, key=lambda node: place_of[node])
-    if order is None or len(order) != n_fixtures:
-        order = None
-    elif wanted is not None and sorted(wanted) == sorted(order):
+    order = sorted(place_of, key=lambda node: place_of[node])
+    if wanted is not None and len(wanted) == len(order) and set(wanted) == place_of.keys():
         order = wanted
-    # The node that is freed last is the first to be given away
-    for index in range(n_fixtures - 1, -1, -1):
-        world.DestroyBody(bodies[index if order is None else place_of[order[index]]])
-    return order
+    is_known = len(order) == n_fixtures
+    # The node that is freed last is the first to be given away. A body frees that of its last fixture first
+    for index in range(len(bodies) - 1, -1, -1):
+        world.DestroyBody(bodies[place_of[order[index]] if len(bodies) > 1 and is_known else index])
+    return order if is_known else None
 
 
 def _places(broad_phase: Any, n_fixtures: int, y: float) -> dict[int, int]:  # noqa: ANN401  # a b2BroadPhase

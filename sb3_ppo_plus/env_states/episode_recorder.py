@@ -15,6 +15,7 @@ from sb3_ppo_plus.env_states.box2d_world import emptied_world, free_nodes, set_f
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.env_states.outside_draws import OutsideDraws, set_generator
 from sb3_ppo_plus.env_states.parts_of_env import (
+    containers_of,
     large_attributes,
     parts_of_env,
     set_differing_state_of_parts,
@@ -68,9 +69,12 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         self._draws = OutsideDraws(env)
         self._is_warned = False
         self._keeps_world = True
+        # The largest number at the end of an episode
+        self._n_fixtures = 0
+        self._made_anew: set[str] = set()
 
     @property
-    def spec(self) -> EnvSpec | None:
+    def spec(self) -> EnvSpec | None:  # type: ignore[override]  # a property in gym.Wrapper, too
         """The environment's, since :func:`gymnasium.make` cannot put a recorder where it belongs."""
         return self.env.spec
 
@@ -80,12 +84,15 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         :param seed: as of the environment
         :param options: as of the environment
         """
-        self._start = self._before_reset(seed, copy.deepcopy(options))
+        parts = parts_of_env(self.unwrapped)
+        containers, world = containers_of(parts), world_of(self.unwrapped)
+        self._start = self._before_reset(seed, copy.deepcopy(options), large_attributes(containers, self._made_anew))
         self._actions, self._outputs = RecordedActions(), RecordedOutputs()
-        world = world_of(self.unwrapped)
         observation, info = self.env.reset(seed=seed, options=options)
         # LunarLander's resets make a new world
         self._keeps_world = self._keeps_world and world in (None, world_of(self.unwrapped))
+        there = containers_of(parts)
+        self._made_anew = {key[1] for key, value in containers.items() if there.get(key) is not value}
         self._outputs.append(observation)
         self._draws.begin()
         return observation, info
@@ -123,7 +130,7 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
             self._is_warned = True
             warnings.warn(
                 f"an episode of {type(self.unwrapped).__name__} has {len(self._actions)} steps, which a resume by "
-                f'replay does again; after {MOST_STEPS} it cannot. Give it an end, such as by TimeLimit',
+                f"replay does again; after {MOST_STEPS} it cannot. Give it an end, such as by TimeLimit",
                 stacklevel=2,
             )
         return {
@@ -142,8 +149,7 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         """
         start = Start(**state["start"])
         self._prepare_world(start)
-        parts = parts_of_env(self.unwrapped)
-        set_state_of_parts(parts, start.parts, self._constant | large_attributes(parts))
+        set_state_of_parts(parts_of_env(self.unwrapped), start.parts, self._constant)
         self._set_world(start)
         self._replay(start, state)
         set_differing_state_of_parts(parts_of_env(self.unwrapped), state["now"], self._constant)
@@ -161,11 +167,9 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         for part in (start.options or {}).values():
             if not isinstance(part, bool | int | float | None):
                 raise ValueError("the episode began with options that are no numbers, which needs trust")
-        n_actions = 0
-        for action in actions_in(state["actions"]):
-            n_actions += 1
-            if not is_action_of(self.env.action_space, action) or n_actions > MOST_STEPS:
-                raise ValueError(f"action {n_actions} of the episode is none of {self.env.action_space}")
+        for number, action in enumerate(actions_in(state["actions"]), start=1):
+            if not is_action_of(self.env.action_space, action) or number > MOST_STEPS:
+                raise ValueError(f"action {number} of the episode is none of {self.env.action_space}")
         self._prepare_world(start)
         left_out = set_parts_without_trust(parts_of_env(self.unwrapped), start.parts)
         self._set_world(start)
@@ -180,18 +184,20 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         state_of_parts([self.unwrapped], self._constant, refused)
         return refused
 
-    def _before_reset(self, seed: int | None, options: dict[str, Any] | None) -> Start:
+    def _before_reset(self, seed: int | None, options: dict[str, Any] | None, left_out: set[str]) -> Start:
         env = self.unwrapped
         if seed is None and env._np_random is None:
             # Made where it is missing, so that it can be saved
             _ = env.np_random
-        world = emptied_world(env) if self._keeps_world else None
-        parts = parts_of_env(env)
+        world = world_of(env) if self._keeps_world else None
+        if world is not None:
+            self._n_fixtures = max(self._n_fixtures, world.proxyCount)
+            world = emptied_world(env)
         return Start(
             seed=seed,
             options=options,
-            parts=state_of_parts(parts, self._constant | large_attributes(parts)),
-            world=None if world is None else free_nodes(world),
+            parts=state_of_parts(parts_of_env(env), self._constant | left_out),
+            world=None if world is None else free_nodes(world, self._n_fixtures),
             generators=global_generator_states(),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ PartsState = dict[str, Any]
 
 # Arrays in bytes and other containers in items: larger ones, such as a set of data, are not copied at each reset
 LARGEST_ARRAY, LARGEST_CONTAINER = 2**20, 2**16
+# The same of those that each reset makes anew, such as a map
+LARGEST_ARRAY_MADE_ANEW, LARGEST_CONTAINER_MADE_ANEW = 2**14, 2**5
+CONTAINERS = (list, tuple, dict, set, deque)
 # Kinds of attributes whose values are entries of the table
 OF_TABLE = "linked"
 
@@ -41,17 +45,34 @@ def parts_of_env(env: gym.Env[Any, Any]) -> list[gym.Env[Any, Any]]:
     return parts
 
 
-def large_attributes(parts: Sequence[object]) -> set[str]:
-    """Return the names of attributes that take long to copy.
+def containers_of(parts: Sequence[object]) -> dict[tuple[int, str], Any]:
+    """Return the attributes that are arrays or other containers.
 
     :param parts: environments
+    :return: each by the index of its environment and its name
+    """
+    return {
+        (index, name): value
+        for index, part in enumerate(parts)
+        for name, value in attributes_of(part).items()
+        if isinstance(value, (np.ndarray, *CONTAINERS))
+    }
+
+
+def large_attributes(containers: dict[tuple[int, str], Any], made_anew: Collection[str]) -> set[str]:
+    """Return the names of attributes that take too long to copy at each reset.
+
+    :param containers: what :func:`containers_of` has returned
+    :param made_anew: names of those that each reset makes anew
     """
     names = set()
-    for part in parts:
-        for name, value in attributes_of(part).items():
-            is_array = isinstance(value, np.ndarray) and value.nbytes > LARGEST_ARRAY
-            if is_array or (isinstance(value, list | tuple | dict | set) and len(value) > LARGEST_CONTAINER):
-                names.add(name)
+    for (_, name), value in containers.items():
+        if isinstance(value, np.ndarray):
+            is_large = value.nbytes > (LARGEST_ARRAY_MADE_ANEW if name in made_anew else LARGEST_ARRAY)
+        else:
+            is_large = len(value) > (LARGEST_CONTAINER_MADE_ANEW if name in made_anew else LARGEST_CONTAINER)
+        if is_large:
+            names.add(name)
     return names
 
 

@@ -11,8 +11,10 @@ import numpy as np
 
 OutputsState = dict[str, np.ndarray]
 
+# Kinds of dtypes: flags, integers, floats, complex numbers
+NUMERIC = "biufc"
 # Under these names the outputs are saved
-_TYPES = {"observations": np.uint32, "rewards": np.float64, "ends": np.uint8}
+_TYPES: dict[str, type[np.generic]] = {"observations": np.uint32, "rewards": np.float64, "ends": np.uint8}
 
 
 class RecordedOutputs:
@@ -59,22 +61,22 @@ class RecordedOutputs:
         return None if ends == saved_ends else f"the episode {_text(ends)}, it {_text(saved_ends)}"
 
 
-def checksum(observation: Any) -> int:  # noqa: ANN401  # of any space
+def checksum(observation: Any, before: int = 0) -> int:  # noqa: ANN401  # of any space
     """Return 32 bits that tell an observation from others.
 
     :param observation: arrays, numbers and texts, or dicts and sequences of such
+    :param before: the checksum of what comes before it
     """
-    if isinstance(observation, np.ndarray) and not observation.dtype.hasobject:
-        return zlib.crc32(observation if observation.flags.c_contiguous else observation.tobytes())
-    if isinstance(observation, dict):
-        parts = [value for item in observation.items() for value in item]
-    elif isinstance(observation, list | tuple | np.ndarray):
-        parts = list(observation)
-    else:
-        # What a text tells of any other object may hold its address
-        is_plain = isinstance(observation, bool | int | float | str | bytes | np.generic | None)
-        return zlib.crc32(repr(observation if is_plain else type(observation)).encode())
-    return zlib.crc32(struct.pack(f"{len(parts)}I", *map(checksum, parts)))
+    if isinstance(observation, np.ndarray) and observation.dtype.kind in NUMERIC:
+        data: Any = observation if observation.flags.c_contiguous else observation.tobytes()
+        return zlib.crc32(data, before)
+    if isinstance(observation, dict | list | tuple) or (isinstance(observation, np.ndarray) and observation.ndim > 0):
+        for part in observation.values() if isinstance(observation, dict) else observation:
+            before = checksum(part, before)
+        return before
+    # What a text tells of any other object may hold its address
+    is_plain = isinstance(observation, bool | int | float | str | bytes | np.generic | None)
+    return zlib.crc32(repr(observation if is_plain else type(observation)).encode(), before)
 
 
 def _text(ends: int) -> str:
