@@ -23,7 +23,7 @@ from sb3_ppo_plus.errors import ReplayError, WrapperStackError
 
 VecEnvState = dict[str, Any]
 
-# Attributes that SB3's VecEnv keeps for its next reset; they are not saved
+# Attributes that SB3's VecEnv keeps for its next reset; of wrappers they are not saved
 FOR_NEXT_RESET = ("_options", "_seeds", "reset_infos")
 MONITOR_STATISTICS = ("episode_returns", "episode_lengths", "episode_times", "total_steps", "t_start")
 # State of the wrappers that Gymnasium and SB3 may put outside ResumableEnv, or around an environment's own methods

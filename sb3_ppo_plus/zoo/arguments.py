@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -69,6 +70,8 @@ class TrainParser(ZooParser):
                 f"argument --checkpoint-freq: must be at least 1, got {parsed.checkpoint_freq}; "
                 "--no-checkpoint writes none"
             )
+        if parsed.track and importlib.util.find_spec("wandb") is None:
+            self.error("argument --track: wandb is not installed: run `pip install sb3-ppo-plus[track]`")
         return parsed
 
 

@@ -1,5 +1,6 @@
 """The commands, their help, and errors that name the nearest right command or flag."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -81,3 +82,9 @@ def test_a_checkpoint_every_no_steps_is_an_error(value, capsys):
 def test_checkpoints_are_for_ppo_plus(capsys):
     message = error_of(["train", "--algo", "ppo", "--checkpoint-freq", "5"], capsys)
     assert "unrecognized arguments: --checkpoint-freq" in message
+
+
+def test_tracking_without_its_package_names_the_extra(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    assert "pip install sb3-ppo-plus[track]" in error_of(["train", "--track"], capsys)

@@ -67,7 +67,9 @@ def n_timesteps():
 
 
 def test_a_run_goes_on_to_its_total_and_then_to_a_new_one():
-    zoo.main(["resume", str(RUN)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        zoo.main(["resume", str(RUN)])
     assert n_timesteps() == TOTAL
     message = refused()
     assert f"is finished, with {TOTAL} of {TOTAL} timesteps" in message and "--n-timesteps N" in message

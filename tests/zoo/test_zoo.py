@@ -345,11 +345,18 @@ def test_the_module_runs_and_offers_ppo_plus(monkeypatch, capsys):
 # --- without the extra ---
 
 
-@pytest.mark.parametrize("module", ["rl_zoo3", "rl_zoo3.enjoy"])
-def test_a_missing_rl_zoo_names_the_extra(monkeypatch, module):
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        ("rl_zoo3", ["enjoy", "--env", "CartPole-v1"]),
+        ("rl_zoo3.enjoy", ["enjoy", "--env", "CartPole-v1"]),
+        ("rl_zoo3", ["resume", "folder"]),
+    ],
+)
+def test_a_missing_rl_zoo_names_the_extra(monkeypatch, module, argv):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit, match=r"pip install sb3-ppo-plus\[zoo\]"):
-        zoo.main(["enjoy", "--env", "CartPole-v1"])
+        zoo.main(argv)
 
 
 def test_registering_without_the_rl_zoo_names_the_extra(monkeypatch):
