@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from interrupted_runs import StopAfter, rewritten
 from models import build
-from replayed_environments import Hidden, Simulated
+from replayed_environments import Hidden, InModule, Simulated
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
@@ -161,6 +161,17 @@ def test_chosen_such_an_environment_is_warned_of_and_begins_anew_at_a_resume(tmp
     assert notes.are_the_environments
     with pytest.warns(UserWarning, match="were reset"):
         resumed(tmp_path, Hidden, **AUTO, wrapper_kwargs=None)
+
+
+def test_chosen_an_environment_with_state_in_a_module_is_played_again_when_the_proof_by_state_fails(tmp_path):
+    model = model_of(InModule, **AUTO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(128, [TrainingCheckpoint(1, tmp_path), StopAfter(64)])
+        found = resumed(tmp_path, InModule, **AUTO, wrapper_kwargs=None)
+    whole = model_of(InModule, **AUTO)
+    whole.learn(128, TrainingCheckpoint(1, tmp_path / "whole"))
+    assert_same_bits(found, state_of(whole))
 
 
 class Odd(gym.Wrapper):
