@@ -12,6 +12,7 @@ import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
 from sb3_ppo_plus.env_states.box2d_world import emptied_world, free_nodes, set_free_nodes, world_of
+from sb3_ppo_plus.env_states.episode_record import RecordedActions, RecordedOutputs, actions_in, is_action_of
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.env_states.outside_draws import OutsideDraws, set_generator
 from sb3_ppo_plus.env_states.parts_of_env import (
@@ -23,8 +24,6 @@ from sb3_ppo_plus.env_states.parts_of_env import (
     set_state_of_parts,
     state_of_parts,
 )
-from sb3_ppo_plus.env_states.recorded_actions import RecordedActions, actions_in, is_action_of
-from sb3_ppo_plus.env_states.recorded_outputs import RecordedOutputs
 from sb3_ppo_plus.errors import PlainStateError, ReplayError
 
 # Steps of an episode from which on a warning comes, and from which on it is not recorded any more
@@ -171,10 +170,11 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
             if not is_action_of(self.env.action_space, action) or number > MOST_STEPS:
                 raise ValueError(f"action {number} of the episode is none of {self.env.action_space}")
         self._prepare_world(start)
-        left_out = set_parts_without_trust(parts_of_env(self.unwrapped), start.parts)
+        # What is left out here is of no account if the replay has the same outcome
+        set_parts_without_trust(parts_of_env(self.unwrapped), start.parts)
         self._set_world(start)
         self._replay(start, state)
-        left_out += set_parts_without_trust(parts_of_env(self.unwrapped), state["now"])
+        left_out = set_parts_without_trust(parts_of_env(self.unwrapped), state["now"])
         self._draws.forget_states()
         return left_out
 

@@ -113,37 +113,38 @@ def set_differing_state_of_parts(parts: Sequence[object], state: PartsState, con
     :param constant: names of attributes that stay
     :raises ValueError: for the state of other environments
     """
-    _check_number(parts, state)
-    there = state_of_parts(parts, constant)
-    if first_difference(state, there, "") is None:
-        return
-    is_same_table = first_difference(state["table"], there["table"], "") is None
-    differing = []
-    for saved, found in zip(state["states"], there["states"], strict=True):
-        differing.append(
-            {
-                name: value
-                for name, value in saved.items()
-                if first_difference(value, found.get(name), "") is not None
-                or (value[0] == OF_TABLE and not is_same_table)
-            }
-        )
-    set_state_of_parts(parts, {**state, "states": differing}, constant)
+    set_state_of_parts(parts, {**state, "states": _differing(parts, state, constant)}, constant)
 
 
 def set_parts_without_trust(parts: Sequence[object], state: PartsState) -> list[str]:
-    """Put back numbers from a file that is not trusted, see :func:`set_state_without_trust`.
+    """Put back numbers that differ, from a file that is not trusted, see :func:`set_state_without_trust`.
 
     :param parts: the environments
     :param state: what :func:`state_of_parts` has returned, from the file
     :return: names of what was left out
     :raises ValueError: for the state of other environments
     """
-    _check_number(parts, state)
     left_out = []
-    for part, saved in zip(parts, state["states"], strict=True):
+    for part, saved in zip(parts, _differing(parts, state), strict=True):
         left_out += set_state_without_trust(part, saved)
     return left_out
+
+
+def _differing(parts: Sequence[object], state: PartsState, constant: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Return for each part the attributes of a state that differ from what is there."""
+    _check_number(parts, state)
+    there = state_of_parts(parts, constant)
+    # What the numbers of its entries stand for
+    is_same_table = first_difference(state["table"], there["table"], "") is None
+    differing = []
+    for saved, found in zip(state["states"], there["states"], strict=True):
+        names = [
+            name
+            for name, value in saved.items()
+            if first_difference(value, found.get(name), "") is not None or (value[0] == OF_TABLE and not is_same_table)
+        ]
+        differing.append({name: saved[name] for name in names})
+    return differing
 
 
 def _check_number(parts: Sequence[object], state: PartsState) -> None:

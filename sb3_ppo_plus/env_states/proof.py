@@ -61,7 +61,7 @@ class Finding(NamedTuple):
     """What a trial has found.
 
     :param is_error: whether the environment goes on in another way; False: the trial was not possible
-    :param text: a sentence
+    :param text: a sentence; "": the environment is saved in another way from its next reset on
     :param is_disturbed: whether the environment is not as it was before the trial, and needs a reset
     """
 
@@ -79,7 +79,7 @@ def prove_envs(env: VecEnv) -> bool:
     Nothing happens if the environments have no such method, or ``env`` cannot ask them.
 
     :param env: the outermost vectorised environment, after a reset
-    :return: whether an environment needs a reset, since its trial failed and it was not put back
+    :return: whether an environment needs a reset, since its trial failed and it was not put back; and then this again
     :raises ResumeProofError: if one goes on in another way after its state was put back
     """
     base = base_of(env)
@@ -88,11 +88,13 @@ def prove_envs(env: VecEnv) -> bool:
     doubts = []
     is_disturbed = False
     for index, finding in enumerate(_findings(base)):
-        if finding is not None and finding.is_error:
+        if finding is None:
+            continue
+        if finding.is_error:
             raise ResumeProofError(f"environment {index}: {finding.text}")
-        if finding is not None:
+        if finding.text:
             doubts.append(f"environment {index}: {finding.text}")
-            is_disturbed = is_disturbed or finding.is_disturbed
+        is_disturbed = is_disturbed or finding.is_disturbed
     if doubts:
         warnings.warn(doubts[0], stacklevel=2)
     return is_disturbed

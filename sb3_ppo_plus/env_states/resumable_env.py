@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
@@ -56,8 +57,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         environments of a DummyVecEnv together, unless two steps and a reset of each, done twice, take longer. Give
         False where these move real hardware
     :param by: "state": all attributes are saved. "replay": for environments with attributes that cannot be, such as
-        Box2D and minigrid. "auto": by state if all attributes of the environment can be saved after its first reset,
-        else by replay; and what cannot be saved or proven is a warning, and then episodes begin anew at a resume
+        Box2D and minigrid. "auto": by state if all attributes of the environment can be saved after its first reset and
+        the proof holds, else by replay; if neither can be or holds, a warning, and episodes begin anew at a resume
     :raises ValueError: for another ``by``
     """
 
@@ -102,7 +103,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     def get_resume_state(self) -> dict[str, Any] | None:
         """Copy the state of every layer, from the outside in, and of this process's global random generators.
 
-        :return: plain values; None: with ``by="auto"``, something cannot be saved, see :meth:`why_not_resumable`
+        :return: plain values; None: with ``by="auto"``, something cannot be saved, see :meth:`why_not_resumable`. A
+            warning comes the first time
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
         if self._given_up:
@@ -115,6 +117,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             if self.by != "auto":
                 raise
             self._given_up = str(error)
+            warnings.warn(f"an environment is not saved, and begins anew at a resume: {error}", stacklevel=2)
             return None
 
     def why_not_resumable(self) -> str:
@@ -244,6 +247,10 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
         if finding is None or not finding.is_error or self.by != "auto":
             return finding
+        if not self._needs_recorder and not saves_itself(self.unwrapped):
+            # What no attribute shows may still follow from the actions
+            self._needs_recorder = True
+            return Finding(False, "", True)
         self._given_up = finding.text
         return Finding(False, f"{finding.text}. At a resume its episodes begin anew", True)
 
@@ -253,6 +260,11 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
 
     def _layers_of(self, state: dict[str, Any]) -> list[gym.Env[Any, Any]]:
         """Return all layers, whose names must be those of a state."""
+        if self.by == "auto":
+            self._is_chosen = True
+            self._needs_recorder = any(name == EpisodeRecorder.__name__ for name, _ in state["layers"])
+            if not self._put_recorder():
+                self._drop_recorder()
         layers = self.resumable_layers()
         names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
@@ -283,16 +295,20 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         wrapper.env = EpisodeRecorder(env, self.constant)
         return True
 
-    def _choose(self) -> None:
-        """Take the recorder away if all attributes of the environment can be saved."""
+    def _drop_recorder(self) -> None:
+        """Take the recorder away, if there is one and it is not needed."""
         recorder = recorder_in(chain_of(self.env))
-        if recorder is None or not self._needs_recorder or self._is_chosen:
-            return
-        self._is_chosen = True
-        if not recorder.unsaved_attributes():
-            self._needs_recorder = False
+        if recorder is not None and not self._needs_recorder:
             outer = next(layer for layer in chain_of(self) if isinstance(layer, gym.Wrapper) and layer.env is recorder)
             outer.env = recorder.env
+
+    def _choose(self) -> None:
+        """Choose the way, after the first reset."""
+        recorder = recorder_in(chain_of(self.env))
+        if recorder is not None and not self._is_chosen:
+            self._is_chosen = True
+            self._needs_recorder = bool(recorder.unsaved_attributes())
+            self._drop_recorder()
 
 
 def is_new(state: Any) -> bool:  # noqa: ANN401  # of any environment

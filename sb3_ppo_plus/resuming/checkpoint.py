@@ -113,7 +113,7 @@ class TrainingCheckpoint(BaseCallback):
         self._snapshot(unsaved)
         if unsaved:
             warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
-        if prove_envs(self.training_env):
+        while prove_envs(self.training_env):
             begin_new_episodes(self._ppo_plus)
         if self.model.num_timesteps == 0 and checkpoint_directories(self.save_path):
             warnings.warn(

@@ -106,6 +106,28 @@ class Hidden(Simulated):
 HIDDEN_STEPS = []
 
 
+class InModule(Simulated):
+    """Its attributes can be saved, but its state is in this module."""
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        self.n_steps = 0
+        POSITIONS[self.number()] = self.np_random.normal(size=2)
+        return POSITIONS[self.number()].copy(), {}
+
+    def number(self):
+        self.name = getattr(self, "name", f"environment {id(self)}")
+        return self.name
+
+    def step(self, action):
+        self.n_steps += 1
+        position = POSITIONS[self.name] = 0.9 * POSITIONS[self.name] + action
+        return position.copy(), float(position.sum()), self.n_steps >= self.length, False, {}
+
+
+POSITIONS = {}
+
+
 def replayed(env, **kwargs):
     return ResumableEnv(env, by="replay", **kwargs)
 

@@ -166,8 +166,10 @@ def test_another_start_is_an_error_too(monkeypatch):
 
 @pytest.mark.parametrize(
     "action",
-    [3, True, 0.5, None, np.int64(3), np.int32(3), np.bool_(True), np.float32(0.3), 2**70, "up", (1, 2)]
-    + [np.array(3), np.ones(2, np.float32), np.ones((2, 1)), {"a": np.ones(2), "b": 1}, [np.float32(0.5)]],
+    [
+        *(3, True, 0.5, None, np.int64(3), np.int32(3), np.bool_(True), np.float32(0.3), 2**70, "up", (1, 2)),
+        *(np.array(3), np.ones(2, np.float32), np.ones((2, 1)), {"a": np.ones(2), "b": 1}, [np.float32(0.5)]),
+    ],
 )
 def test_actions_come_back_with_their_types(action):
     class Keeps(gym.Env):
@@ -211,7 +213,7 @@ def test_an_action_that_the_environment_changes_in_place_is_recorded_as_it_was()
 def test_options_and_seed_of_the_reset_are_done_again():
     class WithOptions(Simulated):
         def reset(self, *, seed=None, options=None):
-            observation, info = super().reset(seed=seed)
+            _, info = super().reset(seed=seed)
             self.body.position += (options or {}).get("offset", 0)
             return self.body.position.copy(), info
 
@@ -239,14 +241,14 @@ def test_an_episode_without_an_end_is_warned_of_and_then_an_error(monkeypatch):
     env = replayed(Simulated())
     env.reset(seed=0)
     outputs(env, drawn(env, 5))
-    with pytest.warns(UserWarning, match="an episode of Simulated has 5 steps.*TimeLimit"):
+    with pytest.warns(UserWarning, match=r"an episode of Simulated has 5 steps.*TimeLimit"):
         env.get_resume_state()
     outputs(env, drawn(env, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env.get_resume_state()
         outputs(env, drawn(env, 1))
-    with pytest.raises(PlainStateError, match="has more than 8 steps.*TimeLimit"):
+    with pytest.raises(PlainStateError, match=r"has more than 8 steps.*TimeLimit"):
         env.get_resume_state()
     env.reset()
     env.get_resume_state()
