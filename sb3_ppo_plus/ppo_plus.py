@@ -76,7 +76,8 @@ class PPOPlus(PPO):
     :param on_non_finite: if a loss or its gradient is NaN or infinite, no step is taken. "raise": an error names the
         term; "skip": training goes on, and ``train/skipped_steps`` counts such steps
     :param max_skipped: with "skip", how many steps may be skipped in a row before an error is raised
-    :param worker_timeout: seconds in which a worker of a SubprocVecEnv must answer during ``learn``; None: no limit
+    :param worker_timeout: seconds in which a worker of a SubprocVecEnv must answer during ``learn``, but at least 300
+        where it builds its environment; None: no limit
     :param restart_workers: how many hanging or dead workers of the training environment one ``learn`` may start anew
     :raises ValueError: for a value that is not allowed, before the first environment step
     :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
