@@ -25,7 +25,8 @@ class TrainingCheckpoint(BaseCallback):
     """Writes checkpoints of a training run, from which ``PPOPlus.resume(save_path, env)`` continues it exactly.
 
     A checkpoint is a directory in ``save_path``. It is written at the end of an update, also of the last one. It holds
-    everything that the rest of the run depends on. Environments are part of it if they have ``get_resume_state()`` and
+    everything that the rest of the run depends on, and beside it ``model.zip`` and ``vecnormalize.json`` for use
+    elsewhere. Environments are part of it if they have ``get_resume_state()`` and
     ``set_resume_state(state)``, see :class:`ResumableEnv`. Callbacks of your own are part of it if they have
     ``get_state()`` and ``set_state(state)``.
 

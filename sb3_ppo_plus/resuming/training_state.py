@@ -12,6 +12,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
+from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.env_states.generator_state import (
@@ -27,12 +28,15 @@ from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
 from sb3_ppo_plus.resuming.state_checks import check_attributes, check_other_parts, check_seconds
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
+from sb3_ppo_plus.saving.vec_normalize import as_json
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.untrusted.strict_json import Limits, parse
 
 TrainingState = dict[str, Any]
 
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
+NORMALIZER_FILE = "vecnormalize.json"
+"""For those who use the model elsewhere. A resume takes the statistics from the state of the environments."""
 # Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
 # there may be many environments, with nested lists. Python itself reads at most 4300 digits
 UNTRUSTED_LIMITS = Limits(2**28, max_depth=128, max_values=2**21, max_digits=4300, allows_non_finite=True)
@@ -59,8 +63,8 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy the state of a training run between two updates.
 
-    ``model.zip`` is what ``model.save`` writes, without last observations and statistics. The other files hold plain
-    values, no pickle.
+    ``model.zip`` is what ``model.save`` writes, without last observations and statistics. ``vecnormalize.json`` is what
+    ``save_vec_normalize`` writes, if there is a VecNormalize. The other files hold plain values, no pickle.
 
     :param model: the model
     :param callback: the callback of its ``learn``, with all callbacks inside it
@@ -88,6 +92,7 @@ def take_snapshot(
     large = [name for name, value in state["attributes"].items() if not isinstance(value, int | float | str | None)]
     a_ppo: Any = model
     model_file = models.take(a_ppo, large)
+    normalizer_file = _normalizer_file(model)
     return Snapshot(
         model.num_timesteps,
         mean_return_of(model),
@@ -95,8 +100,15 @@ def take_snapshot(
             MODEL_FILE: model_file(),
             STATE_FILE: json.dumps(encoded).encode(),
             ARRAYS_FILE: writer.arrays(),
+            **normalizer_file,
         },
     )
+
+
+def _normalizer_file(model: PlusModel) -> dict[str, bytes]:
+    normalize = None if model.env is None else unwrap_vec_normalize(model.env)
+    # A subclass may hold more than the file could
+    return {NORMALIZER_FILE: as_json(normalize).encode()} if type(normalize) is VecNormalize else {}
 
 
 def mean_return_of(model: PlusModel) -> float | None:
