@@ -36,7 +36,7 @@ from sb3_ppo_plus.policies.bounded_distributions import SquashedGaussianDistribu
 from sb3_ppo_plus.policies.bounds import env_actions
 from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, explaining_dict_keys, resolve_policy_kwargs
 from sb3_ppo_plus.policies.remembering import set_sequence_length
-from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint
+from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint, warn_of_a_finished_run
 from sb3_ppo_plus.resuming.run import Run, as_callbacks
 from sb3_ppo_plus.rollout.values import RolloutValues
 from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_named_by_package, write_model
@@ -317,6 +317,7 @@ class PPOPlus(PPO):
         log_interval = None if self._log_interval is None else 1
         callbacks = [*as_callbacks(callback), Continuation(self)]
         remaining = self._total_timesteps - self.num_timesteps
+        warn_of_a_finished_run(remaining, self.num_timesteps)
         return self._learn(remaining, callbacks, log_interval, self._tb_log_name, False, progress_bar)
 
     def _learn(self, *arguments: Any) -> Self:

@@ -139,6 +139,20 @@ def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
         )
 
 
+def warn_of_a_finished_run(remaining: int, num_timesteps: int) -> None:
+    """Warn where there is nothing to continue: a user may have asked for more steps in a script that is run again.
+
+    :param remaining: timesteps that the run has left
+    :param num_timesteps: timesteps done
+    """
+    if remaining <= 0:
+        warnings.warn(
+            f"the run is finished: it has done its {num_timesteps} timesteps. learn(more_timesteps, callback, "
+            "reset_num_timesteps=False) goes on",
+            stacklevel=3,
+        )
+
+
 class Continuation(BaseCallback):
     """Puts back the clock, the logs and the state of the callbacks of a run that is continued.
 

@@ -96,7 +96,8 @@ def test_a_finished_run_stays_finished(tmp_path):
     model = make_model()
     model.learn(96, TrainingCheckpoint(1, tmp_path))
     resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu")
-    resumed.continue_learning(TrainingCheckpoint(1, tmp_path))
+    with pytest.warns(UserWarning, match="has done its 96 timesteps. learn.more_timesteps"):
+        resumed.continue_learning(TrainingCheckpoint(1, tmp_path))
     assert_same_bits(state_of(resumed), state_of(model))
     assert steps_of(tmp_path) == [64, 80, 96]
 
