@@ -74,7 +74,7 @@ def take_snapshot(
     """
     assert model.env is not None
     state: TrainingState = {
-        "attributes": {name: getattr(model, name) for name in model.TRAINING_STATE},
+        "attributes": {name: _as_python_number(getattr(model, name)) for name in model.TRAINING_STATE},
         "learning_rate_factors": model._coefficients.groups(model).factors,
         **model._execution.state(model),
         "seconds": seconds_of_learning(model),
@@ -149,8 +149,8 @@ def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = T
     """
     assert model.env is not None
     check_attributes(model, state["attributes"], trusted)
-    check_seconds(state["seconds"])
     if not trusted:
+        check_seconds(state["seconds"])
         check_other_parts(model, state)
     for name, value in state["attributes"].items():
         setattr(model, name, tree_map(lambda leaf: _on_device(leaf, model.device), value))
@@ -174,7 +174,8 @@ def seconds_of_learning(model: PlusModel) -> float:
 
     :param model: the model
     """
-    return (time.time_ns() - model.start_time) / 1e9
+    # The clock may have been set back
+    return max((time.time_ns() - model.start_time) / 1e9, 0.0)
 
 
 def restore_logs(model: PlusModel, logs: dict[str, Any]) -> None:
@@ -203,6 +204,11 @@ def pending_logs(model: PlusModel) -> dict[str, Any]:
         "name_to_count": {key: count for key, count in logger.name_to_count.items() if key in values},
         "name_to_excluded": {key: excluded for key, excluded in logger.name_to_excluded.items() if key in values},
     }
+
+
+def _as_python_number(value: Any) -> Any:  # noqa: ANN401  # any attribute
+    # learn(np.int64(1000)) is allowed
+    return value.item() if isinstance(value, np.number) else value
 
 
 def _is_plain(value: object) -> bool:
