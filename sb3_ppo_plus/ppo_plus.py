@@ -36,7 +36,7 @@ from sb3_ppo_plus.policies.bounded_distributions import SquashedGaussianDistribu
 from sb3_ppo_plus.policies.bounds import env_actions
 from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, explaining_dict_keys, resolve_policy_kwargs
 from sb3_ppo_plus.policies.remembering import set_sequence_length
-from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint
+from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint, warn_of_a_finished_run
 from sb3_ppo_plus.resuming.run import Run, as_callbacks
 from sb3_ppo_plus.rollout.values import RolloutValues
 from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_named_by_package, write_model
@@ -76,7 +76,8 @@ class PPOPlus(PPO):
     :param on_non_finite: if a loss or its gradient is NaN or infinite, no step is taken. "raise": an error names the
         term; "skip": training goes on, and ``train/skipped_steps`` counts such steps
     :param max_skipped: with "skip", how many steps may be skipped in a row before an error is raised
-    :param worker_timeout: seconds in which a worker of a SubprocVecEnv must answer during ``learn``; None: no limit
+    :param worker_timeout: seconds in which a worker of a SubprocVecEnv must answer during ``learn``, but at least 300
+        where it builds its environment; None: no limit
     :param restart_workers: how many hanging or dead workers of the training environment one ``learn`` may start anew
     :raises ValueError: for a value that is not allowed, before the first environment step
     :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
@@ -316,6 +317,7 @@ class PPOPlus(PPO):
         log_interval = None if self._log_interval is None else 1
         callbacks = [*as_callbacks(callback), Continuation(self)]
         remaining = self._total_timesteps - self.num_timesteps
+        warn_of_a_finished_run(remaining, self.num_timesteps)
         return self._learn(remaining, callbacks, log_interval, self._tb_log_name, False, progress_bar)
 
     def _learn(self, *arguments: Any) -> Self:

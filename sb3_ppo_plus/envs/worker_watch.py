@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
@@ -88,6 +90,19 @@ class WorkerWatch(NamingDeadWorkers):
         self._callback = callback
         if self._is_on:
             self._watch_all()
+            self._warn_of_no_use()
+
+    def _warn_of_no_use(self) -> None:
+        is_asked_for = self._timeout is not None or self._budget.limit > 0
+        innermost = [base_of(each) for each in self._envs_in_use() if isinstance(each, VecEnv)]
+        if not is_asked_for or any(isinstance(env, SubprocVecEnv) for env in innermost):
+            return
+        names = dict.fromkeys(type(env).__name__ for env in innermost)
+        warnings.warn(
+            f"worker_timeout and restart_workers have no effect on {', '.join(names)}, only on the worker processes of "
+            "a SubprocVecEnv: make_vec_env(..., vec_env_cls=SubprocVecEnv)",
+            stacklevel=2,
+        )
 
     def _envs_in_use(self) -> list[object]:
         return [self._env, *eval_envs_of(self._callback)]

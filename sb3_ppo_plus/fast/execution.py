@@ -116,7 +116,12 @@ class Execution:
 
         :param model: the model
         """
-        return {"grad_scaler": self.grad_scaler.state_dict(), "has_gradient": self.step_for(model).has_gradient}
+        return {
+            "grad_scaler": self.grad_scaler.state_dict(),
+            "has_gradient": self.step_for(model).has_gradient,
+            # Parts of a policy may have been frozen during training
+            "trainable": [parameter.requires_grad for parameter in model.policy.parameters()],
+        }
 
     def set_state(self, model: PlusModel, state: dict[str, Any]) -> None:
         """Put back what :meth:`state` has returned.
@@ -125,5 +130,10 @@ class Execution:
         :param state: the result of :meth:`state`; other entries are ignored
         """
         self.grad_scaler.load_state_dict(state["grad_scaler"])
-        if state["has_gradient"] is not None:
-            self.step_for(model).flatten(state["has_gradient"])
+        has_gradient, trainable = state["has_gradient"], state.get("trainable")
+        if trainable is not None:
+            for parameter, is_trainable in zip(model.policy.parameters(), trainable, strict=True):
+                parameter.requires_grad_(is_trainable)
+        # Without the flags of older files, a parameter without gradient may have been frozen: the first step finds out
+        if has_gradient is not None and (trainable is not None or all(has_gradient)):
+            self.step_for(model).flatten(has_gradient)

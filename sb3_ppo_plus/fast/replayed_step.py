@@ -67,19 +67,24 @@ class ReplayedGradientStep(GradientStep):
         if prepared is None or prepared.rollout is not minibatch.rollout:
             prepared = self._prepared = self._prepare(objective, minibatch.rollout)
 
+        found: list[Sequence[th.Tensor | None]] = []
+
         def eager() -> list[th.Tensor]:
             metrics, gradients = GradientStep._differentiate(self, objective, minibatch)
+            found.append(gradients)
             return [metrics, *(gradient for gradient in gradients if gradient is not None)]
 
-        computed = iter(
-            self.replays.compute(
-                (prepared.key, indices.shape, tuple(self._flat.has_gradient)),
-                [indices, *prepared.inputs],
-                lambda: self._function(objective, prepared.spec),
-                eager,
-            )
+        metrics, *computed = self.replays.compute(
+            (prepared.key, indices.shape, tuple(self._flat.has_gradient)),
+            [indices, *prepared.inputs],
+            lambda: self._function(objective, prepared.spec),
+            eager,
         )
-        return next(computed), [next(computed) if has else None for has in self._flat.has_gradient]
+        if found:
+            # Which parameters have a gradient may be another question than which had one
+            return metrics, found[-1]
+        of_parameters = iter(computed)
+        return metrics, [next(of_parameters) if has else None for has in self._flat.has_gradient]
 
     def _prepare(self, objective: Objective, rollout: RolloutBatch) -> _Prepared:
         coefficients = objective.coefficients

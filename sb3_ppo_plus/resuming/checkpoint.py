@@ -25,7 +25,8 @@ class TrainingCheckpoint(BaseCallback):
     """Writes checkpoints of a training run, from which ``PPOPlus.resume(save_path, env)`` continues it exactly.
 
     A checkpoint is a directory in ``save_path``. It is written at the end of an update, also of the last one. It holds
-    everything that the rest of the run depends on. Environments are part of it if they have ``get_resume_state()`` and
+    everything that the rest of the run depends on, and beside it ``model.zip`` and ``vecnormalize.json`` for use
+    elsewhere. Environments are part of it if they have ``get_resume_state()`` and
     ``set_resume_state(state)``, see :class:`ResumableEnv`. Callbacks of your own are part of it if they have
     ``get_state()`` and ``set_state(state)``.
 
@@ -39,8 +40,7 @@ class TrainingCheckpoint(BaseCallback):
     With ``on_signal``, SIGTERM or SIGINT (Ctrl-C) ends training after the current update: a checkpoint is written, and
     ``learn`` returns. A second SIGINT interrupts at once. After SIGUSR1 a checkpoint is written too, and learning goes
     on. The handlers are in place during ``learn``, if it runs in the main thread. Such signals often reach all
-    processes, so the workers of a SubprocVecEnv ignore SIGINT and SIGTERM from then on; forked workers ignore only
-    SIGINT.
+    processes, so the workers of a SubprocVecEnv ignore SIGINT and SIGTERM from then on.
 
     :param save_freq: smallest number of timesteps between two checkpoints, counted over all environments; 1: a
         checkpoint after every update

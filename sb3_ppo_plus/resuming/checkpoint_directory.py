@@ -35,7 +35,7 @@ from sb3_ppo_plus.untrusted.strict_json import parse, short
 MANIFEST = "manifest.json"
 #: It names a few files and versions
 MAX_MANIFEST_BYTES = 2**20
-#: A checkpoint has three. Several names may be links to one large file
+#: A checkpoint has three, and the statistics of a VecNormalize. Several names may be links to one large file
 MAX_FILES = 4
 #: How many newer ones may be invalid, without trust
 MAX_TRIES = 20

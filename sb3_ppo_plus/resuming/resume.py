@@ -23,6 +23,7 @@ from sb3_ppo_plus.resuming.migrations import migrated
 from sb3_ppo_plus.resuming.training_state import (
     ARRAYS_FILE,
     MODEL_FILE,
+    NORMALIZER_FILE,
     STATE_FILE,
     pending_logs,
     read_state,
@@ -51,8 +52,9 @@ def latest_checkpoint(save_path: str | Path) -> Path | None:
 def best_checkpoint(save_path: str | Path) -> Path | None:
     """Return the directory of the valid checkpoint with the highest mean return of the last episodes at saving.
 
-    ``PPOPlus.load(directory / "model.zip")`` loads its model, ``PPOPlus.resume(directory, env)`` goes on from it.
-    Checkpoints that are not valid are warned of.
+    ``PPOPlus.load(directory / "model.zip")`` loads its model, and ``load_vec_normalize(directory / "vecnormalize.json",
+    env)`` the statistics of its VecNormalize. ``PPOPlus.resume(directory, env)`` goes on from it. Checkpoints that are
+    not valid are warned of, and those of an earlier run in this directory count too.
 
     :param save_path: as given to :class:`TrainingCheckpoint`
     :return: of equal ones the newest; None if there is no valid checkpoint that was saved after an episode had ended
@@ -84,6 +86,8 @@ def load_checkpoint(
     """
     if env is None:
         raise TypeError("env must be the environments to go on with, got None")
+    if save_path is None:
+        raise TypeError("save_path must be the directory of a run's checkpoints, got None: is there no checkpoint yet?")
     skipped: list[str] = []
     checkpoint = newest_checkpoint(save_path, kwargs.get("trusted", True), skipped)
     if checkpoint is None:
@@ -100,7 +104,7 @@ def _resumed(
     trusts_state: bool | None,
     **kwargs: Any,
 ) -> Model:
-    if checkpoint.files.keys() != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
+    if checkpoint.files.keys() - {NORMALIZER_FILE} != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
         raise CheckpointError(f"{checkpoint.directory} holds no training state, got {sorted(checkpoint.files)}")
     model: Any = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
     try:
@@ -148,6 +152,20 @@ def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
         warnings.warn(
             f"what follows may differ in the last bits, since the checkpoint was written with {', '.join(different)}",
             stacklevel=5,
+        )
+
+
+def warn_of_a_finished_run(remaining: int, num_timesteps: int) -> None:
+    """Warn where there is nothing to continue: a user may have asked for more steps in a script that is run again.
+
+    :param remaining: timesteps that the run has left
+    :param num_timesteps: timesteps done
+    """
+    if remaining <= 0:
+        warnings.warn(
+            f"the run is finished: it has done its {num_timesteps} timesteps. learn(more_timesteps, callback, "
+            "reset_num_timesteps=False) goes on",
+            stacklevel=3,
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_ppo_plus.envs.in_workers import have_effect
+from sb3_ppo_plus.envs.in_workers import EndsWithMain, have_effect
 from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.envs.workers import is_forked
 
@@ -22,20 +22,20 @@ from sb3_ppo_plus.envs.workers import is_forked
 def keep_signals_from_workers(env: VecEnv) -> None:
     """Let the worker processes of a SubprocVecEnv ignore SIGINT and SIGTERM, which would end them.
 
-    Terminals send SIGINT to all processes, and job schedulers send SIGTERM. Forked workers still end at SIGTERM, since
-    they do not notice when their main process has ended.
+    Terminals send SIGINT to all processes, and job schedulers send SIGTERM. Forked workers hold each other's pipes
+    open, so they are told to notice when their main process has ended.
 
     :param env: the outermost vectorised environment
     """
     base = base_of(env)
     if not isinstance(base, SubprocVecEnv):
         return
-    forked = is_forked(base)
-    for number in (signal.SIGINT,) if forked else (signal.SIGINT, signal.SIGTERM):
+    if is_forked(base):
+        have_effect(base, EndsWithMain())
+    for number in (signal.SIGINT, signal.SIGTERM):
         have_effect(base, _Ignore(number))
-    if not forked:
-        # At the end of the program, multiprocessing sends workers SIGTERM, which they ignore, and waits for their end
-        Finalize(base, _kill, [base.processes], exitpriority=0)
+    # At the end of the program, multiprocessing sends workers SIGTERM, which they ignore, and waits for their end
+    Finalize(base, _kill, [base.processes], exitpriority=0)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from sb3_ppo_plus.untrusted.strict_json import short
 MAX_COUNT = 2**53
 #: Ten thousand years
 MAX_SECONDS = 3e11
+#: The one counter that need not be an integer
+TOTAL = "_total_timesteps"
 _PLAIN_STATISTICS = (bool, int, float, str, np.generic, np.ndarray, th.Tensor, type(None))
 
 
@@ -38,20 +40,30 @@ def check_attributes(model: PlusModel, attributes: dict[str, Any], trusted: bool
         raise ValueError(f"the training state must hold {sorted(names)}, got {sorted(attributes)}")
     for name, value in attributes.items():
         existing = getattr(model, name)
-        if isinstance(existing, int | float | str | deque) and not isinstance(value, type(existing) | None):
+        # learn(1e6) is allowed, too
+        allowed = (int, float) if name == TOTAL else type(existing)
+        if isinstance(existing, int | float | str | deque) and value is not None and not isinstance(value, allowed):
             raise TypeError(f"{name} must be of type {type(existing).__name__}, got {short(value)}")
-    for name in (*COUNTERS, "_n_iterations"):
-        _check(_is_count(attributes[name]), name, f"an integer in [0, {MAX_COUNT}]", attributes[name])
-    progress = attributes["_current_progress_remaining"]
-    _check(is_number(progress) and 0 <= progress <= 1, "_current_progress_remaining", "a number in [0, 1]", progress)
-    interval = attributes["_log_interval"]
-    _check(interval is None or (is_number(interval) and interval > 0), "_log_interval", "None or above 0", interval)
+    if not trusted:
+        _check_numbers(attributes)
     states = attributes["_last_states"]
     _check(states is None or _are_states(states), "_last_states", "None or the states of a memory", states)
     if not trusted:
         _check_observations(model, attributes)
         for name in ("ep_info_buffer", "ep_success_buffer"):
             _check_statistics(model, attributes[name], name)
+
+
+def _check_numbers(attributes: dict[str, Any]) -> None:
+    for name in (*COUNTERS, "_n_iterations"):
+        value = attributes[name]
+        is_total = name == TOTAL and type(value) is float and 0 <= value <= MAX_COUNT
+        _check(_is_count(value) or is_total, name, f"an integer in [0, {MAX_COUNT}]", value)
+    progress = attributes["_current_progress_remaining"]
+    _check(is_number(progress) and 0 <= progress <= 1, "_current_progress_remaining", "a number in [0, 1]", progress)
+    interval = attributes["_log_interval"]
+    is_interval = interval is None or (is_number(interval) and abs(interval) <= MAX_COUNT and interval != 0)
+    _check(is_interval, "_log_interval", "None or another number than 0", interval)
 
 
 def check_other_parts(model: PlusModel, state: dict[str, Any]) -> None:
@@ -67,11 +79,10 @@ def check_other_parts(model: PlusModel, state: dict[str, Any]) -> None:
     scaler = state["grad_scaler"]
     are_numbers = isinstance(scaler, dict) and all(_is_finite(value) for value in scaler.values())
     _check(are_numbers, "grad_scaler", "numbers by name", scaler)
-    has_gradient = state["has_gradient"]
-    are_flags = has_gradient is None or (
-        isinstance(has_gradient, list) and all(isinstance(flag, bool) for flag in has_gradient)
-    )
-    _check(are_flags, "has_gradient", "None or flags", has_gradient)
+    for name in ("has_gradient", "trainable"):
+        flags = state.get(name)
+        are_flags = flags is None or (isinstance(flags, list) and all(isinstance(flag, bool) for flag in flags))
+        _check(are_flags, name, "None or flags", flags)
     for name, tensor in (state["gsde"] or {}).items():
         is_finite = isinstance(tensor, th.Tensor) and bool(th.isfinite(tensor).all())
         own = getattr(model.policy.action_dist, name, None)

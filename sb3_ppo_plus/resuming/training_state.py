@@ -12,6 +12,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
+from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.env_states.generator_state import (
@@ -27,12 +28,15 @@ from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
 from sb3_ppo_plus.resuming.state_checks import check_attributes, check_other_parts, check_seconds
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
+from sb3_ppo_plus.saving.vec_normalize import as_json
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.untrusted.strict_json import Limits, parse
 
 TrainingState = dict[str, Any]
 
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
+NORMALIZER_FILE = "vecnormalize.json"
+"""For those who use the model elsewhere. A resume takes the statistics from the state of the environments."""
 # Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
 # there may be many environments, with nested lists. Python itself reads at most 4300 digits
 UNTRUSTED_LIMITS = Limits(2**28, max_depth=128, max_values=2**21, max_digits=4300, allows_non_finite=True)
@@ -59,8 +63,8 @@ def take_snapshot(
 ) -> Snapshot:
     """Copy the state of a training run between two updates.
 
-    ``model.zip`` is what ``model.save`` writes, without last observations and statistics. The other files hold plain
-    values, no pickle.
+    ``model.zip`` is what ``model.save`` writes, without last observations and statistics. ``vecnormalize.json`` is what
+    ``save_vec_normalize`` writes, if there is a VecNormalize. The other files hold plain values, no pickle.
 
     :param model: the model
     :param callback: the callback of its ``learn``, with all callbacks inside it
@@ -70,7 +74,7 @@ def take_snapshot(
     """
     assert model.env is not None
     state: TrainingState = {
-        "attributes": {name: getattr(model, name) for name in model.TRAINING_STATE},
+        "attributes": {name: _as_python_number(getattr(model, name)) for name in model.TRAINING_STATE},
         "learning_rate_factors": model._coefficients.groups(model).factors,
         **model._execution.state(model),
         "seconds": seconds_of_learning(model),
@@ -88,6 +92,7 @@ def take_snapshot(
     large = [name for name, value in state["attributes"].items() if not isinstance(value, int | float | str | None)]
     a_ppo: Any = model
     model_file = models.take(a_ppo, large)
+    normalizer_file = _normalizer_file(model)
     return Snapshot(
         model.num_timesteps,
         mean_return_of(model),
@@ -95,8 +100,15 @@ def take_snapshot(
             MODEL_FILE: model_file(),
             STATE_FILE: json.dumps(encoded).encode(),
             ARRAYS_FILE: writer.arrays(),
+            **normalizer_file,
         },
     )
+
+
+def _normalizer_file(model: PlusModel) -> dict[str, bytes]:
+    normalize = None if model.env is None else unwrap_vec_normalize(model.env)
+    # A subclass may hold more than the file could
+    return {NORMALIZER_FILE: as_json(normalize).encode()} if type(normalize) is VecNormalize else {}
 
 
 def mean_return_of(model: PlusModel) -> float | None:
@@ -137,8 +149,8 @@ def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = T
     """
     assert model.env is not None
     check_attributes(model, state["attributes"], trusted)
-    check_seconds(state["seconds"])
     if not trusted:
+        check_seconds(state["seconds"])
         check_other_parts(model, state)
     for name, value in state["attributes"].items():
         setattr(model, name, tree_map(lambda leaf: _on_device(leaf, model.device), value))
@@ -162,7 +174,8 @@ def seconds_of_learning(model: PlusModel) -> float:
 
     :param model: the model
     """
-    return (time.time_ns() - model.start_time) / 1e9
+    # The clock may have been set back
+    return max((time.time_ns() - model.start_time) / 1e9, 0.0)
 
 
 def restore_logs(model: PlusModel, logs: dict[str, Any]) -> None:
@@ -191,6 +204,11 @@ def pending_logs(model: PlusModel) -> dict[str, Any]:
         "name_to_count": {key: count for key, count in logger.name_to_count.items() if key in values},
         "name_to_excluded": {key: excluded for key, excluded in logger.name_to_excluded.items() if key in values},
     }
+
+
+def _as_python_number(value: Any) -> Any:  # noqa: ANN401  # any attribute
+    # learn(np.int64(1000)) is allowed
+    return value.item() if isinstance(value, np.number) else value
 
 
 def _is_plain(value: object) -> bool:

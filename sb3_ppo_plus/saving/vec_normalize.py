@@ -32,7 +32,21 @@ def save_vec_normalize(env: VecEnv, path: str | pathlib.Path) -> None:
     """
     normalize = unwrap_vec_normalize(env)
     if type(normalize) is not VecNormalize:
-        raise ValueError(f"env must be or contain a VecNormalize, got {env!r} with {normalize!r}")
+        raise ValueError(
+            f"env must be or contain a VecNormalize, and none of a subclass, got {env!r} with {normalize!r}"
+        )
+    path = pathlib.Path(path)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(as_json(normalize))
+    os.replace(unfinished, path)
+
+
+def as_json(normalize: VecNormalize) -> str:
+    """Write settings and statistics as :func:`save_vec_normalize` does.
+
+    :param normalize: the VecNormalize, of no subclass
+    :return: the content of the file
+    """
     content: dict[str, Any] = {"format": FORMAT}
     content |= {name: bool(getattr(normalize, name)) for name in _FLAGS}
     content |= {name: _encode_number(float(getattr(normalize, name))) for name in _NUMBERS}
@@ -43,10 +57,7 @@ def save_vec_normalize(env: VecEnv, path: str | pathlib.Path) -> None:
             content["obs_rms"] = [[key, _encode_statistics(statistics)] for key, statistics in rms.items()]
         else:
             content["obs_rms"] = _encode_statistics(rms)
-    path = pathlib.Path(path)
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_text(json.dumps(content, indent=1, allow_nan=False))
-    os.replace(unfinished, path)
+    return json.dumps(content, indent=1, allow_nan=False)
 
 
 def load_vec_normalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = False) -> VecNormalize:

@@ -14,7 +14,7 @@ import pytest
 from environments import ToyEnv, make_env
 from faulty_workers import LONG, SHORT, START_METHODS, build_watched, faulty_envs, is_running
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from states import assert_same_training
 
 from sb3_ppo_plus import DeadWorkerError, HangingWorkerError, PPOPlus, ResumableEnv, TrainingCheckpoint
@@ -236,6 +236,20 @@ def test_connections_are_replaced_during_learn_only_where_that_has_a_use(start_m
 class Stops(BaseCallback):
     def _on_step(self):
         raise ArithmeticError("of a callback")
+
+
+def test_a_warning_says_that_environments_without_workers_are_not_watched():
+    env = DummyVecEnv([ToyEnv])
+    with pytest.warns(UserWarning, match="no effect on DummyVecEnv, only on the worker processes of a Subproc"):
+        build_watched(env, worker_timeout=LONG).learn(16)
+
+
+@pytest.mark.parametrize("settings", [{}, {"worker_timeout": LONG}])
+def test_it_does_not_come_without_the_options_nor_where_an_evaluation_has_workers(settings, recwarn):
+    eval_env = SubprocVecEnv([ToyEnv], "fork")
+    build_watched(DummyVecEnv([ToyEnv]), **settings).learn(16, EvalCallback(eval_env, verbose=0) if settings else None)
+    assert not [warning for warning in recwarn if "have no effect" in str(warning.message)]
+    eval_env.close()
 
 
 def test_after_an_exception_the_connections_are_sb3s_again():

@@ -15,6 +15,7 @@ from sb3_ppo_plus import (
     TrainingCheckpoint,
     WrapperStackError,
     latest_checkpoint,
+    load_vec_normalize,
 )
 from sb3_ppo_plus.resuming import checkpoint_directory
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
@@ -69,11 +70,34 @@ def test_the_model_of_a_checkpoint_is_a_saved_model(tmp_path):
     assert_same_bits(state_of(loaded), state_of(model))
 
 
+def test_the_model_of_a_checkpoint_acts_elsewhere_with_the_normaliser_beside_it(tmp_path):
+    env = VecNormalize(make_vec_env(ToyEnv, n_envs=2))
+    model = make_model(env).learn(96, TrainingCheckpoint(1, tmp_path))
+    directory = latest_checkpoint(tmp_path)
+    loaded = PPOPlus.load(directory / "model.zip", trusted=False)
+    one = load_vec_normalize(directory / "vecnormalize.json", make_vec_env(ToyEnv, seed=3))
+    one.training = env.training = False
+    observations = one.reset()
+    np.testing.assert_array_equal(observations, env.normalize_obs(one.get_original_obs()))
+    expected = model.predict(observations, deterministic=True)[0]
+    np.testing.assert_array_equal(loaded.predict(observations, deterministic=True)[0], expected)
+
+
+def test_without_a_plain_vec_normalize_there_is_no_such_file(tmp_path):
+    class OwnNormalize(VecNormalize):
+        pass
+
+    for name, wrap in (("none", lambda env: env), ("own", OwnNormalize)):
+        make_model(wrap(make_vec_env(ToyEnv, n_envs=2))).learn(16, TrainingCheckpoint(1, tmp_path / name))
+        assert not (latest_checkpoint(tmp_path / name) / "vecnormalize.json").exists()
+
+
 def test_a_finished_run_stays_finished(tmp_path):
     model = make_model()
     model.learn(96, TrainingCheckpoint(1, tmp_path))
     resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu")
-    resumed.continue_learning(TrainingCheckpoint(1, tmp_path))
+    with pytest.warns(UserWarning, match="has done its 96 timesteps. learn.more_timesteps"):
+        resumed.continue_learning(TrainingCheckpoint(1, tmp_path))
     assert_same_bits(state_of(resumed), state_of(model))
     assert steps_of(tmp_path) == [64, 80, 96]
 
@@ -126,6 +150,11 @@ def test_without_a_run_to_resume_or_to_continue_there_is_an_error(tmp_path):
         PPOPlus.resume(tmp_path, make_envs())
     with pytest.raises(ValueError, match="no learn to continue: call learn, or resume"):
         make_model().continue_learning()
+
+
+def test_no_path_is_an_error_that_says_so():
+    with pytest.raises(TypeError, match=r"save_path must be .* got None: is there no checkpoint yet"):
+        PPOPlus.resume(None, make_envs())
 
 
 def test_goes_on_in_the_same_process(tmp_path):

@@ -185,9 +185,10 @@ def test_handlers_are_installed_only_in_the_main_thread(tmp_path):
     assert steps_of(tmp_path) == [16, 32]
 
 
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
 @pytest.mark.parametrize("number", STOPPING)
-def test_a_signal_to_all_processes_does_not_end_the_workers(tmp_path, number):
-    env = SubprocVecEnv([lambda: ResumableEnv(ToyEnv())] * 2)
+def test_a_signal_to_all_processes_does_not_end_the_workers(tmp_path, number, start_method):
+    env = SubprocVecEnv([lambda: ResumableEnv(ToyEnv())] * 2, start_method)
     try:
         pids = [os.getpid(), *(process.pid for process in env.processes)]
         model = make_model(env)
@@ -211,16 +212,53 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
-def test_workers_end_with_the_program_that_does_not_close_them(tmp_path, start_method):
+def run_script(tmp_path, text):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(start_method=start_method))
+    script.write_text(text)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(__file__).parents[1])])}
-    command = [sys.executable, str(script), str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
-    assert ran.returncode == 0, ran.stderr
-    for pid in map(int, ran.stdout.split()):
+    # Not through pipes, which workers that are still there would keep open
+    with open(tmp_path / "stdout", "w+") as stdout, open(tmp_path / "stderr", "w+") as stderr:
+        command = [sys.executable, str(script), str(tmp_path)]
+        ran = subprocess.run(command, stdout=stdout, stderr=stderr, timeout=600, env=environment)
+    ran.stdout, ran.stderr = ((tmp_path / name).read_text() for name in ("stdout", "stderr"))
+    return ran
+
+
+def assert_end(pids):
+    for pid in pids:
         until = time.monotonic() + 300
         while os.path.exists(f"/proc/{pid}"):
             assert time.monotonic() < until, f"worker {pid} is still there"
             time.sleep(0.01)
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_workers_end_with_the_program_that_does_not_close_them(tmp_path, start_method):
+    ran = run_script(tmp_path, SCRIPT.format(start_method=start_method))
+    assert ran.returncode == 0, ran.stderr
+    assert_end(ran.stdout.split())
+
+
+KILLED_SCRIPT = """
+import os, signal, sys
+from environments import ToyEnv
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import SubprocVecEnv
+from sb3_ppo_plus import PPOPlus, TrainingCheckpoint
+class Killed(BaseCallback):
+    def _on_step(self):
+        print(*(process.pid for process in env.processes), flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+if __name__ == "__main__":
+    env = SubprocVecEnv([ToyEnv] * 3, {start_method!r})
+    model = PPOPlus("MlpPolicy", env, n_steps=8, batch_size=8, device="cpu")
+    model.learn(48, [TrainingCheckpoint(1, sys.argv[1]), Killed()])
+"""
+
+
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_workers_that_ignore_sigterm_end_when_the_program_is_killed(tmp_path, start_method):
+    ran = run_script(tmp_path, KILLED_SCRIPT.format(start_method=start_method))
+    assert ran.returncode == -signal.SIGKILL, ran.stderr
+    assert len(ran.stdout.split()) == 3
+    assert_end(ran.stdout.split())
