@@ -63,6 +63,8 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         super().__init__(env)
         self._constant = frozenset(constant)
         self._start: Start | None = None
+        self.has_begun = False
+        """Whether it has seen a reset or a step."""
         self._actions = RecordedActions()
         self._outputs = RecordedOutputs()
         self._draws = OutsideDraws(env)
@@ -85,6 +87,7 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         """
         parts = parts_of_env(self.unwrapped)
         containers, world = containers_of(parts), world_of(self.unwrapped)
+        self.has_begun = True
         self._start = self._before_reset(seed, copy.deepcopy(options), large_attributes(containers, self._made_anew))
         self._actions, self._outputs = RecordedActions(), RecordedOutputs()
         observation, info = self.env.reset(seed=seed, options=options)
@@ -103,6 +106,7 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         """
         if self._start is None or len(self._actions) >= MOST_STEPS:
             self._start = None
+            self.has_begun = True
             return self.env.step(action)
         self._actions.append(action)
         is_watching = self._draws.is_watching
@@ -224,7 +228,7 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
             actions.append(action)
             outputs.append(*self.env.step(action)[:4])
             self._check(outputs, saved)
-        self._start, self._actions, self._outputs = start, actions, outputs
+        self._start, self._actions, self._outputs, self.has_begun = start, actions, outputs, True
         self._draws.set_notes(draws)
 
     def _check(self, outputs: RecordedOutputs, saved: dict[str, Any]) -> None:

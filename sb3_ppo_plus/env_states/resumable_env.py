@@ -81,7 +81,6 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         self._given_up = ""
         self._needs_recorder = by != "state"
         self._is_chosen = False
-        self._was_reset = False
         self._put_recorder()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -90,7 +89,6 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :param seed: as of the environment
         :param options: as of the environment
         """
-        self._was_reset = True
         self._put_recorder()
         outcome = self.env.reset(seed=seed, options=options)
         # RestartingEnv may have built another environment, whose episode has to begin with a recorder
@@ -109,7 +107,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         """
         if self._given_up:
             return None
-        if self._needs_recorder and not self._was_reset:
+        recorder = recorder_in(chain_of(self.env))
+        if recorder is not None and not recorder.has_begun:
             return dict(NEW)
         try:
             return self._state()

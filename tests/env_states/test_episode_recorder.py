@@ -257,8 +257,10 @@ def test_an_episode_without_an_end_is_warned_of_and_then_an_error(monkeypatch):
 def test_an_episode_that_began_without_the_recorder_is_an_error():
     inner = Simulated()
     inner.reset(seed=0)
+    env = replayed(inner)
+    outputs(env, drawn(env, 1))
     with pytest.raises(PlainStateError, match="the episode of Simulated was not recorded"):
-        replayed(inner).get_resume_state()
+        env.get_resume_state()
 
 
 def test_the_record_takes_few_bytes():
