@@ -50,7 +50,7 @@ def test_a_run_without_restarts_may_go_on_with_them(tmp_path):
     )
     build_watched(env).learn(48, TrainingCheckpoint(1, tmp_path / "runs"))
     env.close()
-    env = SubprocVecEnv([lambda: ResumableEnv(FaultyEnv("kill", tmp_path, "reset"), constant=["times"])] * 2, "fork")
+    env = make_envs(times=1)
     resumed = PPOPlus.resume(tmp_path / "runs", env, device="cpu", restart_workers=3)
     assert resumed.learn(48, reset_num_timesteps=False).num_timesteps == 96
     assert (tmp_path / "fault0").exists()
