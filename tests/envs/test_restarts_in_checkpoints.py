@@ -45,9 +45,11 @@ def test_a_run_that_is_resumed_after_a_restart_has_the_bits_of_one_that_is_not(t
 
 
 def test_a_run_without_restarts_may_go_on_with_them(tmp_path):
-    env = SubprocVecEnv(
-        [lambda: ResumableEnv(FaultyEnv("kill", tmp_path, "reset", times=0), constant=["times"])] * 2, "fork"
-    )
+    def make_envs(times):
+        makers = [lambda: ResumableEnv(FaultyEnv("kill", tmp_path, "reset", times=times), constant=["times"])] * 2
+        return SubprocVecEnv(makers, "fork")
+
+    env = make_envs(times=0)
     build_watched(env).learn(48, TrainingCheckpoint(1, tmp_path / "runs"))
     env.close()
     env = make_envs(times=1)
