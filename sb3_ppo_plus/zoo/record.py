@@ -93,7 +93,7 @@ def record_video(model: Any, env: VecEnv, folder: Path, prefix: str, n_steps: in
     :param prefix: beginning of the video's name
     :param n_steps: number of steps
     :param deterministic: whether to take the most likely actions
-    :return: the video, an mp4 with ``n_steps + 1`` images
+    :return: the video, an mp4 with ``n_steps + 1`` images; moviepy, which adds up times, may lose the last one
     :raises SystemExit: if the environment renders no images
     """
     modes = env.get_attr("metadata")[0].get("render_modes") or []
@@ -149,18 +149,20 @@ def _saved_models(args: argparse.Namespace) -> list[tuple[str, dict[str, Any]]]:
 def join(videos: Sequence[tuple[str, Path]], path: Path) -> Path:
     """Join videos, each with its label written on its images.
 
-    :param videos: labels and files
+    :param videos: labels and files, of images of one size
     :param path: the video to write
     :return: ``path``
     """
-    moviepy = import_optional("moviepy")
-    clips = [moviepy.VideoFileClip(str(video)) for _, video in videos]
-    try:
-        labelled = [clip.image_transform(_labeller(label)) for (label, _), clip in zip(videos, clips, strict=True)]
-        moviepy.concatenate_videoclips(labelled, method="compose").write_videofile(str(path), logger=None)
-    finally:
-        for clip in clips:
-            clip.close()
+    # imageio gives each image once; moviepy's clips are functions of time, which round
+    imageio = import_optional("imageio.v3")
+    first = videos[0][1]
+    height, width = imageio.improps(first, index=0).shape[:2]
+    writers = import_optional("moviepy.video.io.ffmpeg_writer")
+    with writers.FFMPEG_VideoWriter(str(path), (width, height), imageio.immeta(first)["fps"]) as writer:
+        for label, video in videos:
+            labelled = _labeller(label)
+            for image in imageio.imiter(video):
+                writer.write_frame(labelled(image))
     return path
 
 

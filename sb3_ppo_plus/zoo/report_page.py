@@ -44,19 +44,19 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 img{display:block;width:100%;height:auto}
 table{border-collapse:collapse;width:100%;font-size:.92rem}
 th,td{text-align:left;padding:.4rem .6rem;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600}td.number,th.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+td{overflow-wrap:anywhere}
+th{font-weight:600;white-space:nowrap}td.number,th.number{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
 code{font:.85em ui-monospace,monospace;background:var(--paper);border-radius:4px;padding:.1rem .3rem}
 code{overflow-wrap:anywhere}
 ul{padding-left:1.2rem;margin:.3rem 0;overflow-wrap:anywhere}summary{cursor:pointer}
+@media (max-width:1060px){.sides{grid-template-columns:minmax(0,1fr)}}
 @media (max-width:760px){
-.sides{grid-template-columns:minmax(0,1fr)}
 main{padding:.5rem}section{padding:.75rem}
 thead{display:none}
 tr{display:block;padding:.4rem 0;border-bottom:1px solid var(--line)}
 td,td.number{display:flex;justify-content:space-between;gap:1rem;border:0;padding:.15rem 0;text-align:right}
 td.number{white-space:normal}
 td::before{content:attr(data-name);color:var(--soft);text-align:left;flex:none}
-td{overflow-wrap:anywhere}
 }
 """
 
