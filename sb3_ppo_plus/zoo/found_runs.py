@@ -43,10 +43,14 @@ class FoundRun:
         """Read config.yml or args.yml as plain values. Nothing in it is built.
 
         :param name: the file's name
-        :return: empty if there is no such file, or if it is not the RL Zoo's
+        :return: empty if there is no such file in the run's folder, or if it is not the RL Zoo's
         """
+        path = self.parameters / name
+        # A report shows what it reads: a link would show a file of the user's
+        if not path.resolve().is_relative_to(self.folder):
+            return {}
         try:
-            return read_yaml(self.parameters / name)
+            return read_yaml(path)
         except (OSError, UntrustedFileError):
             return {}
 

@@ -14,6 +14,7 @@ import yaml
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.untrusted.plain_yaml import MAX_YAML_BYTES, read_yaml
 from sb3_ppo_plus.untrusted.strict_json import MAX_BYTES as MAX_JSON_BYTES
+from sb3_ppo_plus.untrusted.strict_json import short
 from sb3_ppo_plus.zoo.enjoy import STATISTICS
 from sb3_ppo_plus.zoo.hyperparams import ALGO, import_optional
 from sb3_ppo_plus.zoo.run_folder import environment_name
@@ -73,10 +74,16 @@ def plain_yaml(path: Path, left_out: tuple[str, ...] = ()) -> str:
 
     :param path: a file of the RL Zoo
     :param left_out: beginnings of names that are not taken
-    :raises UntrustedFileError: if the file is refused
+    :raises UntrustedFileError: if the file is refused, or if what makes the environment is not plain
     """
     members = {name: value for name, value in read_yaml(path).items() if not name.startswith(left_out)}
-    return as_yaml({name: value for name, value in members.items() if is_plain(value)}, str(path))
+    dropped = [name for name, value in members.items() if not is_plain(value)]
+    needed = sorted({"normalize", "frame_stack", "env", "env_kwargs", "env_wrapper", "vec_env_wrapper"} & set(dropped))
+    if needed:
+        raise UntrustedFileError(f"{path.name}: {', '.join(needed)} must be plain values")
+    if dropped:
+        print(f"Left out of {path.name}, since they are not plain: {', '.join(map(short, dropped))}")
+    return as_yaml({name: value for name, value in members.items() if name not in dropped}, path.name)
 
 
 def as_yaml(members: dict[str, Any], name: str) -> str:

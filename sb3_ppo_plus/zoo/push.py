@@ -19,12 +19,15 @@ from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.saving.plain_file import is_without_pickles, without_pickles
 from sb3_ppo_plus.saving.vec_normalize import save_vec_normalize
 from sb3_ppo_plus.untrusted.plain_yaml import read_yaml
+from sb3_ppo_plus.untrusted.regular_files import read_regular_file
+from sb3_ppo_plus.untrusted.strict_json import MAX_BYTES as MAX_JSON_BYTES
 from sb3_ppo_plus.zoo.enjoy import STATISTICS
 from sb3_ppo_plus.zoo.hub import (
     ARGS,
     CARD,
     CONFIG,
     ENV_KWARGS,
+    MAX_METRICS_BYTES,
     METRICS,
     PICKLED_IN_REPO,
     RESULTS,
@@ -106,7 +109,7 @@ def package(run: Run, args: argparse.Namespace) -> dict[str, bytes]:
         assert isinstance(mean, float) and isinstance(std, float)
         print(f"Mean reward: {mean:.2f} +/- {std:.2f} in {args.eval_episodes} episodes")
         files = {model_file(run.algo, run.env_id): _model_bytes(run), **_settings(run), **_statistics(run, env)}
-        files[METRICS] = _metrics(run.folder)
+        files[METRICS] = _metrics(run)
         results: dict[str, Any] = {"mean_reward": mean, "std_reward": std, "is_deterministic": deterministic}
         results |= {"n_eval_episodes": args.eval_episodes, "eval_datetime": datetime.datetime.now().isoformat()}
         files[RESULTS] = json.dumps(results).encode()
@@ -137,7 +140,7 @@ def _settings(run: Run) -> dict[str, bytes]:
     files = {ENV_KWARGS: as_yaml(run.env_kwargs, "env_kwargs").encode()}
     for name, left_out in ((CONFIG, ()), (ARGS, PRIVATE)):
         if (run.parameters / name).is_file():
-            files[name] = plain_yaml(run.parameters / name, left_out).encode()
+            files[name] = plain_yaml(_own(run.parameters / name, run), left_out).encode()
     return files
 
 
@@ -147,19 +150,26 @@ def _statistics(run: Run, env: VecEnv) -> dict[str, bytes]:
         return {}
     path = run.parameters / STATISTICS
     if path.is_file():
-        return {STATISTICS: path.read_bytes()}
+        return {STATISTICS: read_regular_file(_own(path, run), MAX_JSON_BYTES)}
     with tempfile.TemporaryDirectory() as folder:
         save_vec_normalize(env, Path(folder) / STATISTICS)
         return {STATISTICS: (Path(folder) / STATISTICS).read_bytes()}
 
 
-def _metrics(folder: Path) -> bytes:
+def _own(path: Path, run: Run) -> Path:
+    """Refuse a file outside of the run's folder: a link in it would publish a file of the user's."""
+    if not path.resolve().is_relative_to(run.folder.resolve()):
+        raise UntrustedFileError(f"{path} is a link to {path.resolve()}, outside of {run.folder}")
+    return path
+
+
+def _metrics(run: Run) -> bytes:
     """Return the scores of training as the RL Zoo packs them."""
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
-        for path in (folder / EVALUATIONS, *sorted(folder.glob("*monitor.csv"))):
+        for path in (run.folder / EVALUATIONS, *sorted(run.folder.glob("*monitor.csv"))):
             if path.is_file():
-                archive.write(path, arcname=path.name)
+                archive.writestr(path.name, read_regular_file(_own(path, run), MAX_METRICS_BYTES))
     return packed.getvalue()
 
 

@@ -206,6 +206,15 @@ def test_what_a_folder_holds_is_no_html(logs, capsys):
     assert page.tags.count("img") == 1 and evil in page.text and "Left out" in page.text
 
 
+def test_links_to_files_of_the_user_are_not_shown(logs):
+    config = logs / "ppo_plus/CartPole-v1_1/CartPole-v1/config.yml"
+    config.unlink()
+    Path("private.yml").write_text("password: secret\n")
+    config.symlink_to(Path("private.yml").absolute())
+    zoo.main(["report", "logs"])
+    assert "secret" not in Page().text
+
+
 def test_folders_without_scores_are_named(tmp_path, logs):
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit, match=r"nothing to report in empty:\nno run with evaluations\.npz or monitor\.csv"):
