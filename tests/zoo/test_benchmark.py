@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from stable_baselines3.common.monitor import load_results
-from zoo_runs import copy, files_of, train
+from short_runs import copy, files_of, train
 
 from sb3_ppo_plus import zoo
 from sb3_ppo_plus.zoo.benchmark import short_number

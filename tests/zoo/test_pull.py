@@ -12,7 +12,7 @@ import pytest
 from hostile import Payload
 from hub_stand_in import HubStandIn, reach, served
 from stable_baselines3 import PPO
-from zoo_runs import files_of, train
+from short_runs import files_of, train
 
 from sb3_ppo_plus import PPOPlus, zoo
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hostile import Payload
 from stable_baselines3.common.vec_env import DummyVecEnv
-from zoo_runs import copy, files_of, train
+from short_runs import copy, files_of, train
 
 from sb3_ppo_plus import PPOPlus, zoo
 from sb3_ppo_plus.zoo import record

@@ -11,7 +11,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
-from zoo_runs import files_of, train
+from short_runs import files_of, train
 
 from sb3_ppo_plus import zoo
 from sb3_ppo_plus.zoo import report_page
