@@ -79,7 +79,7 @@ def _folders(folder: Path, depth: int) -> Iterator[Path]:
 
 def _is_run(folder: Path) -> bool:
     match = _RUN.fullmatch(folder.resolve().name)
-    if match is None:
+    if match is None or not _ENV_ID.fullmatch(match.group(1)):
         return False
     return any(
         [

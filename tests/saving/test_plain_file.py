@@ -52,6 +52,8 @@ def test_no_pickle_of_sb3_is_in_the_file(model, tmp_path):
     content = without_pickles(tmp_path / "model.zip")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         assert not {"data", "pytorch_variables.pth"} & set(archive.namelist())
+        # The same model gives the same bytes at any time
+        assert {info.date_time[0] for info in archive.infolist()} == {1980}
     assert b"system" not in content.replace(b"system_info", b"")
     with pytest.raises(AssertionError, match="No data found"):
         PPO.load(io.BytesIO(content))

@@ -132,6 +132,11 @@ def test_arrays_that_would_fill_the_memory_or_are_none_are_refused(members, tmp_
         read_arrays(npz(tmp_path / "evaluations.npz", **members))
 
 
+def test_no_memory_is_taken_before_the_data_is_there(tmp_path):
+    with pytest.raises(UntrustedFileError, match=r"is no plain array: ValueError: float64 of shape \(1000000000000,\)"):
+        read_arrays(npz(tmp_path / "evaluations.npz", timesteps=huge()))
+
+
 def test_pickles_among_the_scores_are_not_read(tmp_path):
     payload = np.array([Payload(tmp_path / "mark")], dtype=object)
     save(tmp_path, timesteps=payload, results=payload)

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from hostile import Payload
 from hub_stand_in import HubStandIn, reach, served
-from stable_baselines3 import PPO
 from short_runs import files_of, train
+from stable_baselines3 import PPO
 
 from sb3_ppo_plus import PPOPlus, zoo
 

@@ -15,9 +15,9 @@ import yaml
 from hostile import Payload
 from hub_stand_in import TOKEN, HubStandIn, reach, served
 from huggingface_hub import ModelCard
+from short_runs import copy, files_of, train
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
-from short_runs import copy, files_of, train
 
 from sb3_ppo_plus import PPOPlus, zoo
 

@@ -10,8 +10,8 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 from hostile import Payload
-from stable_baselines3.common.vec_env import DummyVecEnv
 from short_runs import copy, files_of, train
+from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ppo_plus import PPOPlus, zoo
 from sb3_ppo_plus.zoo import record
@@ -126,11 +126,12 @@ def test_other_files_in_the_output_folder_stay(folder):
     ],
     ids=["memory and normaliser", "masks", "ResumableEnv and stacked frames"],
 )
-def test_our_policies_and_wrappers_are_recorded(env_id, flags, settings, tmp_path, monkeypatch):
+def test_our_policies_and_wrappers_are_recorded(env_id, flags, settings, tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
     run = train(tmp_path, env_id, settings=settings)
     zoo.main(["record", "--env", env_id, "--device", "cpu", "-n", "4", *flags])
     assert len(frames_of(next((run / "videos").glob("*.mp4")))) == 5
+    assert not [warning for warning in recwarn if "predicts without" in str(warning.message)]
 
 
 def test_states_of_a_memory_are_handed_on_and_begin_anew_with_an_episode():

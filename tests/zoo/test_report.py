@@ -192,13 +192,10 @@ def test_a_run_that_is_named_twice_counts_once(logs):
 
 
 def test_what_a_folder_holds_is_no_html(logs, capsys):
-    evil = "<script>alert(1)</script>"
+    evil, algo = "<script>alert(1)</script>", "<img src=x onerror=alert(1)>"
     shutil.rmtree(logs)
-    write_run(
-        logs, "<img src=x onerror=alert(1)>", "CartPole-v1", 1, STEPS, f'gamma: "{evil}"\n"{evil}": 1\n', f'"{evil}"'
-    )
-    broken = write_run(logs, "$x_1$", "CartPole-v1", 1, STEPS)
-    (broken / "evaluations.npz").write_bytes(b"none")
+    write_run(logs, algo, "CartPole-v1", 1, STEPS, f'gamma: "{evil}"\n"{evil}": 1\n', f'"{evil}"')
+    (write_run(logs, algo, "CartPole-v1", 2, STEPS) / "evaluations.npz").write_bytes(b"none")
     write_run(logs, "$x_1$", "CartPole-v1", 2, STEPS)
     zoo.main(["report", "logs"])
     page = Page()
