@@ -69,8 +69,8 @@ def limits(algo: str, env_id: str, max_model_bytes: int) -> dict[str, int]:
     return {model_file(algo, env_id): max_model_bytes, **sizes, STATISTICS: MAX_JSON_BYTES, METRICS: MAX_METRICS_BYTES}
 
 
-def plain_yaml(path: Path, left_out: tuple[str, ...] = ()) -> str:
-    """Return the plain values of a YAML file as YAML that builds no object, whoever reads it.
+def plain_members(path: Path, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the plain values of a YAML file.
 
     :param path: a file of the RL Zoo
     :param left_out: beginnings of names that are not taken
@@ -83,11 +83,11 @@ def plain_yaml(path: Path, left_out: tuple[str, ...] = ()) -> str:
         raise UntrustedFileError(f"{path.name}: {', '.join(needed)} must be plain values")
     if dropped:
         print(f"Left out of {path.name}, since they are not plain: {', '.join(map(short, dropped))}")
-    return as_yaml({name: value for name, value in members.items() if name not in dropped}, path.name)
+    return {name: value for name, value in members.items() if name not in dropped}
 
 
 def as_yaml(members: dict[str, Any], name: str) -> str:
-    """Write plain values as YAML without references.
+    """Write plain values as YAML that builds no object, whoever reads it, and has no references.
 
     :param members: values by name
     :param name: what to call them in messages

@@ -25,11 +25,12 @@ from sb3_ppo_plus.zoo.hub import (
     PICKLED_IN_FOLDER,
     PICKLED_IN_REPO,
     add_repo_arguments,
+    as_yaml,
     download,
     limits,
     model_file,
     naming_the_hub,
-    plain_yaml,
+    plain_members,
     repo_id,
     sizes_in_repo,
 )
@@ -131,7 +132,7 @@ def _check_and_move(args: argparse.Namespace, downloads: Path, run: Path) -> Non
         PPOPlus.load(run / f"{name}.zip", device="cpu", trusted=False)
     for file in (CONFIG, ARGS, ENV_KWARGS):
         if (downloads / file).is_file():
-            text = (downloads / file).read_text() if args.trust else plain_yaml(downloads / file)
+            text = (downloads / file).read_text() if args.trust else _plain_settings(downloads / file)
             (parameters / file).write_text(text)
     if (downloads / STATISTICS).is_file():
         content = read_regular_file(downloads / STATISTICS, MAX_JSON_BYTES)
@@ -144,6 +145,14 @@ def _check_and_move(args: argparse.Namespace, downloads: Path, run: Path) -> Non
         _check_settings(parameters)
     if (downloads / METRICS).is_file():
         _unpack_metrics(downloads / METRICS, run)
+
+
+def _plain_settings(path: Path) -> str:
+    """Return a YAML file's plain values. The RL Zoo's own ``enjoy`` evaluates a text in ``normalize``: none stays."""
+    members = plain_members(path)
+    if "normalize" in members:
+        members["normalize"] = bool(members["normalize"])
+    return as_yaml(members, path.name)
 
 
 def _check_settings(parameters: Path) -> None:

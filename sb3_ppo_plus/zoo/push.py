@@ -37,7 +37,7 @@ from sb3_ppo_plus.zoo.hub import (
     command_for,
     model_file,
     naming_the_hub,
-    plain_yaml,
+    plain_members,
     repo_id,
     sizes_in_repo,
 )
@@ -140,7 +140,7 @@ def _settings(run: Run) -> dict[str, bytes]:
     files = {ENV_KWARGS: as_yaml(run.env_kwargs, "env_kwargs").encode()}
     for name, left_out in ((CONFIG, ()), (ARGS, PRIVATE)):
         if (run.parameters / name).is_file():
-            files[name] = plain_yaml(_own(run.parameters / name, run), left_out).encode()
+            files[name] = as_yaml(plain_members(_own(run.parameters / name, run), left_out), name).encode()
     return files
 
 

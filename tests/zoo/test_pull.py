@@ -103,6 +103,15 @@ def test_yaml_files_are_kept_as_plain_values(hub, capsys):
     assert not Path("mark").exists()
 
 
+def test_texts_that_the_rl_zoo_would_evaluate_are_not_kept(hub):
+    from rl_zoo3.utils import get_saved_hyperparams
+
+    hub.repos[REPO]["config.yml"] = b"normalize: \"__import__('os').system('touch mark')\"\n"
+    zoo.main(PULL)
+    assert get_saved_hyperparams(str(RUN / ENV))[0]["normalize"] is True
+    assert not Path("mark").exists()
+
+
 def sb3_model():
     file = io.BytesIO()
     PPO("MlpPolicy", ENV, n_steps=8, batch_size=8, device="cpu").save(file)
