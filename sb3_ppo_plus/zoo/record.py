@@ -102,6 +102,10 @@ def record_video(model: Any, env: VecEnv, folder: Path, prefix: str, n_steps: in
     recorder = VecVideoRecorder(env, str(folder), lambda step: step == 0, video_length=n_steps, name_prefix=prefix)
     try:
         act(model, recorder, n_steps, deterministic)
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("mujoco", "OpenGL"):
+            raise
+        raise SystemExit(f"MuJoCo cannot render ({error}): without a display, set MUJOCO_GL=egl, or osmesa") from error
     finally:
         recorder.close()
     path = Path(recorder.video_path)

@@ -4,9 +4,11 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import gymnasium as gym
 import imageio.v3 as iio
+import mujoco
 import numpy as np
 import pytest
 from hostile import Payload
@@ -199,6 +201,22 @@ def test_an_environment_that_renders_no_images_is_an_error():
 
     with pytest.raises(SystemExit, match="renders no images: its render_modes are"):
         record.record_video(None, DummyVecEnv([Blind]), Path("out"), "name", 3, deterministic=True)
+
+
+def test_mujoco_without_a_display_is_told_what_to_do(tmp_path):
+    class Windowless(gym.Env):
+        observation_space = action_space = gym.spaces.Discrete(2)
+        metadata: ClassVar = {"render_modes": ["rgb_array"]}
+        render_mode = "rgb_array"
+
+        def reset(self, **kwargs):
+            return 0, {}
+
+        def render(self):
+            raise mujoco.FatalError("gladLoadGL error")
+
+    with pytest.raises(SystemExit, match=r"MuJoCo cannot render \(gladLoadGL error\): .* set MUJOCO_GL=egl"):
+        record.record_video(None, DummyVecEnv([Windowless]), tmp_path, "name", 3, deterministic=True)
 
 
 def test_models_of_the_rl_zoos_other_algorithms_are_recorded_with_trust(tmp_path, monkeypatch):
