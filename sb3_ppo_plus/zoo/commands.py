@@ -16,7 +16,13 @@ from sb3_ppo_plus.zoo.registration import register
 #: Commands that are the RL Zoo's own, with PPOPlus registered
 _RL_ZOO_COMMANDS = ("train", "enjoy")
 #: Commands of ours: each is a module of this folder with a function ``main(arguments: list[str])``
-_OWN_COMMANDS: dict[str, str] = {}
+_OWN_COMMANDS: dict[str, str] = {
+    "record": "sb3_ppo_plus.zoo.record",
+    "benchmark": "sb3_ppo_plus.zoo.benchmark",
+    "report": "sb3_ppo_plus.zoo.report",
+    "push": "sb3_ppo_plus.zoo.push",
+    "pull": "sb3_ppo_plus.zoo.pull",
+}
 
 
 @contextmanager

@@ -273,7 +273,7 @@ def test_an_unknown_command_names_the_known_ones(argv, capsys):
     with pytest.raises(SystemExit) as caught:
         zoo.main(argv)
     assert caught.value.code == 2
-    assert "{train,enjoy}" in capsys.readouterr().err
+    assert "{train,enjoy," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag"], ["--algo"], ["--algo", "nope"]])
