@@ -37,3 +37,7 @@ class PlainStateError(TypeError):
 
 class ResumeProofError(CheckpointError):
     """An environment goes on in another way after its state was saved and put back."""
+
+
+class ReplayError(ValueError):
+    """The replay of an episode had another outcome than the episode itself, so the environment cannot go on."""

@@ -3,6 +3,7 @@
 ``python resume_cases.py interrupt|resume FOLDER`` leaves the results in FOLDER. test_kills.py compares them.
 """
 
+import importlib
 import os
 import random
 import signal
@@ -36,6 +37,7 @@ from stable_baselines3.common.vec_env import (
 from states import state_of
 
 from sb3_ppo_plus import PPOPlus, ResumableEnv, TrainingCheckpoint
+from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
 
 N_UPDATES, INTERRUPTED_AFTER = 6, 3
 N_STEPS = 32
@@ -91,6 +93,26 @@ def gym_envs(env_id: str, **kwargs: Any) -> VecEnv:
     return make_vec_env(env_id, n_envs=2, seed=0, wrapper_class=ResumableEnv, **kwargs)
 
 
+def replayed_envs(make: Callable[[], gym.Env], **kwargs: Any) -> VecEnv:
+    """Make environments that cannot be saved, and play their episodes again."""
+    by_replay = {"wrapper_class": ResumableEnv, "wrapper_kwargs": {"by": "replay"}}
+    return VecNormalize(make_vec_env(make, n_envs=2, seed=0, **by_replay, **kwargs))
+
+
+def lunar_lander() -> gym.Env:
+    return gym.make("LunarLander-v3", max_episode_steps=45)
+
+
+def bipedal_walker() -> gym.Env:
+    return gym.make("BipedalWalker-v3", max_episode_steps=21)
+
+
+def minigrid() -> gym.Env:
+    # Importing it registers its environments
+    wrappers = importlib.import_module("minigrid.wrappers")
+    return gym.wrappers.FlattenObservation(wrappers.ImgObsWrapper(gym.make("MiniGrid-DoorKey-5x5-v0", max_steps=21)))
+
+
 def wrapped_envs() -> VecEnv:
     """Make environments with all of SB3's wrappers that have a state, and a Monitor outside ResumableEnv."""
 
@@ -142,6 +164,11 @@ CASES = {
     "wrappers": Case(wrapped_envs),
     "own_methods": Case(lambda: make_vec_env(lambda: gym.wrappers.TimeLimit(OwnMethods(), 11), n_envs=2, seed=0)),
     "subproc": Case(lambda: VecNormalize(gym_envs("Pendulum-v1", vec_env_cls=SubprocVecEnv))),
+    "lunar_lander": Case(lambda: replayed_envs(lunar_lander)),
+    "bipedal_walker": Case(lambda: replayed_envs(bipedal_walker)),
+    "minigrid": Case(lambda: replayed_envs(minigrid)),
+    "replay_in_workers": Case(lambda: replayed_envs(lunar_lander, vec_env_cls=SubprocVecEnv)),
+    "chosen": Case(lambda: make_vec_env(bipedal_walker, n_envs=2, seed=0, wrapper_class=resumable_env_for)),
     "gsde": Case(pendulum, arguments={"use_sde": True, "sde_sample_freq": 5}),
     "schedules": Case(
         pendulum,

@@ -61,14 +61,16 @@ class Finding(NamedTuple):
     """What a trial has found.
 
     :param is_error: whether the environment goes on in another way; False: the trial was not possible
-    :param text: a sentence
+    :param text: a sentence; "": the environment is saved in another way from its next reset on
+    :param is_disturbed: whether the environment is not as it was before the trial, and needs a reset
     """
 
     is_error: bool
     text: str
+    is_disturbed: bool = False
 
 
-def prove_envs(env: VecEnv) -> None:
+def prove_envs(env: VecEnv) -> bool:
     """Have each ResumableEnv of a vectorised environment prove itself.
 
     Environments of one process take :data:`MAX_SECONDS_OF_ALL` together: where they are slow, the first one takes more
@@ -77,19 +79,25 @@ def prove_envs(env: VecEnv) -> None:
     Nothing happens if the environments have no such method, or ``env`` cannot ask them.
 
     :param env: the outermost vectorised environment, after a reset
+    :return: whether an environment needs a reset, since its trial failed and it was not put back; and then this again
     :raises ResumeProofError: if one goes on in another way after its state was put back
     """
     base = base_of(env)
     if not has_attribute(base, "prove_resumable"):
-        return
+        return False
     doubts = []
+    is_disturbed = False
     for index, finding in enumerate(_findings(base)):
-        if finding is not None and finding.is_error:
+        if finding is None:
+            continue
+        if finding.is_error:
             raise ResumeProofError(f"environment {index}: {finding.text}")
-        if finding is not None:
+        if finding.text:
             doubts.append(f"environment {index}: {finding.text}")
+        is_disturbed = is_disturbed or finding.is_disturbed
     if doubts:
         warnings.warn(doubts[0], stacklevel=2)
+    return is_disturbed
 
 
 def _findings(base: Any) -> Iterator[Finding | None]:  # noqa: ANN401  # a VecEnv

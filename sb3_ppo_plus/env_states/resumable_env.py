@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 
+from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, chain_of, recorder_in
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_graph_reader import GraphReader
@@ -20,7 +22,11 @@ from sb3_ppo_plus.env_states.object_state import (
 )
 from sb3_ppo_plus.env_states.proof import Finding, find_flaw
 from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
-from sb3_ppo_plus.errors import PlainStateError
+from sb3_ppo_plus.errors import PlainStateError, ReplayError
+
+WAYS = ("state", "replay", "auto")
+#: State of an environment that has no episode yet to replay, such as that of an evaluation before the first one
+NEW: dict[str, Any] = {"layers": [], "is_new": True}
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -29,6 +35,10 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     It saves the simulators of MuJoCo and Atari, and attributes: plain values, random generators, what functions, their
     closures and other callables hold, and the data of the environment's classes. Lists and arrays that several
     attributes or wrappers share stay shared, and views stay views. What it cannot save is an error.
+
+    By replay, the environment inside all wrappers is not saved. Its episode is: the random generators and attributes
+    before the reset that began it, and the actions since. They are done again when the state is put back, and each
+    observation, reward and end is compared: see :class:`EpisodeRecorder`. The wrappers are saved as above.
 
     It compares functions and classes themselves when the state is put back: another class or builtin function is an
     error, another Python function is one of :meth:`resume_differences`.
@@ -46,29 +56,87 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         It takes up to 60 steps with random actions and two resets, and up to 4 seconds, or 10 seconds for all
         environments of a DummyVecEnv together, unless two steps and a reset of each, done twice, take longer. Give
         False where these move real hardware
+    :param by: "state": all attributes are saved. "replay": for environments with attributes that cannot be, such as
+        Box2D and minigrid. "auto": by state if all attributes of the environment can be saved after its first reset and
+        the proof holds, else by replay; if neither can be or holds, a warning, and episodes begin anew at a resume
+    :raises ValueError: for another ``by``
     """
 
-    def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = (), prove: bool = True) -> None:
+    def __init__(
+        self,
+        env: gym.Env[Any, Any],
+        constant: Iterable[str] = (),
+        prove: bool = True,
+        by: Literal["state", "replay", "auto"] = "state",
+    ) -> None:
         constant = tuple(constant)
-        gym.utils.RecordConstructorArgs.__init__(self, constant=constant, prove=prove)
+        if by not in WAYS:
+            raise ValueError(f"by must be one of {', '.join(map(repr, WAYS))}, got {by!r}")
+        gym.utils.RecordConstructorArgs.__init__(self, constant=constant, prove=prove, by=by)
         super().__init__(env)
         self.constant = constant
         self.prove = prove
+        self.by: str = by
         self._differences: list[str] = []
+        self._given_up = ""
+        self._needs_recorder = by != "state"
+        self._is_chosen = False
+        self._was_reset = False
+        self._put_recorder()
 
-    def get_resume_state(self) -> dict[str, Any]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode.
+
+        :param seed: as of the environment
+        :param options: as of the environment
+        """
+        self._was_reset = True
+        self._put_recorder()
+        outcome = self.env.reset(seed=seed, options=options)
+        # RestartingEnv may have built another environment, whose episode has to begin with a recorder
+        while self._put_recorder():
+            outcome = self.env.reset(options=options)
+        if self.by == "auto":
+            self._choose()
+        return outcome
+
+    def get_resume_state(self) -> dict[str, Any] | None:
         """Copy the state of every layer, from the outside in, and of this process's global random generators.
 
-        :return: plain values
+        :return: plain values; None: with ``by="auto"``, something cannot be saved, see :meth:`why_not_resumable`. A
+            warning comes the first time
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
+        if self._given_up:
+            return None
+        if self._needs_recorder and not self._was_reset:
+            return dict(NEW)
+        try:
+            return self._state()
+        except PlainStateError as error:
+            if self.by != "auto":
+                raise
+            self._given_up = str(error)
+            warnings.warn(f"an environment is not saved, and begins anew at a resume: {error}", stacklevel=2)
+            return None
+
+    def why_not_resumable(self) -> str:
+        """Say why :meth:`get_resume_state` returns None.
+
+        :return: a text; empty if it does not
+        """
+        return self._given_up
+
+    def _state(self) -> dict[str, Any]:
         layers = self.resumable_layers()
         try:
-            states, table = object_states(_without_own_methods(layers), [*layers, self], self.constant)
+            states, table = object_states(_without_own_methods(layers), self._all_of(layers), self.constant)
         except PlainStateError as error:
+            # By replay, only wrappers are saved by their attributes
+            by_replay = "" if recorder_in(layers) else ', or play its episode again: ResumableEnv(env, by="replay")'
             raise PlainStateError(
                 f"{error}. Give its class get_resume_state() and set_resume_state(state), or, if the attribute never "
-                "changes, name it in ResumableEnv(env, constant=[...])"
+                f"changes, name it in ResumableEnv(env, constant=[...]){by_replay}"
             ) from error
         remaining = iter(states)
         saved = [(_name(layer), _own_state(layer) if saves_itself(layer) else next(remaining)) for layer in layers]
@@ -91,6 +159,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :raises ValueError: for the state of other wrappers or of another environment; the message names both. Also
             where a class or a callable that holds nothing was another one
         """
+        if is_new(state):
+            return
         layers = self._layers_of(state)
         states = []
         for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
@@ -99,7 +169,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             else:
                 states.append(layer_state)
         # States of earlier versions have no table, and do not tell which attributes share a generator
-        reader = GraphReader(state.get("table", []), [*layers, self], splits_generators="table" in state)
+        reader = GraphReader(state.get("table", []), self._all_of(layers), splits_generators="table" in state)
         own = _without_own_methods(layers)
         set_object_states(own, states, reader)
         deleted: list[str] = []
@@ -110,6 +180,19 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             deleted += delete_later_data_of_classes(layer, attributes, self.constant)
         self._differences = [*reader.differences, *(f"{name} was deleted, which was not saved" for name in deleted)]
         set_global_generator_states(state["generators"])
+
+    def set_resume_state_or_tell(self, state: dict[str, Any]) -> str:
+        """Put back a state, and return the error if the replay of an episode had another outcome; else "".
+
+        It is returned since an exception would end a worker process.
+
+        :param state: what :meth:`get_resume_state` has returned
+        """
+        try:
+            self.set_resume_state(state)
+        except ReplayError as error:
+            return str(error)
+        return ""
 
     def resume_differences(self) -> list[str]:
         """Say what the last :meth:`set_resume_state` has deleted or set back, and which functions are other ones.
@@ -129,10 +212,14 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             process
         """
         left_out: list[str] = []
+        if is_new(state):
+            return left_out, ""
         try:
             layers = self._layers_of(state)
             for layer, (_, layer_state) in zip(layers, state["layers"], strict=True):
-                if saves_itself(layer):
+                if isinstance(layer, EpisodeRecorder):
+                    left_out += layer.set_resume_state_without_trust(layer_state)
+                elif saves_itself(layer):
                     layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
                 else:
                     left_out += set_state_without_trust(layer, layer_state)
@@ -155,7 +242,17 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :return: what is wrong, for :class:`TrainingCheckpoint` to raise or to warn of; None: nothing, or ``prove`` is
             False. It is returned since an exception would end a worker process
         """
-        return find_flaw(self, self.resumable_layers(), shared, max_seconds) if self.prove else None
+        if not self.prove or self._given_up:
+            return None
+        finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
+        if finding is None or not finding.is_error or self.by != "auto":
+            return finding
+        if not self._needs_recorder and not saves_itself(self.unwrapped):
+            # What no attribute shows may still follow from the actions
+            self._needs_recorder = True
+            return Finding(False, "", True)
+        self._given_up = finding.text
+        return Finding(False, f"{finding.text}. At a resume its episodes begin anew", True)
 
     def resumable_layers(self) -> list[gym.Env[Any, Any]]:
         """Return the wrappers inside this one and the environment, from the outside in."""
@@ -163,6 +260,11 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
 
     def _layers_of(self, state: dict[str, Any]) -> list[gym.Env[Any, Any]]:
         """Return all layers, whose names must be those of a state."""
+        if self.by == "auto":
+            self._is_chosen = True
+            self._needs_recorder = any(name == EpisodeRecorder.__name__ for name, _ in state["layers"])
+            if not self._put_recorder():
+                self._drop_recorder()
         layers = self.resumable_layers()
         names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
@@ -171,11 +273,50 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         return layers
 
     def _layers(self) -> Iterator[gym.Env[Any, Any]]:
-        layer: gym.Env[Any, Any] = self.env
-        yield layer
-        while isinstance(layer, gym.Wrapper):
-            layer = layer.env
+        for layer in chain_of(self.env):
             yield layer
+            if isinstance(layer, EpisodeRecorder):
+                # It saves what is inside it
+                return
+
+    def _all_of(self, layers: list[gym.Env[Any, Any]]) -> list[gym.Env[Any, Any]]:
+        """Return all that attributes of the layers may refer to."""
+        recorder = recorder_in(layers)
+        return [*layers, self] if recorder is None else [*layers, self, recorder.env]
+
+    def _put_recorder(self) -> bool:
+        """Put a recorder around the environment inside all wrappers, if it needs one; return whether it did."""
+        if not self._needs_recorder:
+            return False
+        *_, wrapper, env = chain_of(self)
+        if isinstance(wrapper, EpisodeRecorder) or saves_itself(env):
+            return False
+        assert isinstance(wrapper, gym.Wrapper)
+        wrapper.env = EpisodeRecorder(env, self.constant)
+        return True
+
+    def _drop_recorder(self) -> None:
+        """Take the recorder away, if there is one and it is not needed."""
+        recorder = recorder_in(chain_of(self.env))
+        if recorder is not None and not self._needs_recorder:
+            outer = next(layer for layer in chain_of(self) if isinstance(layer, gym.Wrapper) and layer.env is recorder)
+            outer.env = recorder.env
+
+    def _choose(self) -> None:
+        """Choose the way, after the first reset."""
+        recorder = recorder_in(chain_of(self.env))
+        if recorder is not None and not self._is_chosen:
+            self._is_chosen = True
+            self._needs_recorder = bool(recorder.unsaved_attributes())
+            self._drop_recorder()
+
+
+def is_new(state: Any) -> bool:  # noqa: ANN401  # of any environment
+    """Whether an environment was saved before its first reset, so that there is nothing to put back.
+
+    :param state: what ``get_resume_state`` has returned
+    """
+    return isinstance(state, dict) and state.get("is_new") is True
 
 
 def saved_name(name: str) -> str:

@@ -8,20 +8,22 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
+from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, n_replayed_steps
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
-from sb3_ppo_plus.env_states.resumable_env import ResumableEnv, saved_name
+from sb3_ppo_plus.env_states.resumable_env import ResumableEnv, is_new, saved_name
 from sb3_ppo_plus.env_states.untrusted_state import may_replace, set_state_without_trust
 from sb3_ppo_plus.env_states.worker_episodes import episode_states, set_episode_states
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
 from sb3_ppo_plus.envs.restarting_remote import known_episodes
-from sb3_ppo_plus.errors import WrapperStackError
+from sb3_ppo_plus.envs.watched_remote import STEPS_OF_PROOF, time_for_proof
+from sb3_ppo_plus.errors import ReplayError, WrapperStackError
 
 VecEnvState = dict[str, Any]
 
-# Attributes that SB3's VecEnv keeps for its next reset; they are not saved
+# Attributes that SB3's VecEnv keeps for its next reset; of wrappers they are not saved
 FOR_NEXT_RESET = ("_options", "_seeds", "reset_infos")
 MONITOR_STATISTICS = ("episode_returns", "episode_lengths", "episode_times", "total_steps", "t_start")
 # State of the wrappers that Gymnasium and SB3 may put outside ResumableEnv, or around an environment's own methods
@@ -51,6 +53,8 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
     state: VecEnvState = {
         "wrappers": [(type(wrapper).__name__, _wrapper_state(wrapper, unsaved)) for wrapper in _wrappers(env)],
         "n_envs": env.num_envs,
+        # Until the first reset, which uses them
+        "seeds": [None if seed is None else int(seed) for seed in getattr(base, "_seeds", ())],
         "stack": stack,
         "vec_env": base.get_resume_state() if saves_itself(base) else None,
         **_state_of_envs(base, outside),
@@ -58,6 +62,9 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
     if state["envs"] is not None and stack and len(outside) < len(stack[0]):
         unknown = [name for name in outside if name not in WRAPPER_ATTRIBUTES]
         unsaved.extend(f"{name} is outside ResumableEnv: put ResumableEnv outermost" for name in unknown)
+    if state["envs"] is None and has_attribute(base, "why_not_resumable"):
+        reasons = filter(None, base.env_method("why_not_resumable"))
+        unsaved.extend(f"environments are not saved, and begin anew at a resume: {reason}" for reason in reasons)
     return state
 
 
@@ -68,6 +75,9 @@ def _state_of_envs(base: Any, outside: list[str]) -> VecEnvState:  # noqa: ANN40
         state: VecEnvState = {"envs": None, "attributes": {}}
         if _envs_are_resumable(base):
             state["envs"] = base.env_method("get_resume_state")
+            if any(env_state is None for env_state in state["envs"]):
+                # See why_not_resumable
+                state["envs"] = None
         for wrapper in outside:
             for name in WRAPPER_ATTRIBUTES.get(wrapper, ()):
                 # If the episodes cannot go on, only statistics of past episodes are of use
@@ -90,6 +100,7 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
         what is left out
     :return: whether the episodes go on; False: only the state of the wrappers was put back
     :raises WrapperStackError: if the number of environments, or their wrappers, differ; the message names both
+    :raises ReplayError: if the replay of an episode had another outcome
     """
     _check_same_stack(env, state)
     left_out: list[str] = []
@@ -111,6 +122,10 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
             set_object_state(wrapper, wrapper_state, differences)
         else:
             left_out += set_state_without_trust(wrapper, wrapper_state)
+    # Checkpoints of earlier versions do not have them
+    seeds = state.get("seeds", [])
+    if goes_on and len(seeds) == env.num_envs and all(seed is None or type(seed) is int for seed in seeds):
+        base_of(env)._seeds = list(seeds)
     _warn_of_differences(differences)
     if left_out:
         warnings.warn(
@@ -130,20 +145,35 @@ def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str
         return True
     if state["envs"] is None or not _envs_are_resumable(base):
         return False
-    env.reset()
+    if not all(map(is_new, state["envs"])):
+        env.reset()
     # Environments with methods of their own, and no ResumableEnv, lack it
-    asks_for_trust = not trusted and has_attribute(base, "set_resume_state_without_trust")
-    for index, env_state in enumerate(state["envs"]):
-        if asks_for_trust:
-            ((names, error),) = base.env_method("set_resume_state_without_trust", env_state, indices=[index])
-            left_out += names
-            if error:
-                raise ValueError(f"environment {index}: {error}")
-        else:
-            base.env_method("set_resume_state", env_state, indices=[index])
+    method = "set_resume_state_or_tell" if trusted else "set_resume_state_without_trust"
+    tells = has_attribute(base, method)
+    if not tells:
+        method = "set_resume_state"
+    n_steps = max(map(n_replayed_steps, state["envs"]), default=0)
+    with time_for_proof(base, max(STEPS_OF_PROOF, n_steps)):
+        answers = _put_back(base, method, state["envs"])
+    for index, answer in enumerate(answers if tells else ()):
+        names, error = ([], answer) if trusted else answer
+        left_out += names
+        if error:
+            kind = ReplayError if trusted else ValueError
+            raise kind(f"environment {index}: {error}")
     if trusted and has_attribute(base, "resume_differences"):
         differences += chain.from_iterable(base.env_method("resume_differences"))
     return True
+
+
+def _put_back(base: Any, method: str, states: list[Any]) -> list[Any]:  # noqa: ANN401  # a VecEnv
+    """Call a method of each environment with its state. Return the answers."""
+    if type(base) is not SubprocVecEnv:
+        return [base.env_method(method, state, indices=[index])[0] for index, state in enumerate(states)]
+    # All workers at the same time, since a replay takes long
+    for remote, state in zip(base.remotes, states, strict=True):
+        remote.send(("env_method", (method, (state,), {})))
+    return [remote.recv() for remote in base.remotes]
 
 
 def _warn_of_differences(differences: list[str]) -> None:
@@ -210,7 +240,9 @@ def _envs_are_resumable(base: Any) -> bool:  # noqa: ANN401  # a VecEnv, or what
 
 def _gymnasium_stack(env: VecEnv) -> list[list[str]]:
     """Names of the wrappers of each environment and its own, from the outside in; empty where there are none."""
-    return [[*map(saved_name, re.findall(r"<(\w+)", text))] for text in names_of(base_of(env))]
+    stack = [[*map(saved_name, re.findall(r"<(\w+)", text))] for text in names_of(base_of(env))]
+    # Whether there is a recorder is known after the first reset only
+    return [[name for name in names if name != EpisodeRecorder.__name__] for names in stack]
 
 
 def _outside_of_methods(stack: list[list[str]]) -> list[str]:

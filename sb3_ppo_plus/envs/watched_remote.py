@@ -83,14 +83,15 @@ class MoreTime:
         self._clock.limit, self._clock.waited, self._clock.is_start = self._before
 
 
-def time_for_proof(env: object) -> AbstractContextManager[None]:
-    """Return a context in which workers have the time for the proof of a ResumableEnv.
+def time_for_proof(env: object, n_steps: int = STEPS_OF_PROOF) -> AbstractContextManager[None]:
+    """Return a context in which workers have the time for the proof of a ResumableEnv, or for a replay.
 
     :param env: the innermost vectorised environment, of any class
+    :param n_steps: how many steps and resets one command takes
     """
     for remote in getattr(env, "remotes", ()):
         if isinstance(remote, WatchedRemote):
-            return MoreTime(remote.clock, False, STEPS_OF_PROOF)
+            return MoreTime(remote.clock, False, n_steps)
     return contextlib.nullcontext()
 
 

@@ -17,7 +17,7 @@ from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.resuming.checkpoint_writer import CheckpointWriter
 from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
-from sb3_ppo_plus.resuming.training_state import Snapshot, take_snapshot
+from sb3_ppo_plus.resuming.training_state import Snapshot, begin_new_episodes, take_snapshot
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
 
 
@@ -113,7 +113,8 @@ class TrainingCheckpoint(BaseCallback):
         self._snapshot(unsaved)
         if unsaved:
             warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
-        prove_envs(self.training_env)
+        while prove_envs(self.training_env):
+            begin_new_episodes(self._ppo_plus)
         if self.model.num_timesteps == 0 and checkpoint_directories(self.save_path):
             warnings.warn(
                 f"{self.save_path} holds checkpoints of an earlier run. This run's checkpoints will replace them. "

@@ -64,7 +64,13 @@ def best_checkpoint(save_path: str | Path) -> Path | None:
 
 
 def load_checkpoint(
-    cls: type[Model], save_path: str | Path, env: GymEnv, device: th.device | str, **kwargs: Any
+    cls: type[Model],
+    save_path: str | Path,
+    env: GymEnv,
+    device: th.device | str,
+    *,
+    trusts_state: bool | None = None,
+    **kwargs: Any,
 ) -> Model:
     """Load a checkpoint, as :meth:`PPOPlus.resume`.
 
@@ -72,6 +78,8 @@ def load_checkpoint(
     :param save_path: directory of the checkpoints, or the directory of one checkpoint
     :param env: the environments to go on with
     :param device: device of the model
+    :param trusts_state: whether the state of environments, wrappers and callbacks, which are plain values, is put back
+        as it is; None: as ``trusted``, the argument of ``PPOPlus.load``, which is about code in ``model.zip``
     :param kwargs: further arguments of ``PPOPlus.load``
     :raises CheckpointError: if there is no valid checkpoint, or it cannot be resumed from
     :raises WrapperStackError: if the number of environments, or their wrappers, differ from the saved ones
@@ -85,10 +93,17 @@ def load_checkpoint(
     if checkpoint is None:
         raise CheckpointError("; ".join([f"there is no valid checkpoint in {save_path}", *skipped[:1]]))
     with NamingDeadWorkers(lambda: [env]):
-        return _resumed(cls, checkpoint, env, device, **kwargs)
+        return _resumed(cls, checkpoint, env, device, trusts_state, **kwargs)
 
 
-def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.device | str, **kwargs: Any) -> Model:
+def _resumed(
+    cls: type[Model],
+    checkpoint: Checkpoint,
+    env: GymEnv,
+    device: th.device | str,
+    trusts_state: bool | None,
+    **kwargs: Any,
+) -> Model:
     if checkpoint.files.keys() - {NORMALIZER_FILE} != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
         raise CheckpointError(f"{checkpoint.directory} holds no training state, got {sorted(checkpoint.files)}")
     model: Any = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
@@ -97,10 +112,11 @@ def _resumed(cls: type[Model], checkpoint: Checkpoint, env: GymEnv, device: th.d
         state = migrated(read_state(checkpoint.files, trusted), checkpoint.manifest["format"])
         if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
+        trusts_state = trusted if trusts_state is None else trusts_state
         with model._current_run.watching_workers(model):
-            goes_on = set_training_state(model, state, trusted)
+            goes_on = set_training_state(model, state, trusts_state)
         continuation = {name: state[name] for name in ("seconds", "logger", "callbacks", "generators")}
-        continuation["trusted"] = trusted
+        continuation["trusted"] = trusts_state
         model._current_run.continuation = continuation
     except (WrapperStackError, DeadWorkerError, *BROKEN_PIPES):
         raise

@@ -163,7 +163,7 @@ def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = T
             setattr(model.policy.action_dist, name, state["gsde"][name].to(model.device))
     goes_on = set_vec_env_state(model.env, state["env"], trusted)
     if not goes_on:
-        _reset_envs(model)
+        begin_new_episodes(model)
     # Last, since everything before may draw random numbers
     set_global_generator_states(state["generators"])
     return goes_on
@@ -230,8 +230,11 @@ def _on_device(leaf: Any, device: th.device) -> Any:  # noqa: ANN401  # a leaf o
     return leaf.to(device) if isinstance(leaf, th.Tensor) else leaf
 
 
-def _reset_envs(model: PlusModel) -> None:
-    """Begin new episodes, with other seeds than at the beginning of the run."""
+def begin_new_episodes(model: PlusModel) -> None:
+    """Begin new episodes, with other seeds than at the beginning of the run, unless the run is there.
+
+    :param model: the model
+    """
     env = model.env
     assert env is not None
     seeds = [seed for seed in (model.seed, *getattr(base_of(env), "_seeds", ())) if seed is not None]

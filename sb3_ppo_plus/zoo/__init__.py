@@ -1,7 +1,7 @@
 """PPOPlus in the RL Zoo: registration, hyperparameters and the commands of ``python -m sb3_ppo_plus.zoo``.
 
 The RL Zoo (``rl_zoo3``) is an optional dependency, imported only when something here is called.
-Its own ``enjoy`` evaluates and unpickles what lies in the log folder; ours does so only with ``--trust``.
+Its own ``enjoy`` evaluates and unpickles what lies in the log folder; ours and ``resume`` do so only with ``--trust``.
 """
 
 from sb3_ppo_plus.zoo.commands import main

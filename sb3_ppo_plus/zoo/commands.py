@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.zoo.hyperparams import ALGO, hyperparams_file, import_optional
-from sb3_ppo_plus.zoo.registration import register
+from sb3_ppo_plus.zoo.registration import register, with_members
 
-#: Commands that are the RL Zoo's own, with PPOPlus registered
-_RL_ZOO_COMMANDS = ("train", "enjoy")
-#: Commands of ours: each is a module of this folder with a function ``main(arguments: list[str])``
-_OWN_COMMANDS: dict[str, str] = {
-    "record": "sb3_ppo_plus.zoo.record",
-    "benchmark": "sb3_ppo_plus.zoo.benchmark",
-    "report": "sb3_ppo_plus.zoo.report",
-    "push": "sb3_ppo_plus.zoo.push",
-    "pull": "sb3_ppo_plus.zoo.pull",
+PROG = "python -m sb3_ppo_plus.zoo"
+
+#: Commands that are the RL Zoo's own, with PPOPlus registered, and what they do
+_RL_ZOO_COMMANDS = {
+    "train": "train a model, or search for hyperparameters (-optimize)",
+    "enjoy": "watch a trained model act, and measure its returns",
+}
+#: Commands of ours: each is a module with a function ``main(arguments: list[str])``, and what it does
+_OWN_COMMANDS: dict[str, tuple[str, str]] = {
+    "resume": ("sb3_ppo_plus.zoo.resume", "go on with a run of train that was ended"),
+    "record": ("sb3_ppo_plus.zoo.record", "record videos of a run's models"),
+    "benchmark": ("sb3_ppo_plus.zoo.benchmark", "evaluate all runs of a log folder into one table"),
+    "report": ("sb3_ppo_plus.zoo.report", "compare runs by their learning curves, as PNG and HTML"),
+    "push": ("sb3_ppo_plus.zoo.push", "put a run on the Hugging Face Hub"),
+    "pull": ("sb3_ppo_plus.zoo.pull", "get a run from the Hugging Face Hub, without trust"),
 }
 
 
@@ -57,23 +63,33 @@ def _enjoying_with_masks(enjoy: Any, trusted: bool) -> Iterator[None]:  # noqa: 
 
 
 @contextmanager
-def _in_our_way(command: str, module: ModuleType, trusted: bool) -> Iterator[None]:
-    """Change what the RL Zoo's command does with files, while it runs.
+def _in_our_way(command: str, module: ModuleType, trusted: bool, algo: str | None) -> Iterator[None]:
+    """Change what the RL Zoo's command does with files, while it runs, and its flags.
 
     :param command: ``train`` or ``enjoy``.
     :param module: The RL Zoo's module of that name.
     :param trusted: Whether ``enjoy`` may run code from the log folder.
+    :param algo: The algorithm.
     :raises SystemExit: Without trust, the log folder holds what is not plain.
     """
     from sb3_ppo_plus.errors import UntrustedFileError
-    from sb3_ppo_plus.zoo import enjoy
+    from sb3_ppo_plus.zoo import arguments, enjoy, train
 
+    replaced: dict[str, Any] = {"argparse": SimpleNamespace(ArgumentParser=arguments.EnjoyParser)}
     if command == "train":
-        with enjoy.saving_statistics_twice():
+        replaced = {"argparse": SimpleNamespace(ArgumentParser=arguments.ZooParser)}
+        if algo == ALGO:
+            replaced = {
+                "argparse": SimpleNamespace(ArgumentParser=arguments.TrainParser),
+                "ExperimentManager": train.CheckpointedExperiment,
+                "StoreDict": arguments.StorePlainDict,
+            }
+        with with_members(module, replaced), enjoy.saving_statistics_twice():
             yield
         return
     try:
         with (
+            with_members(module, replaced),
             nullcontext() if trusted else enjoy.enjoying_without_trust(module),
             _enjoying_with_masks(module, trusted),
         ):
@@ -106,6 +122,7 @@ def _algo(arguments: Sequence[str]) -> str | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command of the zoo. ``train`` and ``enjoy`` are the RL Zoo's and take all its flags.
 
+    With ``ppo_plus``, ``train`` also writes checkpoints, from which ``resume RUN_FOLDER`` goes on.
     Unless given, ``--algo`` is ``ppo_plus``, and with it train's ``-conf`` is ``hyperparams_file()`` and
     enjoy's ``-f`` is ``logs``, train's own default. Without ``--trust``, enjoy unpickles, evaluates and imports nothing
     that the log folder holds or names.
@@ -114,29 +131,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     :raises SystemExit: The command is unknown, the RL Zoo is not installed, or the command itself exits.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="python -m sb3_ppo_plus.zoo",
-        description="RL Zoo's train and enjoy for PPOPlus.",
-        epilog="Flags after the command are the RL Zoo's: see `train --help` and `enjoy --help`. "
-        "enjoy also takes --trust: run whatever code the log folder holds, as the RL Zoo does.",
-    )
-    parser.add_argument("command", choices=(*_RL_ZOO_COMMANDS, *_OWN_COMMANDS))
+    parser = _parser()
     command, arguments = parser.parse_args(argv[:1]).command, argv[1:]
-    if command in _OWN_COMMANDS:
-        try:
-            importlib.import_module(_OWN_COMMANDS[command]).main(arguments)
-        except ImportError as error:
-            raise SystemExit(str(error)) from error
+    descriptions = _descriptions()
+    if command not in descriptions:
+        parser.error(
+            f"argument command: {command!r} is none of {', '.join(descriptions)}{did_you_mean(command, descriptions)}"
+        )
+    if command not in _OWN_COMMANDS:
+        _run_rl_zoos(command, arguments)
         return
-    _run_rl_zoos(command, arguments, parser.prog)
+    module, _ = _OWN_COMMANDS[command]
+    try:
+        import_optional(module).main(arguments)
+    except ImportError as error:
+        raise SystemExit(str(error)) from error
 
 
-def _run_rl_zoos(command: str, arguments: list[str], prog: str) -> None:
+def _descriptions() -> dict[str, str]:
+    return {**_RL_ZOO_COMMANDS, **{name: description for name, (_, description) in _OWN_COMMANDS.items()}}
+
+
+def _parser() -> argparse.ArgumentParser:
+    descriptions = _descriptions()
+    width = max(map(len, descriptions))
+    lines = [f"  {name:{width}}  {description}" for name, description in descriptions.items()]
+    parser = argparse.ArgumentParser(
+        prog=PROG,
+        usage=f"{PROG} COMMAND [FLAGS]",
+        description="The RL Zoo with PPOPlus.",
+        epilog="\n".join(["commands:", *lines, "", f"The flags of a command: {PROG} COMMAND --help"]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", metavar="COMMAND", help="one of those below")
+    return parser
+
+
+def _run_rl_zoos(command: str, arguments: list[str]) -> None:
     """Run a command of the RL Zoo in our way.
 
     :param command: ``train`` or ``enjoy``.
     :param arguments: Its flags.
-    :param prog: The program's name, for messages.
     """
     trusted = command == "enjoy" and "--trust" in arguments
     if trusted:
@@ -151,9 +186,9 @@ def _run_rl_zoos(command: str, arguments: list[str], prog: str) -> None:
 
     user_argv = sys.argv
     # The RL Zoo's functions take no arguments: they read the command line.
-    sys.argv = [f"{prog} {command}", *_with_defaults(command, arguments)]
+    sys.argv = [f"{PROG} {command}", *_with_defaults(command, arguments)]
     try:
-        with _in_our_way(command, module, trusted):
+        with _in_our_way(command, module, trusted, _algo(arguments)):
             getattr(module, command)()
     finally:
         sys.argv = user_argv

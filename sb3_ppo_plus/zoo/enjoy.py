@@ -19,6 +19,7 @@ from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.saving.vec_normalize import load_vec_normalize, save_vec_normalize
 from sb3_ppo_plus.untrusted.plain_yaml import read_yaml
 from sb3_ppo_plus.untrusted.strict_json import short
+from sb3_ppo_plus.zoo.registration import with_members
 
 STATISTICS = "vecnormalize.json"
 MAX_VALUES = 1000
@@ -79,8 +80,14 @@ VEC_ENV_WRAPPERS = frozenset(
 )
 
 
-def _check_plain(value: object, name: str, key: str = "") -> None:
-    """Refuse all but numbers, flags, None, lists and mappings of them, and strings that are no paths."""
+def check_plain(value: object, name: str, key: str = "") -> None:
+    """Refuse all but numbers, flags, None, lists and mappings of them, and strings that are no paths.
+
+    :param value: what a file of the folder holds
+    :param name: what to call it in messages
+    :param key: the name of the argument that it is, which may have limits
+    :raises UntrustedFileError: for what is not plain, or exceeds a limit
+    """
     unchecked: list[tuple[str, object]] = [(key, value)]
     n_values = 0
     while unchecked:
@@ -147,11 +154,18 @@ def _product(members: dict[str, Any], keys: tuple[str, ...]) -> int:
     return product
 
 
-def _checked_env_kwargs(members: dict[str, Any], path: Path) -> dict[str, Any] | None:
-    kwargs = members.get("env_kwargs")
+def checked_env_kwargs(members: dict[str, Any], path: Path, key: str = "env_kwargs") -> dict[str, Any] | None:
+    """Return the arguments of the environment that a file of the folder holds.
+
+    :param members: the file's members
+    :param path: the file, for messages
+    :param key: the name of the member
+    :raises UntrustedFileError: if they are not plain
+    """
+    kwargs = members.get(key)
     if not isinstance(kwargs, dict | None):
-        raise UntrustedFileError(f"{path}: env_kwargs must be a mapping, got {short(kwargs)}")
-    _check_plain(kwargs, f"{path}: env_kwargs")
+        raise UntrustedFileError(f"{path}: {key} must be a mapping, got {short(kwargs)}")
+    check_plain(kwargs, f"{path}: {key}")
     return kwargs
 
 
@@ -165,7 +179,7 @@ def _check_wrappers(value: object, allowed: frozenset[str], name: str) -> None:
             raise UntrustedFileError(f"{name}: {short(wrapper)} is none of {', '.join(sorted(allowed))}")
         if not isinstance(kwargs, dict):
             raise UntrustedFileError(f"{name}: arguments of {wrapper} must be a mapping, got {short(kwargs)}")
-        _check_plain(kwargs, f"{name}: {wrapper}")
+        check_plain(kwargs, f"{name}: {wrapper}")
 
 
 def read_hyperparams(stats_path: str, **_: object) -> tuple[dict[str, Any], str | None]:
@@ -187,7 +201,7 @@ def read_hyperparams(stats_path: str, **_: object) -> tuple[dict[str, Any], str 
             f"{path}: frame_stack must be an integer in [0, {MAX_STACKED}], got {short(frame_stack)}"
         )
     hyperparams: dict[str, Any] = {"normalize": bool(normalize), "frame_stack": frame_stack}
-    env_kwargs = _checked_env_kwargs(members, path)
+    env_kwargs = checked_env_kwargs(members, path)
     if env_kwargs is not None:
         hyperparams["env_kwargs"] = env_kwargs
     for key, allowed in (("env_wrapper", ENV_WRAPPERS), ("vec_env_wrapper", VEC_ENV_WRAPPERS)):
@@ -216,21 +230,15 @@ def enjoying_without_trust(enjoy: Any) -> Iterator[None]:  # noqa: ANN401  # a m
 
     def load_args(file: Any, Loader: object) -> dict[str, Any]:  # noqa: ANN401  # an open file; yaml.load's name
         path = Path(file.name)
-        return {"env_kwargs": _checked_env_kwargs(read_yaml(path), path)}
+        return {"env_kwargs": checked_env_kwargs(read_yaml(path), path)}
 
     replaced = {
         "create_test_env": create,
         "get_saved_hyperparams": read_hyperparams,
         "yaml": SimpleNamespace(load=load_args, UnsafeLoader=None),
     }
-    originals = {name: getattr(enjoy, name) for name in replaced}
-    try:
-        for name, replacement in replaced.items():
-            setattr(enjoy, name, replacement)
+    with with_members(enjoy, replaced):
         yield
-    finally:
-        for name, original in originals.items():
-            setattr(enjoy, name, original)
 
 
 def _normalized(env: VecEnv, path: Path) -> VecNormalize:

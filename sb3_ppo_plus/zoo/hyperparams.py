@@ -16,6 +16,11 @@ ALGO = "ppo_plus"
 
 _LEARNING_RATE_SCHEDULES = ("constant", "lin", "cos", "warmup_cos")
 _ENT_COEF_SCHEDULES = ("constant", "lin")
+_CLIP_RANGE_SCHEDULES = ("constant", "lin")
+#: The critic's learning rate in relation to the other parameters'
+_CRITIC_LEARNING_RATES = (1, 3, 10)
+#: How the value function is clipped, with the range of the policy's ratio: not; as in SB3; or pessimistically
+_VALUE_CLIPS = ("none", "sb3", "pessimistic")
 _ACTION_DISTS = ("gaussian", "squashed_gaussian", "beta")
 
 
@@ -71,12 +76,15 @@ def convert_ppo_plus_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     The RL Zoo calls it for ``--trial-id`` too, with whatever the stored study holds, a study of its PPO included.
 
     :param sampled_params: ``trial.params``: those of the RL Zoo's PPO sampler, and optionally ``lr_schedule``,
-        ``ent_coef_schedule`` and ``action_dist``.
+        ``ent_coef_schedule``, ``clip_range_schedule``, ``critic_lr_factor``, ``value_clip`` and ``action_dist``.
     :return: Keyword arguments for PPOPlus; classes by registered name, so that the saved YAML stays plain.
     """
     params = dict(sampled_params)
     lr_schedule = params.pop("lr_schedule", "constant")
     ent_coef_schedule = params.pop("ent_coef_schedule", "constant")
+    clip_range_schedule = params.pop("clip_range_schedule", "constant")
+    critic_lr_factor = params.pop("critic_lr_factor", 1)
+    value_clip = params.pop("value_clip", None)
     action_dist = params.pop("action_dist", None)
 
     hyperparams: dict[str, Any] = import_optional("rl_zoo3.hyperparams_opt").convert_onpolicy_params(params)
@@ -87,17 +95,32 @@ def convert_ppo_plus_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
             # gSDE is Gaussian only, and the environment's entry may have switched it on.
             hyperparams["use_sde"] = False
     hyperparams["policy_kwargs"] = policy_kwargs
-    if lr_schedule != "constant":
-        hyperparams["learning_rate"] = f"{lr_schedule}_{params['learning_rate']}"
-    if ent_coef_schedule != "constant":
-        hyperparams["ent_coef"] = f"{ent_coef_schedule}_{params['ent_coef']}"
+    if critic_lr_factor != 1:
+        critic_learning_rate = critic_lr_factor * params["learning_rate"]
+        hyperparams["critic_learning_rate"] = _scheduled(lr_schedule, critic_learning_rate)
+    for name, schedule in (
+        ("learning_rate", lr_schedule),
+        ("ent_coef", ent_coef_schedule),
+        ("clip_range", clip_range_schedule),
+    ):
+        hyperparams[name] = _scheduled(schedule, params[name])
+    if value_clip is not None:
+        hyperparams["clip_range_vf"] = None if value_clip == "none" else hyperparams["clip_range"]
+        hyperparams["pessimistic_value_clip"] = value_clip != "sb3"
     return hyperparams
+
+
+def _scheduled(schedule: str, value: float) -> float | str:
+    return value if schedule == "constant" else f"{schedule}_{value}"
 
 
 def sample_ppo_plus_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:
-    """Sample PPOPlus's hyperparameters: the search space of the RL Zoo's PPO, schedules and the action distribution.
+    """Sample PPOPlus's hyperparameters: the search space of the RL Zoo's PPO, and what PPOPlus adds.
+
+    That is schedules, the critic's learning rate, how the value function is clipped, and the action distribution. What
+    changes the cost of a trial or the kind of model, such as a memory, is the entry's to say.
 
     :param trial: Optuna's trial.
     :param n_actions: Dimensions of a Box action space, which is given an ``action_dist``; 0 for any other space.
@@ -108,6 +131,9 @@ def sample_ppo_plus_params(
     import_optional("rl_zoo3.hyperparams_opt").sample_ppo_params(trial, n_actions, n_envs, additional_args)
     trial.suggest_categorical("lr_schedule", _LEARNING_RATE_SCHEDULES)
     trial.suggest_categorical("ent_coef_schedule", _ENT_COEF_SCHEDULES)
+    trial.suggest_categorical("clip_range_schedule", _CLIP_RANGE_SCHEDULES)
+    trial.suggest_categorical("critic_lr_factor", _CRITIC_LEARNING_RATES)
+    trial.suggest_categorical("value_clip", _VALUE_CLIPS)
     if n_actions > 0:
         trial.suggest_categorical("action_dist", _ACTION_DISTS)
     return convert_ppo_plus_params(trial.params)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,23 @@ if TYPE_CHECKING:
 
 #: PPOPlus's arguments that are a number, a schedule or a schedule's string form; PPOPlus resolves them itself.
 SCHEDULED_ARGUMENTS = ("learning_rate", "critic_learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef")
+
+
+@contextmanager
+def with_members(module: Any, members: dict[str, Any]) -> Iterator[None]:  # noqa: ANN401  # a module, or a class
+    """Replace members of a module of the RL Zoo for a while: it has no other hooks.
+
+    :param module: The module.
+    :param members: What takes their places, by name.
+    """
+    originals = {name: getattr(module, name) for name in members}
+    try:
+        for name, member in members.items():
+            setattr(module, name, member)
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(module, name, original)
 
 
 def _let_schedules_through(exp_manager: ModuleType) -> None:

@@ -315,7 +315,7 @@ def counted(method, counts):
 
 def test_all_arguments_of_the_wrapper_are_recorded():
     env = ResumableEnv(gym.make("CartPole-v1"), constant=["spec"], prove=False)
-    assert env._saved_kwargs == {"constant": ("spec",), "prove": False}
+    assert env._saved_kwargs == {"constant": ("spec",), "prove": False, "by": "state"}
 
 
 class Echo(gym.Env):

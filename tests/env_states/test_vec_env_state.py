@@ -133,6 +133,29 @@ def test_the_episodes_do_not_go_on_where_either_side_lacks_the_methods():
         set_vec_env_state(without, vec_env_state(with_methods))
 
 
+@pytest.mark.parametrize("by", ["state", "replay", "auto"])
+def test_environments_that_were_not_reset_yet_begin_with_their_seeds(by):
+    def make():
+        return make_vec_env(ToyEnv, n_envs=2, seed=3, wrapper_class=lambda env: ResumableEnv(env, by=by))
+
+    env, other = make(), make()
+    state = written_and_read(vec_env_state(env))
+    assert set_vec_env_state(other, state)
+    assert np.array_equal(other.reset(), env.reset())
+    # The seeds are those of one reset
+    state = written_and_read(vec_env_state(env))
+    assert set_vec_env_state(other, state)
+    assert np.array_equal(other.reset(), env.reset())
+
+
+@pytest.mark.parametrize("by", ["replay", "auto"])
+def test_without_trust_an_environment_that_was_not_reset_yet_is_no_error(by):
+    env = make_vec_env(ToyEnv, seed=3, wrapper_class=lambda env: ResumableEnv(env, by=by))
+    other = make_vec_env(ToyEnv, seed=3, wrapper_class=lambda env: ResumableEnv(env, by=by))
+    assert set_vec_env_state(other, written_and_read(vec_env_state(env)), trusted=False)
+    assert np.array_equal(other.reset(), env.reset())
+
+
 def test_a_reset_without_learning_leaves_running_means_alone():
     env = VecNormalize(make_envs())
     env.reset()

@@ -13,11 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import gymnasium as gym
 import torch as th
 import yaml
 from environments import SMALL_NET, make_env
 from gymnasium import spaces
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 from sb3_ppo_plus import (
@@ -208,7 +209,11 @@ def configs() -> list[bytes]:
 
 
 def envs() -> DummyVecEnv:
-    return make_vec_env("CartPole-v1", 2, seed=0, wrapper_class=ResumableEnv)
+    """Make environments of both kinds: one is saved by its attributes, the other plays its episode again."""
+    makers = [lambda by=by: ResumableEnv(Monitor(gym.make("CartPole-v1")), by=by) for by in ("state", "replay")]
+    env = DummyVecEnv(makers)
+    env.seed(0)
+    return env
 
 
 @cache

@@ -193,10 +193,9 @@ def test_wrappers_frames_and_arguments_of_the_run_are_used(folder, monkeypatch):
 
 @pytest.mark.parametrize("name", sorted(zoo_enjoy.ENV_WRAPPERS | zoo_enjoy.VEC_ENV_WRAPPERS))
 def test_every_listed_wrapper_exists(name):
-    if not name.startswith("minigrid"):
-        from rl_zoo3.utils import get_class_by_name
+    from rl_zoo3.utils import get_class_by_name
 
-        assert isinstance(get_class_by_name(name), type)
+    assert isinstance(get_class_by_name(name), type)
 
 
 def test_wrappers_of_the_hyperparameter_file_are_listed():
@@ -211,14 +210,16 @@ def test_wrappers_of_the_hyperparameter_file_are_listed():
     ("env_id", "wrapper"),
     [
         ("Pendulum-v1", {"sb3_ppo_plus.ResumableEnv": {"constant": ["screen"]}}),
+        ("Pendulum-v1", {"sb3_ppo_plus.ResumableEnv": {"by": "replay", "prove": False}}),
         ("Taxi-v4", "sb3_ppo_plus.masking.MaskFromInfo"),
+        ("MiniGrid-Empty-5x5-v0", "minigrid.wrappers.FlatObsWrapper"),
     ],
-    ids=["ResumableEnv", "MaskFromInfo"],
+    ids=["ResumableEnv", "by replay", "MaskFromInfo", "minigrid"],
 )
 def test_a_run_with_our_wrappers_is_enjoyed_without_trust(env_id, wrapper, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     settings = ["n_steps:16", "batch_size:16", "n_epochs:1", "n_envs:1", f"env_wrapper:[{wrapper!r}]"]
-    common = ["--env", env_id, "--device", "cpu"]
+    common = ["--env", env_id, "--device", "cpu", "--gym-packages", "minigrid"]
     zoo.main(["train", *common, "-n", "32", "--eval-freq", "-1", "-params", *settings])
     zoo.main(["enjoy", *common, "--no-render", "-n", "250"])
     assert "Mean reward" in capsys.readouterr().out

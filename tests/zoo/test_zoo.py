@@ -9,17 +9,13 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import optuna
 import pytest
 import rl_zoo3.enjoy
 import rl_zoo3.train
 import yaml
 from environments import MaskedEnv
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from rl_zoo3 import ALGOS
 from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER, HYPERPARAMS_SAMPLER
 from rl_zoo3.utils import SimpleLinearSchedule
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
@@ -29,6 +25,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from sb3_ppo_plus import PPOPlus, ResumableEnv, zoo
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.zoo import hyperparams as zoo_hyperparams
+from sb3_ppo_plus.zoo import train as zoo_train
 
 ROOT = Path(__file__).parents[2]
 CLASSIC = ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "MountainCarContinuous-v0", "Pendulum-v1"]
@@ -215,7 +212,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch, *argv: str) -> Any:
     def stop(*args: Any, **kwargs: Any) -> None:
         raise Parsed(args)
 
+    # The first is for other algorithms
     monkeypatch.setattr(rl_zoo3.train, "ExperimentManager", stop)
+    monkeypatch.setattr(zoo_train, "CheckpointedExperiment", stop)
     monkeypatch.setattr(rl_zoo3.enjoy, "get_model_path", stop)
     with pytest.raises(Parsed) as caught:
         zoo.main(argv)
@@ -266,14 +265,6 @@ def test_train_gets_what_the_user_did_not_give(monkeypatch, flags, expected):
 )
 def test_enjoy_gets_what_the_user_did_not_give(monkeypatch, flags, expected):
     assert parsed(monkeypatch, "enjoy", "--env", "CartPole-v1", *flags) == expected
-
-
-@pytest.mark.parametrize("argv", [[], ["fly"], ["--env", "CartPole-v1"]])
-def test_an_unknown_command_names_the_known_ones(argv, capsys):
-    with pytest.raises(SystemExit) as caught:
-        zoo.main(argv)
-    assert caught.value.code == 2
-    assert "{train,enjoy," in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag"], ["--algo"], ["--algo", "nope"]])
@@ -351,80 +342,21 @@ def test_the_module_runs_and_offers_ppo_plus(monkeypatch, capsys):
     assert "--optimize-hyperparameters" in output
 
 
-# --- hyperparameter search ---
-
-
-def sample(env: gym.Env, n_trials: int) -> list[tuple[optuna.Trial, dict[str, Any]]]:
-    n_actions = env.action_space.shape[0] if isinstance(env.action_space, gym.spaces.Box) else 0
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
-    trials = [study.ask() for _ in range(n_trials)]
-    return [(trial, HYPERPARAMS_SAMPLER["ppo_plus"](trial, n_actions, 1, {})) for trial in trials]
-
-
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
-def test_every_sample_builds_a_model_whatever_the_entry_says_about_gsde(env_id):
-    env = gym.make(env_id)
-    entry = {"use_sde": True} if env_id == "Pendulum-v1" else {}
-    for _, hyperparams in sample(env, 10):
-        PPOPlus("MlpPolicy", env, device="cpu", **{**entry, **hyperparams})
-
-
-def test_samples_cover_schedules_and_distributions_and_are_plain_values():
-    samples = [hyperparams for _, hyperparams in sample(gym.make("Pendulum-v1"), 40)]
-    assert {str(s["learning_rate"]).rpartition("_")[0] for s in samples} == {"", "lin", "cos", "warmup_cos"}
-    assert {str(s["ent_coef"]).rpartition("_")[0] for s in samples} == {"", "lin"}
-    assert {s["policy_kwargs"]["action_dist"] for s in samples} == {"gaussian", "squashed_gaussian", "beta"}
-    assert yaml.safe_load(yaml.safe_dump(samples)) == samples
-
-
-def test_discrete_actions_get_no_distribution_to_choose():
-    for _, hyperparams in sample(gym.make("CartPole-v1"), 5):
-        assert "action_dist" not in hyperparams["policy_kwargs"]
-
-
-def test_the_converter_rebuilds_the_sample_from_the_trial():
-    for trial, hyperparams in sample(gym.make("Pendulum-v1"), 10):
-        assert HYPERPARAMS_CONVERTER["ppo_plus"](trial.params) == hyperparams
-
-
-def test_the_converter_takes_a_trial_of_the_rl_zoos_ppo():
-    trial = optuna.create_study().ask()
-    expected = HYPERPARAMS_SAMPLER["ppo"](trial, 1, 1, {})
-    converted = HYPERPARAMS_CONVERTER["ppo_plus"](trial.params)
-    assert converted["policy_kwargs"].pop("activation_fn") == trial.params["activation_fn"]
-    del expected["policy_kwargs"]["activation_fn"]
-    assert converted == expected
-
-
-def test_optimize_runs_and_train_takes_a_trial_from_the_study():
-    storage = ["--storage", "study.log", "--study-name", "small"]
-    study = optuna.create_study(
-        storage=JournalStorage(JournalFileBackend("study.log")), study_name="small", direction="maximize"
-    )
-    for action_dist in ("gaussian", "beta"):
-        # Only the costly parameters are fixed; the sampler draws the others.
-        study.enqueue_trial({"n_steps_pow": 5, "batch_size_pow": 5, "n_epochs": 1, "action_dist": action_dist})
-    common = ["train", "--env", "Pendulum-v1", "-n", "128", "--device", "cpu", "--eval-freq", "-1", *storage]
-
-    zoo.main([*common, "-optimize", "--n-trials", "2", "--n-evaluations", "1", "--no-optim-plots", "--verbose", "0"])
-    trials = study.get_trials()
-    assert [trial.state for trial in trials] == [optuna.trial.TrialState.COMPLETE] * 2
-
-    zoo.main([*common, "--trial-id", "1"])
-    (archive,) = Path("logs/ppo_plus").glob("Pendulum-v1_*/Pendulum-v1.zip")
-    model = PPOPlus.load(archive)
-    assert model.policy_kwargs["action_dist"] == "beta"
-    assert model.gamma == 1 - trials[1].params["one_minus_gamma"]
-
-
 # --- without the extra ---
 
 
-@pytest.mark.parametrize("module", ["rl_zoo3", "rl_zoo3.enjoy"])
-def test_a_missing_rl_zoo_names_the_extra(monkeypatch, module):
+@pytest.mark.parametrize(
+    ("module", "argv"),
+    [
+        ("rl_zoo3", ["enjoy", "--env", "CartPole-v1"]),
+        ("rl_zoo3.enjoy", ["enjoy", "--env", "CartPole-v1"]),
+        ("rl_zoo3", ["resume", "folder"]),
+    ],
+)
+def test_a_missing_rl_zoo_names_the_extra(monkeypatch, module, argv):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit, match=r"pip install sb3-ppo-plus\[zoo\]"):
-        zoo.main(["enjoy", "--env", "CartPole-v1"])
+        zoo.main(argv)
 
 
 def test_registering_without_the_rl_zoo_names_the_extra(monkeypatch):

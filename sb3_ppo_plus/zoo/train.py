@@ -1,0 +1,181 @@
+"""What ``train`` adds to the RL Zoo's: checkpoints in the run's folder, from which ``resume`` goes on."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from rl_zoo3.exp_manager import ExperimentManager
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
+
+from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
+from sb3_ppo_plus.errors import CheckpointError, PlainStateError
+from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
+
+CHECKPOINTS = "checkpoints"
+DESCRIPTION = "resume.json"
+FORMAT = 1
+EnvWrapper = Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]
+
+
+class RunCheckpoint(TrainingCheckpoint):
+    """Checkpoints of a run of the zoo, which goes on where one cannot be written: nobody has asked for them.
+
+    :param save_freq: as for :class:`TrainingCheckpoint`
+    :param save_path: the same
+    :param when_started: called when the directory is locked, before the first step
+    :param verbose: 1: print a line for each checkpoint
+    """
+
+    def __init__(
+        self, save_freq: int, save_path: Path, when_started: Callable[[BaseCallback], None], verbose: int = 0
+    ) -> None:
+        super().__init__(save_freq, save_path, verbose=verbose)
+        self._when_started = when_started
+
+    def _on_training_start(self) -> None:
+        try:
+            super()._on_training_start()
+        except PlainStateError as error:
+            self._warn(error)
+        self._when_started(self)
+
+    def on_update_end(self) -> bool:
+        """Write a checkpoint if one is due. Where that fails, a warning says so.
+
+        :return: False if a signal asks to stop
+        """
+        try:
+            return super().on_update_end()
+        except (CheckpointError, PlainStateError) as error:
+            self._warn(error)
+            return self.received_signal is None
+
+    def on_learn_end(self) -> None:
+        """Wait for the last checkpoint. Where it could not be written, a warning says so."""
+        try:
+            super().on_learn_end()
+        except CheckpointError as error:
+            self._warn(error)
+
+    def _warn(self, error: Exception) -> None:
+        warnings.warn(f"training goes on without a new checkpoint: {error}", stacklevel=3)
+
+
+class CheckpointedExperiment(ExperimentManager):
+    """The RL Zoo's experiment, whose run can be resumed.
+
+    :param args: what the RL Zoo's parser returns, with ``checkpoint_freq`` and ``no_checkpoint``, which are taken out
+    :param others: the RL Zoo's other arguments
+    :param named: the same by name
+    """
+
+    def __init__(self, args: argparse.Namespace, *others: Any, **named: Any) -> None:
+        # args.yml is then as the RL Zoo writes it
+        self.checkpoint_freq: int = vars(args).pop("checkpoint_freq")
+        no_checkpoint: bool = vars(args).pop("no_checkpoint")
+        super().__init__(args, *others, **named)
+        self.is_checkpointed = not no_checkpoint and not self.optimize_hyperparameters
+        self.checkpoint: RunCheckpoint | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.save_path)
+
+    def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read the hyperparameters, with those of trial 0 too, which the RL Zoo takes for no trial."""
+        if self.trial_id == 0 and self.storage and self.study_name:
+            print("Loading from Optuna study...")
+            of_trial = self.load_trial(self.storage, self.study_name, 0)
+            self.custom_hyperparams = of_trial | (self.custom_hyperparams or {})
+        return super().read_hyperparameters()
+
+    def create_callbacks(self) -> None:
+        """Create the RL Zoo's callbacks, and the checkpoints."""
+        if any(isinstance(callback, TrainingCheckpoint) for callback in self.callbacks):
+            print("The hyperparameters ask for a TrainingCheckpoint: the zoo writes no other checkpoints")
+            self.is_checkpointed = False
+        super().create_callbacks()  # type: ignore[no-untyped-call]  # it has no annotations
+        if self.is_checkpointed:
+            self.checkpoint = RunCheckpoint(
+                self.checkpoint_freq, self.folder / CHECKPOINTS, self.note_start, min(self.verbose, 1)
+            )
+            self.callbacks.append(self.checkpoint)
+
+    def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
+        """Create environments, each in a ResumableEnv.
+
+        :param n_envs: their number
+        :param eval_env: whether they are for evaluations
+        :param no_log: write no monitor files
+        """
+        if not self.is_checkpointed:
+            return super().create_envs(n_envs, eval_env, no_log)
+        wrapper = self.env_wrapper
+        self.env_wrapper = functools.partial(_resumable, wrapper)
+        try:
+            return super().create_envs(n_envs, eval_env, no_log)
+        finally:
+            self.env_wrapper = wrapper
+
+    def note_start(self, checkpoint: BaseCallback) -> None:
+        """Write what ``resume`` needs beside the RL Zoo's files.
+
+        :param checkpoint: the callback, whose training begins
+        """
+        wandb = sys.modules.get("wandb")
+        run = getattr(wandb, "run", None) if vars(self.args).get("track") else None
+        # Without TensorBoard, SB3's logger has a temporary folder
+        logs = None if self.tensorboard_log is None else checkpoint.logger.get_dir()
+        description = {
+            "format": FORMAT,
+            "checkpoint_freq": self.checkpoint_freq,
+            "normalizes": unwrap_vec_normalize(checkpoint.training_env) is not None,
+            "logs": None if logs is None else _relative(logs, self.folder),
+            "wandb": None if run is None else run.id,
+        }
+        path = Path(self.params_path) / DESCRIPTION
+        # A kill leaves the whole file or none
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+        os.replace(unfinished, path)
+
+    def save_trained_model(self, model: BaseAlgorithm) -> None:
+        """Save the model and its normaliser. After a signal, say how the run goes on.
+
+        :param model: the model
+        :raises SystemExit: after SIGTERM, whose sender expects the program to end by it
+        """
+        super().save_trained_model(model)
+        received = None if self.checkpoint is None else self.checkpoint.received_signal
+        if received is not None:
+            print(
+                f"Ended by {received.name} at {model.num_timesteps} timesteps. To go on: "
+                f"python -m sb3_ppo_plus.zoo resume {self.folder}"
+            )
+        if received is signal.SIGTERM:
+            raise SystemExit(128 + received)
+
+
+def _resumable(wrapper: EnvWrapper | None, env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    return resumable_env_for(env if wrapper is None else wrapper(env))
+
+
+def _relative(logs: str, folder: Path) -> str:
+    try:
+        return os.path.relpath(logs, folder)
+    except ValueError:
+        # Another drive of Windows
+        return os.path.abspath(logs)

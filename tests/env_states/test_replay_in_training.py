@@ -1,0 +1,189 @@
+"""Training with environments whose episodes are played again at a resume."""
+
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from interrupted_runs import StopAfter, rewritten
+from models import build
+from replayed_environments import Hidden, InModule, Simulated
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
+from states import assert_same_bits, state_of
+
+from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, ResumeProofError, TrainingCheckpoint
+from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
+
+REPLAY = {"wrapper_class": ResumableEnv, "wrapper_kwargs": {"by": "replay"}}
+WORKERS = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "fork"}}
+AUTO = {"wrapper_class": resumable_env_for}
+
+
+class Scaled(Simulated):
+    """Its steps depend on a number that no state holds if it is named as constant."""
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def step(self, action):
+        return super().step(self.scale * action)
+
+
+def model_of(make, **kwargs):
+    return build(VecNormalize(make_vec_env(make, 2, seed=0, **kwargs)), n_steps=16, batch_size=16)
+
+
+def interrupted_by_replay(folder, make=Simulated, **kwargs):
+    model = model_of(make, **{**REPLAY, **kwargs})
+    model.learn(128, [TrainingCheckpoint(1, folder), StopAfter(64)])
+
+
+def learned(make=Simulated, **kwargs):
+    model = model_of(make, **kwargs)
+    model.learn(128)
+    return state_of(model)
+
+
+def resumed(folder, make=Simulated, trusted=True, **kwargs):
+    env = VecNormalize(make_vec_env(make, 2, seed=5, **{**REPLAY, **kwargs}))
+    model = PPOPlus.resume(folder, env, trusted=trusted)
+    model.continue_learning()
+    return state_of(model)
+
+
+def bipedal_walker():
+    return gym.make("BipedalWalker-v3", max_episode_steps=11)
+
+
+@pytest.mark.parametrize("make", [Simulated, bipedal_walker])
+@pytest.mark.parametrize("way", [REPLAY, AUTO])
+def test_checkpoints_and_the_proof_change_no_bit(tmp_path, make, way):
+    model = model_of(make, **way)
+    model.learn(128, TrainingCheckpoint(32, tmp_path))
+    assert_same_bits(state_of(model), learned(make))
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_run_in_workers_goes_on(tmp_path, trusted):
+    interrupted_by_replay(tmp_path, **WORKERS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = resumed(tmp_path, **WORKERS, trusted=trusted)
+    assert_same_bits(found, learned(**WORKERS))
+
+
+@pytest.mark.parametrize("workers", [{}, WORKERS])
+def test_an_episode_with_another_outcome_is_an_error_that_names_environment_and_step(tmp_path, workers):
+    kwargs = {**workers, "wrapper_kwargs": {"by": "replay", "constant": ["scale"]}}
+    interrupted_by_replay(tmp_path, Scaled, **kwargs)
+    for trusted in (True, False):
+        with pytest.raises(CheckpointError, match=r"environment 0: .*of Scaled was replayed, and at step 1 of \d"):
+            resumed(tmp_path, lambda: Scaled(2.0), trusted=trusted, **kwargs)
+
+
+def forged(folder, change):
+    """Change what is saved of the first environment's episode."""
+
+    def change_state(files, state):
+        (envs,) = [state["env"]["envs"]]
+        for layer in envs[0]["layers"]["$tuple"] if isinstance(envs[0]["layers"], dict) else envs[0]["layers"]:
+            name, saved = layer["$tuple"] if isinstance(layer, dict) else layer
+            if name == "EpisodeRecorder":
+                change(saved)
+
+    rewritten(folder, change_state)
+    return folder / "rewritten"
+
+
+def other_actions(saved):
+    saved["actions"] = [{"kind": "int", "values": saved["outputs"]["ends"]}]
+
+
+def options(saved):
+    saved["start"]["options"] = {"path": "/etc"}
+
+
+def strange_options(saved):
+    saved["start"]["options"] = [1]
+
+
+def a_world(saved):
+    saved["start"]["world"] = [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (other_actions, r"action 1 of the episode is none of Box"),
+        (options, "options that are no numbers"),
+        (strange_options, "environment 0"),
+        (a_world, "has no Box2D world"),
+        (lambda saved: saved["start"].update(seed="x"), "environment 0"),
+        (lambda saved: saved.update(draws=[[0, "own", {"generator": {"bit_generator": "X"}}]]), "environment 0"),
+        (lambda saved: saved.update(draws=[[0, "other", 1]]), "is no generator"),
+        (lambda saved: saved["now"].update(states=[]), "the saved state is of 0 environments"),
+        (lambda saved: saved.pop("outputs"), "environment 0|outputs"),
+    ],
+)
+def test_without_trust_a_forged_episode_is_an_error(tmp_path, change, text):
+    interrupted_by_replay(tmp_path)
+    with pytest.raises(CheckpointError, match=text):
+        resumed(forged(tmp_path, change), trusted=False)
+
+
+def test_by_replay_an_environment_that_depends_on_something_hidden_is_an_error_before_the_first_step(tmp_path):
+    model = model_of(Hidden, **REPLAY)
+    with pytest.raises(ResumeProofError, match="environment 0"):
+        model.learn(32, TrainingCheckpoint(1, tmp_path))
+    assert model.num_timesteps == 0
+
+
+class NotesFirst(BaseCallback):
+    """Notes whether the first observations are those of the environments."""
+
+    def _on_rollout_start(self):
+        if self.num_timesteps == 0:
+            positions = np.array([env.unwrapped.body.position for env in self.training_env.unwrapped.envs])
+            observations = self.model._last_original_obs
+            self.are_the_environments = np.array_equal(positions, observations)
+
+    def _on_step(self):
+        return True
+
+
+def test_chosen_such_an_environment_is_warned_of_and_begins_anew_at_a_resume(tmp_path):
+    model = model_of(Hidden, **AUTO)
+    notes = NotesFirst()
+    with pytest.warns(UserWarning, match="environment 0: .*At a resume its episodes begin anew"):
+        model.learn(64, [TrainingCheckpoint(1, tmp_path), StopAfter(32), notes])
+    assert notes.are_the_environments
+    with pytest.warns(UserWarning, match="were reset"):
+        resumed(tmp_path, Hidden, **AUTO, wrapper_kwargs=None)
+
+
+def test_chosen_an_environment_with_state_in_a_module_is_played_again_when_the_proof_by_state_fails(tmp_path):
+    model = model_of(InModule, **AUTO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.learn(128, [TrainingCheckpoint(1, tmp_path), StopAfter(64)])
+        found = resumed(tmp_path, InModule, **AUTO, wrapper_kwargs=None)
+    whole = model_of(InModule, **AUTO)
+    whole.learn(128, TrainingCheckpoint(1, tmp_path / "whole"))
+    assert_same_bits(found, state_of(whole))
+
+
+class Odd(gym.Wrapper):
+    """Holds what cannot be saved."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.file = iter("abc")
+
+
+def test_chosen_a_wrapper_that_cannot_be_saved_is_warned_of_and_training_goes_on(tmp_path):
+    model = model_of(lambda: Odd(Simulated()), **AUTO)
+    with pytest.warns(UserWarning, match=r"checkpoints do not hold everything: environments are not saved.*Odd\.file"):
+        model.learn(32, TrainingCheckpoint(1, tmp_path))
+    assert model.num_timesteps == 32

@@ -1,0 +1,90 @@
+"""The commands, their help, and errors that name the nearest right command or flag."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from sb3_ppo_plus import zoo
+from sb3_ppo_plus.zoo import commands
+
+COMMANDS = [*commands._RL_ZOO_COMMANDS, *commands._OWN_COMMANDS]
+
+
+def error_of(argv, capsys):
+    with pytest.raises(SystemExit) as caught:
+        zoo.main(argv)
+    assert caught.value.code == 2
+    return capsys.readouterr().err
+
+
+def help_of(*argv):
+    command = [sys.executable, "-m", "sb3_ppo_plus.zoo", *argv, "--help"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def test_the_help_has_a_line_for_each_command():
+    lines = help_of().splitlines()
+    for name in COMMANDS:
+        (line,) = [line for line in lines if line.split()[:1] == [name]]
+        assert len(line.split()) > 3
+
+
+@pytest.mark.parametrize(
+    ("command", "flags"),
+    [
+        ("train", ["--checkpoint-freq", "--no-checkpoint", "--optimize-hyperparameters", "--hyperparams"]),
+        ("enjoy", ["--trust", "--load-best"]),
+        ("resume", ["RUN_FOLDER", "--n-timesteps", "--trust", "--gym-packages"]),
+    ],
+)
+def test_the_help_of_a_command_has_the_rl_zoos_flags_and_ours(command, flags):
+    text = help_of(command)
+    assert [flag for flag in flags if flag not in text] == []
+
+
+def test_an_unknown_command_names_the_known_ones(capsys):
+    message = error_of(["fly"], capsys)
+    assert [name for name in COMMANDS if name not in message] == []
+
+
+@pytest.mark.parametrize(("given", "meant"), [("trian", "train"), ("Enjoy", "enjoy"), ("resum", "resume")])
+def test_an_unknown_command_names_the_nearest(given, meant, capsys):
+    assert f"did you mean '{meant}'?" in error_of([given], capsys)
+
+
+@pytest.mark.parametrize("argv", [[], ["--env", "CartPole-v1"]])
+def test_the_command_comes_first(argv, capsys):
+    assert "required: COMMAND" in error_of(argv, capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["train", "--chekpoint-freq", "5"], "--checkpoint-freq"),
+        (["train", "--evalfreq=5"], "--eval-freq"),
+        (["train", "--algo", "ppo", "--n-timestep5", "5"], "--n-timesteps"),
+        (["enjoy", "--load-bestt"], "--load-best"),
+        (["enjoy", "--truts"], "--trust"),
+        (["resume", "folder", "--n-timestep5", "3"], "--n-timesteps"),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(argv, meant, capsys):
+    assert f"did you mean '{meant}'?" in error_of(argv, capsys)
+
+
+@pytest.mark.parametrize("value", ["0", "-1"])
+def test_a_checkpoint_every_no_steps_is_an_error(value, capsys):
+    assert "must be at least 1" in error_of(["train", "--checkpoint-freq", value], capsys)
+
+
+def test_checkpoints_are_for_ppo_plus(capsys):
+    message = error_of(["train", "--algo", "ppo", "--checkpoint-freq", "5"], capsys)
+    assert "unrecognized arguments: --checkpoint-freq" in message
+
+
+def test_tracking_without_its_package_names_the_extra(monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    assert "pip install sb3-ppo-plus[track]" in error_of(["train", "--track"], capsys)
