@@ -44,9 +44,8 @@ class Block:
 def blocks_of(page):
     """All fenced blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
-    blocks = []
-    for match in re.finditer(r"^( *)```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE):
-        blocks.append(Block(match[2], match[3], text.count("\n", 0, match.start()) + 2))
+    fences = re.finditer(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    blocks = [Block(fence[1], fence[2], text.count("\n", 0, fence.start()) + 2) for fence in fences]
     assert text.count("```") == 2 * len(blocks), f"{page.name} has a fence that was not understood"
     return blocks
 

@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,16 @@ GUIDES = ROOT / "examples" / "guides"
 PAGES = pages()
 #: Pages of figures, whose commands take hours
 OTHER_PAGES = [ROOT / name for name in ("examples/benchmarks/SPEED.md", "examples/benchmarks/RETURNS.md")]
+#: Stands for the repository's address, of which there is none yet
+PLACEHOLDER = "https://example.org/sb3-ppo-plus.git"
 #: Commands that a page shows, and no test runs
 SHOWN_COMMANDS: dict[str, list[str]] = {
+    "README.md": [
+        "pip install torch --index-url https://download.pytorch.org/whl/cpu",
+        f"pip install 'sb3-ppo-plus[zoo] @ git+{PLACEHOLDER}'",
+        "make demo",
+        "make test",
+    ],
     "tracking.md": ["tensorboard --logdir logs"],
 }
 POLICY_KWARGS = [
@@ -76,6 +85,53 @@ def test_the_policy_kwargs_that_are_named_build_a_policy(page, text):
     policy = f"{'MultiInput' if isinstance(space, spaces.Dict) else 'Mlp'}{of_memory}Policy"
     env = make_vec_env(lambda: ToyEnv(observation_space=space))
     PPOPlus(policy, env, n_steps=64, policy_kwargs=ast.literal_eval(text), device="cpu")
+
+
+def test_the_placeholder_of_the_address_is_named_as_one_in_one_place():
+    readme = (ROOT / "README.md").read_text()
+    explained, _, after = readme.partition(f"`{PLACEHOLDER}` is a placeholder")
+    assert PLACEHOLDER not in explained and after.count(PLACEHOLDER) == 1
+    others = "".join(page.read_text() for page in PAGES if page.name != "README.md")
+    assert "example.org" not in others and "pip install sb3-ppo-plus" not in others + readme
+
+
+def test_the_extras_of_the_readme_are_those_of_the_project():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    (sentence,) = re.findall(r"Extras: (.*?)\.\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert set(re.findall(r"`\[(\w+)\]`", sentence)) == set(extras)
+
+
+def test_the_readme_is_one_page_and_its_figure_comes_first():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 120
+    assert any(line.startswith("![") for line in lines[:20])
+
+
+def test_the_figures_of_the_readme_are_those_of_the_pages():
+    readme = (ROOT / "README.md").read_text()
+    rows = [line for page in OTHER_PAGES for line in page.read_text().splitlines() if line.startswith("|")]
+    for case, name, steps in (
+        ("CartPole, 8 envs", "SB3", "2,436"),
+        ("CartPole, 8 envs", "PPOPlus", "6,482 (2.7x)"),
+        ("CartPole, 8 envs", "PPOPlus compiled", "19,814 (8.1x)"),
+        ("Pendulum, 4 envs", "SB3", "2,308"),
+        ("Pendulum, 4 envs", "PPOPlus", "5,589 (2.4x)"),
+        ("Pendulum, 4 envs", "PPOPlus compiled", "13,831 (6.0x)"),
+        ("CartPole with LSTM, 8 envs", "RecurrentPPO", "96"),
+        ("CartPole with LSTM, 8 envs", "PPOPlus", "645 (6.7x)"),
+    ):
+        (cells,) = [row.split(" | ") for row in rows if row.startswith(f"| {case} | {name} |")]
+        ratio = f" ({float(cells[7]):.1f}x)" if "(" in steps else ""
+        assert f"{int(cells[4]):,}{ratio}" == steps and f"| {steps} |" in readme
+    for env, figures in (
+        ("CartPole-v1", "99,328 | 500"),
+        ("Pendulum-v1, gSDE", "98,304 | -152.2"),
+        ("CartPole without velocities (CartPoleNoVel-v1), LSTM", "199,680 | 500"),
+        ("LunarLander-v3", "999,424 | 260.3"),
+    ):
+        steps, mean = figures.split(" | ")
+        assert any(row.startswith(f"| {env} |") and figures in row for row in rows), env
+        assert re.search(rf"\| {re.escape(mean)} (of 500 )?\({steps} steps", readme), env
 
 
 def test_policy_kwargs_are_named():

@@ -29,7 +29,10 @@ def import_optional(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{name} cannot be imported ({error}): run `pip install sb3-ppo-plus[zoo]`") from error
+        raise ImportError(
+            f'{name} cannot be imported ({error}): it comes with the extra [zoo]. Run `pip install -e ".[zoo]"` in a '
+            'checkout, or `pip install "sb3-ppo-plus[zoo] @ git+ADDRESS"` with the address of your installation'
+        ) from error
 
 
 def hyperparams_file() -> Path:

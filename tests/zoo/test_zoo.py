@@ -423,13 +423,13 @@ def test_optimize_runs_and_train_takes_a_trial_from_the_study():
 @pytest.mark.parametrize("module", ["rl_zoo3", "rl_zoo3.enjoy"])
 def test_a_missing_rl_zoo_names_the_extra(monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=r"pip install sb3-ppo-plus\[zoo\]"):
+    with pytest.raises(SystemExit, match=r'pip install -e "\.\[zoo\]"'):
         zoo.main(["enjoy", "--env", "CartPole-v1"])
 
 
 def test_registering_without_the_rl_zoo_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "rl_zoo3", None)
-    with pytest.raises(ImportError, match=r"pip install sb3-ppo-plus\[zoo\]"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[zoo\]"'):
         zoo.register()
 
 
