@@ -21,12 +21,18 @@ TIMESTEPS = re.compile(r"(?<=\.learn\()[\d_]+")
 MAX_STEPS, MAX_EPOCHS = 64, 1
 
 #: Commands of programs that are not run: they install, serve, or need the network
-NOT_RUN = ("pip install", "git clone", "cd", "make", "tensorboard", "wandb sync")
+NOT_RUN = (
+    *("pip install", "make", "tensorboard"),
+    *("python -m sb3_ppo_plus.zoo push", "python -m sb3_ppo_plus.zoo pull"),
+)
 
 #: Flags that are put after the user's for each command of the zoo, where the last one counts: little is trained
 ZOO_FLAGS = {
     "train": ["--n-timesteps", "64", "--eval-freq", "-1", "--num-threads", "1", "--verbose", "0"],
     "enjoy": ["--n-timesteps", "20", "--no-render", "--num-threads", "1"],
+    "resume": ["--n-timesteps", "600"],
+    "record": ["--n-timesteps", "20"],
+    "benchmark": ["--n-timesteps", "300", "--num-threads", "1"],
 }
 #: Further ones for a search: two trials of one evaluation each
 SEARCH_FLAGS = ["--n-trials", "2", "--n-startup-trials", "1", "--n-evaluations", "1", "--eval-episodes", "1"]

@@ -31,6 +31,10 @@ SHOWN_COMMANDS: dict[str, list[str]] = {
         "make test",
     ],
     "tracking.md": ["tensorboard --logdir logs"],
+    "zoo.md": [
+        "python -m sb3_ppo_plus.zoo push --env CartPole-v1 -orga YOUR_NAME",
+        "python -m sb3_ppo_plus.zoo pull --env CartPole-v1 -orga THEIR_NAME",
+    ],
 }
 POLICY_KWARGS = [
     (page.name, text) for page in PAGES for text in re.findall(r"`policy_kwargs=(\{.*?\})`", page.read_text())
@@ -53,8 +57,10 @@ def test_the_blocks_of_a_page_run_as_they_stand(page, tmp_path, monkeypatch):
     results = run_page(page, tmp_path, monkeypatch)
     assert not results or any(getattr(result.get("model"), "num_timesteps", 0) > 0 for result in results)
     if page.name == "zoo.md":
-        assert (tmp_path / "logs/ppo_plus/CartPole-v1_1/CartPole-v1.zip").exists()
-        assert (tmp_path / "logs/ppo_plus/Pendulum-v1_1/Pendulum-v1.zip").exists()
+        for name in ("CartPole-v1_1/CartPole-v1.zip", "CartPole-v1_2/CartPole-v1.zip", "Pendulum-v1_1/Pendulum-v1.zip"):
+            assert (tmp_path / "logs/ppo_plus" / name).exists()
+        assert list((tmp_path / "logs/ppo_plus/CartPole-v1_1/videos").glob("*.mp4"))
+        assert (tmp_path / "benchmark.md").exists() and (tmp_path / "logs/report/report.html").exists()
     if page.name == "runs_that_survive.md":
         # Started again, the first script takes its other branch
         resumed = run_page(page, tmp_path, monkeypatch)[0]["model"]
