@@ -46,13 +46,20 @@ VECTOR = spaces.Box(-1, 1, (24,), np.float32)
 IMAGE = spaces.Box(0, 255, (7, 7, 3), np.uint8)
 
 
+#: Pages whose blocks take long: W&B starts a process of its own
+SLOW = {"tracking.md"}
+WITH_BLOCKS = [
+    pytest.param(page, marks=pytest.mark.heavy if page.name in SLOW else ()) for page in PAGES if blocks_of(page)
+]
+
+
 def name_of(page):
     return page.name
 
 
 @pytest.mark.usefixtures("graphs_without_code")
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=name_of)
+@pytest.mark.parametrize("page", WITH_BLOCKS, ids=name_of)
 def test_the_blocks_of_a_page_run_as_they_stand(page, tmp_path, monkeypatch):
     results = run_page(page, tmp_path, monkeypatch)
     assert not results or any(getattr(result.get("model"), "num_timesteps", 0) > 0 for result in results)
