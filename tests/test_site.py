@@ -1,4 +1,4 @@
-"""The site of `make site`: strictly built, links whole, every public name, and nothing that is loaded from elsewhere."""
+"""The site of `make site`: strictly built, links whole, all public names, and nothing that is loaded from elsewhere."""
 
 import os
 import subprocess
