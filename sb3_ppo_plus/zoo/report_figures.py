@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import io
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+from sb3_ppo_plus.zoo.hyperparams import import_optional
 from sb3_ppo_plus.zoo.learning_curves import CONFIDENCE, N_RESAMPLES, Group
 
 #: Inches and dots per inch. Text stays readable where a phone shows the figure at two thirds of its size
@@ -66,10 +66,7 @@ def draw(groups: Sequence[Group], *, statistic: str, key: str, source: str) -> F
 
 
 def _matplotlib(name: str = "") -> ModuleType:
-    try:
-        return importlib.import_module(f"matplotlib.{name}" if name else "matplotlib")
-    except ImportError as error:
-        raise ImportError(f"{error}: run `pip install sb3-ppo-plus[plot]`") from error
+    return import_optional(f"matplotlib.{name}" if name else "matplotlib", "plot")
 
 
 def _draw(groups: Sequence[Group], statistic: str, label: str, colors: Sequence[str], ink: str, paper: str) -> bytes:
