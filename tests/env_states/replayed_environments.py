@@ -103,6 +103,13 @@ class Hidden(Simulated):
         return len(HIDDEN_STEPS)
 
 
+class HiddenFromStart(Hidden):
+    """Its episodes begin elsewhere each time."""
+
+    def start(self):
+        return super().start() + self.noise()
+
+
 HIDDEN_STEPS = []
 
 
@@ -164,5 +171,8 @@ def assert_goes_on_in_another(make, n_before=30, n_after=30, n_others=5, seed=0)
     actions = drawn(env, n_after, seed + 2)
     expected = outputs(env, actions)
     for again in (other, env):
-        again.set_resume_state(state)
+        # A state that was put back can be saved again
+        for _ in range(2):
+            again.set_resume_state(state)
+            state = written_and_read(again.get_resume_state())
         np.testing.assert_equal(outputs(again, actions), expected)

@@ -337,6 +337,34 @@ def test_an_environment_that_restarts_is_recorded_again():
         assert_goes_on_in_another(lambda: replayed(RestartingEnv(Fails, max_restarts=10**6)), 60, 4)
 
 
+def test_after_a_restart_an_environment_is_reset_once():
+    class Counts(Simulated):
+        n_resets = 0
+
+        def reset(self, *, seed=None, options=None):
+            Counts.n_resets += 1
+            return super().reset(seed=seed)
+
+        def step(self, action):
+            raise RuntimeError("broken")
+
+    env = replayed(RestartingEnv(Counts), constant=["make_env"])
+    env.reset(seed=0)
+    with pytest.warns(UserWarning, match="is built anew"):
+        env.step(np.zeros(2))
+    env.reset()
+    assert Counts.n_resets == 2
+
+
+def test_a_wrapper_may_refer_to_the_environment():
+    class Refers(gym.Wrapper):
+        def __init__(self, env):
+            super().__init__(env)
+            self.inner = env.unwrapped
+
+    assert_goes_on_in_another(lambda: replayed(Refers(Simulated())))
+
+
 def test_the_spec_is_the_environments():
     assert replayed(gym.make("CartPole-v1")).spec.id == "CartPole-v1"
     assert gym.make(ResumableEnv(gym.make("CartPole-v1"), by="replay").spec).unwrapped is not None

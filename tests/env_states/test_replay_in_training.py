@@ -1,5 +1,6 @@
 """Training with environments whose episodes are played again at a resume."""
 
+import contextlib
 import warnings
 
 import gymnasium as gym
@@ -7,13 +8,14 @@ import numpy as np
 import pytest
 from interrupted_runs import StopAfter, rewritten
 from models import build
-from replayed_environments import Hidden, InModule, Simulated
+from replayed_environments import Hidden, HiddenFromStart, InModule, Simulated
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, ResumeProofError, TrainingCheckpoint
+from sb3_ppo_plus.env_states import vec_env_state
 from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
 
 REPLAY = {"wrapper_class": ResumableEnv, "wrapper_kwargs": {"by": "replay"}}
@@ -63,6 +65,15 @@ def test_checkpoints_and_the_proof_change_no_bit(tmp_path, make, way):
     model = model_of(make, **way)
     model.learn(128, TrainingCheckpoint(32, tmp_path))
     assert_same_bits(state_of(model), learned(make))
+
+
+@pytest.mark.parametrize("make", [Simulated, lambda: gym.make("CartPole-v1")])
+def test_a_run_goes_on_in_the_way_that_was_chosen(tmp_path, make):
+    interrupted_by_replay(tmp_path, make, **AUTO, wrapper_kwargs=None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = resumed(tmp_path, make, **AUTO, wrapper_kwargs=None)
+    assert_same_bits(found, learned(make))
 
 
 @pytest.mark.parametrize("trusted", [True, False])
@@ -153,14 +164,15 @@ class NotesFirst(BaseCallback):
         return True
 
 
-def test_chosen_such_an_environment_is_warned_of_and_begins_anew_at_a_resume(tmp_path):
-    model = model_of(Hidden, **AUTO)
+@pytest.mark.parametrize("make", [Hidden, HiddenFromStart])
+def test_chosen_such_an_environment_is_warned_of_and_begins_anew_at_a_resume(tmp_path, make):
+    model = model_of(make, **AUTO)
     notes = NotesFirst()
     with pytest.warns(UserWarning, match="environment 0: .*At a resume its episodes begin anew"):
         model.learn(64, [TrainingCheckpoint(1, tmp_path), StopAfter(32), notes])
     assert notes.are_the_environments
     with pytest.warns(UserWarning, match="were reset"):
-        resumed(tmp_path, Hidden, **AUTO, wrapper_kwargs=None)
+        resumed(tmp_path, make, **AUTO, wrapper_kwargs=None)
 
 
 def test_chosen_an_environment_with_state_in_a_module_is_played_again_when_the_proof_by_state_fails(tmp_path):
@@ -187,3 +199,18 @@ def test_chosen_a_wrapper_that_cannot_be_saved_is_warned_of_and_training_goes_on
     with pytest.warns(UserWarning, match=r"checkpoints do not hold everything: environments are not saved.*Odd\.file"):
         model.learn(32, TrainingCheckpoint(1, tmp_path))
     assert model.num_timesteps == 32
+
+
+def test_workers_have_the_time_of_all_steps_of_an_episode(monkeypatch):
+    monkeypatch.setattr(Simulated, "length", 100)
+    env = make_vec_env(Simulated, 2, seed=0, **REPLAY)
+    env.reset()
+    for _ in range(30):
+        env.step(np.zeros((2, 2)))
+    asked = []
+    monkeypatch.setattr(
+        vec_env_state, "time_for_proof", lambda base, n_steps: asked.append(n_steps) or contextlib.nullcontext()
+    )
+    assert vec_env_state.set_vec_env_state(env, vec_env_state.vec_env_state(env))
+    # And the reset
+    assert asked == [31]

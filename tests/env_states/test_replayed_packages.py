@@ -9,6 +9,7 @@ from replayed_environments import assert_goes_on_in_another, drawn, outputs, rep
 from stable_baselines3.common.monitor import Monitor
 
 from sb3_ppo_plus import ResumableEnv
+from sb3_ppo_plus.env_states.box2d_world import free_nodes
 
 MODULES = ("minigrid", "highway_env", "gymnasium_robotics")
 BOX2D = ["LunarLander-v3", "LunarLanderContinuous-v3", "BipedalWalker-v3", "BipedalWalkerHardcore-v3"]
@@ -38,6 +39,18 @@ def test_box2d_goes_on_in_an_environment_with_other_episodes_before(env_id, seed
 def test_lunar_lander_with_wind_and_with_pictures_goes_on():
     for arguments in ({"enable_wind": True}, {"render_mode": "rgb_array"}):
         assert_goes_on_in_another(lambda arguments=arguments: made("LunarLander-v3", **arguments), 100, 100)
+
+
+def test_a_world_that_each_reset_makes_anew_is_not_looked_at(monkeypatch):
+    looked = []
+    name = "sb3_ppo_plus.env_states.episode_recorder.free_nodes"
+    monkeypatch.setattr(name, lambda world, n: looked.append(world) or free_nodes(world, n))
+    for env_id, expected in (("LunarLander-v3", 1), ("BipedalWalker-v3", 5)):
+        looked.clear()
+        env = made(env_id)
+        for seed in range(5):
+            env.reset(seed=seed)
+        assert len(looked) == expected
 
 
 @pytest.mark.heavy
