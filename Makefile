@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 # These networks are too small to share among threads, which on a busy machine wait for each other most of the time.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help demo quick test test-all lint types tests heavy test-sb3
+.PHONY: help demo quick test test-all lint types tests heavy test-sb3 site
 
 help:
 	@echo "make demo                      train, evaluate and plot CartPole-v1 (results in logs/demo)"
@@ -21,6 +21,7 @@ help:
 	@echo "make test                      ruff, mypy --strict, pytest"
 	@echo "make test-all                  make test, then the tests that take long or need heavy packages"
 	@echo "make lint                      ruff check, ruff format --check"
+	@echo "make site                      guides and API as pages, in build/site/index.html"
 	@echo "make test-sb3 SB3=CHECKOUT     SB3 v2.9.2's own tests with PPO replaced by PPOPlus"
 
 $(VENV)/.torch: constraints.txt
@@ -34,6 +35,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
 	$(INSTALL) -e ".[zoo,plot,track,site,box2d,mujoco,dev]"
+	@touch $@
+
+$(VENV)/.site: $(VENV)/.torch pyproject.toml
+	$(INSTALL) -e ".[site]"
 	@touch $@
 
 # A check of system information in SB3's tests.
@@ -51,10 +56,10 @@ test: lint types tests
 
 test-all: test heavy
 
-# Without the README: ruff would reformat its snippets, whose comments are aligned.
+# The blocks of Python in README and guides are formatted too.
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check sb3_ppo_plus tests examples
+	$(BIN)/ruff format --check sb3_ppo_plus tests examples README.md .mkdocs
 
 types: $(VENV)/.test
 	$(BIN)/mypy --strict sb3_ppo_plus
@@ -67,6 +72,10 @@ tests: $(VENV)/.test lint types
 heavy: $(VENV)/.test
 	@status=0; $(BIN)/python -m pytest -m heavy --collect-only -q > /dev/null 2>&1 || status=$$?; \
 	if [ $$status -ne 5 ]; then $(PYTEST) -m heavy; fi
+
+# A broken link, or a name that is not there, is an error.
+site: $(VENV)/.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --config-file .mkdocs/mkdocs.yml
 
 test-sb3: $(VENV)/.test-sb3
 	@test -d "$(SB3)/tests" || { echo "usage: make test-sb3 SB3=/path/to/stable-baselines3 (a checkout of v2.9.2)"; exit 2; }

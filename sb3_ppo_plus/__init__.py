@@ -30,7 +30,7 @@ from sb3_ppo_plus.resuming.resume import best_checkpoint, latest_checkpoint
 from sb3_ppo_plus.saving.vec_normalize import load_vec_normalize, save_vec_normalize
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ActorCriticPlusCnnPolicy",

@@ -40,6 +40,7 @@ from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint, warn_of_
 from sb3_ppo_plus.resuming.run import Run, as_callbacks
 from sb3_ppo_plus.rollout.values import RolloutValues
 from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_named_by_package, write_model
+from sb3_ppo_plus.saving.plain_file import is_without_pickles
 from sb3_ppo_plus.saving.untrusted_model import load_without_trust, read_parameters
 from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
 from sb3_ppo_plus.update.epochs import log_update, run_epochs
@@ -426,12 +427,13 @@ class PPOPlus(PPO):
         A model of SB3's PPO keeps SB3's form of value clipping unless ``pessimistic_value_clip`` is given.
 
         :param trusted: True: as in SB3, code in the file is run. False: nothing is unpickled or imported by name, see
-            :func:`sb3_ppo_plus.saving.untrusted_model.load_without_trust`
+            :func:`sb3_ppo_plus.saving.untrusted_model.load_without_trust`; so is a file without pickles (zoo ``pull``)
         :param allow: with ``trusted=False``, your own classes that the file may name
         :param kwargs: constructor arguments to change
         :raises TypeError: for a keyword that the constructor does not have, or a class that ``allow`` cannot hold
         :raises UntrustedFileError: a ValueError, if ``trusted=False`` and the file is damaged, hostile or not plain
         """
+        trusted = trusted and not is_without_pickles(path)
         replaced = loading_arguments(cls, path, custom_objects, kwargs, trusted=trusted, allow=allow)
         if trusted:
             return super().load(path, env, device, custom_objects, print_system_info, force_reset, **replaced)

@@ -193,3 +193,13 @@ def test_speed_benchmark(monkeypatch, capsys):
     assert figures["SB3"]["compile_seconds"] == 0 < figures["PPOPlus compiled"]["compile_seconds"]
     assert "| tiny | PPOPlus compiled |" in capsys.readouterr().out
     assert Path("here/speed.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure():
+    figure = load_example("benchmarks/figure")
+    speed = figure.read_speed(EXAMPLES / "benchmarks" / "SPEED.md")
+    assert list(speed) == list(figure.CASES) and speed["CartPole, 8 envs"]["PPOPlus compiled"] == (19814.0, 8.13)
+    figure.main(Path("speed.png"))
+    committed = figure.FIGURE.read_bytes()
+    assert committed.startswith(b"\x89PNG") and len(committed) < 100_000
+    assert Path("speed.png").read_bytes()[:24] == committed[:24], "of another size: run examples/benchmarks/figure.py"

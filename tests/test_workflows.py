@@ -38,7 +38,7 @@ def steps():
 
 @pytest.mark.parametrize("schema", ["vendor.github-workflows", "custom.github-workflows-require-timeout"])
 def test_workflows_have_the_form_that_github_asks_for(schema):
-    assert [path.name for path in WORKFLOWS] == ["ci.yml", "publish.yml"]
+    assert [path.name for path in WORKFLOWS] == ["ci.yml", "publish.yml", "site.yml"]
     checked = check_schema(schema, *WORKFLOWS)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
@@ -65,13 +65,23 @@ def test_each_action_has_one_version():
     assert [name for name, commits in versions.items() if len(commits) > 1] == []
 
 
-def test_only_publishing_may_write_and_only_an_identity_token():
+def test_only_publishing_may_write_and_only_pages_and_an_identity_token():
     for path in WORKFLOWS:
         assert read(path)["permissions"] == {"contents": "read"}, path.name
     with_rights = [
         (path.name, job["permissions"], job["environment"]["name"]) for path, job in jobs() if "permissions" in job
     ]
-    assert with_rights == [("publish.yml", {"id-token": "write"}, "pypi")]
+    assert with_rights == [
+        ("publish.yml", {"id-token": "write"}, "pypi"),
+        ("site.yml", {"pages": "write", "id-token": "write"}, "github-pages"),
+    ]
+
+
+def test_the_site_that_is_published_is_the_one_that_was_built_strictly():
+    jobs = read(ROOT / ".github/workflows/site.yml")["jobs"]
+    assert jobs["publish"]["needs"] == "build"
+    assert any(step.get("run", "").startswith("make site") for step in jobs["build"]["steps"])
+    assert "mkdocs build --strict" in MAKEFILE
 
 
 def test_what_is_published_was_tested_and_built_first():

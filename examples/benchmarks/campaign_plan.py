@@ -203,7 +203,7 @@ def _peers_entry(name: str) -> tuple[str, Entry]:
 def _rl_zoo_file() -> Path:
     spec = importlib.util.find_spec("rl_zoo3")
     if spec is None or spec.origin is None:
-        raise ValueError("rl_zoo3 is not installed: run `pip install sb3-ppo-plus[zoo]`")
+        raise ValueError('rl_zoo3 is not installed: run `pip install -e ".[zoo]"`')
     return Path(spec.origin).parent / "hyperparams" / "ppo.yml"
 
 

@@ -26,6 +26,8 @@ SEEDS = ("entropy", "spawn_key", "pool_size", "n_children_spawned")
 """Arguments and attributes of NumPy's SeedSequence."""
 # Of a SeedSequence, whose time and memory grow with it; NumPy's default is 4
 MAX_POOL_SIZE = 64
+# Bytes of PyTorch's state before its 624 numbers
+N_TORCH_BYTES = 24
 Generator = np.random.Generator | np.random.RandomState | random.Random
 
 
@@ -51,7 +53,7 @@ def set_global_generator_states(states: dict[str, Any]) -> None:
     """
     random.setstate(_python_tuple(states["python"]))
     np.random.set_state(_checked(states["numpy"]))
-    th.set_rng_state(states["torch"])
+    th.set_rng_state(_checked_torch(states["torch"]))
     for device, state in enumerate(states.get("cuda", [])):
         if th.cuda.is_available() and device < th.cuda.device_count():
             th.cuda.set_rng_state(state, device)
@@ -114,6 +116,22 @@ def _checked(state: GeneratorState) -> GeneratorState:
     for name, position, largest in found:
         if isinstance(position, bool) or not isinstance(position, int | np.integer) or not 0 <= position <= largest:
             raise ValueError(f"the state of a random generator has {name}={position!r}; allowed: 0 to {largest}")
+    return state
+
+
+def _checked_torch(state: th.Tensor) -> th.Tensor:
+    """Refuse a position and a number of draws left that together lead out of PyTorch's memory, which it reads then."""
+    if not isinstance(state, th.Tensor):
+        raise TypeError(f"a state of PyTorch's random generator is a tensor, got {type(state).__name__}")
+    if state.dtype is not th.uint8 or state.device.type != "cpu" or state.numel() < N_TORCH_BYTES:
+        raise ValueError(f"a state of PyTorch's random generator has bytes, got {state.numel()} of {state.dtype}")
+    # After a seed: the int ``left``, another int, and the position ``next``
+    content = state.contiguous().numpy().tobytes()
+    (left,), (position,) = np.frombuffer(content, np.int32, 1, 8), np.frombuffer(content, np.uint64, 1, 16)
+    if not (1 <= left <= 624 and int(position) + int(left) <= 625):
+        raise ValueError(
+            f"the state of PyTorch's random generator has left={left}, next={position}; allowed: together up to 625"
+        )
     return state
 
 

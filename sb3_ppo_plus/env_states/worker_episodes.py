@@ -54,6 +54,9 @@ def set_episode_states(env: Any, states: list[dict[str, Any]], trusted: bool) ->
                 stacklevel=2,
             )
         return []
+    if not states:
+        # The run before could start no worker anew
+        return []
     # One that starts no workers anew ends these episodes, but needs to know of no others
     episodes = episodes_of(env, None) if is_pending else known_episodes(env)
     left_out: set[str] = set()

@@ -155,7 +155,7 @@ class RestartingRemote(WatchedRemote):
         """
         env, old = self.env, self.env.processes[self.index]
         old.kill()
-        old.join(workers.MAX_WAIT)
+        workers.wait_for_end(old, workers.MAX_WAIT)
         self.remote.close()
         make_env = CloudpickleWrapper(MakesItAgain(pickle.loads(self.function).var))
         remote, work_remote = multiprocessing.Pipe()

@@ -224,7 +224,7 @@ class WatchedRemote:
         if hang:
             return f"{name} {hang}"
         process = self.env.processes[self.index]
-        process.join(workers.MAX_WAIT)
+        workers.wait_for_end(process, workers.MAX_WAIT)
         return f"{name} {'has closed its pipe' if process.exitcode is None else workers.how_it_ended(process.exitcode)}"
 
     def _doing(self) -> str:
@@ -252,7 +252,7 @@ class WatchedRemote:
             return True
         process = self.env.processes[self.index]
         if has_ended or not process.is_alive():
-            process.join(workers.MAX_WAIT)
+            workers.wait_for_end(process, workers.MAX_WAIT)
             if self.remote.poll():
                 return True
             raise NoAnswerError

@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable
 from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
@@ -24,6 +25,8 @@ BROKEN_PIPES = (EOFError, ConnectionError)
 MAX_WAIT = 2.0
 # In seconds: how long all workers together may take to close their environments before they are killed
 MAX_CLOSE = 1.0
+# In seconds: how often a process is asked whether it has ended
+POLL = 0.005
 
 
 class NamingDeadWorkers:
@@ -81,7 +84,7 @@ def _dead_workers(env: SubprocVecEnv) -> Iterable[str]:
     ended = wait([process.sentinel for process in env.processes], MAX_WAIT)
     for index, process in enumerate(env.processes):
         if process.sentinel in ended:
-            process.join(MAX_WAIT)
+            wait_for_end(process, MAX_WAIT)
         if process.exitcode is not None:
             yield f"{name_of(env, index)} {how_it_ended(process.exitcode)}"
 
@@ -101,7 +104,9 @@ def how_it_ended(code: int) -> str:
     :param code: its exit code; below 0: the signal that killed it
     """
     if code < 0:
-        return f"was killed by {signal.Signals(-code).name}"
+        # Real-time signals have no names
+        is_named = -code in set(signal.Signals)
+        return f"was killed by {signal.Signals(-code).name if is_named else f'signal {-code}'}"
     hint = " (an exception in the environment: its traceback is above, on stderr)" if code == 1 else ""
     return f"ended with exit code {code}{hint}"
 
@@ -114,6 +119,20 @@ def is_forked(env: SubprocVecEnv) -> bool:
     return getattr(env.processes[0], "_start_method", None) == "fork"
 
 
+def wait_for_end(process: BaseProcess, seconds: float) -> None:
+    """Wait until a process has ended, but no longer than this.
+
+    ``join`` waits without a limit for one that has closed its end of a pipe and goes on, as a worker that has called
+    ``exec`` does.
+
+    :param process: the process
+    :param seconds: the limit
+    """
+    until = time.monotonic() + seconds
+    while process.exitcode is None and time.monotonic() < until:
+        time.sleep(POLL)
+
+
 def end_workers(env: SubprocVecEnv) -> None:
     """End all workers, and kill those that do not close their environment at once. The environment is then closed.
 
@@ -124,11 +143,11 @@ def end_workers(env: SubprocVecEnv) -> None:
             remote.send(("close", None))
     until = time.monotonic() + MAX_CLOSE
     for process in env.processes:
-        process.join(max(until - time.monotonic(), 0.0))
+        wait_for_end(process, until - time.monotonic())
         if process.is_alive():
             process.kill()
     for process in env.processes:
-        process.join(MAX_WAIT)
+        wait_for_end(process, MAX_WAIT)
     for remote in env.remotes:
         remote.close()
     env.waiting, env.closed = False, True

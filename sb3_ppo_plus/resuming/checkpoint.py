@@ -40,7 +40,7 @@ class TrainingCheckpoint(BaseCallback):
     With ``on_signal``, SIGTERM or SIGINT (Ctrl-C) ends training after the current update: a checkpoint is written, and
     ``learn`` returns. A second SIGINT interrupts at once. After SIGUSR1 a checkpoint is written too, and learning goes
     on. The handlers are in place during ``learn``, if it runs in the main thread. Such signals often reach all
-    processes, so the workers of a SubprocVecEnv ignore SIGINT and SIGTERM from then on.
+    processes, so the workers of a SubprocVecEnv ignore all three from then on.
 
     :param save_freq: smallest number of timesteps between two checkpoints, counted over all environments; 1: a
         checkpoint after every update

@@ -16,26 +16,30 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_ppo_plus.envs.in_workers import EndsWithMain, have_effect
 from sb3_ppo_plus.envs.questions import base_of
-from sb3_ppo_plus.envs.workers import is_forked
 
 
 def keep_signals_from_workers(env: VecEnv) -> None:
-    """Let the worker processes of a SubprocVecEnv ignore SIGINT and SIGTERM, which would end them.
+    """Let the worker processes of a SubprocVecEnv ignore SIGINT, SIGTERM and SIGUSR1, which would end them.
 
-    Terminals send SIGINT to all processes, and job schedulers send SIGTERM. Forked workers hold each other's pipes
-    open, so they are told to notice when their main process has ended.
+    Terminals send SIGINT to all processes, and job schedulers send the others. The workers are told to notice when
+    their main process has ended: forked ones hold each other's pipes open, and any may hang.
 
     :param env: the outermost vectorised environment
     """
     base = base_of(env)
     if not isinstance(base, SubprocVecEnv):
         return
-    if is_forked(base):
-        have_effect(base, EndsWithMain())
-    for number in (signal.SIGINT, signal.SIGTERM):
+    have_effect(base, EndsWithMain())
+    for number in _handled():
         have_effect(base, _Ignore(number))
     # At the end of the program, multiprocessing sends workers SIGTERM, which they ignore, and waits for their end
     Finalize(base, _kill, [base.processes], exitpriority=0)
+
+
+def _handled() -> list[signal.Signals]:
+    # Windows has no SIGUSR1
+    numbers = [getattr(signal, name, None) for name in ("SIGTERM", "SIGINT", "SIGUSR1")]
+    return [number for number in numbers if number is not None]
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,9 @@ class SignalFlags:
         self.stop, self._is_requested, self._was_interrupted = None, False, False
         if threading.current_thread() is not threading.main_thread() or self._previous:
             return False
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            number = getattr(signal, name, None)
+        for number in _handled():
             # None is a handler that Python did not set and could not put back
-            if number is not None and signal.getsignal(number) is not None:
+            if signal.getsignal(number) is not None:
                 self._previous[number] = signal.signal(number, self._note)
         return True
 

@@ -39,7 +39,7 @@ NORMALIZER_FILE = "vecnormalize.json"
 """For those who use the model elsewhere. A resume takes the statistics from the state of the environments."""
 # Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
 # there may be many environments, with nested lists. Python itself reads at most 4300 digits
-UNTRUSTED_LIMITS = Limits(2**28, max_depth=128, max_values=2**21, max_digits=4300, allows_non_finite=True)
+UNTRUSTED_LIMITS = Limits(2**26, max_depth=128, max_values=2**21, max_digits=4300, allows_non_finite=True)
 GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 

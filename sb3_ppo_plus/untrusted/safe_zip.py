@@ -6,7 +6,6 @@ import io
 import os
 import pathlib
 import stat
-import struct
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +17,9 @@ from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.untrusted.regular_files import open_regular_file
 from sb3_ppo_plus.untrusted.strict_json import short
 
-#: Bytes of the comment at the end of an archive, and of a member's entry in the list: its name and 46 more
-MAX_COMMENT, MAX_ENTRY = 2**16 - 1, 512
+#: Bytes of the record at the end of an archive, of its comment, and of a member's entry in the list: its name and 46
+#: more
+RECORD, MAX_COMMENT, MAX_ENTRY = 22, 2**16, 512
 
 
 @contextmanager
@@ -61,8 +61,9 @@ def read_members(file: IO[bytes], name: str, allows: Callable[[str], bool], max_
         compressed, encrypted, links or folders, or overlap
     """
     try:
-        _check_directory(file, name, max_members)
-        with zipfile.ZipFile(file) as archive:
+        bounded = _ReadsInParts(file, name, max(max_members * MAX_ENTRY, MAX_COMMENT + RECORD))
+        with zipfile.ZipFile(bounded) as archive:
+            bounded.limit = None
             infos = archive.infolist()
             if len(infos) > max_members:
                 raise UntrustedFileError(f"{name} has {len(infos)} members; at most {max_members} are allowed")
@@ -81,20 +82,38 @@ def read_members(file: IO[bytes], name: str, allows: Callable[[str], bool], max_
         raise UntrustedFileError(f"{name} is no readable zip archive: {type(error).__name__}: {error}") from error
 
 
-def _check_directory(file: IO[bytes], name: str, max_members: int) -> None:
-    """Check the size of the list of members before it is read: each of its entries takes time and memory."""
-    size = file.seek(0, io.SEEK_END)
-    # The record at the end has 22 bytes, and a comment
-    file.seek(max(0, size - 22 - MAX_COMMENT))
-    tail = file.read()
-    file.seek(0)
-    begin = tail.rfind(b"PK\5\6")
-    if begin >= 0 and len(tail) - begin >= 22:
-        n_members, n_bytes = struct.unpack("<HI", tail[begin + 10 : begin + 16])
-        if n_members > max_members or n_bytes > max_members * MAX_ENTRY:
+class _ReadsInParts:
+    """A file of which no more than a limit is read at once.
+
+    zipfile reads the list of members in one piece, whichever of an archive's several records states its size. Each
+    entry takes time and memory.
+
+    :param file: the file
+    :param name: what to call it in messages
+    :param limit: largest number of bytes; None: no limit
+    """
+
+    def __init__(self, file: IO[bytes], name: str, limit: int | None) -> None:
+        self.limit = limit
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+        self._file = file
+        self._name = name
+
+    def read(self, size: int = -1) -> bytes:
+        """Read bytes.
+
+        :param size: how many; below 0: the rest
+        :raises UntrustedFileError: if these are too many
+        """
+        if size < 0:
+            position = self.tell()
+            size = self.seek(0, io.SEEK_END) - position
+            self.seek(position)
+        if self.limit is not None and size > self.limit:
             raise UntrustedFileError(
-                f"{name} lists {n_members} members in {n_bytes} bytes; at most {max_members} of {MAX_ENTRY} are allowed"
+                f"{self._name} lists its members in {size} bytes; at most {self.limit} are allowed"
             )
+        return self._file.read(size)
 
 
 def _check_members(infos: list[zipfile.ZipInfo], name: str, allows: Callable[[str], bool]) -> None:

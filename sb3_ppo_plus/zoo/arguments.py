@@ -12,6 +12,7 @@ import rl_zoo3.utils
 from rl_zoo3.utils import StoreDict
 
 from sb3_ppo_plus.argument_checks import did_you_mean
+from sb3_ppo_plus.zoo.hyperparams import how_to_install
 
 CHECKPOINT_FREQ = 50_000
 # What YAML would read as a text: a name, or the string form of a schedule
@@ -71,7 +72,7 @@ class TrainParser(ZooParser):
                 "--no-checkpoint writes none"
             )
         if parsed.track and importlib.util.find_spec("wandb") is None:
-            self.error("argument --track: wandb is not installed: run `pip install sb3-ppo-plus[track]`")
+            self.error(f"argument --track: wandb is not installed: {how_to_install('track')}")
         return parsed
 
 

@@ -23,6 +23,11 @@ _RL_ZOO_COMMANDS = {
 #: Commands of ours: each is a module with a function ``main(arguments: list[str])``, and what it does
 _OWN_COMMANDS: dict[str, tuple[str, str]] = {
     "resume": ("sb3_ppo_plus.zoo.resume", "go on with a run of train that was ended"),
+    "record": ("sb3_ppo_plus.zoo.record", "record videos of a run's models"),
+    "benchmark": ("sb3_ppo_plus.zoo.benchmark", "evaluate all runs of a log folder into one table"),
+    "report": ("sb3_ppo_plus.zoo.report", "compare runs by their learning curves, as PNG and HTML"),
+    "push": ("sb3_ppo_plus.zoo.push", "put a run on the Hugging Face Hub"),
+    "pull": ("sb3_ppo_plus.zoo.pull", "get a run from the Hugging Face Hub, without trust"),
 }
 
 

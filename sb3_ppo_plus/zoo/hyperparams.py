@@ -24,17 +24,29 @@ _VALUE_CLIPS = ("none", "sb3", "pessimistic")
 _ACTION_DISTS = ("gaussian", "squashed_gaussian", "beta")
 
 
-def import_optional(name: str) -> ModuleType:
-    """Import a module of the optional ``zoo`` extra.
+def import_optional(name: str, extra: str = "zoo") -> ModuleType:
+    """Import a module of an optional extra.
 
     :param name: The module's full name.
+    :param extra: The extra that it comes with.
     :return: The module.
     :raises ImportError: It, or something that it imports, is not installed; the message names the extra.
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"{name} cannot be imported ({error}): run `pip install sb3-ppo-plus[zoo]`") from error
+        raise ImportError(f"{name} cannot be imported ({error}): {how_to_install(extra)}") from error
+
+
+def how_to_install(extra: str) -> str:
+    """Say how to install an extra, for a message.
+
+    :param extra: Its name.
+    """
+    return (
+        f'it comes with the extra [{extra}]. Run `pip install -e ".[{extra}]"` in a checkout, or '
+        f'`pip install "sb3-ppo-plus[{extra}] @ git+ADDRESS"` with the address of your installation'
+    )
 
 
 def hyperparams_file() -> Path:

@@ -19,7 +19,7 @@ SHORT, LONG = 1.0, 600.0
 class FaultyEnv(ToyEnv):
     """Hangs or dies at one place, as often as it is told to, over all processes.
 
-    :param kind: "hang", "kill", "exit" or "raise"
+    :param kind: "hang", "kill", "exit", "raise", or "exec": it becomes another program, which goes on for an hour
     :param folder: has a file for each fault so far
     :param place: "step", in the fifth of a process, "reset", "set_level"; or "make", once the folder has a file "armed"
     :param times: number of faults
@@ -58,6 +58,8 @@ class FaultyEnv(ToyEnv):
                 signal.pause()
         if self.kind == "exit":
             os._exit(7)
+        if self.kind == "exec":
+            os.execvp("sleep", ["sleep", "3600"])
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise OverflowError("the simulator burst")

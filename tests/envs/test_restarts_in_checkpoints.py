@@ -44,6 +44,21 @@ def test_a_run_that_is_resumed_after_a_restart_has_the_bits_of_one_that_is_not(t
     env.close()
 
 
+def test_a_run_without_restarts_may_go_on_with_them(tmp_path):
+    def make_envs(times):
+        makers = [lambda: ResumableEnv(FaultyEnv("kill", tmp_path, "reset", times=times), constant=["times"])] * 2
+        return SubprocVecEnv(makers, "fork")
+
+    env = make_envs(times=0)
+    build_watched(env).learn(48, TrainingCheckpoint(1, tmp_path / "runs"))
+    env.close()
+    env = make_envs(times=1)
+    resumed = PPOPlus.resume(tmp_path / "runs", env, device="cpu", restart_workers=3)
+    assert resumed.learn(48, reset_num_timesteps=False).num_timesteps == 96
+    assert (tmp_path / "fault0").exists()
+    env.close()
+
+
 class KillsInUpdates(BaseCallback):
     """Kills worker 0 at the end of some updates, before a TrainingCheckpoint asks it for its state."""
 

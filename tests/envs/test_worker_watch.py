@@ -79,6 +79,17 @@ def test_a_forked_worker_that_dies_is_named_whichever_it_is(tmp_path, kind, inde
     raises_in_learn(env, DeadWorkerError, f"worker {index} of 3 of the SubprocVecEnv .*{said}")
 
 
+@pytest.mark.parametrize("settings", [{"worker_timeout": LONG}, {"worker_timeout": LONG, "restart_workers": 1}])
+def test_a_forked_worker_that_becomes_another_program_is_named_and_ended(tmp_path, settings):
+    env = faulty_envs(tmp_path, "exec", times=2)
+    pid = env.processes[1].pid
+    model = build_watched(env, **settings)
+    with pytest.raises(DeadWorkerError, match="worker 1 of 3 of the SubprocVecEnv has closed its pipe"):
+        model.learn(48)
+    assert not is_running(pid)
+    assert not any(is_running(process.pid) for process in env.processes)
+
+
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_worker_that_dies_under_a_time_limit_is_named_at_once(tmp_path, start_method):
     env = faulty_envs(tmp_path, "exit", start_method)

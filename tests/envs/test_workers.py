@@ -124,3 +124,10 @@ def test_an_end_of_file_from_elsewhere_stays_an_eof_error(monkeypatch):
         build(env, n_steps=16).learn(16, Raises())
     assert np.isfinite(env.reset()).all()
     env.close()
+
+
+@pytest.mark.parametrize(
+    ("code", "said"), [(-9, "was killed by SIGKILL"), (-40, "was killed by signal 40"), (7, "ended with exit code 7")]
+)
+def test_every_exit_code_has_words(code, said):
+    assert workers.how_it_ended(code) == said

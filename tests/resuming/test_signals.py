@@ -239,6 +239,18 @@ def test_workers_end_with_the_program_that_does_not_close_them(tmp_path, start_m
     assert_end(ran.stdout.split())
 
 
+@pytest.mark.parametrize("start_method", ["forkserver", "fork"])
+def test_sigusr1_to_all_processes_asks_for_a_checkpoint_and_ends_no_worker(tmp_path, start_method):
+    env = SubprocVecEnv([lambda: ResumableEnv(ToyEnv())] * 2, start_method)
+    try:
+        pids = [os.getpid(), *(process.pid for process in env.processes)]
+        model = make_model(env)
+        model.learn(96, [TrainingCheckpoint(10_000, tmp_path), Signals(signal.SIGUSR1, pids=pids)])
+        assert model.num_timesteps == 96 and steps_of(tmp_path) == [32, 96]
+    finally:
+        env.close()
+
+
 KILLED_SCRIPT = """
 import os, signal, sys
 from environments import ToyEnv

@@ -261,9 +261,37 @@ def test_many_tensors_of_one_storage_are_refused():
     refused(saved({str(n): base[:] for n in range(9)}), "the storage '0' has more than 8 tensors")
 
 
-def test_a_long_list_of_members_is_not_read():
-    content = bytearray(archive(pickle.dumps({}, 2)))
-    end = content.rindex(b"PK\5\6")
-    for n_members, n_bytes in ((2**15, 100), (3, 2**31)):
-        content[end + 10 : end + 16] = struct.pack("<HI", n_members, n_bytes)
-        refused(bytes(content), "lists .* members")
+def with_a_long_list(form, n_members=300_000):
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, 0, *[0] * 7, 4, *[0] * 6)
+    entries = b"".join(entry + struct.pack("<I", number) for number in range(n_members))
+    size = len(entries)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, min(n_members, 2**16 - 1), min(n_members, 2**16 - 1), size, 0, 0)
+    if form == "a decoy behind":
+        return entries + end[:-2] + struct.pack("<H", 4) + b"PK\5\6"
+    if form == "a decoy inside":
+        # In the position of the list, which nobody reads before
+        return entries + end[:16] + b"PK\5\6" + b"\0\0"
+    if form == "ZIP64":
+        end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 1, 1, 46, 0, 0)
+        record = struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, n_members, n_members, size, 0)
+        return entries + record + struct.pack("<4sLQL", b"PK\6\7", 0, size, 1) + end
+    return entries + end
+
+
+@pytest.mark.parametrize("form", ["plain", "ZIP64", "a decoy inside", "a decoy behind"])
+def test_a_long_list_of_members_is_not_read(form, monkeypatch):
+    read = []
+    decode = zipfile.ZipInfo._decodeExtra
+    monkeypatch.setattr(zipfile.ZipInfo, "_decodeExtra", lambda *arguments: (read.append(1), decode(*arguments)))
+    refused(with_a_long_list(form), "lists its members in 15000000 bytes|is no readable zip archive")
+    assert not read
+    if form in ("plain", "ZIP64"):
+        refused(with_a_long_list(form), "lists its members in 15000000 bytes; at most")
+
+
+def test_an_archive_with_a_comment_and_with_zip64_is_read():
+    file = io.BytesIO(saved({"a": th.ones(2)}))
+    with zipfile.ZipFile(file, "a") as archive:
+        archive.comment = b"x" * (2**16 - 1)
+    assert th.equal(load_tensors(file.getvalue(), "policy.pth", CPU)["a"], th.ones(2))
+    assert b"PK\6\6" in saved({"a": th.ones(2)})

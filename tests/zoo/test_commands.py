@@ -87,4 +87,4 @@ def test_checkpoints_are_for_ppo_plus(capsys):
 def test_tracking_without_its_package_names_the_extra(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
-    assert "pip install sb3-ppo-plus[track]" in error_of(["train", "--track"], capsys)
+    assert "it comes with the extra [track]" in error_of(["train", "--track"], capsys)

@@ -355,13 +355,13 @@ def test_the_module_runs_and_offers_ppo_plus(monkeypatch, capsys):
 )
 def test_a_missing_rl_zoo_names_the_extra(monkeypatch, module, argv):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=r"pip install sb3-ppo-plus\[zoo\]"):
+    with pytest.raises(SystemExit, match=r'pip install -e "\.\[zoo\]"'):
         zoo.main(argv)
 
 
 def test_registering_without_the_rl_zoo_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "rl_zoo3", None)
-    with pytest.raises(ImportError, match=r"pip install sb3-ppo-plus\[zoo\]"):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[zoo\]"'):
         zoo.register()
 
 
