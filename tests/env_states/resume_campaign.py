@@ -29,7 +29,7 @@ REPLAYED = {
         *("MiniGrid-Empty-5x5-v0", "MiniGrid-DoorKey-5x5-v0", "MiniGrid-Dynamic-Obstacles-8x8-v0"),
         *("MiniGrid-KeyCorridorS3R3-v0", "MiniGrid-MultiRoom-N2-S4-v0", "BabyAI-GoToRedBall-v0", "BabyAI-BossLevel-v0"),
     ],
-    "highway_env": ["highway-v0", "highway-fast-v0", "merge-v1", "roundabout-v0", "intersection-v1", "parking-v0"],
+    "highway_env": ["highway-fast-v0", "merge-v1", "roundabout-v0", "intersection-v1", "parking-v0"],
     "gymnasium_robotics": [
         *("FetchReach-v4", "PointMaze_UMaze-v3", "PointMaze_UMazeDense-v3", "AntMaze_UMaze-v5", "AdroitHandDoor-v1"),
         *("AdroitHandRelocate-v1", "HandReach-v3", "FrankaKitchen-v1"),
