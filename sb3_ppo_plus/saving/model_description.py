@@ -80,6 +80,8 @@ def closed_tables(cls: type[PPO], allow: Iterable[type] | None = None) -> Tables
         "activation_fn": dict(ACTIVATIONS),
         "schedule": dict(SCHEDULES),
     }
+    if isinstance(allow, type):
+        raise TypeError(f"allow must be a list of classes, got {allow!r}: write allow=[{allow.__name__}]")
     for allowed in allow or ():
         tables[_kind_of(allowed)][_full_name(allowed)] = allowed
     return tables
@@ -276,8 +278,13 @@ def _look_up(tables: Mapping[str, Mapping[str, type]], kind: str, wanted: str, n
     if kind not in tables:
         raise UntrustedFileError(f"{name}: a class is not allowed there, got {short(wanted)}")
     if wanted not in tables[kind]:
+        remedy = "give the class itself to load() in allow=[...] if you want it"
+        # A class of a script is written as __main__.Name, and is another one where a module holds it
+        alike = [known for known in tables[kind] if known.rpartition(".")[2] == wanted.rpartition(".")[2]]
+        if alike:
+            argument = name.partition(".")[0]
+            remedy = f"{alike[0]} has another module. To use it, give load() the argument {argument}= with your class"
         raise UntrustedFileError(
-            f"{name} is the class {short(wanted)}, which is not one of {', '.join(tables[kind])}; "
-            "give the class itself to load() in allow=[...] if you want it"
+            f"{name} is the class {short(wanted)}, which is not one of {', '.join(tables[kind])}; {remedy}"
         )
     return tables[kind][wanted]

@@ -104,7 +104,10 @@ def check_optimizer_groups(state: object, expected: dict[str, Any]) -> dict[str,
         raise UntrustedFileError(f"{OPTIMIZER_FILE} must have {len(own_groups)} parameter groups")
     for group, own in zip(groups, own_groups, strict=True):
         if not isinstance(group, dict) or group.get("params") != own["params"]:
-            raise UntrustedFileError(f"{OPTIMIZER_FILE}: a group must hold the parameters {short(own['params'])}")
+            raise UntrustedFileError(
+                f"{OPTIMIZER_FILE}: a group must hold the parameters {short(own['params'])}. The file's policy has "
+                "other layers than this one, or another optimiser: make the model with the file's net_arch and classes"
+            )
         for key, value in group.items():
             if key not in own:
                 raise UntrustedFileError(

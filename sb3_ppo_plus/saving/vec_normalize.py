@@ -74,7 +74,8 @@ def load_vec_normalize(path: str | pathlib.Path, venv: VecEnv, trusted: bool = F
     text = read_regular_file(path, MAX_BYTES)
     if text[:1] != b"{":
         raise UntrustedFileError(
-            f"{path} is no file of save_vec_normalize. A file of VecNormalize.save needs trusted=True"
+            f"{path} is no file of save_vec_normalize. If it is a pickle of VecNormalize.save, loading it needs "
+            "trusted=True and runs the code in it: do so only if you trust who made it, else ask for the JSON"
         )
     content = parse(text, str(path))
     written = get(content, "format", str, str(path))

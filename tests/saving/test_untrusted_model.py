@@ -301,6 +301,24 @@ def test_allow_takes_classes_of_the_known_kinds_only(value):
         PPOPlus.load(saved(build()[0]), trusted=False, allow=[value])
 
 
+def test_a_class_alone_in_place_of_a_list_is_an_error_that_says_so():
+    with pytest.raises(TypeError, match=r"allow must be a list of classes.*write allow=\[OwnPolicy\]"):
+        PPOPlus.load(saved(build()[0]), trusted=False, allow=OwnPolicy)
+
+
+def test_a_class_of_the_same_name_in_another_module_is_given_as_an_argument():
+    same_name = type("OwnExtractor", (OwnExtractor,), {"__module__": "elsewhere"})
+    settings = OWN["features extractor"][1]
+    model, _ = build(**settings)
+    file = saved(model)
+    with pytest.raises(
+        UntrustedFileError, match=r"elsewhere\.OwnExtractor has another module.*argument policy_kwargs="
+    ):
+        PPOPlus.load(file, trusted=False, allow=[same_name])
+    replaced = {**settings["policy_kwargs"], "features_extractor_class": same_name}
+    assert type(PPOPlus.load(file, trusted=False, policy_kwargs=replaced).policy.features_extractor) is same_name
+
+
 def test_allow_is_refused_with_trust():
     with pytest.raises(ValueError, match="allow is for trusted=False"):
         PPOPlus.load(saved(build()[0]), allow=[OwnPolicy])

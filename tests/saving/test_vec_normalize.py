@@ -72,7 +72,7 @@ def test_pickles_are_refused_unless_trusted(tmp_path):
             return (tmp_path / "mark").touch, ()
 
     (tmp_path / "evil").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(UntrustedFileError, match="needs trusted=True"):
+    with pytest.raises(UntrustedFileError, match="needs trusted=True and runs the code in it"):
         load_vec_normalize(tmp_path / "evil", make_env())
     assert not (tmp_path / "mark").exists()
 
