@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from rl_zoo3.exp_manager import ExperimentManager
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
@@ -101,6 +104,29 @@ class CheckpointedExperiment(ExperimentManager):
             of_trial = self.load_trial(self.storage, self.study_name, 0)
             self.custom_hyperparams = of_trial | (self.custom_hyperparams or {})
         return super().read_hyperparameters()
+
+    def _create_sampler(self, sampler_method: str) -> optuna.samplers.BaseSampler:
+        # With the same seed, a study that goes on would draw its first trials again
+        seed = self.seed
+        self.seed += self._n_trials_so_far()
+        try:
+            return super()._create_sampler(sampler_method)
+        finally:
+            self.seed = seed
+
+    def _n_trials_so_far(self) -> int:
+        if self.storage is None or self.study_name is None:
+            return 0
+        storage: Any = self.storage
+        if self.storage.endswith(".log"):
+            if not Path(self.storage).exists():
+                return 0
+            storage = JournalStorage(JournalFileBackend(self.storage))
+        try:
+            return len(optuna.load_study(study_name=self.study_name, storage=storage).trials)
+        except KeyError:
+            # The study is not there yet
+            return 0
 
     def create_callbacks(self) -> None:
         """Create the RL Zoo's callbacks, and the checkpoints."""

@@ -311,9 +311,7 @@ def test_a_class_of_the_same_name_in_another_module_is_given_as_an_argument():
     settings = OWN["features extractor"][1]
     model, _ = build(**settings)
     file = saved(model)
-    with pytest.raises(
-        UntrustedFileError, match=r"elsewhere\.OwnExtractor has another module.*policy_kwargs="
-    ):
+    with pytest.raises(UntrustedFileError, match=r"elsewhere\.OwnExtractor has another module.*policy_kwargs="):
         PPOPlus.load(file, trusted=False, allow=[same_name])
     replaced = {**settings["policy_kwargs"], "features_extractor_class": same_name}
     assert type(PPOPlus.load(file, trusted=False, policy_kwargs=replaced).policy.features_extractor) is same_name

@@ -16,6 +16,7 @@ from zoo_runs import zoo_in
 
 from sb3_ppo_plus import PPOPlus, zoo
 from sb3_ppo_plus.zoo.hyperparams import convert_ppo_plus_params
+from sb3_ppo_plus.zoo.train import CheckpointedExperiment
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +132,21 @@ def test_a_study_in_sqlite_goes_on(tmp_path):
         assert states == [*[TrialState.COMPLETE] * n_trials, *[TrialState.WAITING] * (2 - n_trials)]
     reports = list(Path("logs/ppo_plus").glob("report_*.csv"))
     assert reports and "params_critic_lr_factor" in reports[0].read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///seeded.db", "seeded.log", None])
+def test_a_study_that_goes_on_with_the_same_seed_draws_other_trials(storage):
+    experiment = CheckpointedExperiment.__new__(CheckpointedExperiment)
+    experiment.seed, experiment.storage, experiment.study_name = 5, storage, "seeded"
+    drawn = []
+    for _ in range(3):
+        sampler = experiment._create_sampler("random")
+        kept = JournalStorage(JournalFileBackend(storage)) if storage == "seeded.log" else storage
+        study = optuna.create_study(storage=kept, study_name="seeded", load_if_exists=True, sampler=sampler)
+        drawn.append(study.ask().suggest_float("x", 0.0, 1.0))
+    first = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=5)).ask().suggest_float("x", 0.0, 1.0)
+    assert drawn[0] == first and experiment.seed == 5
+    assert len(set(drawn)) == (1 if storage is None else 3)
 
 
 class WorseEachTime(ToyEnv):
