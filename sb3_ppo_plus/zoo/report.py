@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -99,10 +100,18 @@ def _labelled_runs(args: argparse.Namespace) -> dict[str, dict[str, list[FoundRu
 
 
 def _source(runs: list[FoundRun]) -> str:
-    """Choose what all runs of an environment are compared by: what most of them have."""
-    n_evaluated = sum((run.folder / EVALUATIONS).is_file() for run in runs)
-    n_monitored = sum(any(run.folder.glob("*monitor.csv")) for run in runs)
-    return "evaluations" if n_evaluated >= n_monitored else "training"
+    """Choose what all runs of an environment are compared by: evaluations, unless most of them lack these."""
+    lacking = [run for run in runs if not (run.folder / EVALUATIONS).is_file()]
+    n_trained = sum(any(map(_has_episodes, run.folder.glob("*monitor.csv"))) for run in lacking)
+    return "evaluations" if len(runs) - len(lacking) >= n_trained else "training"
+
+
+def _has_episodes(monitor_file: Path) -> bool:
+    """Whether there is a line after the first two. A search for hyperparameters leaves files without."""
+    if not monitor_file.is_file():
+        return False
+    with open(monitor_file, "rb") as file:
+        return len(list(itertools.islice(file, 3))) == 3
 
 
 def _group(

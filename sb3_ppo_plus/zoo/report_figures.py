@@ -18,7 +18,7 @@ _LIGHT_COLORS = ("#0072B2", "#D55E00", "#007A5A", "#AA3377", "#8A6A00", "#555555
 _DARK_COLORS = ("#56B4E9", "#FF9E4A", "#3FD0A4", "#E58FC3", "#F0D442", "#BBBBBB")
 _LINES = ("-", "--", "-.", ":")
 _WHAT = {"results": "Return", "ep_lengths": "Length of episodes", "successes": "Success rate"}
-_WHERE = {"evaluations": "of evaluations", "training": "of training episodes"}
+_WHERE = {"evaluations": "of evaluations", "training": "of the last 100 training episodes"}
 STATISTIC_NAMES = {"mean": "mean", "iqm": "interquartile mean", "median": "median"}
 
 

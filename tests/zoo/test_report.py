@@ -152,6 +152,15 @@ def test_versions_are_those_of_this_machine_and_of_the_models(tmp_path, monkeypa
     assert seed[2] in text
 
 
+def test_folders_without_episodes_do_not_count_against_evaluations(logs, capsys):
+    for number in (7, 8, 9, 10, 11, 12):
+        run = write_run(logs, "ppo_plus", "ALE/Pong-v5", number, STEPS)
+        (run / "evaluations.npz").unlink()
+        (run / "0.monitor.csv").write_text('#{"t_start": 0.0, "env_id": "ALE/Pong-v5"}\nr,l,t\n')
+    zoo.main(["report", str(logs), "-e", "ALE/Pong-v5"])
+    assert "evaluations.npz" in Page().text and "monitor.csv)" not in Page().text
+
+
 def test_training_returns_are_shown_where_most_runs_have_no_evaluations(logs, capsys):
     run = write_run(logs, "ppo", "Pendulum-v1", 1, STEPS)
     for number in (2, 3):
