@@ -71,7 +71,16 @@ def replay_past_hooks(monkeypatch):
 
 
 def step_what_was_frozen(monkeypatch):
+    """Frozen parameters keep the gradient of their last step."""
     monkeypatch.setattr(FlatParameters, "is_current", lambda *arguments: True)
+    monkeypatch.setattr(FlatParameters, "fits_gradients", lambda *arguments: True)
+    step = FlatParameters.step
+
+    def step_all(flat, gradients, *arguments):
+        missing = len(flat._gradients) - len(gradients)
+        return step(flat, [*gradients, *flat._gradients[len(gradients) :]] if missing else gradients, *arguments)
+
+    monkeypatch.setattr(FlatParameters, "step", step_all)
 
 
 def draw_a_random_number_more(monkeypatch):

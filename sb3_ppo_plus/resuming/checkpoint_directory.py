@@ -33,6 +33,10 @@ from sb3_ppo_plus.untrusted.regular_files import open_regular_file
 from sb3_ppo_plus.untrusted.strict_json import parse, short
 
 MANIFEST = "manifest.json"
+BESIDE = "beside"
+"""Where the manifest lists files that are no part of the training state. Version 0.1 passes over them."""
+NORMALIZER_FILE = "vecnormalize.json"
+"""For those who use the model elsewhere. A resume takes the statistics from the state of the environments."""
 #: It names a few files and versions
 MAX_MANIFEST_BYTES = 2**20
 #: A checkpoint has three, and the statistics of a VecNormalize. Several names may be links to one large file
@@ -118,9 +122,10 @@ def read_checkpoint(directory: Path, follows_links: bool = True) -> Checkpoint:
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} was altered")
         check_format(manifest, str(directory))
         files = {}
-        if len(manifest["files"]) > MAX_FILES or not isinstance(manifest["versions"], dict):
+        listed = {**manifest["files"], **manifest.get(BESIDE, {})}
+        if len(listed) > MAX_FILES or not isinstance(manifest["versions"], dict):
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} is no manifest")
-        for name, expected in manifest["files"].items():
+        for name, expected in listed.items():
             # A name must not lead out of the directory, nor may two names lead to one large file
             if not name or Path(name).name != name:
                 raise InvalidCheckpointError(f"{directory}: {MANIFEST} names {short(name)}, which is no file's name")
@@ -304,16 +309,17 @@ def _version(package: str) -> str:
 
 
 def _manifest(files: dict[str, bytes], num_timesteps: int, mean_return: float | None) -> bytes:
-    return _sealed(
-        {
-            "format": FORMAT,
-            "num_timesteps": num_timesteps,
-            "mean_return": mean_return,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "versions": versions(),
-            "files": {name: {"size": len(content), "sha256": _sha256(content)} for name, content in files.items()},
-        }
-    )
+    listed = {name: {"size": len(content), "sha256": _sha256(content)} for name, content in files.items()}
+    beside = {name: listed.pop(name) for name in (NORMALIZER_FILE,) if name in listed}
+    manifest = {
+        "format": FORMAT,
+        "num_timesteps": num_timesteps,
+        "mean_return": mean_return,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "files": listed,
+    }
+    return _sealed({**manifest, BESIDE: beside} if beside else manifest)
 
 
 def _sealed(manifest: object) -> bytes:

@@ -18,12 +18,17 @@ from sb3_ppo_plus.env_states.generator_state import set_global_generator_states
 from sb3_ppo_plus.envs.workers import BROKEN_PIPES, NamingDeadWorkers
 from sb3_ppo_plus.errors import CheckpointError, DeadWorkerError, WrapperStackError
 from sb3_ppo_plus.resuming.callback_state import set_callback_states
-from sb3_ppo_plus.resuming.checkpoint_directory import Checkpoint, best_checkpoint_in, newest_checkpoint, versions
+from sb3_ppo_plus.resuming.checkpoint_directory import (
+    NORMALIZER_FILE,
+    Checkpoint,
+    best_checkpoint_in,
+    newest_checkpoint,
+    versions,
+)
 from sb3_ppo_plus.resuming.migrations import migrated
 from sb3_ppo_plus.resuming.training_state import (
     ARRAYS_FILE,
     MODEL_FILE,
-    NORMALIZER_FILE,
     STATE_FILE,
     pending_logs,
     read_state,

@@ -26,6 +26,7 @@ from sb3_ppo_plus.env_states.vec_env_state import reset_without_learning, set_ve
 from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
+from sb3_ppo_plus.resuming.checkpoint_directory import NORMALIZER_FILE
 from sb3_ppo_plus.resuming.state_checks import check_attributes, check_other_parts, check_seconds
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
 from sb3_ppo_plus.saving.vec_normalize import as_json
@@ -35,8 +36,6 @@ from sb3_ppo_plus.untrusted.strict_json import Limits, parse
 TrainingState = dict[str, Any]
 
 MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "training_state.bin"
-NORMALIZER_FILE = "vecnormalize.json"
-"""For those who use the model elsewhere. A resume takes the statistics from the state of the environments."""
 # Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
 # there may be many environments, with nested lists. Python itself reads at most 4300 digits
 UNTRUSTED_LIMITS = Limits(2**26, max_depth=128, max_values=2**21, max_digits=4300, allows_non_finite=True)
