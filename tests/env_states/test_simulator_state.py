@@ -2,7 +2,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from sb3_ppo_plus.env_states.simulator_state import mujoco_state, set_mujoco_state
+from sb3_ppo_plus.env_states.mujoco_state import mujoco_state, set_mujoco_state
 
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Hopper-v5", "Ant-v5"])
