@@ -30,7 +30,7 @@ MAX_GAP_BYTES, MAX_ODD_KEYS = 2**26, 3000
 #: An empty deque takes 600 bytes
 MAX_DEQUES = 10_000
 # Bits of an integer with 4300 digits, which Python turns into text; depth, which is less than that of Python's calls
-LONGEST_INT, DEEPEST = 14_280, 300
+LONGEST_INT, DEEPEST = 14_284, 300
 # Of a place that an error names
 MOST_KEYS = 8
 # Longer ones are of many fields
@@ -145,7 +145,9 @@ def place_of_odd_value(value: Any) -> str:  # noqa: ANN401  # plain values
             return ", ".join(map(str, place[:MOST_KEYS])) or "state"
         inner = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list | tuple) else ()
         # A tag of this module says nothing to readers
-        waiting += [(item, place if str(key).startswith("$") else (*place, key)) for key, item in inner]
+        named = [(item, place if str(key).startswith("$") else (*place, key)) for key, item in inner]
+        # The first one is looked at first
+        waiting += reversed(named)
     return "state"
 
 

@@ -50,8 +50,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     """Gives an environment ``get_resume_state`` and ``set_resume_state``, which :class:`TrainingCheckpoint` calls.
 
     It saves the simulators of MuJoCo and Atari, and attributes: plain values, random generators, what functions, their
-    closures and other callables hold, and the data of the environment's classes. Lists and arrays that several
-    attributes or wrappers share stay shared, and views stay views. What it cannot save is an error.
+    closures and other callables hold, what the environment's classes hold (also in methods and in classes that serve as
+    namespaces), and the numbers of an ``MjModel``. Lists and arrays that several attributes or wrappers share stay
+    shared, and views stay views. An attribute that it cannot save is an error.
 
     By replay, the environment inside all wrappers is not saved. Its episode is: the random generators and attributes
     before the reset that began it, and the actions since. They are done again when the state is put back, and each
@@ -60,8 +61,10 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     It compares functions and classes themselves when the state is put back: another class or builtin function is an
     error, another Python function is one of :meth:`resume_differences`.
 
-    It does not save changes to an ``MjModel``, nor state in modules: :meth:`prove_resumable` finds them. It does not
-    save in which order Python visits a set, nor what two environments share.
+    It does not save state in modules, in ``os.environ``, in classes of libraries, in ``functools.lru_cache`` or in
+    descriptors: :meth:`prove_resumable` finds it where some steps and a reset show it. Of methods and nested classes it
+    leaves out parts that cannot be saved. It does not save integers and meshes of an ``MjModel``, bounds of spaces that
+    are changed, in which order Python visits a set, nor what two environments share.
 
     Put it outermost, as ``make_vec_env(env_id, wrapper_class=ResumableEnv)`` does: then it also saves the wrappers
     inside it, such as TimeLimit and Monitor. If an environment or a wrapper inside it has both methods itself, they are
@@ -231,7 +234,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                 deleted += delete_later_attributes(layer, (*attributes, *self.constant))
         for layer, attributes in zip(own, state.get("class_names", ()), strict=False):
             deleted += delete_later_data_of_classes(layer, attributes, self.constant)
-        self._differences = [*reader.differences, *(f"{name} was deleted, which was not saved" for name in deleted)]
+        self._differences = list(reader.differences)
+        if self._was_reset:
+            self._differences += [f"{name} was deleted, which was not saved" for name in deleted]
         self._differences += self._other_kwargs(state.get("kwargs", {}))
         set_global_generator_states(state["generators"])
 
