@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -29,13 +30,13 @@ def mujoco_state(data: Any) -> dict[str, Any]:  # noqa: ANN401  # mujoco is an o
     # The arrays are joined, since each environment has 120 of them
     derived = [array.tobytes() if _has_fixed_place(data, name, array) else b"" for name, array in _derived_arrays(data)]
     sizes = np.array([len(array) for array in derived])
-    options = data.model.opt
+    model = data.model
     return {
         "integration": state,
         "derived": b"".join(derived),
         "sizes": sizes,
-        "model": b"".join([array.tobytes() for _, array in _arrays_of_model(data.model)]),
-        "options": np.array([getattr(options, name) for name in _numbers_in_options()]),
+        "model": b"".join(attrgetter(*_names_of_arrays_of_model())(model)),
+        "options": np.array(attrgetter(*_names_of_options())(model)),
     }
 
 
@@ -72,7 +73,8 @@ def set_mujoco_state(data: Any, state: dict[str, Any], trusted: bool = True) -> 
 
 def _set_model(model: Any, state: dict[str, Any], may_change: bool) -> list[str]:  # noqa: ANN401  # mujoco is optional
     """Put back the numbers of a model that are other ones; return their names."""
-    arrays, names = _arrays_of_model(model), _numbers_in_options()
+    arrays = [(name, attrgetter(name)(model)) for name in _names_of_arrays_of_model()]
+    names = _names_of_options()
     n_bytes = sum(array.nbytes for _, array in arrays)
     if len(state["model"]) != n_bytes or len(state["options"]) != len(names):
         raise ValueError(f"the saved MuJoCo model has {len(state['model'])} bytes of numbers, the model has {n_bytes}")
@@ -86,40 +88,34 @@ def _set_model(model: Any, state: dict[str, Any], may_change: bool) -> list[str]
             if may_change:
                 array[...] = np.frombuffer(saved, array.dtype).reshape(array.shape)
     for name, number in zip(names, state["options"].tolist(), strict=True):
-        if getattr(model.opt, name) != number:
-            changed.append(f"opt.{name}")
+        if attrgetter(name)(model) != number:
+            changed.append(name)
             if may_change:
-                setattr(model.opt, name, number)
+                setattr(model.opt, name.removeprefix("opt."), number)
     return changed
 
 
-def _arrays_of_model(model: Any) -> list[tuple[str, np.ndarray]]:  # noqa: ANN401  # mujoco is an optional dependency
-    of_model, of_options = _names_of_model()
-    options = model.opt
-    arrays = [(name, getattr(model, name)) for name in of_model]
-    return arrays + [(f"opt.{name}", getattr(options, name)) for name in of_options]
+@cache
+def _names_of_arrays_of_model() -> list[str]:
+    mujoco = importlib.import_module("mujoco")
+    model = mujoco.MjModel.from_xml_string("<mujoco/>")
+    names = [*_public(model), *(f"opt.{name}" for name in _public(model.opt))]
+    return [name for name in names if _is_of_floats(attrgetter(name)(model)) and not name.startswith(_SHAPES)]
 
 
 @cache
-def _names_of_model() -> tuple[list[str], list[str]]:
+def _names_of_options() -> list[str]:
     mujoco = importlib.import_module("mujoco")
-    model = mujoco.MjModel.from_xml_string("<mujoco/>")
-    of_model, of_options = (
-        [name for name in dir(owner) if not name.startswith("_") and _is_of_floats(getattr(owner, name))]
-        for owner in (model, model.opt)
-    )
-    return [name for name in of_model if not name.startswith(_SHAPES)], of_options
+    options = mujoco.MjModel.from_xml_string("<mujoco/>").opt
+    return [f"opt.{name}" for name in _public(options) if isinstance(getattr(options, name), float)]
+
+
+def _public(owner: object) -> list[str]:
+    return [name for name in dir(owner) if not name.startswith("_")]
 
 
 def _is_of_floats(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind == "f"
-
-
-@cache
-def _numbers_in_options() -> list[str]:
-    mujoco = importlib.import_module("mujoco")
-    options = mujoco.MjModel.from_xml_string("<mujoco/>").opt
-    return [name for name in dir(options) if isinstance(getattr(options, name), float)]
 
 
 def _derived_arrays(data: Any) -> list[tuple[str, np.ndarray]]:  # noqa: ANN401  # mujoco is an optional dependency

@@ -104,7 +104,8 @@ def object_states(
     uses_mujoco = any(is_mujoco_data(value) for layer in layers for value in getattr(layer, "__dict__", {}).values())
     found = [_places(owner, constant, uses_mujoco) for owner in owners]
     for index, (owner, places, members) in enumerate(zip(owners, found, all_members, strict=True)):
-        for name, value in (places | {name: member.value for name, member in members.items()}).items():
+        of_classes = {name: member.value for name, member in members.items()}
+        for name, value in (places | of_classes if members else places).items():
             if _kind_of(value) is None:
                 try:
                     graph.scan(value, (index, name))
@@ -249,7 +250,8 @@ def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict
 
 
 def _kind_of(value: object) -> str | None:
-    if is_leaf(value):
+    # Of usual types, dicts alone may be of a kind
+    if is_leaf(value) or type(value) in (np.ndarray, list, tuple):
         return None
     return next((kind for kind in KINDS if KINDS[kind].applies(value)), None)
 

@@ -166,7 +166,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     def _state(self) -> dict[str, Any]:
         layers = self.resumable_layers()
         try:
-            owners = [*_without_own_methods(layers), SetFromOutside(self._set_from_outside())]
+            outside = self._set_from_outside()
+            owners = [*_without_own_methods(layers), *([SetFromOutside(outside)] if outside else [])]
             states, table = object_states(owners, self._all_of(layers), self.constant)
         except PlainStateError as error:
             # By replay, only wrappers are saved by their attributes
@@ -175,8 +176,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                 f"{error}. Give the class of the environment or wrapper get_resume_state() and set_resume_state(state)"
                 f", or, if the attribute never changes, name it in ResumableEnv(env, constant=[...]){by_replay}"
             ) from error
-        *of_layers, of_outside = states
-        remaining = iter(of_layers)
+        of_outside = states.pop() if outside else {}
+        remaining = iter(states)
         saved = [(_name(layer), _own_state(layer) if saves_itself(layer) else next(remaining)) for layer in layers]
         own = _without_own_methods(layers)
         return {
