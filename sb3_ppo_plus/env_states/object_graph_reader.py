@@ -32,6 +32,10 @@ MISSING = object()
 """Stands for an object that is not there."""
 
 
+class OtherStructureError(ValueError):
+    """What is there was made in another way than what was saved, as after an edit of the code."""
+
+
 class GraphReader:
     """Builds each object of a table once.
 
@@ -67,7 +71,9 @@ class GraphReader:
             return item
         if not item:
             if existing is MISSING:
-                raise ValueError(f"there is no {name}, as there was in the saved one: it was made in another way")
+                raise OtherStructureError(
+                    f"there is no {name}, as there was in the saved one: it was made in another way"
+                )
             return existing
         number = item[0]
         if isinstance(number, str):
@@ -89,7 +95,7 @@ class GraphReader:
         :param item: the item
         :param existing: the part that is there now
         :param name: what to call it in an error
-        :raises ValueError: as :meth:`value`
+        :raises OtherStructureError: a ValueError, if what is there was made in another way
         """
         self._keeps_equal = True
         try:
@@ -171,7 +177,7 @@ class GraphReader:
         expected |= {"space": spaces.Space, "object": object}
         if existing is MISSING or existing is None or not isinstance(existing, expected[kind]):
             there = "nothing" if existing is MISSING else f"a {type(existing).__name__}"
-            raise ValueError(f"{name} is {there}, the saved one was a {kind}: it was made in another way")
+            raise OtherStructureError(f"{name} is {there}, the saved one was a {kind}: it was made in another way")
         if kind == "space":
             set_space_generator_states(existing, content[0])
         elif kind == "function":
@@ -206,7 +212,7 @@ class GraphReader:
         self._built[number] = existing
         there = function_parts(existing)
         for part, item in parts.items():
-            if self._keeps_equal and self.adopt(item, there.get(part, MISSING)):
+            if self._keeps_equal and (part not in there or self.adopt(item, there[part])):
                 continue
             value = self.value(item, there.get(part, MISSING), f"{name}'s {part}")
             if value is not there.get(part, MISSING):
@@ -215,7 +221,7 @@ class GraphReader:
     def _put_object(self, number: int, existing: object, name: str) -> None:
         _, class_name, attributes = self._entries[number]
         if type(existing).__qualname__ != class_name:
-            raise ValueError(f"{name} is a {type(existing).__qualname__}, the saved one was a {class_name}")
+            raise OtherStructureError(f"{name} is a {type(existing).__qualname__}, the saved one was a {class_name}")
         self._built[number] = existing
         there = attributes_of(existing)
         for key, item in attributes.items():
@@ -291,7 +297,7 @@ def check_reference(existing: object, saved: str, name: str) -> None:
     reference = reference_to(existing)
     if not is_same_reference(reference, saved):
         there = "missing" if existing is MISSING else reference or f"a {type(existing).__qualname__}"
-        raise ValueError(f"{name} is {there}, the saved one was {saved}")
+        raise OtherStructureError(f"{name} is {there}, the saved one was {saved}")
 
 
 def text_of_constant(value: object) -> str:

@@ -33,7 +33,13 @@ from sb3_ppo_plus.env_states.object_graph import (
     is_stateless,
     plain_copy,
 )
-from sb3_ppo_plus.env_states.object_graph_reader import MISSING, GraphReader, check_reference, text_of_constant
+from sb3_ppo_plus.env_states.object_graph_reader import (
+    MISSING,
+    GraphReader,
+    OtherStructureError,
+    check_reference,
+    text_of_constant,
+)
 from sb3_ppo_plus.env_states.overlapping_arrays import has_foreign_owner
 from sb3_ppo_plus.env_states.simulator_state import (
     atari_state,
@@ -303,11 +309,15 @@ def _put_member(owner: object, name: str, saved: Any, reader: GraphReader) -> No
         return
     try:
         value = reader.member(saved, member.value, name)
-    except ValueError as error:
+    except OtherStructureError as error:
         # The code of a class may have been edited
         reader.differences.append(f"{name} was not put back: {error}")
         return
-    if value is not member.value:
+    if value is member.value:
+        return
+    if is_special(member.name) or callable(member.value) or callable(value):
+        reader.differences.append(f"{name} was not put back: it is another kind of object than the saved one")
+    else:
         reader.differences.append(f"{name} was {short(member.value)}, and is {short(value)} again, as it was saved")
         setattr(member.cls, member.name, value)
 
