@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import operator
 import types
 from collections.abc import Callable
@@ -73,12 +74,15 @@ def is_same_reference(first: str | None, second: str | None) -> bool:
     return name == other_name and not _SCRIPTS.isdisjoint((module, other_module))
 
 
-def place_of(function: types.FunctionType) -> tuple[str, int]:
-    """Return where a function was defined: "module:name" and the line.
+def place_of(function: types.FunctionType) -> tuple[str, int, int]:
+    """Return where a function was defined: "module:name", the line, and where in the line its first instruction is.
 
     :param function: a Python function
     """
-    return f"{function.__module__}:{function.__qualname__}", function.__code__.co_firstlineno
+    code = function.__code__
+    columns = [column for _, _, column, _ in itertools.islice(code.co_positions(), 3) if column]
+    # Two functions of one line, such as the lambdas of a list
+    return f"{function.__module__}:{function.__qualname__}", code.co_firstlineno, sum(columns)
 
 
 def function_parts(function: types.FunctionType) -> dict[str, Any]:
@@ -94,8 +98,8 @@ def function_parts(function: types.FunctionType) -> dict[str, Any]:
             # The variable was never set, or was deleted
             continue
     for name, value in sorted(vars(function).items()):
-        # functools.wraps leaves the wrapped function here, which a cell holds too
-        if name != "__wrapped__":
+        # functools.wraps leaves the wrapped function in __wrapped__, which a cell holds too
+        if not name.startswith("__"):
             parts[f"attribute {name}"] = value
     for index, value in enumerate(function.__defaults__ or ()):
         if not isinstance(value, None | bool | int | float | str | bytes):

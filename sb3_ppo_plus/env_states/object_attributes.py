@@ -11,6 +11,7 @@ from typing import Any
 
 import gymnasium as gym
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from stable_baselines3.common.vec_env import VecEnvWrapper
 
 # Packages whose classes do not change their data, nor delete attributes that they make in __init__
@@ -31,6 +32,8 @@ NOT_STATE = {
     "metadata",
     "spec",
 }
+# Of these, what users' own classes use as they like. They are saved if they can be
+OF_USERS = ("metadata", "_metadata", "spec")
 # The same of wrappers: what they wrap
 NOT_STATE_OF_WRAPPERS = {"class_attributes", "env", "venv"}
 # The same of libraries' classes: what an Atari game can do, spaces that stay
@@ -43,11 +46,22 @@ def is_no_state(owner: Any, name: str) -> bool:  # noqa: ANN401  # any object
     :param owner: the object
     :param name: name of the attribute
     """
-    if name in NOT_STATE or name.startswith("__"):
+    if name in OF_USERS and not is_of_library(type(owner)):
+        # gymnasium.make gives an environment its specification
+        return name == "spec" and isinstance(getattr(owner, "__dict__", {}).get("spec"), EnvSpec | None)
+    if name in NOT_STATE or is_special(name):
         return True
     if name in NOT_STATE_OF_WRAPPERS:
         return isinstance(owner, gym.Wrapper | VecEnvWrapper)
     return name in NOT_STATE_OF_LIBRARIES and is_of_library(type(owner))
+
+
+def is_special(name: str) -> bool:
+    """Whether Python gives an attribute of this name a meaning, as to ``__class__``.
+
+    :param name: name of the attribute
+    """
+    return name.startswith("__") and name.endswith("__")
 
 
 def saves_itself(layer: object) -> bool:

@@ -14,8 +14,6 @@ import random
 import types
 from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Mapping
-from enum import Enum
-from pathlib import PurePath
 from re import Pattern
 from typing import Any
 
@@ -37,6 +35,7 @@ from sb3_ppo_plus.env_states.callable_parts import (
     reference_to,
 )
 from sb3_ppo_plus.env_states.generator_state import generator_state, space_generator_states
+from sb3_ppo_plus.env_states.immutable_values import IMMUTABLE, parts_of_immutable
 from sb3_ppo_plus.env_states.object_attributes import attributes_of, is_no_state
 from sb3_ppo_plus.env_states.overlapping_arrays import View, overlapping, views_of
 from sb3_ppo_plus.env_states.plain_state import PlainStateWriter
@@ -53,12 +52,14 @@ NOT_STATE_MODULES = ("pygame", "gymnasium.envs.mujoco.mujoco_rendering", "stable
 # Objects whose attributes are their state
 TRANSPARENT = (RunningMeanStd, gymnasium.wrappers.utils.RunningMeanStd, StackedObservations)
 GENERATORS = (np.random.Generator, np.random.RandomState, random.Random)
-SEQUENCES: dict[type[Any], str] = {list: "list", tuple: "tuple", set: "set", deque: "deque"}
+SEQUENCES: dict[type[Any], str] = {list: "list", tuple: "tuple", set: "set", deque: "deque", frozenset: "frozenset"}
 MAPPINGS: dict[type[Any], str] = {dict: "dict", OrderedDict: "ordered", Counter: "counter"}
 # Objects of a class that nobody changes; the class may get another one in its place
-CONSTANTS = (Enum, PurePath, Pattern, range, complex, np.dtype)
+CONSTANTS = (Pattern, np.dtype)
 # Flag of classes that Python code has defined
 _HEAP_TYPE = 1 << 9
+# Containers that are plain values. Files have no frozensets
+_PLAIN = (SEQUENCES.keys() | MAPPINGS.keys()) - {frozenset}
 _LEAVES: set[type[Any]] = {type(None), bool, int, float, str, bytes}
 _LEAVES |= {np.bool_, np.int8, np.int16, np.int32, np.int64, np.uint8, np.uint16, np.uint32, np.uint64}
 _LEAVES |= {np.float16, np.float32, np.float64}
@@ -175,6 +176,7 @@ class GraphWriter:
         self._tensors: dict[int, int] = {}
         self._refused: set[int] = set()
         self._linked: set[Any] = set()
+        self._leaves_out = False
 
     def scan(self, value: object, place: Any, is_whole: bool = True) -> None:  # noqa: ANN401  # any key
         """Look at the value of an attribute. Do so for all attributes first.
@@ -203,7 +205,7 @@ class GraphWriter:
             self._arrays.append((array, place))
             if array.dtype.hasobject or array.dtype.names is not None:
                 self._linked.add(place)
-        elif kind not in SEQUENCES and kind not in MAPPINGS and not (is_whole and is_generator(value)):
+        elif kind not in _PLAIN and not (is_whole and is_generator(value)):
             self._linked.add(place)
         parts = parts_of(value)
         if not are_leaves(parts):
@@ -244,6 +246,25 @@ class GraphWriter:
             self._numbers = {key: number for key, number in self._numbers.items() if number < n_entries}
             raise
 
+    def member(self, value: Any, name: str, is_replaced: bool) -> Item:  # noqa: ANN401  # any value
+        """Write a part of a class, see ``class_members``. What cannot be saved of a function or an object is left out.
+
+        :param value: the part
+        :param name: what to call it in an error
+        :param is_replaced: whether a function must be the same one when it is put back
+        :return: its item
+        :raises PlainStateError: if nothing of it can be saved
+        """
+        self._leaves_out = True
+        try:
+            item = self.item(value, name)
+        finally:
+            self._leaves_out = False
+        if isinstance(value, types.FunctionType) and not is_replaced:
+            # Another line after an edit of the code is no difference
+            del self.entries[item[0]][3:]
+        return item
+
     def _item(self, value: Any, name: str) -> Item:  # noqa: ANN401  # any value
         if is_leaf(value):
             return value
@@ -278,6 +299,8 @@ class GraphWriter:
             return ["generator", generator_state(value)]
         if isinstance(value, spaces.Space):
             return ["space", space_generator_states(value)]
+        if isinstance(value, IMMUTABLE):
+            return parts_of_immutable(value)
         return self._callable(value, name)
 
     def _array(self, value: Any, name: str) -> list[Any]:  # noqa: ANN401  # an array or a tensor
@@ -328,7 +351,15 @@ class GraphWriter:
 
     def _parts(self, parts: Mapping[str, Any], name: str) -> dict[str, Item]:
         separator = "" if name.endswith(".") else " "
-        return {key: self._item(part, f"{name}{separator}{key}") for key, part in parts.items()}
+        if not self._leaves_out:
+            return {key: self._item(part, f"{name}{separator}{key}") for key, part in parts.items()}
+        items: dict[str, Item] = {}
+        for key, part in parts.items():
+            try:
+                items[key] = self.item(part, f"{name}{separator}{key}")
+            except PlainStateError:
+                items[key] = []
+        return items
 
     def _scan_tensor(self, tensor: th.Tensor, place: Any) -> None:  # noqa: ANN401  # any key
         # NumPy has no bfloat16, and cannot show sparse tensors

@@ -21,6 +21,7 @@ from sb3_ppo_plus.env_states.callable_parts import (
     set_function_part,
 )
 from sb3_ppo_plus.env_states.generator_state import Generator, restored_generator, set_space_generator_states
+from sb3_ppo_plus.env_states.immutable_values import IMMUTABLE, made_of_parts, parts_of_immutable
 from sb3_ppo_plus.env_states.object_attributes import attributes_of, is_no_state
 from sb3_ppo_plus.env_states.object_graph import CONSTANTS, MAPPINGS, SEQUENCES, Item
 from sb3_ppo_plus.env_states.overlapping_arrays import array_in
@@ -29,6 +30,10 @@ _SEQUENCES = {tag: kind for kind, tag in SEQUENCES.items()}
 _MAPPINGS = {tag: kind for kind, tag in MAPPINGS.items()}
 MISSING = object()
 """Stands for an object that is not there."""
+
+
+class OtherStructureError(ValueError):
+    """What is there was made in another way than what was saved, as after an edit of the code."""
 
 
 class GraphReader:
@@ -48,6 +53,7 @@ class GraphReader:
         self._splits_generators = splits_generators
         self._built: dict[int, Any] = {}
         self._is_building: set[int] = set()
+        self._keeps_equal = False
         self.differences: list[str] = []
         """What is there, other than it was saved, and stays, or was put back although the code has changed it."""
         # Kept, since an id is unique only while its object lives
@@ -65,7 +71,9 @@ class GraphReader:
             return item
         if not item:
             if existing is MISSING:
-                raise ValueError(f"there is no {name}, as there was in the saved one: it was made in another way")
+                raise OtherStructureError(
+                    f"there is no {name}, as there was in the saved one: it was made in another way"
+                )
             return existing
         number = item[0]
         if isinstance(number, str):
@@ -75,8 +83,25 @@ class GraphReader:
             if number in self._is_building:
                 raise ValueError(f"{name} is part of itself")
             self._is_building.add(number)
-            self._built[number] = self._build(number, existing, name)
+            try:
+                self._built[number] = self._build(number, existing, name)
+            finally:
+                self._is_building.discard(number)
         return self._built[number]
+
+    def member(self, item: Item, existing: Any, name: str) -> Any:  # noqa: ANN401  # any value
+        """Return the value of a part of a class. What equals the saved one stays: a module may hold it, too.
+
+        :param item: the item
+        :param existing: the part that is there now
+        :param name: what to call it in an error
+        :raises OtherStructureError: a ValueError, if what is there was made in another way
+        """
+        self._keeps_equal = True
+        try:
+            return existing if self.adopt(item, existing) else self.value(item, existing, name)
+        finally:
+            self._keeps_equal = False
 
     def adopt(self, item: Item, existing: Any) -> bool:  # noqa: ANN401  # any value
         """Keep an existing value, and use it wherever the table has it, if it equals the saved one.
@@ -127,6 +152,8 @@ class GraphReader:
             return self._layers[content[0]]
         if kind == "generator":
             return self.generator(content[0], existing)
+        if kind in ("enum", "path", "range", "complex"):
+            return made_of_parts([kind, *content], existing, name)
         return self._built_in_place(number, existing, name)
 
     def _sequence(self, number: int, existing: Any, name: str) -> Any:  # noqa: ANN401  # a sequence
@@ -134,8 +161,8 @@ class GraphReader:
         there = list(existing) if isinstance(existing, list | tuple | deque) else []
         there += [MISSING] * (len(items) - len(there))
         values = (self.value(item, there[index], f"{name}[{index}]") for index, item in enumerate(items))
-        if kind is tuple:
-            return tuple(values)
+        if kind in (tuple, frozenset):
+            return kind(values)
         # Known before it is filled, since it may be part of its parts
         sequence: Any = deque(maxlen=self._entries[number][2]) if kind is deque else kind()
         self._built[number] = sequence
@@ -150,7 +177,7 @@ class GraphReader:
         expected |= {"space": spaces.Space, "object": object}
         if existing is MISSING or existing is None or not isinstance(existing, expected[kind]):
             there = "nothing" if existing is MISSING else f"a {type(existing).__name__}"
-            raise ValueError(f"{name} is {there}, the saved one was a {kind}: it was made in another way")
+            raise OtherStructureError(f"{name} is {there}, the saved one was a {kind}: it was made in another way")
         if kind == "space":
             set_space_generator_states(existing, content[0])
         elif kind == "function":
@@ -176,13 +203,17 @@ class GraphReader:
             self.differences.append(f"{name} is the function {existing.__name__}, the saved one was {saved_name}")
             return
         place = place_of(existing)
-        for saved_reference, saved_line in saved_place:
-            if not is_same_reference(place[0], saved_reference) or place[1] != saved_line:
+        for saved_reference, saved_line, *columns in saved_place:
+            # Those of earlier versions have no column
+            is_same_place = place[1] == saved_line and columns in ([], [place[2]])
+            if not is_same_reference(place[0], saved_reference) or not is_same_place:
                 found, saved = f"{place[0]} in line {place[1]}", f"{saved_reference} in line {saved_line}"
                 self.differences.append(f"{name} is the function {found}, the saved one was {saved}")
         self._built[number] = existing
         there = function_parts(existing)
         for part, item in parts.items():
+            if self._keeps_equal and (part not in there or self.adopt(item, there[part])):
+                continue
             value = self.value(item, there.get(part, MISSING), f"{name}'s {part}")
             if value is not there.get(part, MISSING):
                 set_function_part(existing, part, value)
@@ -190,12 +221,14 @@ class GraphReader:
     def _put_object(self, number: int, existing: object, name: str) -> None:
         _, class_name, attributes = self._entries[number]
         if type(existing).__qualname__ != class_name:
-            raise ValueError(f"{name} is a {type(existing).__qualname__}, the saved one was a {class_name}")
+            raise OtherStructureError(f"{name} is a {type(existing).__qualname__}, the saved one was a {class_name}")
         self._built[number] = existing
         there = attributes_of(existing)
         for key, item in attributes.items():
             if is_no_state(existing, key):
                 raise ValueError(f"{name}.{key} is no state")
+            if self._keeps_equal and self.adopt(item, there.get(key, MISSING)):
+                continue
             value = self.value(item, there.get(key, MISSING), f"{name}.{key}")
             if value is not there.get(key, MISSING):
                 # The class may have a __setattr__ of its own
@@ -217,8 +250,11 @@ class GraphReader:
             return (found | self._built)[number] is existing
         kind, *content = self._entries[number]
         found[number] = existing
-        if kind == "set":
-            return type(existing) is set and existing == {self.value(part, MISSING, "") for part in content[0]}
+        if kind in ("set", "frozenset"):
+            is_set = type(existing) is _SEQUENCES[kind]
+            return is_set and existing == {self.value(part, MISSING, "") for part in content[0]}
+        if kind in ("enum", "path", "range", "complex"):
+            return isinstance(existing, IMMUTABLE) and _are_equal(parts_of_immutable(existing), [kind, *content])
         if kind in _SEQUENCES:
             if type(existing) is not _SEQUENCES[kind] or len(existing) != len(content[0]):
                 return False
@@ -238,6 +274,13 @@ class GraphReader:
         return False
 
 
+def _are_equal(parts: list[Any], saved: list[Any]) -> bool:
+    if parts[0] == saved[0] == "enum":
+        return is_same_reference(parts[1], saved[1]) and parts[2] == saved[2]
+    # Not ==, for which NaN is not NaN, and 0 is -0
+    return repr(parts) == repr(saved)
+
+
 def _read_only(array: np.ndarray) -> np.ndarray:
     array.flags.writeable = False
     return array
@@ -254,12 +297,13 @@ def check_reference(existing: object, saved: str, name: str) -> None:
     reference = reference_to(existing)
     if not is_same_reference(reference, saved):
         there = "missing" if existing is MISSING else reference or f"a {type(existing).__qualname__}"
-        raise ValueError(f"{name} is {there}, the saved one was {saved}")
+        raise OtherStructureError(f"{name} is {there}, the saved one was {saved}")
 
 
 def text_of_constant(value: object) -> str:
     """Return a text that tells a constant from others of its class.
 
-    :param value: an object of a class in :data:`CONSTANTS`
+    :param value: an object of a class in :data:`CONSTANTS`; in states of earlier versions also in :data:`IMMUTABLE`
     """
-    return f"{type(value).__qualname__} {value!r}" if isinstance(value, CONSTANTS) else type(value).__qualname__
+    kind = type(value).__qualname__
+    return f"{kind} {value!r}" if isinstance(value, (*CONSTANTS, *IMMUTABLE)) else kind

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import numpy as np
 from gymnasium import spaces
 
 from sb3_ppo_plus.env_states.callable_parts import reference_to
+from sb3_ppo_plus.env_states.class_members import member_of, members_of
 from sb3_ppo_plus.env_states.generator_state import generator_state, set_space_generator_states, space_generator_states
+from sb3_ppo_plus.env_states.mujoco_state import mujoco_state, set_mujoco_state
 from sb3_ppo_plus.env_states.object_attributes import (
+    OF_USERS,
     attributes_of,
     is_no_state,
     is_of_library,
+    is_special,
     names_of_classes,
     own_attributes,
     saved_class_attributes_of,
@@ -28,15 +33,19 @@ from sb3_ppo_plus.env_states.object_graph import (
     is_stateless,
     plain_copy,
 )
-from sb3_ppo_plus.env_states.object_graph_reader import MISSING, GraphReader, check_reference, text_of_constant
+from sb3_ppo_plus.env_states.object_graph_reader import (
+    MISSING,
+    GraphReader,
+    OtherStructureError,
+    check_reference,
+    text_of_constant,
+)
 from sb3_ppo_plus.env_states.overlapping_arrays import has_foreign_owner
 from sb3_ppo_plus.env_states.simulator_state import (
     atari_state,
     is_atari,
     is_mujoco_data,
-    mujoco_state,
     set_atari_state,
-    set_mujoco_state,
     sticky_probability,
 )
 from sb3_ppo_plus.errors import PlainStateError
@@ -46,7 +55,8 @@ ObjectState = dict[str, tuple[str, Any]]
 """For each attribute its kind and plain values.
 
 The kind is a key of :data:`KINDS`, "plain", "read-only" (an array), "generator", "constant" or "reference" (only
-compared), or "linked": an item of a table, see ``object_graph``. The attribute of a class is "Class.name".
+compared), or "linked": an item of a table, see ``object_graph``. The attribute of a class is "Class.name". "member" is
+an item for what else a class holds, see ``class_members``.
 :data:`TABLE` is no attribute.
 """
 TABLE = ":table"
@@ -57,12 +67,12 @@ class Kind(NamedTuple):
 
     :param applies: tells whether a value is of this kind
     :param get: turns a value into plain values
-    :param put: puts the saved plain values into the existing value
+    :param put: puts the saved plain values into the existing value; may return names of what was another one
     """
 
     applies: Callable[[Any], bool]
     get: Callable[[Any], Any]
-    put: Callable[[Any, Any], None]
+    put: Callable[[Any, Any], list[str] | None]
 
 
 def object_state(owner: object, constant: Collection[str] = (), refused: list[str] | None = None) -> ObjectState:
@@ -96,12 +106,17 @@ def object_states(
     :raises PlainStateError: if an attribute cannot be saved; the message names it
     """
     graph = GraphWriter(layers)
+    all_members = [members_of(owner) for owner in owners]
     uses_mujoco = any(is_mujoco_data(value) for layer in layers for value in getattr(layer, "__dict__", {}).values())
     found = [_places(owner, constant, uses_mujoco) for owner in owners]
-    for index, places in enumerate(found):
-        for name, value in places.items():
+    for index, (owner, places, members) in enumerate(zip(owners, found, all_members, strict=True)):
+        of_classes = {name: member.value for name, member in members.items()}
+        for name, value in (places | of_classes if members else places).items():
             if _kind_of(value) is None:
-                graph.scan(value, (index, name))
+                try:
+                    graph.scan(value, (index, name))
+                except RecursionError as error:
+                    raise _too_deep(owner, name) from error
     graph.finish_scan()
     states: list[ObjectState] = []
     for index, (owner, places) in enumerate(zip(owners, found, strict=True)):
@@ -109,11 +124,20 @@ def object_states(
         for name, value in places.items():
             try:
                 state[name] = _saved(graph, owner, name, value, graph.is_linked((index, name)))
+            except RecursionError as error:
+                raise _too_deep(owner, name) from error
             except PlainStateError as error:
+                if name in OF_USERS:
+                    continue
                 if refused is None:
                     raise
                 refused.append(str(error))
         states.append(state)
+    # Last: where an attribute holds the same object, all of it must be saved
+    for state, members in zip(states, all_members, strict=True):
+        for name, member in members.items():
+            with suppress(PlainStateError, RecursionError):
+                state[name] = "member", graph.member(member.value, name, member.is_replaced)
     return states, graph.entries
 
 
@@ -192,13 +216,25 @@ def set_object_states(owners: Sequence[object], states: Sequence[ObjectState], r
     # Attributes of classes first: where they equal the saved ones they stay, and so does what refers to them
     for owner, state in zip(owners, states, strict=True):
         for name, (kind, saved) in state.items():
-            if "." in name:
+            if "." in name and kind != "member":
                 _put_class_attribute(owner, name, kind, saved, reader)
+    for owner, state in zip(owners, states, strict=True):
+        for name, (kind, saved) in state.items():
+            if kind == "member":
+                _put_member(owner, name, saved, reader)
     for owner, state in zip(owners, states, strict=True):
         there = attributes_of(owner)
         for name, (kind, saved) in state.items():
             if "." not in name and name != TABLE:
                 _put_attribute(owner, name, kind, saved, there, reader)
+
+
+def _too_deep(owner: object, name: str) -> PlainStateError:
+    return PlainStateError(f"{_full_name(owner, name)} is nested too deep to be saved")
+
+
+def _full_name(owner: object, name: str) -> str:
+    return name if "." in name else f"{type(owner).__name__}.{name}"
 
 
 def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict[str, Any]:
@@ -220,14 +256,15 @@ def _places(owner: object, constant: Collection[str], uses_mujoco: bool) -> dict
 
 
 def _kind_of(value: object) -> str | None:
-    if is_leaf(value):
+    # Of usual types, dicts alone may be of a kind
+    if is_leaf(value) or type(value) in (np.ndarray, list, tuple):
         return None
     return next((kind for kind in KINDS if KINDS[kind].applies(value)), None)
 
 
 def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: bool) -> tuple[str, Any]:  # noqa: ANN401  # any value
     is_of_class = "." in name
-    full_name = name if is_of_class else f"{type(owner).__name__}.{name}"
+    full_name = _full_name(owner, name)
     reference = reference_to(value) if callable(value) else None
     if reference is not None:
         return "reference", reference
@@ -237,8 +274,8 @@ def _saved(graph: GraphWriter, owner: object, name: str, value: Any, is_linked: 
     if kind is not None:
         return kind, KINDS[kind].get(value)
     # Objects of an environment may change their constants, and these could not be put back
-    if isinstance(value, (*CONSTANTS, frozenset) if is_of_class else np.dtype):
-        return "constant", "" if isinstance(value, frozenset) else text_of_constant(value)
+    if isinstance(value, CONSTANTS if is_of_class else np.dtype):
+        return "constant", text_of_constant(value)
     if is_generator(value) and not is_linked:
         return "generator", generator_state(value)
     # What a class and an object share must be the same object afterwards
@@ -253,16 +290,36 @@ def _put_class_attribute(owner: Any, name: str, kind: str, saved: Any, reader: G
     owner_class: Any = type(owner)
     cls = names_of_classes(owner_class).get(class_name)
     existing = MISSING if cls is None else vars(cls).get(attribute, MISSING)
-    if cls is None or attribute.startswith("__") or callable(existing) or hasattr(type(existing), "__get__"):
+    if cls is None or is_special(attribute) or callable(existing) or hasattr(type(existing), "__get__"):
         raise ValueError(f"{name} is no state of {type(owner).__name__}")
     if kind in KINDS or kind == "constant":
-        _put_in_place(existing, kind, saved, name)
+        _put_in_place(existing, kind, saved, name, reader)
     elif not reader.adopt(saved, existing):
         value = reader.generator(saved, existing) if kind == "generator" else reader.value(saved, existing, name)
         if kind != "generator" and existing is not MISSING:
             reader.differences.append(f"{name} was {short(existing)}, and is {short(value)} again, as it was saved")
         if value is not existing:
             setattr(cls, attribute, value)
+
+
+def _put_member(owner: object, name: str, saved: Any, reader: GraphReader) -> None:  # noqa: ANN401  # an item
+    member = member_of(owner, name)
+    if member is None:
+        reader.differences.append(f"{name} is missing, which was saved")
+        return
+    try:
+        value = reader.member(saved, member.value, name)
+    except OtherStructureError as error:
+        # The code of a class may have been edited
+        reader.differences.append(f"{name} was not put back: {error}")
+        return
+    if value is member.value:
+        return
+    if is_special(member.name) or callable(member.value) or callable(value):
+        reader.differences.append(f"{name} was not put back: it is another kind of object than the saved one")
+    else:
+        reader.differences.append(f"{name} was {short(member.value)}, and is {short(value)} again, as it was saved")
+        setattr(member.cls, member.name, value)
 
 
 def _put_attribute(
@@ -280,10 +337,10 @@ def _put_attribute(
     if kind == "reference":
         check_reference(existing, saved, full_name)
         return
-    if name.startswith("__") or (replaces_method and (kind != "linked" or existing is MISSING)):
+    if is_special(name) or (replaces_method and (kind != "linked" or existing is MISSING)):
         raise ValueError(f"{full_name} is no state")
     if kind in KINDS or kind == "constant":
-        _put_in_place(existing, kind, saved, full_name)
+        _put_in_place(existing, kind, saved, full_name, reader)
         return
     if kind == "linked":
         value = reader.value(saved, existing, full_name)
@@ -300,12 +357,14 @@ def _put_attribute(
         setattr(owner, name, value)
 
 
-def _put_in_place(existing: Any, kind: str, saved: Any, name: str) -> None:  # noqa: ANN401  # any value
+def _put_in_place(existing: Any, kind: str, saved: Any, name: str, reader: GraphReader) -> None:  # noqa: ANN401  # any value
     if existing is MISSING or existing is None:
         owner, _, attribute = name.rpartition(".")
         raise ValueError(f"{owner} has no {attribute}, as the saved one had: it was made in another way")
     if kind in KINDS:
-        KINDS[kind].put(existing, saved)
+        changed = KINDS[kind].put(existing, saved)
+        if changed:
+            reader.differences.append(f"the model of {name} had another {', '.join(changed)}")
     elif saved and text_of_constant(existing) != saved:
         raise ValueError(f"{name} is {text_of_constant(existing)}, the saved one was {saved}")
 

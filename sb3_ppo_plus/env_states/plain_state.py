@@ -29,6 +29,10 @@ LARGEST_GAPS = 8
 MAX_GAP_BYTES, MAX_ODD_KEYS = 2**26, 3000
 #: An empty deque takes 600 bytes
 MAX_DEQUES = 10_000
+# Bits of an integer with 4300 digits, which Python turns into text; depth, which is less than that of Python's calls
+LONGEST_INT, DEEPEST = 14_284, 300
+# Of a place that an error names
+MOST_KEYS = 8
 # Longer ones are of many fields
 LONGEST_DTYPE = 40
 
@@ -126,6 +130,25 @@ class PlainStateWriter:
         if _n_bytes(array.dtype, array.shape, strides) <= LARGEST_GAPS * array.nbytes:
             encoded["strides"] = strides
         return encoded
+
+
+def place_of_odd_value(value: Any) -> str:  # noqa: ANN401  # plain values
+    """Name the first part that no JSON text can hold: an integer with too many digits, or what is nested too deep.
+
+    :param value: plain values, or their JSON
+    :return: the place, from keys and indices; "state" if there is none
+    """
+    waiting: list[tuple[Any, tuple[Any, ...]]] = [(value, ())]
+    while waiting:
+        part, place = waiting.pop()
+        if len(place) > DEEPEST or (type(part) is int and part.bit_length() > LONGEST_INT):
+            return ", ".join(map(str, place[:MOST_KEYS])) or "state"
+        inner = part.items() if isinstance(part, dict) else enumerate(part) if isinstance(part, list | tuple) else ()
+        # A tag of this module says nothing to readers
+        named = [(item, place if str(key).startswith("$") else (*place, key)) for key, item in inner]
+        # The first one is looked at first
+        waiting += reversed(named)
+    return "state"
 
 
 class PlainStateReader:

@@ -70,7 +70,7 @@ class Finding(NamedTuple):
     is_disturbed: bool = False
 
 
-def prove_envs(env: VecEnv) -> bool:
+def prove_envs(env: VecEnv, kind: str = "environment") -> bool:
     """Have each ResumableEnv of a vectorised environment prove itself.
 
     Environments of one process take :data:`MAX_SECONDS_OF_ALL` together: where they are slow, the first one takes more
@@ -78,7 +78,8 @@ def prove_envs(env: VecEnv) -> bool:
 
     Nothing happens if the environments have no such method, or ``env`` cannot ask them.
 
-    :param env: the outermost vectorised environment, after a reset
+    :param env: the outermost vectorised environment
+    :param kind: what to call one of its environments
     :return: whether an environment needs a reset, since its trial failed and it was not put back; and then this again
     :raises ResumeProofError: if one goes on in another way after its state was put back
     """
@@ -91,9 +92,9 @@ def prove_envs(env: VecEnv) -> bool:
         if finding is None:
             continue
         if finding.is_error:
-            raise ResumeProofError(f"environment {index}: {finding.text}")
+            raise ResumeProofError(f"{kind} {index}: {finding.text}")
         if finding.text:
-            doubts.append(f"environment {index}: {finding.text}")
+            doubts.append(f"{kind} {index}: {finding.text}")
         is_disturbed = is_disturbed or finding.is_disturbed
     if doubts:
         warnings.warn(doubts[0], stacklevel=2)
@@ -148,12 +149,23 @@ def find_flaw(
         undo.make_generators()
         try:
             state = env.get_resume_state()
-        except PlainStateError as error:
+        except Exception as error:
             undo()
-            return Finding(True, str(error))
-        finding, changed = _flaw_after(
-            env, state, lambda: undo.changed(shared), MAX_SECONDS if max_seconds is None else max_seconds
-        )
+            # An exception would end a worker process
+            return Finding(
+                True, str(error) if isinstance(error, PlainStateError) else f"{type(error).__name__}: {error}"
+            )
+        changed: list[Any] = []
+        descriptors: list[str] = []
+
+        def look() -> None:
+            changed.extend(undo.changed(shared))
+            descriptors.extend(undo.changed_descriptors())
+
+        finding = _flaw_after(env, state, look, MAX_SECONDS if max_seconds is None else max_seconds)
+        if finding is None and descriptors:
+            text = f"steps change what the descriptor {descriptors[0]} holds, which is not saved. {REMEDIES}"
+            finding = Finding(True, text)
         # The simulators that were there, their state, and instead of the new lists and arrays that come with it the old
         undo()
         try:
@@ -165,6 +177,34 @@ def find_flaw(
         if finding is None and changed:
             return Finding(False, f"steps change {short(changed[0])}, which another environment holds too. {OF_SHARED}")
         return finding
+
+
+def find_flaw_before_reset(
+    env: Any,  # noqa: ANN401  # a ResumableEnv
+    layers: Collection[gym.Env[Any, Any]],
+    max_seconds: float | None,
+) -> Finding | None:
+    """Do what :func:`find_flaw` does with an environment that nobody has reset; afterwards, its first reset is to come.
+
+    :param env: the environment
+    :param layers: the environments and wrappers inside it
+    :param max_seconds: as of :func:`find_flaw`
+    """
+    with _quiet(layers):
+        undo = Undo([layer for layer in layers if not saves_itself(layer)])
+        undo.make_generators()
+        try:
+            state = env.get_resume_state()
+            env.reset()
+            finding = find_flaw(env, layers, max_seconds=max_seconds)
+            undo()
+            env.set_resume_state(state)
+        except Exception as error:
+            finding = Finding(
+                False, f"its first reset, or going back, raised {type(error).__name__}: {error}. {NO_PROOF}"
+            )
+        undo()
+    return finding
 
 
 def _shared_containers(base: Any) -> set[int]:  # noqa: ANN401  # a VecEnv
@@ -182,15 +222,15 @@ def _shared_containers(base: Any) -> set[int]:  # noqa: ANN401  # a VecEnv
 def _flaw_after(
     env: Any,  # noqa: ANN401  # a ResumableEnv
     state: Any,  # noqa: ANN401  # plain values
-    ask: Callable[[], list[Any]],
+    look: Callable[[], None],
     max_seconds: float,
-) -> tuple[Finding | None, list[Any]]:
-    """Return a finding, and what ``ask`` returns after the first time."""
+) -> Finding | None:
+    """Return a finding. ``look`` is called after the first time."""
     try:
         operations, expected = _first_time(env, max_seconds)
     except Exception as error:
-        return Finding(False, f"a random action or a reset raised {type(error).__name__}: {error}. {NO_PROOF}"), []
-    answer = ask()
+        return Finding(False, f"a random action or a reset raised {type(error).__name__}: {error}. {NO_PROOF}")
+    look()
     try:
         env.set_resume_state(state)
         difference = first_difference(_comparable(state), _comparable(env.get_resume_state()), "its state")
@@ -199,7 +239,7 @@ def _flaw_after(
                 difference = first_difference(expected[index], _outcome(env, operation), _name(operations, index))
     except Exception as error:
         difference = f"{type(error).__name__}: {error}"
-    return (None if difference is None else _changed(difference)), answer
+    return None if difference is None else _changed(difference)
 
 
 def _comparable(state: dict[str, Any]) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal
 
 import gymnasium as gym
+from gymnasium.envs.registration import EnvSpec
 
 from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, chain_of, recorder_in
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
+from sb3_ppo_plus.env_states.object_graph import is_leaf
 from sb3_ppo_plus.env_states.object_graph_reader import GraphReader
 from sb3_ppo_plus.env_states.object_state import (
     delete_later_attributes,
@@ -20,21 +22,37 @@ from sb3_ppo_plus.env_states.object_state import (
     object_states,
     set_object_states,
 )
-from sb3_ppo_plus.env_states.proof import Finding, find_flaw
+from sb3_ppo_plus.env_states.proof import Finding, find_flaw, find_flaw_before_reset
 from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
 from sb3_ppo_plus.errors import PlainStateError, ReplayError
+from sb3_ppo_plus.untrusted.strict_json import short
 
 WAYS = ("state", "replay", "auto")
 #: State of an environment that has no episode yet to replay, such as that of an evaluation before the first one
 NEW: dict[str, Any] = {"layers": [], "is_new": True}
 
 
+# What gym.Wrapper may set on itself later
+INHERITED = ("env", "_action_space", "_observation_space", "_metadata", "_cached_spec", "_np_random")
+
+
+class SetFromOutside:
+    """Holds the attributes that others have set on a ResumableEnv.
+
+    :param attributes: the attributes by name
+    """
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        vars(self).update(attributes)
+
+
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
     """Gives an environment ``get_resume_state`` and ``set_resume_state``, which :class:`TrainingCheckpoint` calls.
 
     It saves the simulators of MuJoCo and Atari, and attributes: plain values, random generators, what functions, their
-    closures and other callables hold, and the data of the environment's classes. Lists and arrays that several
-    attributes or wrappers share stay shared, and views stay views. What it cannot save is an error.
+    closures and other callables hold, what the environment's classes hold (also in methods and in classes that serve as
+    namespaces), and the numbers of an ``MjModel``. Lists and arrays that several attributes or wrappers share stay
+    shared, and views stay views. An attribute that it cannot save is an error.
 
     By replay, the environment inside all wrappers is not saved. Its episode is: the random generators and attributes
     before the reset that began it, and the actions since. They are done again when the state is put back, and each
@@ -43,8 +61,10 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     It compares functions and classes themselves when the state is put back: another class or builtin function is an
     error, another Python function is one of :meth:`resume_differences`.
 
-    It does not save changes to an ``MjModel``, nor state in modules: :meth:`prove_resumable` finds them. It does not
-    save in which order Python visits a set, nor what two environments share.
+    It does not save state in modules, in ``os.environ``, in classes of libraries, in ``functools.lru_cache`` or in
+    descriptors: :meth:`prove_resumable` finds it where some steps and a reset show it. Of methods and nested classes it
+    leaves out parts that cannot be saved. It does not save integers and meshes of an ``MjModel``, bounds of spaces that
+    are changed, in which order Python visits a set, nor what two environments share.
 
     Put it outermost, as ``make_vec_env(env_id, wrapper_class=ResumableEnv)`` does: then it also saves the wrappers
     inside it, such as TimeLimit and Monitor. If an environment or a wrapper inside it has both methods itself, they are
@@ -81,6 +101,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         self._given_up = ""
         self._needs_recorder = by != "state"
         self._is_chosen = False
+        self._was_reset = False
+        self._own_names: frozenset[str] = frozenset((*vars(self), "_own_names", *INHERITED))
         self._put_recorder()
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
@@ -89,6 +111,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         :param seed: as of the environment
         :param options: as of the environment
         """
+        self._was_reset = True
         self._put_recorder()
         outcome = self.env.reset(seed=seed, options=options)
         # RestartingEnv may have built another environment, whose episode has to begin with a recorder
@@ -119,6 +142,20 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             warnings.warn(f"an environment is not saved, and begins anew at a resume: {error}", stacklevel=2)
             return None
 
+    def get_resume_state_or_tell(self) -> tuple[dict[str, Any] | None, str]:
+        """Copy the state as :meth:`get_resume_state` does; return an error in place of raising it.
+
+        It is returned since an exception would end a worker process.
+
+        :return: the state, and ""; or None, and the error
+        """
+        try:
+            return self.get_resume_state(), ""
+        except PlainStateError as error:
+            return None, str(error)
+        except Exception as error:
+            return None, f"{type(error).__name__}: {error}"
+
     def why_not_resumable(self) -> str:
         """Say why :meth:`get_resume_state` returns None.
 
@@ -129,14 +166,17 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     def _state(self) -> dict[str, Any]:
         layers = self.resumable_layers()
         try:
-            states, table = object_states(_without_own_methods(layers), self._all_of(layers), self.constant)
+            outside = self._set_from_outside()
+            owners = [*_without_own_methods(layers), *([SetFromOutside(outside)] if outside else [])]
+            states, table = object_states(owners, self._all_of(layers), self.constant)
         except PlainStateError as error:
             # By replay, only wrappers are saved by their attributes
             by_replay = "" if recorder_in(layers) else ', or play its episode again: ResumableEnv(env, by="replay")'
             raise PlainStateError(
-                f"{error}. Give its class get_resume_state() and set_resume_state(state), or, if the attribute never "
-                f"changes, name it in ResumableEnv(env, constant=[...]){by_replay}"
+                f"{error}. Give the class of the environment or wrapper get_resume_state() and set_resume_state(state)"
+                f", or, if the attribute never changes, name it in ResumableEnv(env, constant=[...]){by_replay}"
             ) from error
+        of_outside = states.pop() if outside else {}
         remaining = iter(states)
         saved = [(_name(layer), _own_state(layer) if saves_itself(layer) else next(remaining)) for layer in layers]
         own = _without_own_methods(layers)
@@ -146,7 +186,21 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             "names": [names_of_attributes(layer) for layer in own],
             "class_names": [names_of_class_attributes(layer) for layer in own],
             "generators": global_generator_states(),
+            "outside": of_outside,
+            "was_reset": self._was_reset,
+            "kwargs": self._kwargs(),
         }
+
+    def _set_from_outside(self) -> dict[str, Any]:
+        """Return the attributes that others have set on this wrapper, as ``VecEnv.set_attr`` does."""
+        return {name: value for name, value in vars(self).items() if name not in self._own_names}
+
+    def _kwargs(self) -> dict[str, Any]:
+        """Return the plain arguments that the environment was made with by ``gymnasium.make``."""
+        spec = self.unwrapped.spec
+        if not isinstance(spec, EnvSpec):
+            return {}
+        return {name: value for name, value in spec.kwargs.items() if is_leaf(value)}
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned.
@@ -170,15 +224,30 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         # States of earlier versions have no table, and do not tell which attributes share a generator
         reader = GraphReader(state.get("table", []), self._all_of(layers), splits_generators="table" in state)
         own = _without_own_methods(layers)
-        set_object_states(own, states, reader)
+        # States of earlier versions do not have it
+        outside = SetFromOutside(self._set_from_outside())
+        set_object_states([*own, outside], [*states, state.get("outside", {})], reader)
+        vars(self).update(vars(outside))
+        self._was_reset = bool(state.get("was_reset", True))
         deleted: list[str] = []
         for layer, attributes in zip(own, state.get("names", ()), strict=False):
             if attributes is not None:
                 deleted += delete_later_attributes(layer, (*attributes, *self.constant))
         for layer, attributes in zip(own, state.get("class_names", ()), strict=False):
             deleted += delete_later_data_of_classes(layer, attributes, self.constant)
-        self._differences = [*reader.differences, *(f"{name} was deleted, which was not saved" for name in deleted)]
+        self._differences = list(reader.differences)
+        if self._was_reset:
+            self._differences += [f"{name} was deleted, which was not saved" for name in deleted]
+        self._differences += self._other_kwargs(state.get("kwargs", {}))
         set_global_generator_states(state["generators"])
+
+    def _other_kwargs(self, saved: dict[str, Any]) -> Iterator[str]:
+        """Name the arguments of the environment that are other ones than those of the saved environment."""
+        given = self._kwargs()
+        for name in saved.keys() & given.keys():
+            if saved[name] != given[name]:
+                was, now = short(saved[name]), short(given[name])
+                yield f"the environment was made with {name}={now}, the saved one with {name}={was}"
 
     def set_resume_state_or_tell(self, state: dict[str, Any]) -> str:
         """Put back a state, and return the error if the replay of an episode had another outcome; else "".
@@ -222,6 +291,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
                     layer.set_resume_state(layer_state)  # type: ignore[attr-defined]  # it has the method
                 else:
                     left_out += set_state_without_trust(layer, layer_state)
+            outside = SetFromOutside(self._set_from_outside())
+            left_out += set_state_without_trust(outside, state.get("outside", {}))
+            vars(self).update(vars(outside))
             set_global_generator_states(state["generators"])
         except Exception as error:
             return left_out, f"{type(error).__name__}: {error}"
@@ -243,6 +315,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         """
         if not self.prove or self._given_up:
             return None
+        if not self._was_reset:
+            return self._prove_before_reset(max_seconds)
         finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
         if finding is None or not finding.is_error or self.by != "auto":
             return finding
@@ -252,6 +326,15 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             return Finding(False, "", True)
         self._given_up = finding.text
         return Finding(False, f"{finding.text}. At a resume its episodes begin anew", True)
+
+    def _prove_before_reset(self, max_seconds: float | None) -> Finding | None:
+        if self._needs_recorder:
+            # A replay begins with a reset
+            return None
+        try:
+            return find_flaw_before_reset(self, self.resumable_layers(), max_seconds)
+        finally:
+            self._was_reset = False
 
     def resumable_layers(self) -> list[gym.Env[Any, Any]]:
         """Return the wrappers inside this one and the environment, from the outside in."""

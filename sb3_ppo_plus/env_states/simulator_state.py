@@ -1,4 +1,4 @@
-"""States of simulators that keep their state outside Python: MuJoCo and Atari."""
+"""Simulators that keep their state outside Python: which objects are theirs, and the state of Atari."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import importlib
 import math
 import sys
 from collections.abc import Iterator
-from functools import cache, partial
+from functools import partial
 from typing import Any
-
-import numpy as np
 
 from sb3_ppo_plus.errors import PlainStateError
 
@@ -43,76 +41,6 @@ def is_atari(value: object) -> bool:
     :param value: any value
     """
     return _is_instance("ale_py", "ALEInterface", value)
-
-
-def mujoco_state(data: Any) -> dict[str, Any]:  # noqa: ANN401  # mujoco is an optional dependency
-    """Copy the integration state of an ``MjData``, and the arrays that MuJoCo derives from it.
-
-    After a step, the derived arrays still belong to the state before it. Environments read them before their next step:
-    Ant's reward is the change of the torso's position in these arrays.
-
-    :param data: an ``MjData``
-    """
-    mujoco = importlib.import_module("mujoco")
-    integration = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.empty(mujoco.mj_stateSize(data.model, integration))
-    mujoco.mj_getState(data.model, data, state, integration)
-    # The arrays are joined, since each environment has 120 of them
-    derived = [array.tobytes() if _has_fixed_place(data, name, array) else b"" for name, array in _derived_arrays(data)]
-    sizes = np.array([len(array) for array in derived])
-    return {"integration": state, "derived": b"".join(derived), "sizes": sizes}
-
-
-def set_mujoco_state(data: Any, state: dict[str, Any], trusted: bool = True) -> None:  # noqa: ANN401  # mujoco is an optional dependency
-    """Put back the state of an ``MjData``.
-
-    :param data: an ``MjData``
-    :param state: what :func:`mujoco_state` has returned
-    :param trusted: False: of the derived arrays, only those of floats are put back; MuJoCo reads others as indices
-    :raises ValueError: for the state of another model
-    """
-    mujoco = importlib.import_module("mujoco")
-    integration = mujoco.mjtState.mjSTATE_INTEGRATION
-    size = mujoco.mj_stateSize(data.model, integration)
-    if len(state["integration"]) != size:
-        raise ValueError(f"the saved MuJoCo state has {len(state['integration'])} numbers, the model's has {size}")
-    mujoco.mj_setState(data.model, data, state["integration"], integration)
-    mujoco.mj_forward(data.model, data)
-    begin = 0
-    for (name, array), size in zip(_derived_arrays(data), state["sizes"].tolist(), strict=True):
-        is_saved = array.nbytes == size and _has_fixed_place(data, name, array)
-        if is_saved and (trusted or array.dtype.kind == "f"):
-            array[...] = np.frombuffer(state["derived"][begin : begin + size], array.dtype).reshape(array.shape)
-        begin += size
-
-
-def _derived_arrays(data: Any) -> list[tuple[str, np.ndarray]]:  # noqa: ANN401  # mujoco is an optional dependency
-    return [(name, getattr(data, name)) for name in _names_of_arrays()]
-
-
-@cache
-def _names_of_arrays() -> list[str]:
-    mujoco = importlib.import_module("mujoco")
-    data = mujoco.MjData(mujoco.MjModel.from_xml_string("<mujoco/>"))
-    names = [name for name in dir(data) if isinstance(getattr(data, name), np.ndarray)]
-    return [name for name in names if not name.startswith(("_", "efc_", "iefc_"))]
-
-
-def _has_fixed_place(data: Any, name: str, array: np.ndarray) -> bool:  # noqa: ANN401  # mujoco is optional
-    """Whether an array is there at every step, in the buffer that begins with the joints' positions.
-
-    Each step lays the arrays of constraints and islands elsewhere anew, for the contacts that it finds. Where it finds
-    none, some of them are memory that nobody has written. No environment of Gymnasium reads them.
-    """
-    if name == "energy":
-        return True
-    offset = _address(array) - _address(data.qpos)
-    return 0 <= offset < int(data.nbuffer)
-
-
-def _address(array: np.ndarray) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
 
 
 def atari_state(ale: Any) -> bytes | dict[str, Any]:  # noqa: ANN401  # ale-py is an optional dependency

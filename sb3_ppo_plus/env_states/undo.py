@@ -15,13 +15,14 @@ from gymnasium import spaces
 from gymnasium.utils import seeding
 
 from sb3_ppo_plus.env_states.callable_parts import BOUND, function_parts, set_function_part
+from sb3_ppo_plus.env_states.class_members import descriptors_of, members_of, namespaces_of
 from sb3_ppo_plus.env_states.differences import first_difference
 from sb3_ppo_plus.env_states.generator_state import generator_state, restored_generator, spaces_inside
 from sb3_ppo_plus.env_states.object_attributes import (
     attributes_of,
     class_attributes_of,
     delete_later_class_attributes,
-    own_classes,
+    is_special,
 )
 from sb3_ppo_plus.env_states.object_graph import (
     TRANSPARENT,
@@ -53,13 +54,9 @@ class Undo:
             self._remember_attributes(layer)
         self.containers = set(self._contents)
         """Ids of the lists, dicts, sets, deques and arrays that attributes hold."""
+        self._descriptors: dict[str, tuple[Any, Any]] = {}
         for layer in layers:
-            layer_class: Any = type(layer)
-            for cls in own_classes(layer_class):
-                self._steps.append(partial(delete_later_class_attributes, cls, set(vars(cls))))
-            for (cls, name), value in class_attributes_of(layer).items():
-                self._steps.append(partial(_set_if_changed, cls, name, value))
-                self._remember(value)
+            self._remember_classes(layer)
 
     def make_generators(self) -> None:
         """Give each environment and space a random generator now that would get one at its first use.
@@ -88,6 +85,25 @@ class Undo:
         found = [(self._kept[key], self._contents[key]) for key in containers if key in self._contents]
         return [container for container, content in found if first_difference(content, container, "") is not None]
 
+    def changed_descriptors(self) -> list[str]:
+        """Return the names of descriptors of users' classes that hold something else now, which no state contains."""
+        found = self._descriptors.items()
+        return [name for name, (there, saved) in found if first_difference(saved, _copies(there), "") is not None]
+
+    def _remember_classes(self, layer: gym.Env[Any, Any]) -> None:
+        for cls in namespaces_of(layer).values():
+            self._steps.append(partial(delete_later_class_attributes, cls, set(vars(cls))))
+            for name, value in vars(cls).items():
+                if not is_special(name):
+                    self._steps.append(partial(_set_if_changed, cls, name, value))
+        for value in class_attributes_of(layer).values():
+            self._remember(value)
+        for member in members_of(layer).values():
+            self._remember(member.value)
+        for name, descriptor in descriptors_of(layer):
+            self._descriptors[name] = descriptor, _copies(descriptor)
+            self._remember_attributes(descriptor)
+
     def _remember(self, value: Any) -> None:  # noqa: ANN401  # any value
         if id(value) in self._kept or is_leaf(value) or is_stateless(value):
             return
@@ -109,6 +125,7 @@ class Undo:
                 self._steps.append(partial(setattr, space, "_np_random", space._np_random))
                 self._remember(space._np_random)
         elif isinstance(value, types.FunctionType):
+            self._steps.append(partial(_set_content, vars(value), dict(vars(value))))
             for name, part in function_parts(value).items():
                 self._steps.append(partial(set_function_part, value, name, part))
         elif isinstance(value, BOUND):
@@ -124,6 +141,12 @@ class Undo:
         self._steps.append(partial(_set_attributes, owner, attributes))
         for value in attributes.values():
             self._remember(value)
+
+
+def _copies(owner: object) -> dict[str, Any]:
+    """Copy what an object holds, so that changes of its lists and dicts show."""
+    attributes = attributes_of(owner).items()
+    return {name: value.copy() if hasattr(value, "copy") else value for name, value in attributes}
 
 
 def _set_content(container: Any, content: Any) -> None:  # noqa: ANN401  # a container and a copy

@@ -12,11 +12,12 @@ from gymnasium import spaces
 
 from sb3_ppo_plus.env_states.callable_parts import is_same_reference, reference_to
 from sb3_ppo_plus.env_states.generator_state import restored_generator, set_space_generator_states
-from sb3_ppo_plus.env_states.object_attributes import attributes_of, saved_class_attributes_of
+from sb3_ppo_plus.env_states.mujoco_state import set_mujoco_state
+from sb3_ppo_plus.env_states.object_attributes import attributes_of, is_special, saved_class_attributes_of
 from sb3_ppo_plus.env_states.object_graph import GENERATORS, TRANSPARENT, plain_copy
 from sb3_ppo_plus.env_states.object_graph_reader import MISSING
 from sb3_ppo_plus.env_states.object_state import TABLE
-from sb3_ppo_plus.env_states.simulator_state import is_mujoco_data, set_mujoco_state
+from sb3_ppo_plus.env_states.simulator_state import is_mujoco_data
 from sb3_ppo_plus.untrusted.strict_json import short
 
 # Sizes, which memory is reserved for: no run changes them
@@ -54,7 +55,7 @@ def set_state_without_trust(owner: object, state: dict[str, tuple[str, Any]]) ->
             if not isinstance(saved, str) or not is_same_reference(reference_to(there.get(name)), saved):
                 left_out.append(full_name)
             continue
-        if name.startswith("__") or callable(inspect.getattr_static(type(owner), name, None)):
+        if is_special(name) or callable(inspect.getattr_static(type(owner), name, None)):
             raise ValueError(f"{full_name} is no state")
         inner = _put(owner, name, kind, saved, there.get(name, MISSING))
         left_out += [f"{full_name}{part}" for part in inner]
@@ -77,7 +78,7 @@ def _put(owner: object, name: str, kind: str, saved: Any, existing: Any) -> list
         # One of another kind is not put in its place
         return [] if restored_generator(existing, saved) is existing else [""]
     elif kind == "mujoco" and is_mujoco_data(existing):
-        set_mujoco_state(existing, saved, trusted=False)
+        return [f".model.{part}" for part in set_mujoco_state(existing, saved, trusted=False)]
     elif kind == "object" and isinstance(existing, TRANSPARENT):
         return [f".{part}" for part in set_state_without_trust(existing, saved)]
     elif kind == "objects" and isinstance(existing, dict):

@@ -19,7 +19,7 @@ from sb3_ppo_plus.env_states.worker_episodes import episode_states, set_episode_
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
 from sb3_ppo_plus.envs.restarting_remote import known_episodes
 from sb3_ppo_plus.envs.watched_remote import STEPS_OF_PROOF, time_for_proof
-from sb3_ppo_plus.errors import ReplayError, WrapperStackError
+from sb3_ppo_plus.errors import PlainStateError, ReplayError, WrapperStackError
 
 VecEnvState = dict[str, Any]
 
@@ -74,7 +74,7 @@ def _state_of_envs(base: Any, outside: list[str]) -> VecEnvState:  # noqa: ANN40
         begun = [episode.begun for episode in episodes]
         state: VecEnvState = {"envs": None, "attributes": {}}
         if _envs_are_resumable(base):
-            state["envs"] = base.env_method("get_resume_state")
+            state["envs"] = _states_of_envs(base)
             if any(env_state is None for env_state in state["envs"]):
                 # See why_not_resumable
                 state["envs"] = None
@@ -89,6 +89,17 @@ def _state_of_envs(base: Any, outside: list[str]) -> VecEnvState:  # noqa: ANN40
     if episodes:
         state["workers"] = episode_states(base)
     return state
+
+
+def _states_of_envs(base: Any) -> list[Any]:  # noqa: ANN401  # a VecEnv
+    if not isinstance(base, SubprocVecEnv) or not has_attribute(base, "get_resume_state_or_tell"):
+        states: list[Any] = base.env_method("get_resume_state")
+        return states
+    answers = base.env_method("get_resume_state_or_tell")
+    for index, (_, error) in enumerate(answers):
+        if error:
+            raise PlainStateError(f"environment {index}: {error}")
+    return [state for state, _ in answers]
 
 
 def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> bool:

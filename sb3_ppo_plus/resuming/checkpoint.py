@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.argument_checks import is_integer
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.env_states.proof import prove_envs
+from sb3_ppo_plus.envs.workers import eval_envs_of
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.resuming.checkpoint_writer import CheckpointWriter
 from sb3_ppo_plus.resuming.run import Run
@@ -115,6 +117,7 @@ class TrainingCheckpoint(BaseCallback):
             warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
         while prove_envs(self.training_env):
             begin_new_episodes(self._ppo_plus)
+        self._prove_evaluations()
         if self.model.num_timesteps == 0 and checkpoint_directories(self.save_path):
             warnings.warn(
                 f"{self.save_path} holds checkpoints of an earlier run. This run's checkpoints will replace them. "
@@ -123,6 +126,12 @@ class TrainingCheckpoint(BaseCallback):
             )
         if self.on_signal and self._signals.install():
             keep_signals_from_workers(self.training_env)
+
+    def _prove_evaluations(self) -> None:
+        for env in eval_envs_of(self._callbacks):
+            if isinstance(env, VecEnv) and env is not self.training_env:
+                while prove_envs(env, "evaluation environment"):
+                    env.reset()
 
     def _new_writer(self) -> CheckpointWriter:
         return CheckpointWriter(self.save_path, self.keep_last, self.keep_best, self._note_written)

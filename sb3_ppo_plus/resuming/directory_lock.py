@@ -34,8 +34,7 @@ _held: dict[tuple[int, int], DirectoryLock] = {}
 """The locks of this process by device and number of the directory: to the system, all its threads are one owner."""
 
 if hasattr(os, "register_at_fork"):
-    # A forked worker does not inherit locks
-    os.register_at_fork(after_in_child=_held.clear)
+    os.register_at_fork(after_in_child=lambda: _forget_inherited())
 
 
 class DirectoryLock:
@@ -69,7 +68,6 @@ class DirectoryLock:
             with contextlib.suppress(FileNotFoundError):
                 # A path that is too long is an error now, and not at the first checkpoint
                 os.lstat(self.save_path / LONGEST_PATH)
-            # Before the file is opened: closing it again would take away the lock that this process has
             if _held.setdefault(_number(self.save_path), self) is not self:
                 raise CheckpointError(
                     f"{self.save_path} is in use by another TrainingCheckpoint of this process, {os.getpid()}. Give "
@@ -84,7 +82,7 @@ class DirectoryLock:
             raise
 
     def keep(self) -> None:
-        """Take the lock again where it was lost: its file was removed, or was closed somewhere in this process.
+        """Take the lock again where it was lost, such as where its file was removed.
 
         :raises CheckpointError: as :meth:`acquire`
         """
@@ -103,6 +101,14 @@ class DirectoryLock:
         """Give the lock back. Its file stays: to remove it could remove the lock of another process."""
         for number in [number for number, lock in _held.items() if lock is self]:
             del _held[number]
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                _unlock(descriptor)
+            os.close(descriptor)
+
+    def _forget(self) -> None:
+        """Close the file in a forked process, and leave the lock to the process that took it."""
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
             os.close(descriptor)
@@ -166,7 +172,21 @@ def _lock(descriptor: int) -> None:
         msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         os.lseek(descriptor, 0, os.SEEK_SET)
     else:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not lockf, whose lock ends when any part of the process closes the file, such as a backup of the directory
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _unlock(descriptor: int) -> None:
+    """Give a lock back, also where a forked process still has the file open."""
+    if sys.platform != "win32":
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _forget_inherited() -> None:
+    """Close the files of locks in a forked process, which would keep them locked after the end of its parent."""
+    for lock in set(_held.values()):
+        lock._forget()
+    _held.clear()
 
 
 def _owner(descriptor: int) -> str:

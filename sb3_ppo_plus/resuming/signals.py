@@ -87,6 +87,15 @@ class SignalFlags:
         while self._previous:
             signal.signal(*self._previous.popitem())
 
+    def _take(self, number: int) -> None:
+        """Set the flags of a signal. In a learn inside another one, such as in a callback, it is for both."""
+        self._is_requested = True
+        if number != getattr(signal, "SIGUSR1", None):
+            self.stop = signal.Signals(number)
+        outer = getattr(self._previous.get(number), "__self__", None)
+        if isinstance(outer, SignalFlags):
+            outer._take(number)
+
     def take_request(self) -> bool:
         """Whether a checkpoint was asked for since the last call."""
         is_requested, self._is_requested = self._is_requested, False
@@ -95,10 +104,7 @@ class SignalFlags:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._was_interrupted:
             raise KeyboardInterrupt
-        self._is_requested = True
-        if number == getattr(signal, "SIGUSR1", None):
-            return
-        self.stop = signal.Signals(number)
+        self._take(number)
         if number == signal.SIGINT:
             self._was_interrupted = True
             # The signal may have interrupted a print, which does not allow a second one inside

@@ -21,7 +21,7 @@ from sb3_ppo_plus.env_states.generator_state import (
     set_space_generator_states,
     space_generator_states,
 )
-from sb3_ppo_plus.env_states.plain_state import PlainStateReader, PlainStateWriter
+from sb3_ppo_plus.env_states.plain_state import Json, PlainStateReader, PlainStateWriter, place_of_odd_value
 from sb3_ppo_plus.env_states.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
 from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.errors import PlainStateError
@@ -86,7 +86,10 @@ def take_snapshot(
         "generators": global_generator_states(),
     }
     writer = PlainStateWriter()
-    encoded = writer.encode(state)
+    try:
+        encoded = writer.encode(state)
+    except RecursionError as error:
+        raise PlainStateError(f"{place_of_odd_value(state)} is nested too deep for a checkpoint") from error
     # The other files hold these already
     large = [name for name, value in state["attributes"].items() if not isinstance(value, int | float | str | None)]
     a_ppo: Any = model
@@ -97,11 +100,18 @@ def take_snapshot(
         mean_return_of(model),
         lambda: {
             MODEL_FILE: model_file(),
-            STATE_FILE: json.dumps(encoded).encode(),
+            STATE_FILE: _as_text(encoded).encode(),
             ARRAYS_FILE: writer.arrays(),
             **normalizer_file,
         },
     )
+
+
+def _as_text(encoded: Json) -> str:
+    try:
+        return json.dumps(encoded)
+    except (ValueError, RecursionError) as error:
+        raise PlainStateError(f"{place_of_odd_value(encoded)} cannot be written into a checkpoint: {error}") from error
 
 
 def _normalizer_file(model: PlusModel) -> dict[str, bytes]:

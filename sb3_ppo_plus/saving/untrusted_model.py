@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import pathlib
 import zipfile
 from collections import Counter
@@ -10,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3 import PPO
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import check_for_correct_spaces, get_device, get_system_info
@@ -59,6 +62,8 @@ MAX_MEMBERS = 20
 # These hold no state dict; the second is older than SB3 0.9
 PYTORCH_VARIABLES = ("pytorch_variables.pth", "tensors.pth")
 MAX_ENVS = 2**20
+# Of the rollout buffer: 2048 steps of 64 environments with Atari's images take half of it
+MAX_BUFFER_BYTES = 2**33
 # What a policy may build beside the file's tensors: tables of positions, which are buffers and not saved. Policies of
 # other people, in ``allow``, may also build layers only to replace them
 SPARE_BUFFER_BYTES, SPARE_PARAMETER_BYTES, SPARE_BYTES_IF_ALLOWED = 2**22, 2**16, 2**26
@@ -198,13 +203,13 @@ def _arguments(cls: type[PPO], description: object, tables: Tables, replaced: Ma
 
 
 def _spaces(description: object) -> tuple[Any, Any]:
-    spaces = []
+    decoded = []
     for name in ("observation_space", "action_space"):
         space = get(description, name, dict, DESCRIPTION)
         if space.get("$") == "unknown":
             raise UntrustedFileError(f"{name} is {short(space.get('what'))}, which has no plain description")
-        spaces.append(decode_space(space, name))
-    return spaces[0], spaces[1]
+        decoded.append(decode_space(space, name))
+    return decoded[0], decoded[1]
 
 
 def _build(
@@ -224,6 +229,7 @@ def _build(
         model.n_envs = get(description, "n_envs", int, DESCRIPTION)
         if not 0 < model.n_envs <= MAX_ENVS:
             raise UntrustedFileError(f"n_envs must be in [1, {MAX_ENVS}], got {model.n_envs}")
+    _check_buffer(model)
     _set_counters_and_flags(model, description)
     check_plain_tensors(policy_state, POLICY_FILE)
     with _limited_tensors(policy_state, SPARE_BYTES_IF_ALLOWED if is_others_policy else SPARE_PARAMETER_BYTES):
@@ -236,6 +242,22 @@ def _build(
         model.policy.reset_noise()
     built: Model = model
     return built
+
+
+def _check_buffer(model: PPO) -> None:
+    n_bytes = model.n_steps * model.n_envs * (_bytes_of(model.observation_space) + _bytes_of(model.action_space) + 32)
+    if n_bytes > MAX_BUFFER_BYTES:
+        raise UntrustedFileError(
+            f"the rollout buffer of n_steps={model.n_steps} and n_envs={model.n_envs} would take {n_bytes} bytes; "
+            f"allowed without trust: {MAX_BUFFER_BYTES}. load(..., n_steps=N) gives it another size"
+        )
+
+
+def _bytes_of(space: spaces.Space[Any]) -> int:
+    if isinstance(space, spaces.Dict):
+        return sum(map(_bytes_of, space.spaces.values()))
+    # Python's integers have no largest one
+    return math.prod(map(int, space.shape or ())) * (space.dtype or np.dtype(np.float32)).itemsize
 
 
 def _set_counters_and_flags(model: PPO, description: object) -> None:

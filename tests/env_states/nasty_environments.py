@@ -172,7 +172,6 @@ class Phase(enum.Enum):
 
 
 class ClassEnum(Nasty):
-    outcome = "disproved"
     phase = Phase.HUNT
 
     def act(self, action):

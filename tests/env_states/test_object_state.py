@@ -13,7 +13,9 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from states import written_and_read
 
 from sb3_ppo_plus import ResumableEnv
+from sb3_ppo_plus.env_states.object_state import object_state
 from sb3_ppo_plus.env_states.vec_env_state import set_vec_env_state, vec_env_state
+from sb3_ppo_plus.errors import PlainStateError
 
 
 class Parent(nasty.Nasty):
@@ -318,3 +320,17 @@ def test_without_trust_classes_are_compared_and_not_put_back():
         state["layers"][0][1]["value"] = ("reference", saved)
         assert other.set_resume_state_without_trust(state) == (["Holding.value"], "")
     assert other.unwrapped.value is Hunt
+
+
+class Chain:
+    def __init__(self, link):
+        self.link = link
+
+
+@pytest.mark.parametrize("add", [lambda link: (link, 1), lambda link: {"before": link}, lambda link: [link]])
+def test_what_is_nested_too_deep_is_an_error_that_names_it(add):
+    link = 0
+    for _ in range(5000):
+        link = add(link)
+    with pytest.raises(PlainStateError, match=r"Chain\.link is nested too deep"):
+        object_state(Chain(link))

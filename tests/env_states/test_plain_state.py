@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 from states import written_and_read
 
 from sb3_ppo_plus.env_states import plain_state
-from sb3_ppo_plus.env_states.plain_state import PlainStateReader, PlainStateWriter
+from sb3_ppo_plus.env_states.plain_state import PlainStateReader, PlainStateWriter, place_of_odd_value
 from sb3_ppo_plus.errors import PlainStateError
 
 plain_values = st.recursive(
@@ -194,3 +194,12 @@ def test_lists_of_floats_are_float64_and_names_of_dtypes_are_short():
         PlainStateReader(bytes(9)).build({"$floats": {"type": "|i1", "shape": [9], "offset": 0}})
     with pytest.raises(ValueError, match=r"an array of i1,i1"):
         PlainStateReader(bytes(9)).build({"$array": {"type": ",".join(["i1"] * 10**6), "shape": [1], "offset": 0}})
+
+
+def test_the_place_of_what_json_cannot_hold_is_named():
+    deep = 0
+    for _ in range(500):
+        deep = [deep]
+    assert place_of_odd_value({"env": [{"$tuple": ["Wrapper", {"level": 7**6000}]}]}) == "env, 0, 1, level"
+    assert place_of_odd_value({"fine": 1, "chain": deep}).startswith("chain, 0, 0")
+    assert place_of_odd_value({"fine": 10**4299}) == "state"

@@ -1,8 +1,12 @@
+"""MuJoCo's states, and models that environments change."""
+
 import gymnasium as gym
 import numpy as np
 import pytest
+from states import assert_same_bits, written_and_read
 
-from sb3_ppo_plus.env_states.simulator_state import mujoco_state, set_mujoco_state
+from sb3_ppo_plus import ResumableEnv
+from sb3_ppo_plus.env_states.mujoco_state import mujoco_state, set_mujoco_state
 
 
 @pytest.mark.parametrize("env_id", ["HalfCheetah-v5", "Hopper-v5", "Ant-v5"])
@@ -40,3 +44,62 @@ def test_derived_arrays_are_put_back():
     set_mujoco_state(data, state)
     for name, array in arrays.items():
         assert np.array_equal(getattr(data, name), array), name
+
+
+class DrawsModel(gym.Wrapper):
+    """Draws the masses, the gravity and the length of a step, as randomisation of a domain does."""
+
+    def __init__(self, env, rng):
+        super().__init__(env)
+        model = self.unwrapped.model
+        model.body_mass[:] *= rng.uniform(0.5, 2.0)
+        model.opt.gravity[2] *= rng.uniform(0.5, 2.0)
+        model.opt.timestep *= rng.uniform(0.5, 2.0)
+
+
+def drawn(seed):
+    env = ResumableEnv(DrawsModel(gym.make("Hopper-v5"), np.random.default_rng(seed)))
+    env.reset(seed=0)
+    return env
+
+
+def steps(env):
+    env.action_space.seed(0)
+    return [env.step(env.action_space.sample())[:4] for _ in range(15)]
+
+
+def test_a_model_that_was_drawn_is_that_of_the_saved_environment_which_is_told():
+    env, other = drawn(0), drawn(1)
+    assert env.prove_resumable() is None
+    state = written_and_read(env.get_resume_state())
+    expected = steps(env)
+    other.set_resume_state(state)
+    (difference,) = other.resume_differences()
+    assert difference == "the model of HopperEnv.data had another body_mass, opt.gravity, opt.timestep"
+    assert_same_bits(steps(other), expected)
+    other.set_resume_state(state)
+    assert other.resume_differences() == []
+
+
+def test_without_trust_a_model_stays_and_its_differences_are_named():
+    env, other = drawn(0), drawn(1)
+    mass = other.unwrapped.model.body_mass.copy()
+    left_out, error = other.set_resume_state_without_trust(env.get_resume_state())
+    assert error == "" and any("data.model.body_mass" in name for name in left_out)
+    assert np.array_equal(other.unwrapped.model.body_mass, mass)
+
+
+def test_a_state_of_an_earlier_version_has_no_model():
+    data = gym.make("Hopper-v5").unwrapped.data
+    state = mujoco_state(data)
+    del state["model"], state["options"]
+    assert set_mujoco_state(data, state) == []
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -1e11])
+def test_without_trust_numbers_at_which_mujoco_writes_a_file_are_refused(number):
+    data = gym.make("Hopper-v5").unwrapped.data
+    state = mujoco_state(data)
+    state["integration"][1] = number
+    with pytest.raises(ValueError, match="NaN or larger than"):
+        set_mujoco_state(data, state, trusted=False)

@@ -14,8 +14,8 @@ from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, TrainingCheckpoint, latest_checkpoint
 from sb3_ppo_plus.env_states.generator_state import generator_state, restored_generator
+from sb3_ppo_plus.env_states.mujoco_state import mujoco_state, set_mujoco_state
 from sb3_ppo_plus.env_states.object_state import object_state
-from sb3_ppo_plus.env_states.simulator_state import mujoco_state, set_mujoco_state
 from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
 
 

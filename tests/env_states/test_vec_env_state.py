@@ -25,6 +25,7 @@ from states import encoded, written_and_read
 
 from sb3_ppo_plus import ResumableEnv, WrapperStackError
 from sb3_ppo_plus.env_states.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
+from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.signals import keep_signals_from_workers
 
 
@@ -185,3 +186,48 @@ def test_a_function_of_a_wrapper_that_is_another_one_is_a_warning():
     env.function, other.function = os.path.join, os.path.split
     with pytest.warns(UserWarning, match=r"CountsSteps\.function is the function split, the saved one was join"):
         set_vec_env_state(other, written_and_read(vec_env_state(env)))
+
+
+class GrowsSimulator(ToyEnv):
+    """Gets an attribute that cannot be saved in its third step; its class has a method that fails."""
+
+    n_steps = 0
+
+    def step(self, action):
+        self.n_steps += 1
+        if self.n_steps == 3:
+            self.simulator = object()
+        return super().step(action)
+
+
+def test_an_environment_of_a_worker_that_cannot_be_saved_is_an_error_and_the_worker_lives():
+    env = make_vec_env(GrowsSimulator, 2, seed=0, wrapper_class=ResumableEnv, vec_env_cls=SubprocVecEnv)
+    env.reset()
+    for _ in range(3):
+        env.step([env.action_space.sample()] * 2)
+    with pytest.raises(PlainStateError, match=r"environment 0: GrowsSimulator\.simulator is a .*get_resume_state\(\)"):
+        vec_env_state(env)
+    env.step([env.action_space.sample()] * 2)
+    env.close()
+
+
+def test_attributes_that_were_set_on_the_vectorised_environment_go_on():
+    env, other = make_envs(), make_envs()
+    env.reset()
+    env.set_attr("level", 3)
+    state = written_and_read(vec_env_state(env))
+    other.set_attr("level", 1)
+    assert set_vec_env_state(other, state)
+    assert other.get_attr("level") == [3, 3]
+    assert set_vec_env_state(make_envs(), state)
+
+
+def test_other_arguments_of_an_environment_are_a_warning_that_names_both():
+    def pendulums(gravity):
+        return make_vec_env("Pendulum-v1", 1, seed=0, env_kwargs={"g": gravity}, wrapper_class=ResumableEnv)
+
+    env = pendulums(10.0)
+    env.reset()
+    state = written_and_read(vec_env_state(env))
+    with pytest.warns(UserWarning, match=r"was made with g=1\.0, the saved one with g=10\.0"):
+        set_vec_env_state(pendulums(1.0), state)

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import socket
 from contextlib import contextmanager
@@ -96,13 +97,40 @@ def test_the_lock_is_held_during_learn_and_given_back_at_its_end(tmp_path):
     assert is_free(tmp_path)
 
 
-def test_the_lock_outlives_a_file_that_is_removed_or_closed(tmp_path):
+def test_the_lock_outlives_a_backup_in_the_same_process(tmp_path):
+    lock = DirectoryLock(tmp_path / "run")
+    lock.acquire()
+    # It opens and closes every file
+    shutil.copytree(tmp_path / "run", tmp_path / "backup")
+    assert not is_free(tmp_path / "run")
+    lock.release()
+    assert is_free(tmp_path / "run")
+
+
+def test_the_lock_ends_with_its_process_though_a_forked_worker_lives_on(tmp_path):
+    reading, writing = os.pipe()
+    lock = DirectoryLock(tmp_path)
+
+    def locked_with_a_worker():
+        lock.acquire()
+        worker = os.fork()
+        if worker == 0:
+            signal.pause()
+        os.write(writing, str(worker).encode())
+
+    with another_process(locked_with_a_worker):
+        worker = int(os.read(reading, 20))
+        assert not is_free(tmp_path)
+    assert is_free(tmp_path)
+    os.kill(worker, signal.SIGKILL)
+
+
+def test_the_lock_is_taken_again_where_its_file_was_removed(tmp_path):
     lock = DirectoryLock(tmp_path)
     lock.acquire()
-    for lose in ((tmp_path / LOCK_FILE).unlink, (tmp_path / LOCK_FILE).read_bytes):
-        lose()
-        lock.keep()
-        assert not is_free(tmp_path)
+    (tmp_path / LOCK_FILE).unlink()
+    lock.keep()
+    assert not is_free(tmp_path)
     (tmp_path / LOCK_FILE).unlink()
     with another_process(DirectoryLock(tmp_path).acquire) as pid:
         with pytest.raises(CheckpointError, match=f"process {pid}"):
@@ -142,7 +170,7 @@ def test_where_the_file_system_has_no_locks_a_warning_says_so_once(tmp_path, mon
     def refuse(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.warns(UserWarning, match="has no locks.*No locks available.*nothing stops a second run") as warned:
         make_model().learn(48, TrainingCheckpoint(1, tmp_path))
     assert len(warned) == 1 and steps_of(tmp_path) == [16, 32, 48]

@@ -274,3 +274,31 @@ def test_workers_that_ignore_sigterm_end_when_the_program_is_killed(tmp_path, st
     assert ran.returncode == -signal.SIGKILL, ran.stderr
     assert len(ran.stdout.split()) == 3
     assert_end(ran.stdout.split())
+
+
+class Inner(BaseCallback):
+    """Trains another model in the middle of a rollout, which gets a signal."""
+
+    def __init__(self, folder, number):
+        super().__init__()
+        self.checkpoint = TrainingCheckpoint(10_000, folder)
+        self.number = number
+
+    def _on_step(self):
+        if self.model.num_timesteps == 26:
+            make_model().learn(96, [self.checkpoint, Signals(self.number)])
+        return True
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_during_a_learn_inside_another_is_for_both(tmp_path, number):
+    inner = Inner(tmp_path / "inner", number)
+    outer = TrainingCheckpoint(10_000, tmp_path / "outer")
+    before = handlers()
+    model = make_model()
+    model.learn(96, [outer, inner])
+    stops = number == signal.SIGTERM
+    for checkpoint, name in ((outer, "outer"), (inner.checkpoint, "inner")):
+        assert checkpoint.received_signal == (number if stops else None)
+        assert steps_of(tmp_path / name) == ([32] if stops else [32, 96])
+    assert handlers() == before

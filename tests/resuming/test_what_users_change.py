@@ -10,6 +10,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import PPOPlus, TrainingCheckpoint
+from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming import training_state
 
 
@@ -77,3 +78,10 @@ def test_a_clock_that_was_set_back_is_no_error(tmp_path, monkeypatch):
     resumed = PPOPlus.resume(tmp_path, make_envs(), device="cpu", trusted=False).continue_learning()
     assert resumed.num_timesteps == 96
     assert th.isfinite(resumed.policy.action_net.weight).all()
+
+
+def test_an_integer_with_too_many_digits_is_an_error_that_names_its_place(tmp_path):
+    env = make_envs()
+    env.env_method("set_wrapper_attr", "level", 7**6000)
+    with pytest.raises(PlainStateError, match=r"env, envs, 0, .*level, 1 cannot be written into a checkpoint: .*4300"):
+        make_model(env).learn(16, TrainingCheckpoint(1, tmp_path))

@@ -356,6 +356,15 @@ def test_counters_are_checked(name, value, model_file):
     refused(zipped(described(model_file, change)), name)
 
 
+@pytest.mark.parametrize("n_steps, n_envs", [(10**9, 1), (10**5, 2**20)])
+def test_a_rollout_buffer_that_no_memory_holds_is_refused(n_steps, n_envs, model_file):
+    def change(description):
+        description["arguments"] |= {"n_steps": n_steps, "batch_size": 64}
+        description["n_envs"] = n_envs
+
+    refused(zipped(described(model_file, change)), "would take .* bytes; allowed without trust")
+
+
 def test_a_long_text_is_no_schedule(model_file):
     def change(description):
         description["arguments"]["learning_rate"] = "_".join(["1"] * 10**6)
