@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,14 +69,14 @@ def limits(algo: str, env_id: str, max_model_bytes: int) -> dict[str, int]:
     return {model_file(algo, env_id): max_model_bytes, **sizes, STATISTICS: MAX_JSON_BYTES, METRICS: MAX_METRICS_BYTES}
 
 
-def plain_members(path: Path, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+def plain_members(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
     """Return the plain values of a YAML file.
 
     :param path: a file of the RL Zoo
-    :param left_out: beginnings of names that are not taken
+    :param names: names of those to take; None: all
     :raises UntrustedFileError: if the file is refused, or if what makes the environment is not plain
     """
-    members = {name: value for name, value in read_yaml(path).items() if not name.startswith(left_out)}
+    members = {name: value for name, value in read_yaml(path).items() if names is None or name in names}
     dropped = [name for name, value in members.items() if not is_plain(value)]
     needed = sorted({"normalize", "frame_stack", "env", "env_kwargs", "env_wrapper", "vec_env_wrapper"} & set(dropped))
     if needed:

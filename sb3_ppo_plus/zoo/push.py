@@ -55,8 +55,13 @@ from sb3_ppo_plus.zoo.run_folder import (
     prepare,
 )
 
-#: What args.yml says about the machine and its user
-PRIVATE = ("conf_file", "log_folder", "optimization_log_path", "storage", "tensorboard_log", "trained_agent", "wandb")
+#: What is published of args.yml. The rest may hold paths, the command line, or the password of a database
+PUBLIC_ARGS = frozenset(
+    {
+        *("algo", "env", "env_kwargs", "eval_env_kwargs", "hyperparams", "n_timesteps", "seed", "vec_env"),
+        *("eval_freq", "eval_episodes", "n_eval_envs", "save_freq", "num_threads", "device", "gym_packages"),
+    }
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -138,9 +143,9 @@ def _model_bytes(run: Run) -> bytes:
 def _settings(run: Run) -> dict[str, bytes]:
     """Return the YAML files, as plain values."""
     files = {ENV_KWARGS: as_yaml(run.env_kwargs, "env_kwargs").encode()}
-    for name, left_out in ((CONFIG, ()), (ARGS, PRIVATE)):
+    for name, public in ((CONFIG, None), (ARGS, PUBLIC_ARGS)):
         if (run.parameters / name).is_file():
-            files[name] = as_yaml(plain_members(_own(run.parameters / name, run), left_out), name).encode()
+            files[name] = as_yaml(plain_members(_own(run.parameters / name, run), public), name).encode()
     return files
 
 

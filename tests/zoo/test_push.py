@@ -20,6 +20,7 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_ppo_plus import PPOPlus, zoo
+from sb3_ppo_plus.zoo.push import PUBLIC_ARGS
 
 ENV = "Pendulum-v1"
 RUN = Path(f"logs/ppo_plus/{ENV}_1")
@@ -85,6 +86,18 @@ def test_the_repository_has_the_rl_zoos_files_and_no_pickle(hub, folder):
     assert settings["args.yml"]["seed"] == 3
     # Names of users and passwords of databases are in such paths
     assert not {"conf_file", "storage", "tensorboard_log", "log_folder", "wandb_entity"} & settings["args.yml"].keys()
+
+
+def test_of_the_arguments_of_training_only_those_of_a_closed_list_are_published(hub, folder):
+    # The key that the RL Zoo adds with --track holds the whole command line
+    path = folder / ENV / "args.yml"
+    args = yaml.unsafe_load(path.read_text()) | {"command": None, "of_a_later_rl_zoo": None}
+    secret = {name: "sqlite://user:secret@host" for name in args.keys() - PUBLIC_ARGS}
+    assert {"storage", "command", "of_a_later_rl_zoo", "log_folder", "wandb_entity"} <= secret.keys()
+    path.write_text(yaml.safe_dump({**args, **secret}))
+    zoo.main(PUSH)
+    assert yaml.safe_load(hub.repos[REPO]["args.yml"]).keys() == args.keys() & PUBLIC_ARGS
+    assert not [name for name, content in hub.repos[REPO].items() if b"secret" in content]
 
 
 def test_the_card_tells_the_measured_score_and_how_to_use_the_model(hub, folder):
