@@ -23,7 +23,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
-from sb3_ppo_plus.errors import CheckpointError, PlainStateError
+from sb3_ppo_plus.errors import CheckpointError
 from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
 
 CHECKPOINTS = "checkpoints"
@@ -50,7 +50,10 @@ class RunCheckpoint(TrainingCheckpoint):
     def _on_training_start(self) -> None:
         try:
             super()._on_training_start()
-        except PlainStateError as error:
+        except CheckpointError:
+            raise
+        except Exception as error:
+            # Saving calls methods of environments, which may raise anything
             self._warn(error)
         self._when_started(self)
 
@@ -61,7 +64,8 @@ class RunCheckpoint(TrainingCheckpoint):
         """
         try:
             return super().on_update_end()
-        except (CheckpointError, PlainStateError) as error:
+        except Exception as error:
+            # The same; a worker that has died is named here too, and the model is to be saved
             self._warn(error)
             return self.received_signal is None
 
