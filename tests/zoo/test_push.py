@@ -18,8 +18,10 @@ from huggingface_hub import ModelCard
 from short_runs import copy, files_of, train
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
+from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import PPOPlus, zoo
+from sb3_ppo_plus.zoo import push
 from sb3_ppo_plus.zoo.push import PUBLIC_ARGS
 
 ENV = "Pendulum-v1"
@@ -114,6 +116,26 @@ def test_the_card_tells_the_measured_score_and_how_to_use_the_model(hub, folder)
     assert f'hf_hub_download("tester/other", "ppo_plus-{ENV}.zip"), trusted=False)' in card.text
     assert f"train --env {ENV} -n 128 --seed 3" in card.text and "normalize: true" in card.text
     assert results["n_eval_episodes"] == 2 and results["is_deterministic"] is True
+
+
+def test_the_card_trains_the_same_model(hub, folder):
+    zoo.main(PUSH)
+    text = hub.repos[REPO]["README.md"].decode().partition("## Training")[2]
+    Path("hyperparams.yml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    command = text.partition("```bash\n")[2].partition("```")[0]
+    assert command.startswith("python -m sb3_ppo_plus.zoo train ")
+    zoo.main([*command.split()[3:], "--device", "cpu", "--eval-freq", "32", "--eval-episodes", "2", "-f", "again"])
+    models = [PPOPlus.load(path / f"{ENV}.zip", device="cpu") for path in (RUN, Path("again/ppo_plus", RUN.name))]
+    assert_same_bits(*(state_of(model) for model in models))
+
+
+def test_scores_that_pull_would_refuse_are_left_out(hub, folder, monkeypatch, capsys):
+    size = max(path.stat().st_size for path in folder.glob("*monitor.csv"))
+    largest = max(size, (folder / "evaluations.npz").stat().st_size)
+    monkeypatch.setattr(push, "MAX_METRICS_BYTES", largest)
+    zoo.main(PUSH)
+    assert "Left out: the scores of training" in capsys.readouterr().out
+    assert "train_eval_metrics.zip" not in hub.repos[REPO]
 
 
 def test_the_score_is_that_of_evaluate_policy(hub, folder):

@@ -156,7 +156,8 @@ def test_sigterm_ends_the_run_after_the_update_and_says_how_it_goes_on(capsys, m
     with pytest.raises(SystemExit) as caught:
         zoo.main(training("CartPole-v1", 4, params=params))
     assert caught.value.code == 128 + signal.SIGTERM
-    assert f"python -m sb3_ppo_plus.zoo resume {RUN}" in capsys.readouterr().out
+    # Its callback is on no list
+    assert f"python -m sb3_ppo_plus.zoo resume {RUN} --trust\n" in capsys.readouterr().out
     assert PPOPlus.load(RUN / "CartPole-v1.zip").num_timesteps == 2 * ROLLOUT
     with pytest.raises(SystemExit, match="With --trust"):
         zoo.main(["resume", str(RUN)])
