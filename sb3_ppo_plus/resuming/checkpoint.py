@@ -14,6 +14,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_plus.argument_checks import is_integer
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.env_states.proof import prove_envs
+from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.envs.workers import eval_envs_of
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.resuming.checkpoint_writer import CheckpointWriter
@@ -42,7 +43,7 @@ class TrainingCheckpoint(BaseCallback):
     With ``on_signal``, SIGTERM or SIGINT (Ctrl-C) ends training after the current update: a checkpoint is written, and
     ``learn`` returns. A second SIGINT interrupts at once. After SIGUSR1 a checkpoint is written too, and learning goes
     on. The handlers are in place during ``learn``, if it runs in the main thread. Such signals often reach all
-    processes, so the workers of a SubprocVecEnv ignore all three from then on.
+    processes, so the workers of a SubprocVecEnv ignore all three from then on, those of evaluation environments too.
 
     :param save_freq: smallest number of timesteps between two checkpoints, counted over all environments; 1: a
         checkpoint after every update
@@ -110,6 +111,9 @@ class TrainingCheckpoint(BaseCallback):
         self._writer.close()
         self._writer = self._new_writer()
         self._writer.open()
+        # First: a subclass may go on where the state cannot be saved
+        if self.on_signal and self._signals.install():
+            self._keep_signals_from_workers()
         # Find out now what cannot be saved, not hours later
         unsaved: list[str] = []
         self._snapshot(unsaved)
@@ -124,8 +128,13 @@ class TrainingCheckpoint(BaseCallback):
                 "PPOPlus.resume(save_path, env) would continue the earlier run",
                 stacklevel=2,
             )
-        if self.on_signal and self._signals.install():
-            keep_signals_from_workers(self.training_env)
+
+    def _keep_signals_from_workers(self) -> None:
+        """Keep them from those of evaluations too: a checkpoint holds their state."""
+        evaluated = [env for env in eval_envs_of(self._ppo_plus._current_run.callback) if isinstance(env, VecEnv)]
+        bases = {id(base_of(env)): env for env in (self.training_env, *evaluated)}
+        for env in bases.values():
+            keep_signals_from_workers(env)
 
     def _prove_evaluations(self) -> None:
         for env in eval_envs_of(self._callbacks):

@@ -1,4 +1,4 @@
-"""The flags of the zoo's commands: what PPOPlus adds to the RL Zoo's, and errors that name the nearest right one."""
+"""The flags of the RL Zoo's commands, with what PPOPlus adds to them."""
 
 from __future__ import annotations
 
@@ -6,41 +6,18 @@ import argparse
 import importlib.util
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import rl_zoo3.utils
 from rl_zoo3.utils import StoreDict
 
-from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.zoo.hyperparams import how_to_install
+from sb3_ppo_plus.zoo.parser import ZooParser
 
 CHECKPOINT_FREQ = 50_000
 # What YAML would read as a text: a name, or the string form of a schedule
 _WORD = re.compile(r"[A-Za-z_][\w.+-]*", re.ASCII)
 _NOT_PYTHON = {"true": "True", "false": "False", "null": "None", "none": "None"}
-
-
-class ZooParser(argparse.ArgumentParser):
-    """Names the nearest flag where one does not exist."""
-
-    def parse_args(  # type: ignore[override]  # argparse overloads it by the type of the namespace
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        """Parse the command line, as argparse does.
-
-        :param args: the flags; None: those of the command line
-        :param namespace: what gets the values; None: a new one
-        :raises SystemExit: for a flag that does not exist
-        """
-        known, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self._refuse(unknown)
-        return known
-
-    def _refuse(self, unknown: list[str]) -> NoReturn:
-        flags = [flag for action in self._actions for flag in action.option_strings]
-        hints = [did_you_mean(one.partition("=")[0], flags) for one in unknown if one.startswith("-")]
-        self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints[:1])}")
 
 
 class TrainParser(ZooParser):

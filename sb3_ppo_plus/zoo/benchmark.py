@@ -16,6 +16,7 @@ from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.untrusted.regular_files import open_regular_file
 from sb3_ppo_plus.zoo.found_runs import FoundRun, find_runs
 from sb3_ppo_plus.zoo.hyperparams import ALGO, import_optional
+from sb3_ppo_plus.zoo.parser import ZooParser
 from sb3_ppo_plus.zoo.run_folder import (
     act,
     add_run_arguments,
@@ -78,7 +79,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ZooParser(
         prog="python -m sb3_ppo_plus.zoo benchmark", description="Evaluate all runs of a log folder into one table."
     )
     parser.add_argument("--log-dir", help="log folder", default="logs")
@@ -105,9 +106,9 @@ def _evaluated(found: FoundRun, args: argparse.Namespace) -> dict[str, Any]:
     which = {"algo": found.algo, "env": found.env_id, "exp_id": found.exp_id, "folder": str(found.folder.parents[1])}
     run_args = argparse.Namespace(**{**vars(flags.parse_args([])), **same, **which})
     prepare(run_args)
-    run = find_run(run_args)
+    run = find_run(run_args, found.folder)
     name = f"{found.algo}-{found.parameters.name}"
-    folder = Path(args.benchmark_dir) / name / str(found.exp_id)
+    folder = Path(args.benchmark_dir) / name / found.suffix
     with open_regular_file(run.model_path) as file:
         digest = hashlib.sha256(file.read()).hexdigest()
     settings = {

@@ -11,6 +11,7 @@ from typing import Any
 
 from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.zoo.hyperparams import ALGO, hyperparams_file, import_optional
+from sb3_ppo_plus.zoo.parser import ZooParser, argparse_with
 from sb3_ppo_plus.zoo.registration import register, with_members
 
 PROG = "python -m sb3_ppo_plus.zoo"
@@ -75,12 +76,12 @@ def _in_our_way(command: str, module: ModuleType, trusted: bool, algo: str | Non
     from sb3_ppo_plus.errors import UntrustedFileError
     from sb3_ppo_plus.zoo import arguments, enjoy, train
 
-    replaced: dict[str, Any] = {"argparse": SimpleNamespace(ArgumentParser=arguments.EnjoyParser)}
+    replaced: dict[str, Any] = {"argparse": argparse_with(arguments.EnjoyParser)}
     if command == "train":
-        replaced = {"argparse": SimpleNamespace(ArgumentParser=arguments.ZooParser)}
+        replaced = {"argparse": argparse_with(ZooParser)}
         if algo == ALGO:
             replaced = {
-                "argparse": SimpleNamespace(ArgumentParser=arguments.TrainParser),
+                "argparse": argparse_with(arguments.TrainParser),
                 "ExperimentManager": train.CheckpointedExperiment,
                 "StoreDict": arguments.StorePlainDict,
             }

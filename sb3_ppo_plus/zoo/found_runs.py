@@ -12,7 +12,8 @@ from typing import Any
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.untrusted.plain_yaml import read_yaml
 
-_RUN = re.compile(r"(.+)_(\d{1,9})", re.ASCII)
+#: A run of train --uuid has a UUID after its number
+_RUN = re.compile(r"(.+)_((\d{1,9})(?:_[0-9a-f-]{36})?)", re.ASCII)
 #: Gymnasium imports the module that an id names before a colon
 _ENV_ID = re.compile(r"[\w./-]{1,128}", re.ASCII)
 #: Levels of folders below the one given: logs/ALGO/ENV_1
@@ -27,17 +28,19 @@ class FoundRun:
     :param env_id: Gymnasium's id as args.yml gives it; without args.yml the name that the folder has before its number
     :param exp_id: the folder's number
     :param folder: the folder
+    :param suffix: what its name has after the environment: the number, and with ``--uuid`` a UUID
     """
 
     algo: str
     env_id: str
     exp_id: int
     folder: Path
+    suffix: str
 
     @property
     def parameters(self) -> Path:
         """The folder of config.yml and args.yml."""
-        return self.folder / self.folder.name.rpartition("_")[0]
+        return self.folder / self.folder.name.removesuffix(f"_{self.suffix}")
 
     def read(self, name: str) -> dict[str, Any]:
         """Read config.yml or args.yml as plain values. Nothing in it is built.
@@ -45,14 +48,23 @@ class FoundRun:
         :param name: the file's name
         :return: empty if there is no such file in the run's folder, or if it is not the RL Zoo's
         """
-        path = self.parameters / name
-        # A report shows what it reads: a link would show a file of the user's
-        if not path.resolve().is_relative_to(self.folder):
-            return {}
         try:
-            return read_yaml(path)
+            return read_yaml(own_file(self.parameters / name, self.folder))
         except (OSError, UntrustedFileError):
             return {}
+
+
+def own_file(path: Path, folder: Path) -> Path:
+    """Refuse a file outside of a run's folder: what is pushed or shown is handed on, and a link would hand on another.
+
+    :param path: a file in the folder, or a link there
+    :param folder: the run's folder
+    :return: the path
+    :raises UntrustedFileError: if it is outside
+    """
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise UntrustedFileError(f"{path} is a link that leads outside of {folder}")
+    return path
 
 
 def find_runs(folder: Path) -> list[FoundRun]:
@@ -93,8 +105,11 @@ def _is_run(folder: Path) -> bool:
 
 def _found(folder: Path) -> FoundRun:
     folder = folder.resolve()
-    name, _, exp_id = folder.name.rpartition("_")
-    run = FoundRun(folder.parent.name, name, int(exp_id), folder)
+    match = _RUN.fullmatch(folder.name)
+    # Checked by _is_run
+    assert match is not None
+    name, suffix, exp_id = match.groups()
+    run = FoundRun(folder.parent.name, name, int(exp_id), folder, suffix)
     env_id = run.read("args.yml").get("env")
     # The RL Zoo's folder has dashes in place of the id's slashes
     if isinstance(env_id, str) and _ENV_ID.fullmatch(env_id) and env_id.replace("/", "-") == name:

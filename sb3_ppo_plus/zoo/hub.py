@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,10 @@ MAX_METRICS_BYTES = 256 * 2**20
 MAX_VALUES, MAX_DEPTH = 10_000, 32
 _COMMIT = re.compile(r"[0-9a-f]{40}", re.ASCII)
 _CHUNK = 2**20
+
+
+class TooLargeError(ValueError):
+    """A file of a repository has more bytes than are allowed. Trust does not change that."""
 
 
 def add_repo_arguments(parser: argparse.ArgumentParser, **organization: Any) -> None:
@@ -69,14 +73,14 @@ def limits(algo: str, env_id: str, max_model_bytes: int) -> dict[str, int]:
     return {model_file(algo, env_id): max_model_bytes, **sizes, STATISTICS: MAX_JSON_BYTES, METRICS: MAX_METRICS_BYTES}
 
 
-def plain_members(path: Path, left_out: tuple[str, ...] = ()) -> dict[str, Any]:
+def plain_members(path: Path, names: Collection[str] | None = None) -> dict[str, Any]:
     """Return the plain values of a YAML file.
 
     :param path: a file of the RL Zoo
-    :param left_out: beginnings of names that are not taken
+    :param names: names of those to take; None: all
     :raises UntrustedFileError: if the file is refused, or if what makes the environment is not plain
     """
-    members = {name: value for name, value in read_yaml(path).items() if not name.startswith(left_out)}
+    members = {name: value for name, value in read_yaml(path).items() if names is None or name in names}
     dropped = [name for name, value in members.items() if not is_plain(value)]
     needed = sorted({"normalize", "frame_stack", "env", "env_kwargs", "env_wrapper", "vec_env_wrapper"} & set(dropped))
     if needed:
@@ -144,11 +148,12 @@ def naming_the_hub(name: str) -> Iterator[None]:
     :raises SystemExit: in place of the hub's errors
     """
     errors = import_optional("huggingface_hub.errors")
-    # Errors of the connection are those of the HTTP library that the hub's client is built on
-    http_error = errors.HfHubHTTPError.__bases__[0]
+    # Errors of the connection are those of the HTTP library that the hub's client is built on, httpx or httpx2
+    http_errors = [base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError"]
+    of_hub = (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError)
     try:
         yield
-    except (http_error, errors.HFValidationError, errors.LocalTokenNotFoundError, ConnectionError) as error:
+    except (*http_errors, *of_hub, ConnectionError) as error:
         raise SystemExit(f"{name} on the hub: {type(error).__name__}: {error}") from error
 
 
@@ -173,7 +178,7 @@ def download(name: str, file: str, commit: str | None, path: Path, max_bytes: in
     :param commit: the commit
     :param path: where it goes
     :param max_bytes: largest size allowed
-    :raises UntrustedFileError: if it is larger
+    :raises TooLargeError: if it is larger
     """
     hub, utils = import_optional("huggingface_hub"), import_optional("huggingface_hub.utils")
     url = hub.hf_hub_url(name, file, revision=commit)
@@ -188,7 +193,7 @@ def download(name: str, file: str, commit: str | None, path: Path, max_bytes: in
         for chunk in response.iter_bytes(_CHUNK):
             n_bytes += len(chunk)
             if n_bytes > max_bytes:
-                raise UntrustedFileError(f"{name}: {file} has more than {max_bytes} bytes, which are allowed")
+                raise TooLargeError(f"{name}: {file} has more than {max_bytes} bytes, which are allowed")
             target.write(chunk)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import yaml
 
 from sb3_ppo_plus.errors import CheckpointError, UntrustedFileError
+from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.resuming.directory_lock import DirectoryLock
 from sb3_ppo_plus.untrusted.plain_yaml import read_yaml
@@ -18,8 +21,9 @@ from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 from sb3_ppo_plus.untrusted.strict_json import get, parse, short
 from sb3_ppo_plus.zoo.enjoy import check_plain, checked_env_kwargs, read_hyperparams
 from sb3_ppo_plus.zoo.hyperparams import ALGO
-from sb3_ppo_plus.zoo.train import CHECKPOINTS, DESCRIPTION, FORMAT
 
+#: Names in a run's folder, and the format of its description
+CHECKPOINTS, DESCRIPTION, FORMAT = "checkpoints", "resume.json", 1
 MAX_DESCRIPTION_BYTES = 2**16
 #: Arguments of ``train`` that a run goes on with, and their types. The rest is in config.yml and in the checkpoints
 ARGUMENTS: dict[str, tuple[type, ...]] = {
@@ -86,6 +90,8 @@ def read_run(folder: Path, trusted: bool, gym_packages: Sequence[str] | None = N
     :raises UntrustedFileError: without trust, for what is not plain
     """
     inner = _inner_folder(folder)
+    if not trusted:
+        _check_no_links(folder)
     members = _read(inner / "args.yml", trusted)
     algo = members.get("algo")
     if algo != ALGO:
@@ -104,6 +110,24 @@ def read_run(folder: Path, trusted: bool, gym_packages: Sequence[str] | None = N
     return InterruptedRun(folder, trusted, arguments, _hyperparams(inner, trusted), _description(inner / DESCRIPTION))
 
 
+def how_to_go_on(folder: Path, gym_packages: Sequence[str]) -> str:
+    """Return a text with the command that goes on with a run, and the flags that it needs.
+
+    :param folder: the run's folder, with its final model
+    :param gym_packages: packages of environments that the run has imported
+    """
+    unknown = not GYM_PACKAGES.issuperset(gym_packages)
+    flags = ["--gym-packages", *gym_packages] if unknown else []
+    try:
+        read_run(folder, False, gym_packages)
+        PPOPlus.load(folder / f"{_inner_folder(folder).name}.zip", device="cpu", trusted=False)
+    except UntrustedFileError:
+        flags = ["--trust"]
+    except CheckpointError as error:
+        return f"It cannot go on: {error}"
+    return f"To go on: python -m sb3_ppo_plus.zoo resume {shlex.join([str(folder), *flags])}"
+
+
 def _inner_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is no folder: give that of a run, such as logs/{ALGO}/CartPole-v1_1")
@@ -113,6 +137,14 @@ def _inner_folder(folder: Path) -> Path:
         hint = f", such as {below[-1]}" if below else ""
         raise CheckpointError(f"{folder} is no folder of a run: exactly one folder in it must hold args.yml{hint}")
     return found[0]
+
+
+def _check_no_links(folder: Path) -> None:
+    """Refuse links in a run's folder: resume writes and cuts files there, and would do it elsewhere."""
+    for parent, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            if os.path.islink(os.path.join(parent, name)):
+                raise UntrustedFileError(f"{os.path.join(parent, name)} is a link, where resume would write elsewhere")
 
 
 def _read(path: Path, trusted: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from stable_baselines3.common.monitor import load_results
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.untrusted.regular_files import open_regular_file
 from sb3_ppo_plus.untrusted.safe_zip import read_members
-from sb3_ppo_plus.zoo.found_runs import FoundRun
+from sb3_ppo_plus.zoo.found_runs import FoundRun, own_file
 
 EVALUATIONS = "evaluations.npz"
 #: Bytes of a file with scores
@@ -127,7 +127,7 @@ def read_evaluations(folder: Path, key: str = "results") -> Curve:
     :param key: "results" (returns), "ep_lengths" or "successes"
     :raises UntrustedFileError: if the file is refused, or has no such scores
     """
-    path = folder / EVALUATIONS
+    path = own_file(folder / EVALUATIONS, folder)
     arrays = read_arrays(path)
     timesteps, results = arrays.get("timesteps"), arrays.get(key)
     if timesteps is None or results is None:
@@ -147,7 +147,7 @@ def read_training(folder: Path, key: str = "results") -> Curve:
     """
     files = sorted(folder.glob("*monitor.csv"))
     for path in files:
-        with open_regular_file(path) as file:
+        with open_regular_file(own_file(path, folder)) as file:
             if file.seek(0, io.SEEK_END) > MAX_BYTES:
                 raise UntrustedFileError(f"{path} has more than {MAX_BYTES} bytes")
     try:

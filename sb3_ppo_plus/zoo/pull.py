@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from sb3_ppo_plus.errors import UntrustedFileError
@@ -24,6 +26,7 @@ from sb3_ppo_plus.zoo.hub import (
     METRICS,
     PICKLED_IN_FOLDER,
     PICKLED_IN_REPO,
+    TooLargeError,
     add_repo_arguments,
     as_yaml,
     download,
@@ -36,6 +39,7 @@ from sb3_ppo_plus.zoo.hub import (
 )
 from sb3_ppo_plus.zoo.hyperparams import ALGO, import_optional
 from sb3_ppo_plus.zoo.learning_curves import EVALUATIONS, read_arrays
+from sb3_ppo_plus.zoo.parser import ZooParser
 from sb3_ppo_plus.zoo.registration import register
 from sb3_ppo_plus.zoo.run_folder import add_trust_argument, check_algo, environment_name, hint_at_trust
 
@@ -49,7 +53,7 @@ def main(arguments: list[str]) -> None:
     :param arguments: what the user gave after the command
     :raises SystemExit: if the repository is not there, or if it is refused; then nothing is written
     """
-    parser = argparse.ArgumentParser(
+    parser = ZooParser(
         prog="python -m sb3_ppo_plus.zoo pull",
         description="Download a run from the Hugging Face Hub into a log folder. No pickle is run or kept.",
     )
@@ -72,18 +76,42 @@ def main(arguments: list[str]) -> None:
     # In the same file system, so that the run appears whole or not at all
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".pull-"))
     try:
-        with hint_at_trust("pull"), naming_the_hub(repo_id(args)):
+        with hint_at_trust("pull"), naming_the_hub(repo_id(args)), _naming_the_limit():
             (unfinished / "downloads").mkdir()
             (unfinished / "run").mkdir()
             _download_all(args, unfinished / "downloads")
             _check_and_move(args, unfinished / "downloads", unfinished / "run")
-        if folder.exists():
-            os.replace(folder, unfinished / "replaced")
-        os.replace(unfinished / "run", folder)
+        _replace(unfinished / "run", folder)
     finally:
         shutil.rmtree(unfinished)
     if args.verbose >= 1:
         print(f"Saved to {folder}")
+
+
+@contextmanager
+def _naming_the_limit() -> Iterator[None]:
+    """End the command where a file is too large, with trust too."""
+    try:
+        yield
+    except TooLargeError as error:
+        hint = "--max-megabytes is the limit of the model; the other files have fixed ones."
+        raise SystemExit(f"{error}\n{hint}") from error
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Move a run to its place. The one that was there is removed last."""
+    if not folder.exists():
+        os.replace(new, folder)
+        return
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".replaced-"))
+    os.replace(folder, aside / folder.name)
+    try:
+        os.replace(new, folder)
+    except BaseException:
+        os.replace(aside / folder.name, folder)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
 
 
 def _folder(args: argparse.Namespace) -> Path:
@@ -110,7 +138,11 @@ def _download_all(args: argparse.Namespace, folder: Path) -> None:
         if file not in sizes:
             continue
         if size is not None and size > max_bytes:
-            raise UntrustedFileError(f"{name}: {file} has {size} bytes; at most {max_bytes} are allowed")
+            message = f"{name}: {file} has {size} bytes; at most {max_bytes} are allowed"
+            if file != METRICS:
+                raise TooLargeError(message)
+            print(f"Left out, since only report reads it: {message}")
+            continue
         if args.verbose >= 1:
             print(f"Downloading {file} from {name}")
         download(name, file, commit, folder / file, max_bytes)

@@ -6,11 +6,13 @@ import argparse
 import datetime
 import io
 import json
+import re
 import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import yaml
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
@@ -22,6 +24,7 @@ from sb3_ppo_plus.untrusted.plain_yaml import read_yaml
 from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 from sb3_ppo_plus.untrusted.strict_json import MAX_BYTES as MAX_JSON_BYTES
 from sb3_ppo_plus.zoo.enjoy import STATISTICS
+from sb3_ppo_plus.zoo.found_runs import own_file
 from sb3_ppo_plus.zoo.hub import (
     ARGS,
     CARD,
@@ -43,6 +46,7 @@ from sb3_ppo_plus.zoo.hub import (
 )
 from sb3_ppo_plus.zoo.hyperparams import ALGO, import_optional
 from sb3_ppo_plus.zoo.learning_curves import EVALUATIONS
+from sb3_ppo_plus.zoo.parser import ZooParser
 from sb3_ppo_plus.zoo.record import record_video
 from sb3_ppo_plus.zoo.run_folder import (
     Run,
@@ -55,8 +59,16 @@ from sb3_ppo_plus.zoo.run_folder import (
     prepare,
 )
 
-#: What args.yml says about the machine and its user
-PRIVATE = ("conf_file", "log_folder", "optimization_log_path", "storage", "tensorboard_log", "trained_agent", "wandb")
+_PACKAGE = re.compile(r"[A-Za-z_][\w.]{0,127}", re.ASCII)
+#: What the card calls the file of hyperparameters that it shows
+HYPERPARAMS = "hyperparams.yml"
+#: What is published of args.yml. The rest may hold paths, the command line, or the password of a database
+PUBLIC_ARGS = frozenset(
+    {
+        *("algo", "env", "env_kwargs", "eval_env_kwargs", "hyperparams", "n_timesteps", "seed", "vec_env"),
+        *("eval_freq", "eval_episodes", "n_eval_envs", "save_freq", "num_threads", "device", "gym_packages"),
+    }
+)
 
 
 def main(arguments: list[str]) -> None:
@@ -65,7 +77,7 @@ def main(arguments: list[str]) -> None:
     :param arguments: what the user gave after the command
     :raises SystemExit: if there is no model, if it is refused without trust, or if the hub refuses
     """
-    parser = argparse.ArgumentParser(
+    parser = ZooParser(
         prog="python -m sb3_ppo_plus.zoo push",
         description="Evaluate a run's model, record a video, and push both to the Hugging Face Hub, with a model card.",
     )
@@ -109,7 +121,7 @@ def package(run: Run, args: argparse.Namespace) -> dict[str, bytes]:
         assert isinstance(mean, float) and isinstance(std, float)
         print(f"Mean reward: {mean:.2f} +/- {std:.2f} in {args.eval_episodes} episodes")
         files = {model_file(run.algo, run.env_id): _model_bytes(run), **_settings(run), **_statistics(run, env)}
-        files[METRICS] = _metrics(run)
+        files |= _metrics(run)
         results: dict[str, Any] = {"mean_reward": mean, "std_reward": std, "is_deterministic": deterministic}
         results |= {"n_eval_episodes": args.eval_episodes, "eval_datetime": datetime.datetime.now().isoformat()}
         files[RESULTS] = json.dumps(results).encode()
@@ -138,9 +150,9 @@ def _model_bytes(run: Run) -> bytes:
 def _settings(run: Run) -> dict[str, bytes]:
     """Return the YAML files, as plain values."""
     files = {ENV_KWARGS: as_yaml(run.env_kwargs, "env_kwargs").encode()}
-    for name, left_out in ((CONFIG, ()), (ARGS, PRIVATE)):
+    for name, public in ((CONFIG, None), (ARGS, PUBLIC_ARGS)):
         if (run.parameters / name).is_file():
-            files[name] = as_yaml(plain_members(_own(run.parameters / name, run), left_out), name).encode()
+            files[name] = as_yaml(plain_members(own_file(run.parameters / name, run.folder), public), name).encode()
     return files
 
 
@@ -150,27 +162,24 @@ def _statistics(run: Run, env: VecEnv) -> dict[str, bytes]:
         return {}
     path = run.parameters / STATISTICS
     if path.is_file():
-        return {STATISTICS: read_regular_file(_own(path, run), MAX_JSON_BYTES)}
+        return {STATISTICS: read_regular_file(own_file(path, run.folder), MAX_JSON_BYTES)}
     with tempfile.TemporaryDirectory() as folder:
         save_vec_normalize(env, Path(folder) / STATISTICS)
         return {STATISTICS: (Path(folder) / STATISTICS).read_bytes()}
 
 
-def _own(path: Path, run: Run) -> Path:
-    """Refuse a file outside of the run's folder: a link in it would publish a file of the user's."""
-    if not path.resolve().is_relative_to(run.folder.resolve()):
-        raise UntrustedFileError(f"{path} is a link to {path.resolve()}, outside of {run.folder}")
-    return path
-
-
-def _metrics(run: Run) -> bytes:
-    """Return the scores of training as the RL Zoo packs them."""
+def _metrics(run: Run) -> dict[str, bytes]:
+    """Return the scores of training as the RL Zoo packs them, if ``pull`` would take them."""
+    paths = [path for path in (run.folder / EVALUATIONS, *sorted(run.folder.glob("*monitor.csv"))) if path.is_file()]
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w") as archive:
-        for path in (run.folder / EVALUATIONS, *sorted(run.folder.glob("*monitor.csv"))):
-            if path.is_file():
-                archive.writestr(path.name, read_regular_file(_own(path, run), MAX_METRICS_BYTES))
-    return packed.getvalue()
+    if sum(own_file(path, run.folder).stat().st_size for path in paths) <= MAX_METRICS_BYTES:
+        with zipfile.ZipFile(packed, "w") as archive:
+            for path in paths:
+                archive.writestr(path.name, read_regular_file(path, MAX_METRICS_BYTES))
+        if packed.tell() <= MAX_METRICS_BYTES:
+            return {METRICS: packed.getvalue()}
+    print(f"Left out: the scores of training, since pull takes at most {MAX_METRICS_BYTES} bytes of them")
+    return {}
 
 
 def _video(model: Any, env: VecEnv, args: argparse.Namespace, deterministic: bool) -> bytes:  # noqa: ANN401  # of any algorithm
@@ -241,28 +250,35 @@ The model holds no pickle: loading it runs no code of its file.
 """
         if STATISTICS in files:
             text += f"Observations were normalised: `sb3_ppo_plus.load_vec_normalize` reads `{STATISTICS}`.\n"
-    settings = files.get(CONFIG, b"").decode()
-    kwargs = f"\nArguments of the environment:\n\n```yaml\n{files[ENV_KWARGS].decode()}```\n" if run.env_kwargs else ""
+    settings: dict[str, Any] = yaml.safe_load(files[CONFIG]) if CONFIG in files else {}
+    if run.env_kwargs:
+        settings["env_kwargs"] = yaml.safe_load(files[ENV_KWARGS])
     return f"""{text}
 ## Training
 
-```bash
-{command_for("train", run.algo, run.env_id, *_training_flags(run))}
-```
+With these hyperparameters in `{HYPERPARAMS}`:
 
 ```yaml
-{settings}```
-{kwargs}"""
+{as_yaml({run.env_id: settings}, HYPERPARAMS)}```
+
+```bash
+{command_for("train", run.algo, run.env_id, *_training_flags(run), "-conf", HYPERPARAMS)}
+```
+"""
 
 
 def _training_flags(run: Run) -> list[str]:
-    """Return how long training was told to be, and its seed. The hyperparameters are in the card too."""
+    """Return what ``train`` was told beside the hyperparameters: its length, its seed and how environments run."""
     try:
         given = read_yaml(run.parameters / ARGS)
     except (OSError, UntrustedFileError):
         return []
-    flags = [("-n", given.get("n_timesteps")), ("--seed", given.get("seed"))]
-    return [text for flag, value in flags if type(value) is int and value >= 0 for text in (flag, str(value))]
+    numbers = [("-n", given.get("n_timesteps")), ("--seed", given.get("seed"))]
+    flags = [text for flag, value in numbers if type(value) is int and value >= 0 for text in (flag, str(value))]
+    packages = given.get("gym_packages")
+    if isinstance(packages, list) and packages and all(_PACKAGE.fullmatch(str(package)) for package in packages):
+        flags += ["--gym-packages", *packages]
+    return flags + (["--vec-env", "subproc"] if given.get("vec_env") == "subproc" else [])
 
 
 def commit(name: str, files: dict[str, bytes], args: argparse.Namespace) -> str:

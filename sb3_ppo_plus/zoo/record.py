@@ -13,6 +13,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv, VecVideoRecorder
 
 from sb3_ppo_plus.zoo.hyperparams import import_optional
+from sb3_ppo_plus.zoo.parser import ZooParser
 from sb3_ppo_plus.zoo.run_folder import (
     Run,
     act,
@@ -37,7 +38,7 @@ def main(arguments: list[str]) -> None:
     :param arguments: what the user gave after the command
     :raises SystemExit: if there is no model, if it is refused without trust, or if the environment renders no images
     """
-    parser = argparse.ArgumentParser(
+    parser = ZooParser(
         prog="python -m sb3_ppo_plus.zoo record",
         description="Record a video (mp4) of a run's last model, of its best one, or of a checkpoint.",
     )

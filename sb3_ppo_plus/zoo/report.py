@@ -20,6 +20,7 @@ from sb3_ppo_plus.zoo.learning_curves import (
     read_evaluations,
     read_training,
 )
+from sb3_ppo_plus.zoo.parser import ZooParser
 
 SOURCES = {
     "evaluations": "mean of the episodes of an evaluation (evaluations.npz)",
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ZooParser(
         prog="python -m sb3_ppo_plus.zoo report",
         description="Compare runs by their learning curves: several seeds of several algorithms, with intervals.",
     )

@@ -6,16 +6,16 @@ import argparse
 import functools
 import os
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import rl_zoo3.exp_manager
 import rl_zoo3.train
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import TensorBoardOutputFormat, configure
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]  # it has no types
@@ -23,14 +23,18 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 from sb3_ppo_plus.errors import CheckpointError, UntrustedFileError
 from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resuming.resume import load_checkpoint
-from sb3_ppo_plus.zoo.arguments import ZooParser
 from sb3_ppo_plus.zoo.enjoy import saving_statistics_twice
 from sb3_ppo_plus.zoo.interrupted_run import InterruptedRun, read_run
+from sb3_ppo_plus.zoo.parser import ZooParser, argparse_with
 from sb3_ppo_plus.zoo.registration import register, with_members
 from sb3_ppo_plus.zoo.train import CheckpointedExperiment
 
 # Lines above the rows of a monitor.csv
 N_HEADER_LINES = 2
+
+
+class FinishedRun(Exception):
+    """Nothing is left to do."""
 
 
 class ResumedExperiment(CheckpointedExperiment):
@@ -65,8 +69,9 @@ class ResumedExperiment(CheckpointedExperiment):
         :param eval_env: whether they are for evaluations
         :param no_log: write no monitor files
         """
-        self.monitor_kwargs = {**self.monitor_kwargs, "override_existing": False}
-        return super().create_envs(n_envs, eval_env, no_log)
+        # The RL Zoo chooses the monitors' arguments itself for some environments
+        with with_members(rl_zoo3.exp_manager, {"make_vec_env": _make_envs_that_append}):
+            return super().create_envs(n_envs, eval_env, no_log)
 
     def _maybe_normalize(self, env: VecEnv, eval_env: bool) -> VecEnv:
         """Wrap environments in a new VecNormalize where the run has one: the checkpoint holds its state."""
@@ -78,7 +83,8 @@ class ResumedExperiment(CheckpointedExperiment):
     def _load_pretrained_agent(self, hyperparams: dict[str, Any], env: VecEnv) -> PPOPlus:
         """Load the newest checkpoint.
 
-        :raises CheckpointError: if there is no valid one, or nothing is left to do
+        :raises CheckpointError: if there is no valid one
+        :raises FinishedRun: if nothing is left to do
         """
         model = load_checkpoint(
             PPOPlus,
@@ -100,10 +106,17 @@ class ResumedExperiment(CheckpointedExperiment):
         return model
 
     def _finish(self, model: PPOPlus) -> None:
-        """Save the final model if a kill has left none, and end."""
-        if not zipfile.is_zipfile(f"{self.save_path}/{self.env_name}.zip"):
-            self.save_trained_model(model)
-        raise CheckpointError(
+        """Save the final model, and end. The file that is there may be older: a kill may have come before the save."""
+        path = self.folder / f"{self.env_name}.zip"
+        unfinished = path.with_name(f"{self.env_name}.unfinished.zip")
+        model.save(unfinished)
+        os.replace(unfinished, path)
+        normalizer = model.get_vec_normalize_env()
+        if normalizer is not None:
+            normalizer.save(os.path.join(self.params_path, "vecnormalize.pkl"))
+        if model.env is not None:
+            model.env.close()
+        raise FinishedRun(
             f"{self.save_path} is finished, with {model.num_timesteps} of {model._total_timesteps} timesteps: "
             "--n-timesteps N goes on to a new total of N"
         )
@@ -150,12 +163,20 @@ class ResumedExperiment(CheckpointedExperiment):
                 file.add_event(Event(step=model.num_timesteps + 1, session_log=start))
 
     def note_start(self, checkpoint: BaseCallback) -> None:
-        """Cut what was written after the checkpoint, now that no other run can write there.
+        """Cut what was written after the checkpoint, now that no other run can write there, and note new logs.
 
         :param checkpoint: the callback, whose training begins
         """
         for index, returns in enumerate(checkpoint.training_env.get_attr("episode_returns")):
             cut_monitor_file(self.folder / f"{index}.monitor.csv", len(returns))
+        logs = self.run.description["logs"]
+        if logs is not None and not (self.folder / logs).is_dir():
+            self.write_description({**self.run.description, "logs": self.logs_of(checkpoint)})
+
+
+def _make_envs_that_append(*args: Any, **kwargs: Any) -> VecEnv:
+    kwargs["monitor_kwargs"] = {**(kwargs.get("monitor_kwargs") or {}), "override_existing": False}
+    return make_vec_env(*args, **kwargs)
 
 
 def cut_monitor_file(path: Path, n_episodes: int) -> None:
@@ -185,6 +206,8 @@ def main(arguments: Sequence[str]) -> None:
         run = read_run(Path(given.folder), given.trust, given.gym_packages)
         with _tracking_on(run):
             _run(run, given)
+    except FinishedRun as finished:
+        print(finished)
     except UntrustedFileError as error:
         raise SystemExit(f"{error}\nWith --trust, resume runs whatever code the folder holds.") from error
     except CheckpointError as error:
@@ -226,7 +249,7 @@ def _run(run: InterruptedRun, given: argparse.Namespace) -> None:
             return argparse.Namespace(**{**vars(super().parse_args([])), **arguments})
 
     replaced = {
-        "argparse": SimpleNamespace(ArgumentParser=RunsArguments),
+        "argparse": argparse_with(RunsArguments),
         "ExperimentManager": functools.partial(ResumedExperiment, run=run, total=given.n_timesteps),
     }
     with with_members(rl_zoo3.train, replaced), saving_statistics_twice():

@@ -166,17 +166,21 @@ def check_algo(algo: str, trusted: bool) -> None:
         raise SystemExit(f"Only models of {ALGO} can be loaded without trust: give --trust for {algo}")
 
 
-def find_run(args: argparse.Namespace) -> Run:
+def find_run(args: argparse.Namespace, run_folder: Path | None = None) -> Run:
     """Find the model that the flags mean, and read how its environment was made.
 
     :param args: of :func:`add_run_arguments`
+    :param run_folder: the run's folder, whose last model is taken; None: find it as the RL Zoo does
     :raises SystemExit: if there is no such model
     :raises UntrustedFileError: without trust, if config.yml or args.yml hold what is not plain
     """
     utils, name = import_optional("rl_zoo3.utils"), import_optional("huggingface_sb3").EnvironmentName(args.env)
     which = (args.load_best, args.load_checkpoint, args.load_last_checkpoint)
     try:
-        prefix, model_path, folder = utils.get_model_path(args.exp_id, args.folder, args.algo, name, *which)
+        if run_folder is None:
+            prefix, model_path, folder = utils.get_model_path(args.exp_id, args.folder, args.algo, name, *which)
+        else:
+            prefix, model_path, folder = f"{args.algo}-{name}", run_folder / f"{name}.zip", str(run_folder)
     except (AssertionError, ValueError) as error:
         raise SystemExit(str(error)) from error
     parameters = os.path.join(folder, name)

@@ -23,12 +23,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
-from sb3_ppo_plus.errors import CheckpointError, PlainStateError
+from sb3_ppo_plus.errors import CheckpointError
 from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
+from sb3_ppo_plus.zoo.interrupted_run import CHECKPOINTS, DESCRIPTION, FORMAT, how_to_go_on
 
-CHECKPOINTS = "checkpoints"
-DESCRIPTION = "resume.json"
-FORMAT = 1
 EnvWrapper = Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]
 
 
@@ -50,7 +48,10 @@ class RunCheckpoint(TrainingCheckpoint):
     def _on_training_start(self) -> None:
         try:
             super()._on_training_start()
-        except PlainStateError as error:
+        except CheckpointError:
+            raise
+        except Exception as error:
+            # Saving calls methods of environments, which may raise anything
             self._warn(error)
         self._when_started(self)
 
@@ -61,7 +62,8 @@ class RunCheckpoint(TrainingCheckpoint):
         """
         try:
             return super().on_update_end()
-        except (CheckpointError, PlainStateError) as error:
+        except Exception as error:
+            # The same; a worker that has died is named here too, and the model is to be saved
             self._warn(error)
             return self.received_signal is None
 
@@ -163,15 +165,29 @@ class CheckpointedExperiment(ExperimentManager):
         """
         wandb = sys.modules.get("wandb")
         run = getattr(wandb, "run", None) if vars(self.args).get("track") else None
-        # Without TensorBoard, SB3's logger has a temporary folder
-        logs = None if self.tensorboard_log is None else checkpoint.logger.get_dir()
         description = {
             "format": FORMAT,
             "checkpoint_freq": self.checkpoint_freq,
             "normalizes": unwrap_vec_normalize(checkpoint.training_env) is not None,
-            "logs": None if logs is None else _relative(logs, self.folder),
+            "logs": self.logs_of(checkpoint),
             "wandb": None if run is None else run.id,
         }
+        self.write_description(description)
+
+    def logs_of(self, checkpoint: BaseCallback) -> str | None:
+        """Return where TensorBoard's logs are, seen from the run's folder; None without TensorBoard.
+
+        :param checkpoint: the callback, whose training begins
+        """
+        # Without TensorBoard, SB3's logger has a temporary folder
+        logs = None if self.tensorboard_log is None else checkpoint.logger.get_dir()
+        return None if logs is None else _relative(logs, self.folder)
+
+    def write_description(self, description: dict[str, Any]) -> None:
+        """Write resume.json.
+
+        :param description: its contents
+        """
         path = Path(self.params_path) / DESCRIPTION
         # A kill leaves the whole file or none
         unfinished = path.with_suffix(".unfinished")
@@ -187,10 +203,8 @@ class CheckpointedExperiment(ExperimentManager):
         super().save_trained_model(model)
         received = None if self.checkpoint is None else self.checkpoint.received_signal
         if received is not None:
-            print(
-                f"Ended by {received.name} at {model.num_timesteps} timesteps. To go on: "
-                f"python -m sb3_ppo_plus.zoo resume {self.folder}"
-            )
+            how = how_to_go_on(self.folder, self.args.gym_packages)
+            print(f"Ended by {received.name} at {model.num_timesteps} timesteps. {how}")
         if received is signal.SIGTERM:
             raise SystemExit(128 + received)
 

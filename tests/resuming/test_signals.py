@@ -13,7 +13,7 @@ import torch as th
 from environments import ToyEnv
 from interrupted_runs import learned, make_envs, make_model, steps_of
 from resume_cases import in_a_fork
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from states import assert_same_bits, state_of
 
@@ -88,6 +88,18 @@ def test_sigusr1_has_a_checkpoint_written_and_learning_goes_on(tmp_path):
     assert said["handlers"]
     assert steps_of(tmp_path) == [32, 96]
     assert_same_bits(said["state"], learned())
+
+
+def test_workers_of_an_evaluation_ignore_the_signals_too(tmp_path):
+    """A terminal's Ctrl-C reaches them, and the checkpoint asks them for their state."""
+    evaluated = SubprocVecEnv([ToyEnv])
+    pids = [os.getpid(), *(process.pid for process in evaluated.processes)]
+    checkpoint = TrainingCheckpoint(10_000, tmp_path)
+    evaluation = EvalCallback(evaluated, n_eval_episodes=1, eval_freq=14, verbose=0)
+    model = make_model()
+    model.learn(96, [evaluation, checkpoint, Signals(signal.SIGTERM, pids=pids)])
+    assert (model.num_timesteps, steps_of(tmp_path)) == (32, [32])
+    evaluated.close()
 
 
 def test_a_second_sigint_interrupts_at_once(tmp_path):

@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,12 @@ def test_each_run_of_an_environment_has_its_row(folder):
     assert [(row["env_id"], row["exp_id"]) for row in rows] == [(ENVS[0], "1"), (ENVS[0], "2"), (ENVS[1], "1")]
     # The same model with the same seed
     assert rows[0]["mean_reward"] == rows[1]["mean_reward"]
+
+
+def test_a_run_with_a_uuid_has_its_row(folder):
+    (folder / f"{ENVS[0]}_1").rename(folder / f"{ENVS[0]}_1_{uuid.uuid4()}")
+    zoo.main(BENCHMARK)
+    assert [row["env_id"] for row in table()[1]] == list(ENVS)
 
 
 def test_a_run_that_cannot_be_evaluated_is_named_and_the_others_are_in_the_table(folder):

@@ -1,5 +1,6 @@
 """The commands, their help, and errors that name the nearest right command or flag."""
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 
 from sb3_ppo_plus import zoo
 from sb3_ppo_plus.zoo import commands
+from sb3_ppo_plus.zoo.parser import ZooParser, argparse_with
 
 COMMANDS = [*commands._RL_ZOO_COMMANDS, *commands._OWN_COMMANDS]
 
@@ -68,10 +70,21 @@ def test_the_command_comes_first(argv, capsys):
         (["enjoy", "--load-bestt"], "--load-best"),
         (["enjoy", "--truts"], "--trust"),
         (["resume", "folder", "--n-timestep5", "3"], "--n-timesteps"),
+        (["record", "--foldr", "x"], "--folder"),
+        (["benchmark", "--log-dirr", "x"], "--log-dir"),
+        (["report", "logs", "--ouput", "x"], "--output"),
+        (["push", "-orga", "me", "--foldr", "x"], "--folder"),
+        (["pull", "--env", "CartPole-v1", "--foldr", "x"], "--folder"),
     ],
 )
 def test_an_unknown_flag_names_the_nearest(argv, meant, capsys):
     assert f"did you mean '{meant}'?" in error_of(argv, capsys)
+
+
+def test_the_rl_zoo_gets_all_of_argparse_with_our_parser():
+    given = argparse_with(ZooParser)
+    assert given.ArgumentParser is ZooParser and given.Namespace is argparse.Namespace
+    assert argparse.ArgumentParser is not ZooParser
 
 
 @pytest.mark.parametrize("value", ["0", "-1"])

@@ -9,7 +9,9 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import yaml
+from environments import ToyEnv
 from hostile import Payload
+from rl_zoo3.exp_manager import ExperimentManager
 from states import assert_same_bits
 from test_enjoy import EVIL_YAML
 from zoo_runs import ROLLOUT, results_of, start, training
@@ -18,7 +20,7 @@ from sb3_ppo_plus import PPOPlus, zoo
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.untrusted import plain_yaml
-from sb3_ppo_plus.zoo.interrupted_run import CALLBACKS, GYM_PACKAGES, read_run
+from sb3_ppo_plus.zoo.interrupted_run import CALLBACKS, GYM_PACKAGES, how_to_go_on, read_run
 from sb3_ppo_plus.zoo.resume import cut_monitor_file
 
 ENV = "CartPole-v1"
@@ -66,16 +68,19 @@ def n_timesteps():
     return PPOPlus.load(RUN / f"{ENV}.zip").num_timesteps
 
 
-def test_a_run_goes_on_to_its_total_and_then_to_a_new_one():
+def test_a_run_goes_on_to_its_total_and_then_to_a_new_one(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         zoo.main(["resume", str(RUN)])
     assert n_timesteps() == TOTAL
-    message = refused()
+    capsys.readouterr()
+    zoo.main(["resume", str(RUN)])
+    message = capsys.readouterr().out
     assert f"is finished, with {TOTAL} of {TOTAL} timesteps" in message and "--n-timesteps N" in message
     zoo.main(["resume", str(RUN), "-n", str(TOTAL + ROLLOUT)])
     assert n_timesteps() == TOTAL + ROLLOUT
-    assert f"{TOTAL + ROLLOUT} of {TOTAL + ROLLOUT}" in refused()
+    zoo.main(["resume", str(RUN)])
+    assert f"{TOTAL + ROLLOUT} of {TOTAL + ROLLOUT}" in capsys.readouterr().out
 
 
 def test_with_and_without_trust_the_bits_are_the_same():
@@ -89,9 +94,23 @@ def test_with_and_without_trust_the_bits_are_the_same():
 def test_a_kill_before_the_final_model_was_saved_loses_nothing():
     zoo.main(["resume", str(RUN)])
     expected = results_of(RUN)
-    (RUN / f"{ENV}.zip").write_bytes(b"PK")
-    assert "is finished" in refused()
-    assert_same_bits(results_of(RUN), expected)
+    older = PPOPlus.load(RUN / f"{ENV}.zip", device="cpu")
+    older.num_timesteps = 0
+    for torn in (lambda: (RUN / f"{ENV}.zip").write_bytes(b"PK"), lambda: older.save(RUN / f"{ENV}.zip")):
+        torn()
+        (INNER / "vecnormalize.json").unlink()
+        zoo.main(["resume", str(RUN)])
+        assert_same_bits(results_of(RUN), expected)
+    assert not list(RUN.glob("*unfinished*"))
+
+
+@pytest.mark.parametrize("name", ["0.monitor.csv", f"{ENV}/vecnormalize.json", "checkpoints"])
+def test_nothing_is_written_or_cut_behind_a_link_without_trust(name):
+    os.replace(RUN / name, "precious")
+    (RUN / name).symlink_to(Path("precious").absolute())
+    assert f"{name} is a link" in (message := refused()) and "With --trust" in message
+    # A row after the checkpoint is still there
+    assert Path("precious").is_dir() or Path("precious").read_text()
 
 
 def test_an_evaluation_environment_that_was_not_used_before_the_checkpoint_begins_as_it_would(monkeypatch, tmp_path):
@@ -157,6 +176,45 @@ def test_tensorboard_files_that_are_gone_are_a_warning():
     (INNER / "resume.json").write_text(json.dumps(description | {"logs": "../gone"}))
     with pytest.warns(UserWarning, match=r"gone, the folder of the run's TensorBoard logs, is gone"):
         zoo.main(["resume", str(RUN)])
+    # The new place is noted
+    shutil.rmtree(checkpoint_directories(RUN / "checkpoints")[0])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        zoo.main(["resume", str(RUN)])
+    assert not [warning for warning in caught if "gone" in str(warning.message)]
+
+
+class Parking(ToyEnv):
+    """The RL Zoo gives monitors of such an environment arguments of its own."""
+
+    def step(self, action):
+        *others, info = super().step(action)
+        return *others, {**info, "is_success": True}
+
+
+@pytest.mark.parametrize("is_robotics", [False, True])
+def test_monitor_files_go_on_where_the_rl_zoo_gives_them_arguments(is_robotics, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ExperimentManager, "is_robotics_env", staticmethod(lambda env_id: is_robotics))
+    monkeypatch.setitem(gym.registry, "parking-v0", gym.envs.registration.EnvSpec("parking-v0", Parking))
+    zoo.main(training("parking-v0", 4, params=["policy:MlpPolicy"]))
+    run = Path("logs/ppo_plus/parking-v0_1")
+    expected = results_of(run)
+    shutil.rmtree(checkpoint_directories(run / "checkpoints")[0])
+    zoo.main(["resume", str(run)])
+    assert_same_bits(results_of(run), expected)
+    assert "is_success" in (run / "0.monitor.csv").read_text()
+
+
+def test_the_command_that_goes_on_has_the_flags_that_the_run_needs():
+    shutil.copy(RUN / "best_model.zip", RUN / f"{ENV}.zip")
+    command = f"To go on: python -m sb3_ppo_plus.zoo resume {RUN}"
+    assert how_to_go_on(RUN, ["minigrid"]) == command
+    assert how_to_go_on(RUN, ["my_envs"]) == f"{command} --gym-packages my_envs"
+    config(callback="my_envs.Callback")
+    assert how_to_go_on(RUN, ["my_envs"]) == f"{command} --trust"
+    shutil.rmtree(RUN / "checkpoints")
+    assert "It cannot go on: " in how_to_go_on(RUN, [])
 
 
 @pytest.mark.parametrize("value", EVIL_YAML)

@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -175,8 +176,34 @@ def test_scores_that_are_pickles_are_refused(hub):
 
 def test_files_that_are_too_large_are_not_asked_for(hub):
     hub.told_sizes[MODEL] = 2 * 2**20 + 1
-    refused(f"{MODEL} has 2097153 bytes; at most 2097152 are allowed", "--max-megabytes", "2")
+    refused(f"{MODEL} has 2097153 bytes; at most 2097152 are allowed\n--max-megabytes is", "--max-megabytes", "2")
+    # Trust would not help
+    refused("--max-megabytes is the limit of the model; the other files have fixed ones.$", "--max-megabytes", "2")
     assert not any("resolve" in request for request in hub.requests)
+
+
+def test_scores_that_are_too_large_are_left_out_with_a_line(hub, capsys):
+    hub.told_sizes["train_eval_metrics.zip"] = 2**28 + 1
+    zoo.main(PULL)
+    assert "Left out" in capsys.readouterr().out
+    assert (RUN / f"{ENV}.zip").is_file() and not (RUN / "evaluations.npz").exists()
+
+
+def test_the_old_run_comes_back_where_the_new_one_cannot_take_its_place(hub, monkeypatch):
+    zoo.main(PULL)
+    (RUN / "mine.txt").write_text("mine")
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(source).name == "run":
+            raise PermissionError("in use")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(PermissionError):
+        zoo.main([*PULL, "--exp-id", "1", "--force"])
+    assert (RUN / "mine.txt").read_text() == "mine"
+    assert [path.name for path in RUN.parent.iterdir()] == [RUN.name]
 
 
 def test_files_that_never_end_are_cut_off_whatever_size_was_told(hub):

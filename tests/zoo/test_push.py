@@ -18,8 +18,11 @@ from huggingface_hub import ModelCard
 from short_runs import copy, files_of, train
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
+from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import PPOPlus, zoo
+from sb3_ppo_plus.zoo import push
+from sb3_ppo_plus.zoo.push import PUBLIC_ARGS
 
 ENV = "Pendulum-v1"
 RUN = Path(f"logs/ppo_plus/{ENV}_1")
@@ -87,6 +90,18 @@ def test_the_repository_has_the_rl_zoos_files_and_no_pickle(hub, folder):
     assert not {"conf_file", "storage", "tensorboard_log", "log_folder", "wandb_entity"} & settings["args.yml"].keys()
 
 
+def test_of_the_arguments_of_training_only_those_of_a_closed_list_are_published(hub, folder):
+    # The key that the RL Zoo adds with --track holds the whole command line
+    path = folder / ENV / "args.yml"
+    args = yaml.unsafe_load(path.read_text()) | {"command": None, "of_a_later_rl_zoo": None}
+    secret = {name: "sqlite://user:secret@host" for name in args.keys() - PUBLIC_ARGS}
+    assert {"storage", "command", "of_a_later_rl_zoo", "log_folder", "wandb_entity"} <= secret.keys()
+    path.write_text(yaml.safe_dump({**args, **secret}))
+    zoo.main(PUSH)
+    assert yaml.safe_load(hub.repos[REPO]["args.yml"]).keys() == args.keys() & PUBLIC_ARGS
+    assert not [name for name, content in hub.repos[REPO].items() if b"secret" in content]
+
+
 def test_the_card_tells_the_measured_score_and_how_to_use_the_model(hub, folder):
     zoo.main([*PUSH, "-name", "other", "--seed", "5"])
     files = hub.repos["tester/other"]
@@ -101,6 +116,26 @@ def test_the_card_tells_the_measured_score_and_how_to_use_the_model(hub, folder)
     assert f'hf_hub_download("tester/other", "ppo_plus-{ENV}.zip"), trusted=False)' in card.text
     assert f"train --env {ENV} -n 128 --seed 3" in card.text and "normalize: true" in card.text
     assert results["n_eval_episodes"] == 2 and results["is_deterministic"] is True
+
+
+def test_the_card_trains_the_same_model(hub, folder):
+    zoo.main(PUSH)
+    text = hub.repos[REPO]["README.md"].decode().partition("## Training")[2]
+    Path("hyperparams.yml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    command = text.partition("```bash\n")[2].partition("```")[0]
+    assert command.startswith("python -m sb3_ppo_plus.zoo train ")
+    zoo.main([*command.split()[3:], "--device", "cpu", "--eval-freq", "32", "--eval-episodes", "2", "-f", "again"])
+    models = [PPOPlus.load(path / f"{ENV}.zip", device="cpu") for path in (RUN, Path("again/ppo_plus", RUN.name))]
+    assert_same_bits(*(state_of(model) for model in models))
+
+
+def test_scores_that_pull_would_refuse_are_left_out(hub, folder, monkeypatch, capsys):
+    size = max(path.stat().st_size for path in folder.glob("*monitor.csv"))
+    largest = max(size, (folder / "evaluations.npz").stat().st_size)
+    monkeypatch.setattr(push, "MAX_METRICS_BYTES", largest)
+    zoo.main(PUSH)
+    assert "Left out: the scores of training" in capsys.readouterr().out
+    assert "train_eval_metrics.zip" not in hub.repos[REPO]
 
 
 def test_the_score_is_that_of_evaluate_policy(hub, folder):

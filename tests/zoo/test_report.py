@@ -1,10 +1,12 @@
 """``report``: the files that it writes, and what a browser makes of the page."""
 
 import base64
+import os
 import re
 import shutil
 import subprocess
 import sys
+import uuid
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -219,6 +221,29 @@ def test_links_to_files_of_the_user_are_not_shown(logs):
     config.symlink_to(Path("private.yml").absolute())
     zoo.main(["report", "logs"])
     assert "secret" not in Page().text
+
+
+@pytest.mark.parametrize("name", ["evaluations.npz", "0.monitor.csv"])
+def test_scores_behind_links_are_not_shown(name, logs):
+    run = logs / "ppo_plus/CartPole-v1_1"
+    private = Path("private").absolute()
+    if name.endswith("npz"):
+        os.replace(run / name, private)
+    else:
+        shutil.rmtree(logs)
+        (run / "CartPole-v1").mkdir(parents=True)
+        private.write_text('#{"t_start": 0.0}\nr,l,t\n98765.0,5,1.0\n')
+    (run / name).symlink_to(private)
+    with pytest.raises(SystemExit, match=r"1: .*ppo_plus/CartPole-v1_1/.* is a link") as caught:
+        zoo.main(["report", str(run)])
+    assert str(private) not in str(caught.value)
+
+
+def test_runs_with_a_uuid_are_reported(logs):
+    run = logs / "ppo_plus/CartPole-v1_1"
+    run.rename(run.with_name(f"CartPole-v1_1_{uuid.uuid4()}"))
+    found = [run for run in find_runs(logs) if run.suffix != str(run.exp_id)]
+    assert [(run.env_id, run.exp_id, run.parameters.is_dir()) for run in found] == [("CartPole-v1", 1, True)]
 
 
 def test_folders_without_scores_are_named(tmp_path, logs):

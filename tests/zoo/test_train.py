@@ -16,7 +16,7 @@ from states import assert_same_bits
 from zoo_runs import ROLLOUT, results_of, start, training, zoo_in
 
 from sb3_ppo_plus import PPOPlus, zoo
-from sb3_ppo_plus.errors import PlainStateError
+from sb3_ppo_plus.errors import DeadWorkerError, PlainStateError
 from sb3_ppo_plus.resuming import checkpoint_writer
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.zoo.train import CheckpointedExperiment, RunCheckpoint
@@ -156,10 +156,22 @@ def test_sigterm_ends_the_run_after_the_update_and_says_how_it_goes_on(capsys, m
     with pytest.raises(SystemExit) as caught:
         zoo.main(training("CartPole-v1", 4, params=params))
     assert caught.value.code == 128 + signal.SIGTERM
-    assert f"python -m sb3_ppo_plus.zoo resume {RUN}" in capsys.readouterr().out
+    # Its callback is on no list
+    assert f"python -m sb3_ppo_plus.zoo resume {RUN} --trust\n" in capsys.readouterr().out
     assert PPOPlus.load(RUN / "CartPole-v1.zip").num_timesteps == 2 * ROLLOUT
     with pytest.raises(SystemExit, match="With --trust"):
         zoo.main(["resume", str(RUN)])
+
+
+def test_where_no_checkpoint_can_be_made_a_signal_still_ends_the_run_and_its_model_is_saved(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise DeadWorkerError("worker 0 of 1 of the SubprocVecEnv was killed by SIGINT")
+
+    monkeypatch.setattr(RunCheckpoint, "_snapshot", refuse)
+    monkeypatch.setattr("rl_zoo3.callbacks.SendSigterm", SendSigterm, raising=False)
+    with pytest.raises(SystemExit), pytest.warns(UserWarning, match="without a new checkpoint: worker 0"):
+        zoo.main(training("CartPole-v1", 4, params=["callback:rl_zoo3.callbacks.SendSigterm"]))
+    assert PPOPlus.load(RUN / "CartPole-v1.zip").num_timesteps == 2 * ROLLOUT
 
 
 def test_no_warning_comes_from_a_usual_run():
