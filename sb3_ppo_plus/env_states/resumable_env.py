@@ -8,7 +8,13 @@ from typing import Any, Literal
 
 import gymnasium as gym
 
-from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, chain_of, recorder_in
+from sb3_ppo_plus.env_states.episode_recorder import (
+    EpisodeRecorder,
+    chain_of,
+    drop_recorder,
+    put_recorder,
+    recorder_in,
+)
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_graph_reader import GraphReader
@@ -112,11 +118,11 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             return dict(NEW)
         try:
             return self._state()
-        except PlainStateError as error:
+        except Exception as error:
             if self.by != "auto":
                 raise
-            self._given_up = str(error)
-            warnings.warn(f"an environment is not saved, and begins anew at a resume: {error}", stacklevel=2)
+            self._give_up(_text_of(error))
+            warnings.warn(f"an environment is not saved, and begins anew at a resume: {self._given_up}", stacklevel=2)
             return None
 
     def why_not_resumable(self) -> str:
@@ -250,12 +256,12 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             # What no attribute shows may still follow from the actions
             self._needs_recorder = True
             return Finding(False, "", True)
-        self._given_up = finding.text
+        self._give_up(finding.text)
         return Finding(False, f"{finding.text}. At a resume its episodes begin anew", True)
 
     def resumable_layers(self) -> list[gym.Env[Any, Any]]:
-        """Return the wrappers inside this one and the environment, from the outside in."""
-        return list(self._layers())
+        """Return the wrappers inside this one and the environment, from the outside in; none if it is not saved."""
+        return [] if self._given_up else list(self._layers())
 
     def _layers_of(self, state: dict[str, Any]) -> list[gym.Env[Any, Any]]:
         """Return all layers, whose names must be those of a state."""
@@ -264,7 +270,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             self._needs_recorder = any(name == EpisodeRecorder.__name__ for name, _ in state["layers"])
             if not self._put_recorder():
                 self._drop_recorder()
-        layers = self.resumable_layers()
+        layers = list(self._layers())
         names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
             saved_stack, stack = " of ".join(saved_names), " of ".join(names)
@@ -285,21 +291,18 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
 
     def _put_recorder(self) -> bool:
         """Put a recorder around the environment inside all wrappers, if it needs one; return whether it did."""
-        if not self._needs_recorder:
-            return False
-        *_, wrapper, env = chain_of(self)
-        if isinstance(wrapper, EpisodeRecorder) or saves_itself(env):
-            return False
-        assert isinstance(wrapper, gym.Wrapper)
-        wrapper.env = EpisodeRecorder(env, self.constant)
-        return True
+        return self._needs_recorder and put_recorder(self, self.constant, self.by == "auto")
 
     def _drop_recorder(self) -> None:
         """Take the recorder away, if there is one and it is not needed."""
-        recorder = recorder_in(chain_of(self.env))
-        if recorder is not None and not self._needs_recorder:
-            outer = next(layer for layer in chain_of(self) if isinstance(layer, gym.Wrapper) and layer.env is recorder)
-            outer.env = recorder.env
+        if not self._needs_recorder:
+            drop_recorder(self)
+
+    def _give_up(self, reason: str) -> None:
+        """Save the environment no more: its episodes begin anew at a resume."""
+        self._given_up = reason
+        self._needs_recorder = False
+        drop_recorder(self)
 
     def _choose(self) -> None:
         """Choose the way, after the first reset."""
@@ -327,6 +330,10 @@ def saved_name(name: str) -> str:
     :param name: the name of the wrapper's class
     """
     return "TimeLimit" if name == "PatchedTimeLimit" else name
+
+
+def _text_of(error: Exception) -> str:
+    return str(error) if isinstance(error, PlainStateError) else f"{type(error).__name__}: {error}"
 
 
 def _name(layer: gym.Env[Any, Any]) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from interrupted_runs import StopAfter, rewritten
 from models import build
-from replayed_environments import Hidden, HiddenFromStart, InModule, Simulated
+from replayed_environments import Chained, Dangling, Hidden, HiddenFromStart, InModule, OfGraph, Simulated
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
@@ -214,3 +214,11 @@ def test_workers_have_the_time_of_all_steps_of_an_episode(monkeypatch):
     assert vec_env_state.set_vec_env_state(env, vec_env_state.vec_env_state(env))
     # And the reset
     assert asked == [31]
+
+
+@pytest.mark.parametrize("make", [Chained, OfGraph, Dangling])
+def test_chosen_an_environment_at_which_saving_fails_is_warned_of_and_trains_with_the_same_bits(tmp_path, make):
+    model = model_of(make, **AUTO)
+    with pytest.warns(UserWarning, match=r"checkpoints do not hold everything: environments are not saved"):
+        model.learn(128, TrainingCheckpoint(32, tmp_path))
+    assert_same_bits(state_of(model), learned(make))
