@@ -189,14 +189,16 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     def set_resume_state_or_tell(self, state: dict[str, Any]) -> str:
         """Put back a state, and return the error if the replay of an episode had another outcome; else "".
 
-        It is returned since an exception would end a worker process.
+        It is returned since an exception would end a worker process. With ``by="auto"``, so is any other error.
 
         :param state: what :meth:`get_resume_state` has returned
         """
         try:
             self.set_resume_state(state)
-        except ReplayError as error:
-            return str(error)
+        except Exception as error:
+            if self.by == "auto" or isinstance(error, ReplayError):
+                return _text_of(error)
+            raise
         return ""
 
     def resume_differences(self) -> list[str]:
@@ -333,7 +335,7 @@ def saved_name(name: str) -> str:
 
 
 def _text_of(error: Exception) -> str:
-    return str(error) if isinstance(error, PlainStateError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, PlainStateError | ReplayError) else f"{type(error).__name__}: {error}"
 
 
 def _name(layer: gym.Env[Any, Any]) -> str:

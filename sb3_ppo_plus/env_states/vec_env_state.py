@@ -100,7 +100,8 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
         what is left out
     :return: whether the episodes go on; False: only the state of the wrappers was put back
     :raises WrapperStackError: if the number of environments, or their wrappers, differ; the message names both
-    :raises ReplayError: if the replay of an episode had another outcome
+    :raises ReplayError: if the replay of an episode had another outcome. With ``by="auto"``, that and any other error of
+        a ResumableEnv is a warning
     """
     _check_same_stack(env, state)
     left_out: list[str] = []
@@ -158,6 +159,10 @@ def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str
     for index, answer in enumerate(answers if tells else ()):
         names, error = ([], answer) if trusted else answer
         left_out += names
+        if error and base.get_attr("by", [index]) == ["auto"]:
+            # Nobody has asked for exactness
+            warnings.warn(f"environment {index} cannot go on where it was, so all are reset: {error}", stacklevel=3)
+            return False
         if error:
             kind = ReplayError if trusted else ValueError
             raise kind(f"environment {index}: {error}")

@@ -222,3 +222,31 @@ def test_chosen_an_environment_at_which_saving_fails_is_warned_of_and_trains_wit
     with pytest.warns(UserWarning, match=r"checkpoints do not hold everything: environments are not saved"):
         model.learn(128, TrainingCheckpoint(32, tmp_path))
     assert_same_bits(state_of(model), learned(make))
+
+
+@pytest.mark.parametrize("workers", [{}, WORKERS])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_chosen_an_episode_with_another_outcome_is_warned_of_and_begins_anew(tmp_path, monkeypatch, workers, trusted):
+    kwargs = {**AUTO, "wrapper_kwargs": None, **workers}
+    interrupted_by_replay(tmp_path, **kwargs)
+    monkeypatch.setattr(Simulated, "noise", lambda self: 0.5)
+    with (
+        pytest.warns(UserWarning, match="environment 0 cannot go on where it was, so all are reset: .*the episode of"),
+        pytest.warns(UserWarning, match="were reset"),
+    ):
+        resumed(tmp_path, trusted=trusted, **kwargs)
+
+
+class Later(Simulated):
+    """Has an attribute of which another version makes something else."""
+
+    def __init__(self, kind=list):
+        self.file = iter("abc")
+        self.kind = kind
+
+
+def test_chosen_an_environment_of_another_make_is_warned_of_and_begins_anew(tmp_path):
+    kwargs = {**AUTO, "wrapper_kwargs": None}
+    interrupted_by_replay(tmp_path, Later, **kwargs)
+    with pytest.warns(UserWarning, match="environment 0 cannot go on where it was, so all are reset: ValueError: "):
+        resumed(tmp_path, lambda: Later(dict), **kwargs)
