@@ -100,8 +100,8 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
         what is left out
     :return: whether the episodes go on; False: only the state of the wrappers was put back
     :raises WrapperStackError: if the number of environments, or their wrappers, differ; the message names both
-    :raises ReplayError: if the replay of an episode had another outcome. With ``by="auto"``, that and any other error of
-        a ResumableEnv is a warning
+    :raises ReplayError: if the replay of an episode had another outcome. With ``by="auto"``, any error of
+        a ResumableEnv is a warning in its place
     """
     _check_same_stack(env, state)
     left_out: list[str] = []
