@@ -208,6 +208,17 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
             refused.append(self._refusal)
         return refused
 
+    def why_too_slow(self) -> str:
+        """Say from which global random generators steps have drawn, if nobody has asked for a replay; else ""."""
+        used = self._draws.used_globals()
+        if not used or not self._is_lenient:
+            return ""
+        return (
+            f"{type(self.unwrapped).__name__} draws from the global random generator of {' and '.join(used)}, which "
+            "others use too. Draw from self.np_random, or, at the cost of looking at it before and after each step, "
+            'ResumableEnv(env, by="replay")'
+        )
+
     def _refuse(self, error: Exception) -> None:
         """Record no more after an error of saving, such as that of lists in lists thousands deep, or raise it."""
         if not self._is_lenient:

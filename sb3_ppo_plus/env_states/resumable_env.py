@@ -64,7 +64,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         False where these move real hardware
     :param by: "state": all attributes are saved. "replay": for environments with attributes that cannot be, such as
         Box2D and minigrid. "auto": by state if all attributes of the environment can be saved after its first reset and
-        the proof holds, else by replay; if neither can be or holds, a warning, and episodes begin anew at a resume
+        the proof holds, else by replay; if neither can be or holds, or a replay would have to look at a global random
+        generator before each step, a warning, and episodes begin anew at a resume
     :raises ValueError: for another ``by``
     """
 
@@ -85,6 +86,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         self.by: str = by
         self._differences: list[str] = []
         self._given_up = ""
+        self._is_proving = False
         self._needs_recorder = by != "state"
         self._is_chosen = False
         self._put_recorder()
@@ -117,9 +119,11 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         if recorder is not None and not recorder.has_begun:
             return dict(NEW)
         try:
+            if self._too_slow():
+                raise PlainStateError(self._too_slow())
             return self._state()
         except Exception as error:
-            if self.by != "auto":
+            if self.by != "auto" or self._is_proving:
                 raise
             self._give_up(_text_of(error))
             warnings.warn(f"an environment is not saved, and begins anew at a resume: {self._given_up}", stacklevel=2)
@@ -251,7 +255,14 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         """
         if not self.prove or self._given_up:
             return None
-        finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
+        self._is_proving = True
+        try:
+            finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
+        finally:
+            self._is_proving = False
+        if finding is None and self._too_slow():
+            self._give_up(self._too_slow())
+            return Finding(False, f"{self._given_up}. At a resume its episodes begin anew")
         if finding is None or not finding.is_error or self.by != "auto":
             return finding
         if not self._needs_recorder and not saves_itself(self.unwrapped):
@@ -313,6 +324,13 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             self._is_chosen = True
             self._needs_recorder = bool(recorder.unsaved_attributes())
             self._drop_recorder()
+        elif self._too_slow():
+            # Gives up
+            self.get_resume_state()
+
+    def _too_slow(self) -> str:
+        recorder = None if self._is_proving else recorder_in(chain_of(self.env))
+        return "" if recorder is None else recorder.why_too_slow()
 
 
 def is_new(state: Any) -> bool:  # noqa: ANN401  # of any environment

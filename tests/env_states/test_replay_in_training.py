@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from interrupted_runs import StopAfter, rewritten
 from models import build
-from replayed_environments import Chained, Dangling, Hidden, HiddenFromStart, InModule, OfGraph, Simulated
+from replayed_environments import Chained, Dangling, Global, Hidden, HiddenFromStart, InModule, OfGraph, Simulated
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
@@ -16,6 +16,7 @@ from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, ResumeProofError, TrainingCheckpoint
 from sb3_ppo_plus.env_states import vec_env_state
+from sb3_ppo_plus.env_states.episode_recorder import chain_of, recorder_in
 from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
 
 REPLAY = {"wrapper_class": ResumableEnv, "wrapper_kwargs": {"by": "replay"}}
@@ -250,3 +251,23 @@ def test_chosen_an_environment_of_another_make_is_warned_of_and_begins_anew(tmp_
     interrupted_by_replay(tmp_path, Later, **kwargs)
     with pytest.warns(UserWarning, match="environment 0 cannot go on where it was, so all are reset: ValueError: "):
         resumed(tmp_path, lambda: Later(dict), **kwargs)
+
+
+def test_chosen_an_environment_that_draws_from_global_generators_is_warned_of_and_not_recorded(tmp_path):
+    model = model_of(Global, **AUTO)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(64, TrainingCheckpoint(16, tmp_path))
+    (text,) = [str(warning.message) for warning in caught if "global random generator" in str(warning.message)]
+    assert "environment 0: Global draws from the global random generator of numpy and python" in text
+    assert all(recorder_in(chain_of(env)) is None for env in model.env.unwrapped.envs)
+    assert model.env.env_method("get_resume_state") == [None, None]
+
+
+def test_chosen_without_a_proof_such_an_environment_is_recorded_in_one_episode_only():
+    env = ResumableEnv(Global(), by="auto", prove=False)
+    env.reset(seed=0)
+    env.step(np.zeros(2))
+    with pytest.warns(UserWarning, match="begins anew at a resume: Global draws from the global random generator"):
+        env.reset()
+    assert recorder_in(chain_of(env)) is None
