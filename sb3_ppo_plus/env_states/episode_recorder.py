@@ -27,6 +27,8 @@ from sb3_ppo_plus.env_states.parts_of_env import (
 )
 from sb3_ppo_plus.errors import PlainStateError, ReplayError
 
+#: State of an environment that has no episode yet to replay, such as that of an evaluation before the first one
+NEW: dict[str, Any] = {"layers": [], "is_new": True}
 # Steps of an episode from which on a warning comes, and from which on it is not recorded any more
 MANY_STEPS, MOST_STEPS = 100_000, 1_000_000
 
@@ -325,6 +327,14 @@ def drop_recorder(outermost: gym.Env[Any, Any]) -> None:
     for layer in chain_of(outermost):
         if isinstance(layer, gym.Wrapper) and isinstance(layer.env, EpisodeRecorder):
             layer.env = layer.env.env
+
+
+def is_new(state: Any) -> bool:  # noqa: ANN401  # of any environment
+    """Whether an environment was saved before its first reset, so that there is nothing to put back.
+
+    :param state: what ``get_resume_state`` has returned
+    """
+    return isinstance(state, dict) and state.get("is_new") is True
 
 
 def n_replayed_steps(state: Any) -> int:  # noqa: ANN401  # of any environment

@@ -9,9 +9,11 @@ from typing import Any, Literal
 import gymnasium as gym
 
 from sb3_ppo_plus.env_states.episode_recorder import (
+    NEW,
     EpisodeRecorder,
     chain_of,
     drop_recorder,
+    is_new,
     put_recorder,
     recorder_in,
 )
@@ -26,13 +28,12 @@ from sb3_ppo_plus.env_states.object_state import (
     object_states,
     set_object_states,
 )
+from sb3_ppo_plus.env_states.parts_of_env import too_large
 from sb3_ppo_plus.env_states.proof import Finding, find_flaw
 from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
 from sb3_ppo_plus.errors import PlainStateError, ReplayError
 
 WAYS = ("state", "replay", "auto")
-#: State of an environment that has no episode yet to replay, such as that of an evaluation before the first one
-NEW: dict[str, Any] = {"layers": [], "is_new": True}
 
 
 class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorArgs):
@@ -64,8 +65,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         False where these move real hardware
     :param by: "state": all attributes are saved. "replay": for environments with attributes that cannot be, such as
         Box2D and minigrid. "auto": by state if all attributes of the environment can be saved after its first reset and
-        the proof holds, else by replay; if neither can be or holds, or a replay would have to look at a global random
-        generator before each step, a warning, and episodes begin anew at a resume
+        the proof holds, else by replay; if neither can be or holds, a replay would have to look at a global random generator
+        before each step, or attributes hold more than 32 MB, a warning, and episodes begin anew at a resume
     :raises ValueError: for another ``by``
     """
 
@@ -119,8 +120,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         if recorder is not None and not recorder.has_begun:
             return dict(NEW)
         try:
-            if self._too_slow():
-                raise PlainStateError(self._too_slow())
+            reason = self._too_slow() or self._too_large()
+            if reason:
+                raise PlainStateError(reason)
             return self._state()
         except Exception as error:
             if self.by != "auto" or self._is_proving:
@@ -328,17 +330,13 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             # Gives up
             self.get_resume_state()
 
+    def _too_large(self) -> str:
+        layers = _without_own_methods(list(chain_of(self.env)))
+        return too_large(layers, self.constant) if self.by == "auto" else ""
+
     def _too_slow(self) -> str:
         recorder = None if self._is_proving else recorder_in(chain_of(self.env))
         return "" if recorder is None else recorder.why_too_slow()
-
-
-def is_new(state: Any) -> bool:  # noqa: ANN401  # of any environment
-    """Whether an environment was saved before its first reset, so that there is nothing to put back.
-
-    :param state: what ``get_resume_state`` has returned
-    """
-    return isinstance(state, dict) and state.get("is_new") is True
 
 
 def saved_name(name: str) -> str:

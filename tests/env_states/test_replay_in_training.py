@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, ResumeProofError, TrainingCheckpoint
-from sb3_ppo_plus.env_states import vec_env_state
+from sb3_ppo_plus.env_states import parts_of_env, vec_env_state
 from sb3_ppo_plus.env_states.episode_recorder import chain_of, recorder_in
 from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
 
@@ -271,3 +271,38 @@ def test_chosen_without_a_proof_such_an_environment_is_recorded_in_one_episode_o
     with pytest.warns(UserWarning, match="begins anew at a resume: Global draws from the global random generator"):
         env.reset()
     assert recorder_in(chain_of(env)) is None
+
+
+class WithData(gym.Env):
+    """Holds a set of data, which two attributes share."""
+
+    observation_space = Simulated.observation_space
+    action_space = Simulated.action_space
+
+    def __init__(self):
+        self.data = {"observations": [np.zeros(2**20), "text"]}
+        self.same = self.data["observations"]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2), {}
+
+    def step(self, action):
+        return np.zeros(2), 0.0, False, False, {}
+
+
+def test_chosen_an_environment_with_a_set_of_data_is_warned_of_and_not_saved_unless_it_is_constant(monkeypatch):
+    monkeypatch.setattr(parts_of_env, "MOST_BYTES", 2**23 - 1)
+    env = ResumableEnv(WithData(), by="auto")
+    env.reset(seed=0)
+    with pytest.warns(UserWarning, match=r"would hold 8 MB of .* in WithData\.data\. .*by=.auto., constant=\[.data"):
+        assert env.get_resume_state() is None
+    monkeypatch.setattr(parts_of_env, "MOST_BYTES", 2**23 + 1000)
+    for kwargs in ({"by": "auto"}, {"by": "state"}):
+        env = ResumableEnv(WithData(), **kwargs)
+        env.reset(seed=0)
+        assert env.get_resume_state() is not None
+        monkeypatch.setattr(parts_of_env, "MOST_BYTES", 2**23 - 1)
+    env = ResumableEnv(WithData(), by="auto", constant=["data", "same"])
+    env.reset(seed=0)
+    assert env.get_resume_state() is not None
