@@ -303,6 +303,17 @@ def chain_of(env: gym.Env[Any, Any]) -> Iterator[gym.Env[Any, Any]]:
         yield env
 
 
+def saved_name(name: str) -> str:
+    """Return the name under which a wrapper is saved.
+
+    A process that imports rl_zoo3 has a subclass in place of Gymnasium's TimeLimit. The two have one state, so that a
+    run of the RL Zoo can be resumed without it.
+
+    :param name: the name of the wrapper's class
+    """
+    return "TimeLimit" if name == "PatchedTimeLimit" else name
+
+
 def put_recorder(outermost: gym.Env[Any, Any], constant: Iterable[str], is_lenient: bool) -> bool:
     """Put a recorder around the environment inside all wrappers, unless it has one or saves itself.
 

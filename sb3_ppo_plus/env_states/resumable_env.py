@@ -16,6 +16,7 @@ from sb3_ppo_plus.env_states.episode_recorder import (
     is_new,
     put_recorder,
     recorder_in,
+    saved_name,
 )
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
@@ -65,8 +66,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         False where these move real hardware
     :param by: "state": all attributes are saved. "replay": for environments with attributes that cannot be, such as
         Box2D and minigrid. "auto": by state if all attributes of the environment can be saved after its first reset and
-        the proof holds, else by replay; if neither can be or holds, a replay would have to look at a global random generator
-        before each step, or attributes hold more than 32 MB, a warning, and episodes begin anew at a resume
+        the proof holds, else by replay; if neither can be or holds, a replay would have to look at a global random
+        generator before each step, or attributes hold more than 32 MB, a warning, and episodes begin anew at a resume
     :raises ValueError: for another ``by``
     """
 
@@ -110,11 +111,11 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     def get_resume_state(self) -> dict[str, Any] | None:
         """Copy the state of every layer, from the outside in, and of this process's global random generators.
 
-        :return: plain values; None: with ``by="auto"``, something cannot be saved, see :meth:`why_not_resumable`. A
-            warning comes the first time
+        :return: plain values; None: with ``by="auto"``, something cannot be saved, see :meth:`why_not_resumable`, or
+            not before the next episode. A warning comes the first time
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
-        if self._given_up:
+        if self._given_up or self._waits_for_reset():
             return None
         recorder = recorder_in(chain_of(self.env))
         if recorder is not None and not recorder.has_begun:
@@ -127,6 +128,10 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         except Exception as error:
             if self.by != "auto" or self._is_proving:
                 raise
+            if self._can_still_replay():
+                self._needs_recorder = True
+                warnings.warn(f"an environment is saved from its next episode on only: {error}", stacklevel=2)
+                return None
             self._give_up(_text_of(error))
             warnings.warn(f"an environment is not saved, and begins anew at a resume: {self._given_up}", stacklevel=2)
             return None
@@ -257,6 +262,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         """
         if not self.prove or self._given_up:
             return None
+        if self._waits_for_reset():
+            return Finding(False, "", True)
         self._is_proving = True
         try:
             finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
@@ -283,8 +290,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         if self.by == "auto":
             self._is_chosen = True
             self._needs_recorder = any(name == EpisodeRecorder.__name__ for name, _ in state["layers"])
-            if not self._put_recorder():
-                self._drop_recorder()
+            if not self._put_recorder() and not self._needs_recorder:
+                drop_recorder(self)
         layers = list(self._layers())
         names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
@@ -308,11 +315,6 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         """Put a recorder around the environment inside all wrappers, if it needs one; return whether it did."""
         return self._needs_recorder and put_recorder(self, self.constant, self.by == "auto")
 
-    def _drop_recorder(self) -> None:
-        """Take the recorder away, if there is one and it is not needed."""
-        if not self._needs_recorder:
-            drop_recorder(self)
-
     def _give_up(self, reason: str) -> None:
         """Save the environment no more: its episodes begin anew at a resume."""
         self._given_up = reason
@@ -325,10 +327,22 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         if recorder is not None and not self._is_chosen:
             self._is_chosen = True
             self._needs_recorder = bool(recorder.unsaved_attributes())
-            self._drop_recorder()
+            if not self._needs_recorder:
+                drop_recorder(self)
         elif self._too_slow():
             # Gives up
             self.get_resume_state()
+
+    def _waits_for_reset(self) -> bool:
+        """Whether it cannot be saved until the next episode is recorded."""
+        is_replayed = self.by == "auto" and self._needs_recorder and not saves_itself(self.unwrapped)
+        return is_replayed and recorder_in(chain_of(self.env)) is None
+
+    def _can_still_replay(self) -> bool:
+        """Whether it is saved by state, and only attributes of the environment inside all wrappers cannot be."""
+        if self._needs_recorder or self._too_large() or saves_itself(self.unwrapped):
+            return False
+        return bool(EpisodeRecorder(self.unwrapped, self.constant, True).unsaved_attributes())
 
     def _too_large(self) -> str:
         layers = _without_own_methods(list(chain_of(self.env)))
@@ -337,17 +351,6 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     def _too_slow(self) -> str:
         recorder = None if self._is_proving else recorder_in(chain_of(self.env))
         return "" if recorder is None else recorder.why_too_slow()
-
-
-def saved_name(name: str) -> str:
-    """Return the name under which a wrapper is saved.
-
-    A process that imports rl_zoo3 has a subclass in place of Gymnasium's TimeLimit. The two have one state, so that a
-    run of the RL Zoo can be resumed without it.
-
-    :param name: the name of the wrapper's class
-    """
-    return "TimeLimit" if name == "PatchedTimeLimit" else name
 
 
 def _text_of(error: Exception) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, is_new, n_replayed_steps
+from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, is_new, n_replayed_steps, saved_name
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
-from sb3_ppo_plus.env_states.resumable_env import ResumableEnv, saved_name
+from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
 from sb3_ppo_plus.env_states.untrusted_state import may_replace, set_state_without_trust
 from sb3_ppo_plus.env_states.worker_episodes import episode_states, set_episode_states
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of

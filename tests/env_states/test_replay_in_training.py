@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 from interrupted_runs import StopAfter, rewritten
 from models import build
-from replayed_environments import Chained, Dangling, Global, Hidden, HiddenFromStart, InModule, OfGraph, Simulated
+from replayed_environments import (
+    Chained,
+    Dangling,
+    Global,
+    Hidden,
+    HiddenFromStart,
+    InModule,
+    OfGraph,
+    Simulated,
+    drawn,
+    outputs,
+)
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
@@ -306,3 +317,52 @@ def test_chosen_an_environment_with_a_set_of_data_is_warned_of_and_not_saved_unl
     env = ResumableEnv(WithData(), by="auto", constant=["data", "same"])
     env.reset(seed=0)
     assert env.get_resume_state() is not None
+
+
+class LateFile(Simulated):
+    """Gets an attribute that cannot be saved in its third episode."""
+
+    def __init__(self):
+        self.n_episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.n_episodes += 1
+        gym.Env.reset(self, seed=seed)
+        self.n_steps = 0
+        self.position = self.np_random.normal(size=2)
+        return self.position.copy(), {}
+
+    def step(self, action):
+        self.n_steps += 1
+        if self.n_episodes >= 3:
+            self.file = iter("abc")
+        self.position = 0.9 * self.position + action + 0.1 * self.noise()
+        return self.position.copy(), float(self.position.sum()), self.n_steps >= self.length, False, {}
+
+
+def test_chosen_an_environment_that_cannot_be_saved_later_is_replayed_from_its_next_episode_on():
+    env, other = (ResumableEnv(LateFile(), by="auto") for _ in range(2))
+    env.reset(seed=0)
+    other.reset(seed=1)
+    outputs(env, drawn(env, 12))
+    assert env.get_resume_state()
+    outputs(env, drawn(env, 10))
+    with pytest.warns(UserWarning, match=r"is saved from its next episode on only: LateFile\.file is a"):
+        assert env.get_resume_state() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert env.get_resume_state() is None
+        outputs(env, drawn(env, 10))
+        state = env.get_resume_state()
+    assert env.why_not_resumable() == ""
+    other.set_resume_state(state)
+    np.testing.assert_equal(outputs(other, drawn(env, 20)), outputs(env, drawn(env, 20)))
+
+
+def test_chosen_such_an_environment_is_proven_by_replay_when_training_goes_on(tmp_path):
+    model = model_of(LateFile, **AUTO)
+    with pytest.warns(UserWarning, match="is saved from its next episode on only"):
+        model.learn(64, TrainingCheckpoint(10_000, tmp_path / "first"))
+    model.learn(32, TrainingCheckpoint(10_000, tmp_path / "second"), reset_num_timesteps=False)
+    assert all(recorder_in(chain_of(env)) is not None for env in model.env.unwrapped.envs)
+    assert None not in model.env.env_method("get_resume_state")
