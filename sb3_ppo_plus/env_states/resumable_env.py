@@ -279,7 +279,11 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             self._needs_recorder = True
             return Finding(False, "", True)
         self._give_up(finding.text)
-        return Finding(False, f"{finding.text}. At a resume its episodes begin anew", True)
+        text = (
+            f"{finding.text}. At a resume its episodes begin anew; and this training may differ from one without "
+            "checkpoints, since the steps of the proof have moved what is not saved"
+        )
+        return Finding(False, text, True)
 
     def resumable_layers(self) -> list[gym.Env[Any, Any]]:
         """Return the wrappers inside this one and the environment, from the outside in; none if it is not saved."""

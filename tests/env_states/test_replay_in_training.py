@@ -180,7 +180,7 @@ class NotesFirst(BaseCallback):
 def test_chosen_such_an_environment_is_warned_of_and_begins_anew_at_a_resume(tmp_path, make):
     model = model_of(make, **AUTO)
     notes = NotesFirst()
-    with pytest.warns(UserWarning, match="environment 0: .*At a resume its episodes begin anew"):
+    with pytest.warns(UserWarning, match="environment 0: .*its episodes begin anew; and this training may differ"):
         model.learn(64, [TrainingCheckpoint(1, tmp_path), StopAfter(32), notes])
     assert notes.are_the_environments
     with pytest.warns(UserWarning, match="were reset"):
