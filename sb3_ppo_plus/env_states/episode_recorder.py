@@ -314,6 +314,15 @@ def saved_name(name: str) -> str:
     return "TimeLimit" if name == "PatchedTimeLimit" else name
 
 
+def has_unsaved_attributes(env: gym.Env[Any, Any], constant: Iterable[str]) -> bool:
+    """Whether an environment has attributes that cannot be saved, and can be played again.
+
+    :param env: the environment, without wrappers
+    :param constant: as of :class:`EpisodeRecorder`
+    """
+    return not saves_itself(env) and bool(EpisodeRecorder(env, constant, is_lenient=True).unsaved_attributes())
+
+
 def put_recorder(outermost: gym.Env[Any, Any], constant: Iterable[str], is_lenient: bool) -> bool:
     """Put a recorder around the environment inside all wrappers, unless it has one or saves itself.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -11,7 +11,7 @@ import numpy as np
 import torch as th
 
 from sb3_ppo_plus.env_states.differences import first_difference
-from sb3_ppo_plus.env_states.object_attributes import attributes_of, class_attributes_of, is_no_state
+from sb3_ppo_plus.env_states.object_attributes import attributes_of, class_attributes_of, is_no_state, saves_itself
 from sb3_ppo_plus.env_states.object_graph import are_leaves
 from sb3_ppo_plus.env_states.object_graph_reader import GraphReader
 from sb3_ppo_plus.env_states.object_state import (
@@ -80,16 +80,18 @@ def large_attributes(containers: dict[tuple[int, str], Any], made_anew: Collecti
     return names
 
 
-def too_large(layers: Sequence[object], constant: Collection[str] = ()) -> str:
+def too_large(layers: Iterable[object], constant: Collection[str] = ()) -> str:
     """Say which attribute is the largest where all together hold more than :data:`MOST_BYTES`, as data sets do.
 
-    :param layers: environments and wrappers
+    :param layers: environments and wrappers. Those that save themselves are left out
     :param constant: names of attributes that are not saved
     :return: a sentence; "" if they hold less
     """
     seen: set[int] = set()
     sizes: dict[tuple[str, str], int] = {}
     for layer in layers:
+        if saves_itself(layer):
+            continue
         of_classes = {name: value for (_, name), value in class_attributes_of(layer).items()}
         for name, value in {**of_classes, **attributes_of(layer)}.items():
             if name not in constant and not is_no_state(layer, name):

@@ -13,6 +13,7 @@ from sb3_ppo_plus.env_states.episode_recorder import (
     EpisodeRecorder,
     chain_of,
     drop_recorder,
+    has_unsaved_attributes,
     is_new,
     put_recorder,
     recorder_in,
@@ -120,15 +121,17 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         recorder = recorder_in(chain_of(self.env))
         if recorder is not None and not recorder.has_begun:
             return dict(NEW)
+        reason = ""
         try:
-            reason = self._too_slow() or self._too_large()
+            if self.by == "auto":
+                reason = self._too_slow() or too_large(chain_of(self.env), self.constant)
             if reason:
                 raise PlainStateError(reason)
             return self._state()
         except Exception as error:
             if self.by != "auto" or self._is_proving:
                 raise
-            if self._can_still_replay():
+            if not (reason or self._needs_recorder) and has_unsaved_attributes(self.unwrapped, self.constant):
                 self._needs_recorder = True
                 warnings.warn(f"an environment is saved from its next episode on only: {error}", stacklevel=2)
                 return None
@@ -341,16 +344,6 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         """Whether it cannot be saved until the next episode is recorded."""
         is_replayed = self.by == "auto" and self._needs_recorder and not saves_itself(self.unwrapped)
         return is_replayed and recorder_in(chain_of(self.env)) is None
-
-    def _can_still_replay(self) -> bool:
-        """Whether it is saved by state, and only attributes of the environment inside all wrappers cannot be."""
-        if self._needs_recorder or self._too_large() or saves_itself(self.unwrapped):
-            return False
-        return bool(EpisodeRecorder(self.unwrapped, self.constant, True).unsaved_attributes())
-
-    def _too_large(self) -> str:
-        layers = _without_own_methods(list(chain_of(self.env)))
-        return too_large(layers, self.constant) if self.by == "auto" else ""
 
     def _too_slow(self) -> str:
         recorder = None if self._is_proving else recorder_in(chain_of(self.env))
