@@ -14,6 +14,7 @@ from gymnasium.envs.registration import EnvSpec
 from sb3_ppo_plus.env_states.box2d_world import emptied_world, free_nodes, set_free_nodes, world_of
 from sb3_ppo_plus.env_states.episode_record import RecordedActions, RecordedOutputs, actions_in, is_action_of
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
+from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.outside_draws import OutsideDraws, set_generator
 from sb3_ppo_plus.env_states.parts_of_env import (
     containers_of,
@@ -26,6 +27,8 @@ from sb3_ppo_plus.env_states.parts_of_env import (
 )
 from sb3_ppo_plus.errors import PlainStateError, ReplayError
 
+#: State of an environment that has no episode yet to replay, such as that of an evaluation before the first one
+NEW: dict[str, Any] = {"layers": [], "is_new": True}
 # Steps of an episode from which on a warning comes, and from which on it is not recorded any more
 MANY_STEPS, MOST_STEPS = 100_000, 1_000_000
 
@@ -57,11 +60,14 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
 
     :param env: the environment, without wrappers
     :param constant: names of attributes that are left as they are
+    :param is_lenient: whether an attribute at which saving itself fails ends the record, in place of being an error
     """
 
-    def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = ()) -> None:
+    def __init__(self, env: gym.Env[Any, Any], constant: Iterable[str] = (), is_lenient: bool = False) -> None:
         super().__init__(env)
         self._constant = frozenset(constant)
+        self._is_lenient = is_lenient
+        self._refusal = ""
         self._start: Start | None = None
         self.has_begun = False
         """Whether it has seen a reset or a step."""
@@ -85,18 +91,28 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         :param seed: as of the environment
         :param options: as of the environment
         """
-        parts = parts_of_env(self.unwrapped)
-        containers, world = containers_of(parts), world_of(self.unwrapped)
         self.has_begun = True
-        self._start = self._before_reset(seed, copy.deepcopy(options), large_attributes(containers, self._made_anew))
+        if self._refusal:
+            return self.env.reset(seed=seed, options=options)
+        try:
+            parts = parts_of_env(self.unwrapped)
+            containers, world = containers_of(parts), world_of(self.unwrapped)
+            large = large_attributes(containers, self._made_anew)
+            self._start = self._before_reset(seed, copy.deepcopy(options), large)
+        except Exception as error:
+            self._refuse(error)
+            return self.env.reset(seed=seed, options=options)
         self._actions, self._outputs = RecordedActions(), RecordedOutputs()
         observation, info = self.env.reset(seed=seed, options=options)
-        # LunarLander's resets make a new world
-        self._keeps_world = self._keeps_world and world in (None, world_of(self.unwrapped))
-        there = containers_of(parts)
-        self._made_anew = {key[1] for key, value in containers.items() if there.get(key) is not value}
-        self._outputs.append(observation)
-        self._draws.begin()
+        try:
+            # LunarLander's resets make a new world
+            self._keeps_world = self._keeps_world and world in (None, world_of(self.unwrapped))
+            there = containers_of(parts)
+            self._made_anew = {key[1] for key, value in containers.items() if there.get(key) is not value}
+            self._outputs.append(observation)
+            self._draws.begin()
+        except Exception as error:
+            self._refuse(error)
         return observation, info
 
     def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:  # noqa: ANN401  # of any space
@@ -124,6 +140,8 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
         :return: plain values
         :raises PlainStateError: a TypeError, if there is no record of the episode
         """
+        if self._refusal:
+            raise PlainStateError(self._refusal)
         if self._start is None:
             raise PlainStateError(
                 f"the episode of {type(self.unwrapped).__name__} was not recorded: it began before ResumableEnv was "
@@ -185,8 +203,30 @@ class EpisodeRecorder(gym.Wrapper[Any, Any, Any, Any]):
     def unsaved_attributes(self) -> list[str]:
         """Return a line for each attribute of the environment that cannot be saved."""
         refused: list[str] = []
-        state_of_parts([self.unwrapped], self._constant, refused)
+        try:
+            state_of_parts([self.unwrapped], self._constant, refused)
+        except Exception as error:
+            self._refuse(error)
+            refused.append(self._refusal)
         return refused
+
+    def why_too_slow(self) -> str:
+        """Say from which global random generators steps have drawn, if nobody has asked for a replay; else ""."""
+        used = self._draws.used_globals()
+        if not used or not self._is_lenient:
+            return ""
+        return (
+            f"{type(self.unwrapped).__name__} draws from the global random generator of {' and '.join(used)}, which "
+            "others use too. Draw from self.np_random, or, at the cost of looking at it before and after each step, "
+            'ResumableEnv(env, by="replay")'
+        )
+
+    def _refuse(self, error: Exception) -> None:
+        """Record no more after an error of saving, such as that of lists in lists thousands deep, or raise it."""
+        if not self._is_lenient:
+            raise error
+        self._start = None
+        self._refusal = f"the state of {type(self.unwrapped).__name__} cannot be saved: {type(error).__name__}: {error}"
 
     def _before_reset(self, seed: int | None, options: dict[str, Any] | None, left_out: set[str]) -> Start:
         env = self.unwrapped
@@ -261,6 +301,60 @@ def chain_of(env: gym.Env[Any, Any]) -> Iterator[gym.Env[Any, Any]]:
     while isinstance(env, gym.Wrapper):
         env = env.env
         yield env
+
+
+def saved_name(name: str) -> str:
+    """Return the name under which a wrapper is saved.
+
+    A process that imports rl_zoo3 has a subclass in place of Gymnasium's TimeLimit. The two have one state, so that a
+    run of the RL Zoo can be resumed without it.
+
+    :param name: the name of the wrapper's class
+    """
+    return "TimeLimit" if name == "PatchedTimeLimit" else name
+
+
+def has_unsaved_attributes(env: gym.Env[Any, Any], constant: Iterable[str]) -> bool:
+    """Whether an environment has attributes that cannot be saved, and can be played again.
+
+    :param env: the environment, without wrappers
+    :param constant: as of :class:`EpisodeRecorder`
+    """
+    return not saves_itself(env) and bool(EpisodeRecorder(env, constant, is_lenient=True).unsaved_attributes())
+
+
+def put_recorder(outermost: gym.Env[Any, Any], constant: Iterable[str], is_lenient: bool) -> bool:
+    """Put a recorder around the environment inside all wrappers, unless it has one or saves itself.
+
+    :param outermost: the outermost wrapper
+    :param constant: as of :class:`EpisodeRecorder`
+    :param is_lenient: the same
+    :return: whether there is a new recorder
+    """
+    *_, wrapper, env = chain_of(outermost)
+    if isinstance(wrapper, EpisodeRecorder) or saves_itself(env):
+        return False
+    assert isinstance(wrapper, gym.Wrapper)
+    wrapper.env = EpisodeRecorder(env, constant, is_lenient)
+    return True
+
+
+def drop_recorder(outermost: gym.Env[Any, Any]) -> None:
+    """Take the recorder away, if there is one.
+
+    :param outermost: the outermost wrapper
+    """
+    for layer in chain_of(outermost):
+        if isinstance(layer, gym.Wrapper) and isinstance(layer.env, EpisodeRecorder):
+            layer.env = layer.env.env
+
+
+def is_new(state: Any) -> bool:  # noqa: ANN401  # of any environment
+    """Whether an environment was saved before its first reset, so that there is nothing to put back.
+
+    :param state: what ``get_resume_state`` has returned
+    """
+    return isinstance(state, dict) and state.get("is_new") is True
 
 
 def n_replayed_steps(state: Any) -> int:  # noqa: ANN401  # of any environment

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,7 @@ def global_generator_states() -> dict[str, Any]:
 
     :return: states under "python", "numpy", "torch" and "cuda"
     """
-    states = {
-        "python": _python_state(random.getstate()),
-        "numpy": np.random.get_state(legacy=False),
-        "torch": th.get_rng_state(),
-    }
+    states = {name: get() for name, get in GLOBAL_GENERATORS.items()}
     if th.cuda.is_available() and th.cuda.is_initialized():  # type: ignore[no-untyped-call]  # torch gives it no types
         states["cuda"] = th.cuda.get_rng_state_all()
     return states
@@ -144,6 +140,14 @@ def _python_state(state: tuple[Any, ...]) -> tuple[Any, ...]:
 def _python_tuple(state: tuple[Any, ...]) -> tuple[Any, ...]:
     version, internal, gauss_next = state
     return version, tuple(internal.tolist()), gauss_next
+
+
+GLOBAL_GENERATORS: dict[str, Callable[[], Any]] = {
+    "python": lambda: _python_state(random.getstate()),
+    "numpy": lambda: np.random.get_state(legacy=False),
+    "torch": th.get_rng_state,
+}
+"""Copies the state of each global generator of a process."""
 
 
 def space_generator_states(space: spaces.Space[Any]) -> list[GeneratorState | None]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from sb3_ppo_plus.env_states.differences import first_difference
 from sb3_ppo_plus.env_states.generator_state import (
+    GLOBAL_GENERATORS,
     generator_state,
     global_generator_states,
     restored_generator,
@@ -24,8 +25,9 @@ OWN = "own"
 class OutsideDraws:
     """Remembers the states of shared generators before those steps before which somebody else has used them.
 
-    Wrappers may draw from ``np_random`` of the environment, and other environments from global generators. An
-    environment that begins to share a generator after its first :data:`N_WATCHED` steps is not noticed.
+    Wrappers may draw from ``np_random`` of the environment. Everybody draws from global generators, such as SB3 after a
+    rollout, so that one which the environment uses is looked at for good. What an environment begins to use, or a
+    wrapper to share, after the first :data:`N_WATCHED` steps is not noticed.
 
     :param env: the environment
     """
@@ -33,7 +35,7 @@ class OutsideDraws:
     def __init__(self, env: gym.Env[Any, Any]) -> None:
         self._env = env
         self._n_steps = 0
-        self._shared: set[str] = set()
+        self._shared = set(GLOBAL_GENERATORS)
         self._used: set[str] = set()
         self._before: dict[str, Any] = {}
         self._after: dict[str, Any] = {}
@@ -68,6 +70,10 @@ class OutsideDraws:
         if self._n_steps == N_WATCHED:
             self.is_watching = not self._used.isdisjoint(self._shared)
 
+    def used_globals(self) -> list[str]:
+        """Return the names of the global generators that steps of the environment have used."""
+        return sorted(self._used & GLOBAL_GENERATORS.keys())
+
     def notes(self) -> list[tuple[int, str, Any]]:
         """Return the states that generators had before steps: number of steps, name and state of the generator."""
         return [note for note in self._notes if note[1] in self._used]
@@ -91,15 +97,12 @@ class OutsideDraws:
 
     def _states(self) -> dict[str, Any]:
         # After the first steps, only those that matter
-        names = None if self._n_steps < N_WATCHED else self._used & self._shared
-        states: dict[str, Any] = {}
-        if names is None or names - {OWN}:
-            of_process = global_generator_states()
-            states = {name: of_process[name] for name in ("python", "numpy", "torch")}
+        names = {OWN, *GLOBAL_GENERATORS} if self._n_steps < N_WATCHED else self._used & self._shared
+        states = {name: get() for name, get in GLOBAL_GENERATORS.items() if name in names}
         own = self._env.unwrapped._np_random
-        if own is not None:
+        if own is not None and OWN in names:
             states[OWN] = generator_state(own)
-        return states if names is None else {name: states[name] for name in names if name in states}
+        return states
 
 
 def set_generator(env: gym.Env[Any, Any], name: str, state: Any) -> None:  # noqa: ANN401  # a generator's state

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 
 from sb3_ppo_plus.env_states.differences import first_difference
-from sb3_ppo_plus.env_states.object_attributes import attributes_of
+from sb3_ppo_plus.env_states.object_attributes import attributes_of, class_attributes_of, is_no_state, saves_itself
+from sb3_ppo_plus.env_states.object_graph import are_leaves
 from sb3_ppo_plus.env_states.object_graph_reader import GraphReader
 from sb3_ppo_plus.env_states.object_state import (
     delete_later_attributes,
@@ -27,6 +29,8 @@ PartsState = dict[str, Any]
 LARGEST_ARRAY, LARGEST_CONTAINER = 2**20, 2**16
 # The same of those that each reset makes anew, such as a map
 LARGEST_ARRAY_MADE_ANEW, LARGEST_CONTAINER_MADE_ANEW = 2**14, 2**5
+# Bytes of all attributes of an environment above which nobody saves it without asking: each checkpoint would hold them
+MOST_BYTES = 32 * 2**20
 CONTAINERS = (list, tuple, dict, set, deque)
 # Kinds of attributes whose values are entries of the table
 OF_TABLE = "linked"
@@ -74,6 +78,49 @@ def large_attributes(containers: dict[tuple[int, str], Any], made_anew: Collecti
         if is_large:
             names.add(name)
     return names
+
+
+def too_large(layers: Iterable[object], constant: Collection[str] = ()) -> str:
+    """Say which attribute is the largest where all together hold more than :data:`MOST_BYTES`, as data sets do.
+
+    :param layers: environments and wrappers. Those that save themselves are left out
+    :param constant: names of attributes that are not saved
+    :return: a sentence; "" if they hold less
+    """
+    seen: set[int] = set()
+    sizes: dict[tuple[str, str], int] = {}
+    for layer in layers:
+        if saves_itself(layer):
+            continue
+        of_classes = {name: value for (_, name), value in class_attributes_of(layer).items()}
+        for name, value in {**of_classes, **attributes_of(layer)}.items():
+            if name not in constant and not is_no_state(layer, name):
+                sizes[type(layer).__name__, name] = _n_bytes(value, seen)
+    n_bytes = sum(sizes.values())
+    if n_bytes <= MOST_BYTES:
+        return ""
+    class_name, name = max(sizes, key=lambda key: sizes[key])
+    return (
+        f"each checkpoint would hold {n_bytes / 1e6:.0f} MB of its attributes, most of them in {class_name}.{name}. If "
+        f'that never changes, name it in ResumableEnv(env, by="auto", constant=[{name!r}]); by="state" saves it'
+    )
+
+
+def _n_bytes(value: Any, seen: set[int]) -> int:  # noqa: ANN401  # any value
+    """Return about how many bytes a value takes, without what was seen before: arrays, texts and containers of such."""
+    # Not isinstance, which asks the object, and a reference to one that is gone raises an error then
+    kind = type(value)
+    is_container = issubclass(kind, CONTAINERS)
+    if is_container or issubclass(kind, np.ndarray | th.Tensor):
+        if id(value) in seen:
+            return 0
+        seen.add(id(value))
+    if is_container:
+        parts = [*value.keys(), *value.values()] if issubclass(kind, dict) else value
+        return 8 * len(value) + (0 if are_leaves(parts) else sum(_n_bytes(part, seen) for part in parts))
+    if issubclass(kind, np.ndarray | th.Tensor):
+        return int(value.nbytes)
+    return len(value) if issubclass(kind, str | bytes | bytearray) else 8
 
 
 def state_of_parts(

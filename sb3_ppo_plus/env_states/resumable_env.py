@@ -9,7 +9,17 @@ from typing import Any, Literal
 import gymnasium as gym
 from gymnasium.envs.registration import EnvSpec
 
-from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, chain_of, recorder_in
+from sb3_ppo_plus.env_states.episode_recorder import (
+    NEW,
+    EpisodeRecorder,
+    chain_of,
+    drop_recorder,
+    has_unsaved_attributes,
+    is_new,
+    put_recorder,
+    recorder_in,
+    saved_name,
+)
 from sb3_ppo_plus.env_states.generator_state import global_generator_states, set_global_generator_states
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_graph import is_leaf
@@ -22,14 +32,13 @@ from sb3_ppo_plus.env_states.object_state import (
     object_states,
     set_object_states,
 )
+from sb3_ppo_plus.env_states.parts_of_env import too_large
 from sb3_ppo_plus.env_states.proof import Finding, find_flaw, find_flaw_before_reset
 from sb3_ppo_plus.env_states.untrusted_state import set_state_without_trust
 from sb3_ppo_plus.errors import PlainStateError, ReplayError
 from sb3_ppo_plus.untrusted.strict_json import short
 
 WAYS = ("state", "replay", "auto")
-#: State of an environment that has no episode yet to replay, such as that of an evaluation before the first one
-NEW: dict[str, Any] = {"layers": [], "is_new": True}
 
 
 # What gym.Wrapper may set on itself later
@@ -78,7 +87,8 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         False where these move real hardware
     :param by: "state": all attributes are saved. "replay": for environments with attributes that cannot be, such as
         Box2D and minigrid. "auto": by state if all attributes of the environment can be saved after its first reset and
-        the proof holds, else by replay; if neither can be or holds, a warning, and episodes begin anew at a resume
+        the proof holds, else by replay; if neither can be or holds, a replay would have to look at a global random
+        generator before each step, or attributes hold more than 32 MB, a warning, and episodes begin anew at a resume
     :raises ValueError: for another ``by``
     """
 
@@ -99,6 +109,7 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         self.by: str = by
         self._differences: list[str] = []
         self._given_up = ""
+        self._is_proving = False
         self._needs_recorder = by != "state"
         self._is_chosen = False
         self._was_reset = False
@@ -124,22 +135,31 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     def get_resume_state(self) -> dict[str, Any] | None:
         """Copy the state of every layer, from the outside in, and of this process's global random generators.
 
-        :return: plain values; None: with ``by="auto"``, something cannot be saved, see :meth:`why_not_resumable`. A
-            warning comes the first time
+        :return: plain values; None: with ``by="auto"``, something cannot be saved, see :meth:`why_not_resumable`, or
+            not before the next episode. A warning comes the first time
         :raises PlainStateError: a TypeError, if an attribute cannot be saved; the message names it
         """
-        if self._given_up:
+        if self._given_up or self._waits_for_reset():
             return None
         recorder = recorder_in(chain_of(self.env))
         if recorder is not None and not recorder.has_begun:
             return dict(NEW)
+        reason = ""
         try:
+            if self.by == "auto":
+                reason = self._too_slow() or too_large(chain_of(self.env), self.constant)
+            if reason:
+                raise PlainStateError(reason)
             return self._state()
-        except PlainStateError as error:
-            if self.by != "auto":
+        except Exception as error:
+            if self.by != "auto" or self._is_proving:
                 raise
-            self._given_up = str(error)
-            warnings.warn(f"an environment is not saved, and begins anew at a resume: {error}", stacklevel=2)
+            if not (reason or self._needs_recorder) and has_unsaved_attributes(self.unwrapped, self.constant):
+                self._needs_recorder = True
+                warnings.warn(f"an environment is saved from its next episode on only: {error}", stacklevel=2)
+                return None
+            self._give_up(_text_of(error))
+            warnings.warn(f"an environment is not saved, and begins anew at a resume: {self._given_up}", stacklevel=2)
             return None
 
     def get_resume_state_or_tell(self) -> tuple[dict[str, Any] | None, str]:
@@ -252,14 +272,16 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
     def set_resume_state_or_tell(self, state: dict[str, Any]) -> str:
         """Put back a state, and return the error if the replay of an episode had another outcome; else "".
 
-        It is returned since an exception would end a worker process.
+        It is returned since an exception would end a worker process. With ``by="auto"``, so is any other error.
 
         :param state: what :meth:`get_resume_state` has returned
         """
         try:
             self.set_resume_state(state)
-        except ReplayError as error:
-            return str(error)
+        except Exception as error:
+            if self.by == "auto" or isinstance(error, ReplayError):
+                return _text_of(error)
+            raise
         return ""
 
     def resume_differences(self) -> list[str]:
@@ -317,15 +339,28 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             return None
         if not self._was_reset:
             return self._prove_before_reset(max_seconds)
-        finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
+        if self._waits_for_reset():
+            return Finding(False, "", True)
+        self._is_proving = True
+        try:
+            finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
+        finally:
+            self._is_proving = False
+        if finding is None and self._too_slow():
+            self._give_up(self._too_slow())
+            return Finding(False, f"{self._given_up}. At a resume its episodes begin anew")
         if finding is None or not finding.is_error or self.by != "auto":
             return finding
         if not self._needs_recorder and not saves_itself(self.unwrapped):
             # What no attribute shows may still follow from the actions
             self._needs_recorder = True
             return Finding(False, "", True)
-        self._given_up = finding.text
-        return Finding(False, f"{finding.text}. At a resume its episodes begin anew", True)
+        self._give_up(finding.text)
+        text = (
+            f"{finding.text}. At a resume its episodes begin anew; and this training may differ from one without "
+            "checkpoints, since the steps of the proof have moved what is not saved"
+        )
+        return Finding(False, text, True)
 
     def _prove_before_reset(self, max_seconds: float | None) -> Finding | None:
         if self._needs_recorder:
@@ -337,17 +372,17 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             self._was_reset = False
 
     def resumable_layers(self) -> list[gym.Env[Any, Any]]:
-        """Return the wrappers inside this one and the environment, from the outside in."""
-        return list(self._layers())
+        """Return the wrappers inside this one and the environment, from the outside in; none if it is not saved."""
+        return [] if self._given_up else list(self._layers())
 
     def _layers_of(self, state: dict[str, Any]) -> list[gym.Env[Any, Any]]:
         """Return all layers, whose names must be those of a state."""
         if self.by == "auto":
             self._is_chosen = True
             self._needs_recorder = any(name == EpisodeRecorder.__name__ for name, _ in state["layers"])
-            if not self._put_recorder():
-                self._drop_recorder()
-        layers = self.resumable_layers()
+            if not self._put_recorder() and not self._needs_recorder:
+                drop_recorder(self)
+        layers = list(self._layers())
         names, saved_names = [_name(layer) for layer in layers], [saved_name(name) for name, _ in state["layers"]]
         if names != saved_names:
             saved_stack, stack = " of ".join(saved_names), " of ".join(names)
@@ -368,21 +403,13 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
 
     def _put_recorder(self) -> bool:
         """Put a recorder around the environment inside all wrappers, if it needs one; return whether it did."""
-        if not self._needs_recorder:
-            return False
-        *_, wrapper, env = chain_of(self)
-        if isinstance(wrapper, EpisodeRecorder) or saves_itself(env):
-            return False
-        assert isinstance(wrapper, gym.Wrapper)
-        wrapper.env = EpisodeRecorder(env, self.constant)
-        return True
+        return self._needs_recorder and put_recorder(self, self.constant, self.by == "auto")
 
-    def _drop_recorder(self) -> None:
-        """Take the recorder away, if there is one and it is not needed."""
-        recorder = recorder_in(chain_of(self.env))
-        if recorder is not None and not self._needs_recorder:
-            outer = next(layer for layer in chain_of(self) if isinstance(layer, gym.Wrapper) and layer.env is recorder)
-            outer.env = recorder.env
+    def _give_up(self, reason: str) -> None:
+        """Save the environment no more: its episodes begin anew at a resume."""
+        self._given_up = reason
+        self._needs_recorder = False
+        drop_recorder(self)
 
     def _choose(self) -> None:
         """Choose the way, after the first reset."""
@@ -390,26 +417,24 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
         if recorder is not None and not self._is_chosen:
             self._is_chosen = True
             self._needs_recorder = bool(recorder.unsaved_attributes())
-            self._drop_recorder()
+            if not self._needs_recorder:
+                drop_recorder(self)
+        elif self._too_slow():
+            # Gives up
+            self.get_resume_state()
+
+    def _waits_for_reset(self) -> bool:
+        """Whether it cannot be saved until the next episode is recorded."""
+        is_replayed = self.by == "auto" and self._needs_recorder and not saves_itself(self.unwrapped)
+        return is_replayed and recorder_in(chain_of(self.env)) is None
+
+    def _too_slow(self) -> str:
+        recorder = None if self._is_proving else recorder_in(chain_of(self.env))
+        return "" if recorder is None else recorder.why_too_slow()
 
 
-def is_new(state: Any) -> bool:  # noqa: ANN401  # of any environment
-    """Whether an environment was saved before its first reset, so that there is nothing to put back.
-
-    :param state: what ``get_resume_state`` has returned
-    """
-    return isinstance(state, dict) and state.get("is_new") is True
-
-
-def saved_name(name: str) -> str:
-    """Return the name under which a wrapper is saved.
-
-    A process that imports rl_zoo3 has a subclass in place of Gymnasium's TimeLimit. The two have one state, so that a
-    run of the RL Zoo can be resumed without it.
-
-    :param name: the name of the wrapper's class
-    """
-    return "TimeLimit" if name == "PatchedTimeLimit" else name
+def _text_of(error: Exception) -> str:
+    return str(error) if isinstance(error, PlainStateError | ReplayError) else f"{type(error).__name__}: {error}"
 
 
 def _name(layer: gym.Env[Any, Any]) -> str:

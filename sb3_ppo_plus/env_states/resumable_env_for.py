@@ -16,7 +16,8 @@ def resumable_env_for(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
 
     After the first reset, the wrapper chooses the way: by state if all attributes of the environment can be saved, else
     by replay. If neither can be, or the proof finds a difference, a :class:`TrainingCheckpoint` warns of it when
-    training starts, and episodes begin anew at a resume. No bit of training is changed.
+    training starts, and episodes begin anew at a resume. Bits of training are changed only where the proof finds a
+    difference: its steps have then moved what is not saved, such as a generator in a module.
 
     It is made for ``make_vec_env(env_id, wrapper_class=resumable_env_for)``.
 

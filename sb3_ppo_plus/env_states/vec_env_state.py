@@ -10,10 +10,10 @@ from typing import Any
 
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
-from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, n_replayed_steps
+from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, is_new, n_replayed_steps, saved_name
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
-from sb3_ppo_plus.env_states.resumable_env import ResumableEnv, is_new, saved_name
+from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
 from sb3_ppo_plus.env_states.untrusted_state import may_replace, set_state_without_trust
 from sb3_ppo_plus.env_states.worker_episodes import episode_states, set_episode_states
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
@@ -111,7 +111,8 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
         what is left out
     :return: whether the episodes go on; False: only the state of the wrappers was put back
     :raises WrapperStackError: if the number of environments, or their wrappers, differ; the message names both
-    :raises ReplayError: if the replay of an episode had another outcome
+    :raises ReplayError: if the replay of an episode had another outcome. With ``by="auto"``, any error of
+        a ResumableEnv is a warning in its place
     """
     _check_same_stack(env, state)
     left_out: list[str] = []
@@ -169,6 +170,10 @@ def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str
     for index, answer in enumerate(answers if tells else ()):
         names, error = ([], answer) if trusted else answer
         left_out += names
+        if error and base.get_attr("by", [index]) == ["auto"]:
+            # Nobody has asked for exactness
+            warnings.warn(f"environment {index} cannot go on where it was, so all are reset: {error}", stacklevel=3)
+            return False
         if error:
             kind = ReplayError if trusted else ValueError
             raise kind(f"environment {index}: {error}")

@@ -147,8 +147,9 @@ def _check_log_name(name: str) -> None:
 def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
     if not goes_on:
         warnings.warn(
-            "the environments have no get_resume_state() and set_resume_state(state), or had none when they were "
-            "saved: they were reset, and their episodes begin anew. ResumableEnv gives many environments both methods",
+            "the environments have no get_resume_state() and set_resume_state(state), had none when they were saved, "
+            "or could not be put back: they were reset, and their episodes begin anew. ResumableEnv gives many "
+            "environments both methods",
             stacklevel=5,
         )
     now, then = versions(), checkpoint.manifest["versions"]

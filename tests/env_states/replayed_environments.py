@@ -2,9 +2,11 @@
 
 import copy
 import random
+import weakref
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from states import written_and_read
 
@@ -176,3 +178,26 @@ def assert_goes_on_in_another(make, n_before=30, n_after=30, n_others=5, seed=0)
             again.set_resume_state(state)
             state = written_and_read(again.get_resume_state())
         np.testing.assert_equal(outputs(again, actions), expected)
+
+
+class Chained(Simulated):
+    """Holds lists in lists, deeper than recursion goes."""
+
+    def __init__(self):
+        self.chain = None
+        for index in range(3000):
+            self.chain = [index, self.chain]
+
+
+class OfGraph(Simulated):
+    """Holds a tensor of a graph of gradients, which cannot be copied."""
+
+    def __init__(self):
+        self.scale = th.ones(2, requires_grad=True) * 2
+
+
+class Dangling(Simulated):
+    """Refers to an object that is gone: each look at the reference is an error."""
+
+    def __init__(self):
+        self.owner = weakref.proxy(Body(np.zeros(2)))

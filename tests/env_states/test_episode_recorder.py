@@ -26,6 +26,7 @@ from states import encoded, written_and_read
 
 from sb3_ppo_plus import ResumableEnv
 from sb3_ppo_plus.env_states import episode_recorder
+from sb3_ppo_plus.env_states.generator_state import GLOBAL_GENERATORS
 from sb3_ppo_plus.envs.restarting_env import RestartingEnv
 from sb3_ppo_plus.errors import PlainStateError, ReplayError
 
@@ -82,6 +83,33 @@ def test_environments_that_share_the_global_generators_go_on():
     for env, state in zip(others, states, strict=True):
         env.set_resume_state(state)
     np.testing.assert_equal(in_turns(others, 2), expected)
+
+
+def after_many_steps():
+    """An environment that uses global generators, in mid-episode."""
+    env = replayed(Global())
+    env.reset(seed=0)
+    outputs(env, drawn(env, 74))
+    return env
+
+
+def test_draws_of_others_from_a_global_generator_are_noticed_after_many_steps():
+    env, other = after_many_steps(), replayed(Global())
+    # As SB3 does after a rollout
+    np.random.permutation(5)
+    outputs(env, drawn(env, 2))
+    state = env.get_resume_state()
+    expected = outputs(env, drawn(env, 2))
+    other.set_resume_state(state)
+    np.testing.assert_equal(outputs(other, drawn(env, 2)), expected)
+
+
+def test_after_many_steps_only_global_generators_that_the_environment_uses_are_read(monkeypatch):
+    env = after_many_steps()
+    read = []
+    monkeypatch.setitem(GLOBAL_GENERATORS, "torch", lambda: read.append(1))
+    outputs(env, drawn(env, 2))
+    assert not read
 
 
 def test_a_replay_leaves_the_global_generators_as_they_were_saved():

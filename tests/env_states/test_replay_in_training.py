@@ -8,14 +8,26 @@ import numpy as np
 import pytest
 from interrupted_runs import StopAfter, rewritten
 from models import build
-from replayed_environments import Hidden, HiddenFromStart, InModule, Simulated
+from replayed_environments import (
+    Chained,
+    Dangling,
+    Global,
+    Hidden,
+    HiddenFromStart,
+    InModule,
+    OfGraph,
+    Simulated,
+    drawn,
+    outputs,
+)
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecNormalize
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, ResumableEnv, ResumeProofError, TrainingCheckpoint
-from sb3_ppo_plus.env_states import vec_env_state
+from sb3_ppo_plus.env_states import parts_of_env, vec_env_state
+from sb3_ppo_plus.env_states.episode_recorder import chain_of, recorder_in
 from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
 
 REPLAY = {"wrapper_class": ResumableEnv, "wrapper_kwargs": {"by": "replay"}}
@@ -168,7 +180,7 @@ class NotesFirst(BaseCallback):
 def test_chosen_such_an_environment_is_warned_of_and_begins_anew_at_a_resume(tmp_path, make):
     model = model_of(make, **AUTO)
     notes = NotesFirst()
-    with pytest.warns(UserWarning, match="environment 0: .*At a resume its episodes begin anew"):
+    with pytest.warns(UserWarning, match="environment 0: .*its episodes begin anew; and this training may differ"):
         model.learn(64, [TrainingCheckpoint(1, tmp_path), StopAfter(32), notes])
     assert notes.are_the_environments
     with pytest.warns(UserWarning, match="were reset"):
@@ -214,3 +226,145 @@ def test_workers_have_the_time_of_all_steps_of_an_episode(monkeypatch):
     assert vec_env_state.set_vec_env_state(env, vec_env_state.vec_env_state(env))
     # And the reset
     assert asked == [31]
+
+
+@pytest.mark.parametrize("make", [Chained, OfGraph, Dangling])
+def test_chosen_an_environment_at_which_saving_fails_is_warned_of_and_trains_with_the_same_bits(tmp_path, make):
+    model = model_of(make, **AUTO)
+    with pytest.warns(UserWarning, match=r"checkpoints do not hold everything: environments are not saved"):
+        model.learn(128, TrainingCheckpoint(32, tmp_path))
+    assert_same_bits(state_of(model), learned(make))
+
+
+@pytest.mark.parametrize("workers", [{}, WORKERS])
+@pytest.mark.parametrize("trusted", [True, False])
+def test_chosen_an_episode_with_another_outcome_is_warned_of_and_begins_anew(tmp_path, monkeypatch, workers, trusted):
+    kwargs = {**AUTO, "wrapper_kwargs": None, **workers}
+    interrupted_by_replay(tmp_path, **kwargs)
+    monkeypatch.setattr(Simulated, "noise", lambda self: 0.5)
+    with (
+        pytest.warns(UserWarning, match="environment 0 cannot go on where it was, so all are reset: .*the episode of"),
+        pytest.warns(UserWarning, match="were reset"),
+    ):
+        resumed(tmp_path, trusted=trusted, **kwargs)
+
+
+class Later(Simulated):
+    """Has an attribute of which another version makes something else."""
+
+    def __init__(self, kind=list):
+        self.file = iter("abc")
+        self.kind = kind
+
+
+def test_chosen_an_environment_of_another_make_is_warned_of_and_begins_anew(tmp_path):
+    kwargs = {**AUTO, "wrapper_kwargs": None}
+    interrupted_by_replay(tmp_path, Later, **kwargs)
+    with pytest.warns(
+        UserWarning, match=r"environment 0 cannot go on where it was, so all are reset: .*Later\.kind is builtins:dict"
+    ):
+        resumed(tmp_path, lambda: Later(dict), **kwargs)
+
+
+def test_chosen_an_environment_that_draws_from_global_generators_is_warned_of_and_not_recorded(tmp_path):
+    model = model_of(Global, **AUTO)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.learn(64, TrainingCheckpoint(16, tmp_path))
+    (text,) = [str(warning.message) for warning in caught if "global random generator" in str(warning.message)]
+    assert "environment 0: Global draws from the global random generator of numpy and python" in text
+    assert all(recorder_in(chain_of(env)) is None for env in model.env.unwrapped.envs)
+    assert model.env.env_method("get_resume_state") == [None, None]
+
+
+def test_chosen_without_a_proof_such_an_environment_is_recorded_in_one_episode_only():
+    env = ResumableEnv(Global(), by="auto", prove=False)
+    env.reset(seed=0)
+    env.step(np.zeros(2))
+    with pytest.warns(UserWarning, match="begins anew at a resume: Global draws from the global random generator"):
+        env.reset()
+    assert recorder_in(chain_of(env)) is None
+
+
+class WithData(gym.Env):
+    """Holds a set of data, which two attributes share."""
+
+    observation_space = Simulated.observation_space
+    action_space = Simulated.action_space
+
+    def __init__(self):
+        self.data = {"observations": [np.zeros(2**20), "text"]}
+        self.same = self.data["observations"]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(2), {}
+
+    def step(self, action):
+        return np.zeros(2), 0.0, False, False, {}
+
+
+def test_chosen_an_environment_with_a_set_of_data_is_warned_of_and_not_saved_unless_it_is_constant(monkeypatch):
+    monkeypatch.setattr(parts_of_env, "MOST_BYTES", 2**23 - 1)
+    env = ResumableEnv(WithData(), by="auto")
+    env.reset(seed=0)
+    with pytest.warns(UserWarning, match=r"would hold 8 MB of .* in WithData\.data\. .*by=.auto., constant=\[.data"):
+        assert env.get_resume_state() is None
+    monkeypatch.setattr(parts_of_env, "MOST_BYTES", 2**23 + 1000)
+    for kwargs in ({"by": "auto"}, {"by": "state"}):
+        env = ResumableEnv(WithData(), **kwargs)
+        env.reset(seed=0)
+        assert env.get_resume_state() is not None
+        monkeypatch.setattr(parts_of_env, "MOST_BYTES", 2**23 - 1)
+    env = ResumableEnv(WithData(), by="auto", constant=["data", "same"])
+    env.reset(seed=0)
+    assert env.get_resume_state() is not None
+
+
+class LateFile(Simulated):
+    """Gets an attribute that cannot be saved in its third episode."""
+
+    def __init__(self):
+        self.n_episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        self.n_episodes += 1
+        gym.Env.reset(self, seed=seed)
+        self.n_steps = 0
+        self.position = self.np_random.normal(size=2)
+        return self.position.copy(), {}
+
+    def step(self, action):
+        self.n_steps += 1
+        if self.n_episodes >= 3:
+            self.file = iter("abc")
+        self.position = 0.9 * self.position + action + 0.1 * self.noise()
+        return self.position.copy(), float(self.position.sum()), self.n_steps >= self.length, False, {}
+
+
+def test_chosen_an_environment_that_cannot_be_saved_later_is_replayed_from_its_next_episode_on():
+    env, other = (ResumableEnv(LateFile(), by="auto") for _ in range(2))
+    env.reset(seed=0)
+    other.reset(seed=1)
+    outputs(env, drawn(env, 12))
+    assert env.get_resume_state()
+    outputs(env, drawn(env, 10))
+    with pytest.warns(UserWarning, match=r"is saved from its next episode on only: LateFile\.file is a"):
+        assert env.get_resume_state() is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert env.get_resume_state() is None
+        outputs(env, drawn(env, 10))
+        state = env.get_resume_state()
+    assert env.why_not_resumable() == ""
+    other.set_resume_state(state)
+    np.testing.assert_equal(outputs(other, drawn(env, 20)), outputs(env, drawn(env, 20)))
+
+
+def test_chosen_such_an_environment_is_proven_by_replay_when_training_goes_on(tmp_path):
+    model = model_of(LateFile, **AUTO)
+    with pytest.warns(UserWarning, match="is saved from its next episode on only"):
+        model.learn(64, TrainingCheckpoint(10_000, tmp_path / "first"))
+    model.learn(32, TrainingCheckpoint(10_000, tmp_path / "second"), reset_num_timesteps=False)
+    assert all(recorder_in(chain_of(env)) is not None for env in model.env.unwrapped.envs)
+    assert None not in model.env.env_method("get_resume_state")
