@@ -120,7 +120,7 @@ def how_to_go_on(folder: Path, gym_packages: Sequence[str]) -> str:
     flags = ["--gym-packages", *gym_packages] if unknown else []
     try:
         read_run(folder, False, gym_packages)
-        PPOPlus.load(folder / f"{_inner_folder(folder).name}.zip", device="cpu", trusted=False)
+        PPOPlus.load(folder / f"{_inner_folder(folder).name}.zip", device="cpu", trusted=False, verbose=0)
     except UntrustedFileError:
         flags = ["--trust"]
     except CheckpointError as error:

@@ -36,7 +36,7 @@ def stopped(tmp_path_factory):
     before = Path.cwd()
     os.chdir(folder)
     try:
-        zoo.main(training(ENV, 4))
+        zoo.main(training(ENV, 4, verbose=1))
         shutil.rmtree(checkpoint_directories(RUN / "checkpoints")[0])
         (RUN / f"{ENV}.zip").unlink()
     finally:
@@ -206,10 +206,11 @@ def test_monitor_files_go_on_where_the_rl_zoo_gives_them_arguments(is_robotics, 
     assert "is_success" in (run / "0.monitor.csv").read_text()
 
 
-def test_the_command_that_goes_on_has_the_flags_that_the_run_needs():
+def test_the_command_that_goes_on_has_the_flags_that_the_run_needs(capsys):
     shutil.copy(RUN / "best_model.zip", RUN / f"{ENV}.zip")
     command = f"To go on: python -m sb3_ppo_plus.zoo resume {RUN}"
     assert how_to_go_on(RUN, ["minigrid"]) == command
+    assert capsys.readouterr().out == ""
     assert how_to_go_on(RUN, ["my_envs"]) == f"{command} --gym-packages my_envs"
     config(callback="my_envs.Callback")
     assert how_to_go_on(RUN, ["my_envs"]) == f"{command} --trust"
