@@ -51,10 +51,15 @@ def main(arguments: list[str]) -> None:
     :raises SystemExit: if there is no run, or after the table, if a run could not be evaluated
     """
     args = _parser().parse_args(arguments)
-    runs = [run for run in find_runs(Path(args.log_dir)) if args.trust or run.algo == ALGO]
-    n_left_out = len(find_runs(Path(args.log_dir))) - len(runs)
-    if n_left_out:
-        print(f"{n_left_out} runs of other algorithms than {ALGO} are left out: only --trust loads their models")
+    found = find_runs(Path(args.log_dir))
+    loadable = [run for run in found if args.trust or run.algo == ALGO]
+    if len(loadable) < len(found):
+        n_others = len(found) - len(loadable)
+        print(f"{n_others} runs of other algorithms than {ALGO} are left out: only --trust loads their models")
+    runs = [run for run in loadable if any(run.folder.glob("*.zip"))]
+    if len(runs) < len(loadable):
+        n_without = len(loadable) - len(runs)
+        print(f"{n_without} runs have no model: killed ones get it by resume, searches (-optimize) make none")
     if not runs:
         raise SystemExit(f"{args.log_dir} holds no run of {ALGO} that could be evaluated")
     rows, failures = [], []

@@ -105,6 +105,15 @@ def test_a_run_that_cannot_be_evaluated_is_named_and_the_others_are_in_the_table
     assert [row["env_id"] for row in table()[1]] == [ENVS[1]]
 
 
+def test_folders_without_a_model_are_named_and_are_no_failure(folder, capsys):
+    for number in (2, 3):
+        (folder / f"{ENVS[0]}_{number}").mkdir()
+        (folder / f"{ENVS[0]}_{number}/0.monitor.csv").write_text('#{"t_start": 0.0}\nr,l,t\n')
+    zoo.main(BENCHMARK)
+    assert "2 runs have no model: killed ones get it by resume" in capsys.readouterr().out
+    assert [row["env_id"] for row in table()[1]] == list(ENVS)
+
+
 def test_too_few_steps_for_an_episode_are_named(folder):
     with pytest.raises(SystemExit, match=f"{ENVS[1]}_1: ValueError: no episode ended in 50 steps"):
         zoo.main([*BENCHMARK, "-n", "50"])
