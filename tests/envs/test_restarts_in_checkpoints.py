@@ -116,7 +116,7 @@ def test_a_worker_that_dies_between_two_questions_of_a_checkpoint_is_asked_both_
     def ask_then_kill(name, *args, **kwargs):
         answers = ask(name, *args, **kwargs)
         asked.append(name)
-        if asked.count("get_resume_state") == 1 and name == "get_resume_state":
+        if asked.count("get_resume_state_or_tell") == 1 and name == "get_resume_state_or_tell":
             env.processes[0].kill()
             env.processes[0].join()
         return answers
