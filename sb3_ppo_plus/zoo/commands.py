@@ -12,7 +12,7 @@ from typing import Any
 from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.zoo.hyperparams import ALGO, hyperparams_file, import_optional
 from sb3_ppo_plus.zoo.parser import ZooParser, argparse_with
-from sb3_ppo_plus.zoo.registration import register, with_members
+from sb3_ppo_plus.zoo.registration import hint_at_missing_model, register, with_members
 
 PROG = "python -m sb3_ppo_plus.zoo"
 
@@ -97,6 +97,11 @@ def _in_our_way(command: str, module: ModuleType, trusted: bool, algo: str | Non
             yield
     except UntrustedFileError as error:
         raise SystemExit(f"{error}\nWith --trust, enjoy runs whatever code the log folder holds.") from error
+    except ValueError as error:
+        hint = hint_at_missing_model(error)
+        if not hint:
+            raise
+        raise SystemExit(f"{error}{hint}") from error
 
 
 def _with_defaults(command: str, arguments: Sequence[str]) -> list[str]:

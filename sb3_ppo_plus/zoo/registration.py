@@ -40,6 +40,19 @@ def with_members(module: Any, members: dict[str, Any]) -> Iterator[None]:  # noq
             setattr(module, name, original)
 
 
+def hint_at_missing_model(error: Exception) -> str:
+    """Say what to do about the RL Zoo's error that a run has no model.
+
+    :param error: An error of the RL Zoo's ``get_model_path``, or any other.
+    :return: Another line of the message; empty if the error is about something else.
+    """
+    if not str(error).startswith(("No model found", "No checkpoint found")):
+        return ""
+    return (
+        "\nA run that was ended has no final model yet: `resume RUN_FOLDER` goes on with it. --load-best may find one"
+    )
+
+
 def _let_schedules_through(exp_manager: ModuleType) -> None:
     """Have ``ExperimentManager`` leave PPOPlus's schedules alone; other algorithms are preprocessed as before.
 

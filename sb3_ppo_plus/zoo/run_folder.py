@@ -23,7 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.zoo.enjoy import enjoying_without_trust
 from sb3_ppo_plus.zoo.hyperparams import ALGO, import_optional
-from sb3_ppo_plus.zoo.registration import register
+from sb3_ppo_plus.zoo.registration import hint_at_missing_model, register
 
 #: The RL Zoo's algorithms with a replay buffer, which a model that only acts does not need
 _OFF_POLICY = ("qrdqn", "dqn", "ddpg", "sac", "her", "td3", "tqc")
@@ -182,7 +182,7 @@ def find_run(args: argparse.Namespace, run_folder: Path | None = None) -> Run:
         else:
             prefix, model_path, folder = f"{args.algo}-{name}", run_folder / f"{name}.zip", str(run_folder)
     except (AssertionError, ValueError) as error:
-        raise SystemExit(str(error)) from error
+        raise SystemExit(f"{error}{hint_at_missing_model(error)}") from error
     parameters = os.path.join(folder, name)
     with _readers(args.trust) as readers:
         hyperparams, stats_path = readers.get_saved_hyperparams(parameters, test_mode=True)

@@ -101,3 +101,12 @@ def test_tracking_without_its_package_names_the_extra(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find_spec(name))
     assert "it comes with the extra [track]" in error_of(["train", "--track"], capsys)
+
+
+@pytest.mark.parametrize("command", ["enjoy", "record"])
+@pytest.mark.parametrize("flags", [[], ["--load-last-checkpoint"]])
+def test_a_run_without_a_model_names_resume(command, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "logs/ppo_plus/CartPole-v1_1/CartPole-v1").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"(?s)No .* found for ppo_plus on CartPole-v1.*`resume RUN_FOLDER`"):
+        zoo.main([command, *flags])
