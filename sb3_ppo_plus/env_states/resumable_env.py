@@ -346,8 +346,9 @@ class ResumableEnv(gym.Wrapper[Any, Any, Any, Any], gym.utils.RecordConstructorA
             finding = find_flaw(self, self.resumable_layers(), shared, max_seconds)
         finally:
             self._is_proving = False
-        if finding is None and self._too_slow():
-            self._give_up(self._too_slow())
+        reason = self._too_slow() if finding is None else ""
+        if reason:
+            self._give_up(reason)
             return Finding(False, f"{self._given_up}. At a resume its episodes begin anew")
         if finding is None or not finding.is_error or self.by != "auto":
             return finding

@@ -131,16 +131,19 @@ class TrainingCheckpoint(BaseCallback):
 
     def _keep_signals_from_workers(self) -> None:
         """Keep them from those of evaluations too: a checkpoint holds their state."""
-        evaluated = [env for env in eval_envs_of(self._ppo_plus._current_run.callback) if isinstance(env, VecEnv)]
-        bases = {id(base_of(env)): env for env in (self.training_env, *evaluated)}
+        bases = {id(base_of(env)): env for env in (self.training_env, *self._evaluation_envs())}
         for env in bases.values():
             keep_signals_from_workers(env)
 
     def _prove_evaluations(self) -> None:
-        for env in eval_envs_of(self._callbacks):
-            if isinstance(env, VecEnv) and env is not self.training_env:
-                while prove_envs(env, "evaluation environment"):
-                    env.reset()
+        for env in self._evaluation_envs():
+            while prove_envs(env, "evaluation environment"):
+                env.reset()
+
+    def _evaluation_envs(self) -> list[VecEnv]:
+        run: Run = self._ppo_plus._current_run
+        envs = eval_envs_of(run.callback)
+        return [env for env in envs if isinstance(env, VecEnv) and env is not self.training_env]
 
     def _new_writer(self) -> CheckpointWriter:
         return CheckpointWriter(self.save_path, self.keep_last, self.keep_best, self._note_written)

@@ -21,17 +21,10 @@ _NOT_PYTHON = {"true": "True", "false": "False", "null": "None", "none": "None"}
 
 
 class TrainParser(ZooParser):
-    """The parser of ``train`` with PPOPlus, which the RL Zoo gives its own flags."""
+    """The parser of ``train`` with PPOPlus, to which the RL Zoo adds its own flags."""
 
-    def parse_args(  # type: ignore[override]  # the same
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        """Parse the command line with PPOPlus's flags.
-
-        :param args: the flags; None: those of the command line
-        :param namespace: what gets the values; None: a new one
-        :raises SystemExit: for a flag that does not exist, or a value that is not allowed
-        """
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         group = self.add_argument_group("PPOPlus", "so that `resume RUN_FOLDER` can go on with a run that was ended")
         group.add_argument(
             "--checkpoint-freq",
@@ -42,6 +35,16 @@ class TrainParser(ZooParser):
             "(default: %(default)s)",
         )
         group.add_argument("--no-checkpoint", action="store_true", help="write none, and only the RL Zoo's files")
+
+    def parse_args(  # type: ignore[override]  # the same
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> argparse.Namespace:
+        """Parse the command line.
+
+        :param args: the flags; None: those of the command line
+        :param namespace: what gets the values; None: a new one
+        :raises SystemExit: for a flag that does not exist, or a value that is not allowed
+        """
         parsed = super().parse_args(args, namespace)
         if parsed.checkpoint_freq < 1:
             self.error(
@@ -54,20 +57,12 @@ class TrainParser(ZooParser):
 
 
 class EnjoyParser(ZooParser):
-    """The parser of ``enjoy``, which the RL Zoo gives its own flags."""
+    """The parser of ``enjoy``, to which the RL Zoo adds its own flags. ``--trust`` was taken out already."""
 
-    def parse_args(  # type: ignore[override]  # the same
-        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
-    ) -> argparse.Namespace:
-        """Parse the command line, from which ``--trust`` was taken out already.
-
-        :param args: the flags; None: those of the command line
-        :param namespace: what gets the values; None: a new one
-        :raises SystemExit: for a flag that does not exist
-        """
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         help_of_trust = "run whatever code the log folder holds or names, as the RL Zoo does"
         self.add_argument_group("PPOPlus").add_argument("--trust", action="store_true", help=help_of_trust)
-        return super().parse_args(args, namespace)
 
 
 class StorePlainDict(StoreDict):

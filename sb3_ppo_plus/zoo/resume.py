@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -275,15 +275,15 @@ def _begin_when_free(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any
 @contextmanager
 def _tracking_on(run: InterruptedRun) -> Iterator[None]:
     """Have Weights & Biases go on with the run's own record."""
+    if run.description["wandb"] is None:
+        yield
+        return
     names = {"WANDB_RUN_ID": run.description["wandb"], "WANDB_RESUME": "allow"}
-    added = [] if names["WANDB_RUN_ID"] is None else [name for name in names if name not in os.environ]
+    added = [name for name in names if name not in os.environ]
+    wandb = import_optional("wandb", "track")
     os.environ.update({name: names[name] for name in added})
-    replaced: Any = nullcontext()
-    if names["WANDB_RUN_ID"] is not None:
-        wandb = import_optional("wandb", "track")
-        replaced = with_members(wandb, {"init": functools.partial(_begin_when_free, wandb.init)})
     try:
-        with replaced:
+        with with_members(wandb, {"init": functools.partial(_begin_when_free, wandb.init)}):
             yield
     finally:
         for name in added:
