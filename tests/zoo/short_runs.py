@@ -1,7 +1,6 @@
 """Short runs of the zoo for tests of commands that read log folders."""
 
-import os
-from pathlib import Path
+from contextlib import chdir
 
 from sb3_ppo_plus import zoo
 
@@ -10,13 +9,9 @@ SMALL = ("n_steps:32", "batch_size:32", "n_epochs:1", "n_envs:2")
 
 def train(folder, env_id, *flags, n_steps=128, settings=()):
     """Train in ``folder`` as the shell would, and return the run's folder there."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with chdir(folder):
         common = ["--env", env_id, "-n", str(n_steps), "--device", "cpu"]
         zoo.main(["train", *common, "--eval-freq", "32", "--eval-episodes", "2", *flags, "-params", *SMALL, *settings])
-    finally:
-        os.chdir(before)
     return max(folder.glob(f"logs/ppo_plus/{env_id.replace('/', '-')}_*"), key=lambda path: path.stat().st_mtime_ns)
 
 

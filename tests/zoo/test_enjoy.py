@@ -1,8 +1,8 @@
 """``enjoy`` runs nothing that a log folder holds or names, unless it is told to trust it."""
 
 import json
-import os
 import pickle
+from contextlib import chdir
 from pathlib import Path
 
 import gymnasium as gym
@@ -25,15 +25,11 @@ ENJOY = ["enjoy", "--env", ENV, "--device", "cpu", "--no-render", "-n", "20"]
 def run(tmp_path_factory):
     """The log folder of a short training run with a normaliser."""
     folder = tmp_path_factory.mktemp("run")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with chdir(folder):
         small = ["-params", "n_steps:16", "n_envs:2", "batch_size:16", "n_epochs:1"]
         zoo.main(
             ["train", "--env", ENV, "-n", "64", "--eval-freq", "32", "--eval-episodes", "1", "--device", "cpu", *small]
         )
-    finally:
-        os.chdir(before)
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

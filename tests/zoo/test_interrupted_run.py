@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import warnings
+from contextlib import chdir
 from pathlib import Path
 
 import gymnasium as gym
@@ -33,14 +34,10 @@ TOTAL = 4 * ROLLOUT
 def stopped(tmp_path_factory):
     """The folder of a run whose newest checkpoint and final model are gone."""
     folder = tmp_path_factory.mktemp("run")
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with chdir(folder):
         zoo.main(training(ENV, 4, verbose=1))
         shutil.rmtree(checkpoint_directories(RUN / "checkpoints")[0])
         (RUN / f"{ENV}.zip").unlink()
-    finally:
-        os.chdir(before)
     return folder
 
 
