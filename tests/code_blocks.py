@@ -3,6 +3,7 @@
 The blocks of a page share a folder, and nothing else. What is cut short, and what is not run, is in the tables here.
 """
 
+import os
 import re
 import runpy
 import shlex
@@ -81,9 +82,8 @@ def run_command(words, monkeypatch):
     if words[0] == "export":
         name, _, value = words[1].partition("=")
         monkeypatch.setenv(name, value)
-        if "wandb" in sys.modules:
-            # It has read the variables of a process that, for the reader, is another one
-            sys.modules["wandb"].teardown()
+        # It has read the variables of a process that, for the reader, is another one
+        end_wandb()
         return
     assert words[:2] == ["python", "-m"], f"no rule for {shlex.join(words)}"
     arguments = list(words[3:])
@@ -96,6 +96,13 @@ def run_command(words, monkeypatch):
         runpy.run_module(words[2], run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         assert stop.code in (None, 0), f"{shlex.join(words)}: {stop.code}"
+
+
+def end_wandb():
+    """End the service of Weights & Biases. Processes that are started later would use it, and find their runs in it."""
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].teardown()
+    assert "WANDB_SERVICE" not in os.environ
 
 
 def shorten_rollouts(monkeypatch):
@@ -113,15 +120,21 @@ def run_page(page, folder, monkeypatch):
     """Run all blocks of a page in a folder; return the globals of each block of Python."""
     monkeypatch.chdir(folder)
     shorten_rollouts(monkeypatch)
-    results = []
-    for block in blocks_of(page):
-        if block.language == "python":
-            results.append(run_python(block, folder, page))
-        elif block.language == "bash":
-            for words in commands_of(block):
-                if is_run(words):
-                    run_command(words, monkeypatch)
-    return results
+    try:
+        return [result for block in blocks_of(page) for result in run_block(block, folder, page, monkeypatch)]
+    finally:
+        end_wandb()
+
+
+def run_block(block, folder, page, monkeypatch):
+    """Run a block; return the globals of a block of Python, as a list of one."""
+    if block.language == "python":
+        return [run_python(block, folder, page)]
+    if block.language == "bash":
+        for words in commands_of(block):
+            if is_run(words):
+                run_command(words, monkeypatch)
+    return []
 
 
 def pages():

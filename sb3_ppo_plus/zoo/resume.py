@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,11 @@ from sb3_ppo_plus.errors import CheckpointError, UntrustedFileError
 from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resuming.resume import load_checkpoint
 from sb3_ppo_plus.zoo.enjoy import saving_statistics_twice
-from sb3_ppo_plus.zoo.hyperparams import import_optional
 from sb3_ppo_plus.zoo.interrupted_run import InterruptedRun, read_run
 from sb3_ppo_plus.zoo.parser import ZooParser, argparse_with
 from sb3_ppo_plus.zoo.registration import register, with_members
 from sb3_ppo_plus.zoo.train import CheckpointedExperiment
 
-# How long a run that was killed may hold its record of Weights & Biases
-MAX_SECONDS_OF_SERVICE = 60.0
 # Lines above the rows of a monitor.csv
 N_HEADER_LINES = 2
 
@@ -260,18 +256,6 @@ def _run(run: InterruptedRun, given: argparse.Namespace) -> None:
         rl_zoo3.train.train()
 
 
-def _begin_when_free(init: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401  # as wandb.init
-    """Begin a record. The service of a run that was killed outlives it for some seconds, and holds the record."""
-    until = time.monotonic() + MAX_SECONDS_OF_SERVICE
-    while True:
-        try:
-            return init(*args, **kwargs)
-        except Exception as error:
-            if "is in use" not in str(error) or time.monotonic() > until:
-                raise
-            time.sleep(1.0)
-
-
 @contextmanager
 def _tracking_on(run: InterruptedRun) -> Iterator[None]:
     """Have Weights & Biases go on with the run's own record."""
@@ -280,11 +264,9 @@ def _tracking_on(run: InterruptedRun) -> Iterator[None]:
         return
     names = {"WANDB_RUN_ID": run.description["wandb"], "WANDB_RESUME": "allow"}
     added = [name for name in names if name not in os.environ]
-    wandb = import_optional("wandb", "track")
     os.environ.update({name: names[name] for name in added})
     try:
-        with with_members(wandb, {"init": functools.partial(_begin_when_free, wandb.init)}):
-            yield
+        yield
     finally:
         for name in added:
             del os.environ[name]

@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from zoo_runs import killed_in, results_of, training, zoo_in
 
-from sb3_ppo_plus.zoo import resume
-
 KILLED_AT = 340
 
 
@@ -27,22 +25,3 @@ def test_a_tracked_run_is_recorded_and_a_resumed_one_goes_on_in_its_record(tmp_p
     assert all(any(Path(record).glob(f"run-{run_id}.wandb")) for record in records)
     # The logs that it reads are those of TensorBoard, in one folder
     assert len({path.parent for path in (tmp_path / "runs").rglob("*tfevents*")}) == 1
-
-
-@pytest.mark.parametrize(("message", "n_tries"), [("run ID abc is in use", 3), ("no network", 1)])
-def test_the_record_of_a_killed_run_is_waited_for(monkeypatch, message, n_tries):
-    monkeypatch.setattr(resume.time, "sleep", lambda _: None)
-    tries = []
-
-    def init(**kwargs):
-        tries.append(kwargs)
-        if len(tries) < 3:
-            raise RuntimeError(message)
-        return "record"
-
-    if n_tries == 3:
-        assert resume._begin_when_free(init, name="run") == "record"
-    else:
-        with pytest.raises(RuntimeError, match=message):
-            resume._begin_when_free(init, name="run")
-    assert tries == [{"name": "run"}] * n_tries
