@@ -64,6 +64,7 @@ _KINDS = {
     "max_skipped": _INTEGER,
     "worker_timeout": _Kind((Real, type(None)), "a number or None"),
     "restart_workers": _INTEGER,
+    "micro_batches": _INTEGER,
 }
 
 
@@ -137,6 +138,8 @@ def check_ranges(algorithm: object) -> None:
         ("_stats_window_size", "at least 1", lambda value: value >= 1),
         ("max_skipped", "at least 0", lambda value: value >= 0),
         ("restart_workers", "at least 0", lambda value: value >= 0),
+        ("micro_batches", "at least 1", lambda value: value >= 1),
+        ("distributed", 'False, True or "exact"', lambda value: isinstance(value, bool) or value == "exact"),
         ("worker_timeout", "None or a finite number above 0", lambda value: value is None or 0 < value < math.inf),
         ("max_grad_norm", "at least 0", lambda value: value >= 0),
         ("target_kl", "None or above 0", lambda value: value is None or value > 0),

@@ -20,7 +20,8 @@ ARGUMENTS = (
     *("clip_range", "clip_range_vf", "normalize_advantage", "ent_coef", "vf_coef", "max_grad_norm", "target_kl"),
     *("use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs", "_stats_window_size"),
     *("tensorboard_log", "verbose", "seed", "critic_learning_rate", "pessimistic_value_clip", "action_masking"),
-    *("amp", "compile", "on_non_finite", "max_skipped", "worker_timeout", "restart_workers"),
+    *("amp", "compile", "on_non_finite", "max_skipped", "worker_timeout", "restart_workers", "micro_batches"),
+    "distributed",
 )
 """The constructor's arguments, as given or as SB3 keeps them. Saved with the model, and in its plain description."""
 
@@ -46,7 +47,7 @@ FLAGS = ("_built_for_masks", "_was_given_masks")
 """True or False, or None before it is known. Saved with the model, and in its plain description."""
 
 RUNTIME = (
-    *("_coefficients", "_execution", "_mask_use", "_current_run", "last_checkpoint"),
+    *("_coefficients", "_execution", "_mask_use", "_parts", "_joins", "_current_run", "last_checkpoint"),
     *("policy", "device", "env", "rollout_buffer", "_vec_normalize_env", "_logger", "_custom_logger"),
 )
 """Objects that a model works with. Not saved: ``_setup_model``, ``learn`` or ``resume`` makes them again."""
@@ -82,14 +83,17 @@ class PlusModel(Protocol):
     compile: bool | dict[str, Any]
     critic_learning_rate: Any
     device: th.device
+    distributed: bool | str
     ent_coef: Any
     ep_info_buffer: Any
+    ep_success_buffer: Any
     env: VecEnv | None
     last_checkpoint: str | None
     learning_rate: Any
     lr_schedule: Schedule
     max_grad_norm: float
     max_skipped: int
+    micro_batches: int
     n_envs: int
     n_steps: int
     normalize_advantage: bool
@@ -99,12 +103,14 @@ class PlusModel(Protocol):
     pessimistic_value_clip: bool
     policy: ActorCriticPolicy
     policy_class: Any
+    policy_kwargs: dict[str, Any]
     restart_workers: int
     rollout_buffer: RolloutBuffer
     rollout_buffer_class: type[RolloutBuffer] | None
     seed: int | None
     start_time: float
     target_kl: float | None
+    tensorboard_log: str | None
     verbose: int
     vf_coef: Any
     worker_timeout: float | None
@@ -117,18 +123,28 @@ class PlusModel(Protocol):
     _last_obs: Any
     _last_original_obs: Any
     _last_states: Any
+    _log_interval: int | None
     _n_iterations: int
     _n_updates: int
     _num_timesteps_at_start: int
+    _parts: Any
     _skipped_in_a_row: int
     _skipped_steps: int
+    _tb_log_name: str
     _total_timesteps: int
     _vec_normalize_env: VecNormalize | None
     _was_given_masks: bool
 
     @property
+    def needs_masks(self) -> bool:
+        """Whether the model was trained with masks that the observations do not hold."""
+
+    @property
     def logger(self) -> Logger:
         """SB3's logger."""
+
+    def _update_info_buffer(self, infos: list[dict[str, Any]], dones: Any = None) -> None:  # noqa: ANN401  # an array
+        """Note the episodes that a step has ended."""
 
     def _setup_lr_schedule(self) -> None:
         """Make ``lr_schedule`` from ``learning_rate``."""

@@ -28,6 +28,8 @@ class RolloutBatch:
     :param advantages: GAE(lambda) estimates, shape (batch,)
     :param returns: TD(lambda) targets of the value function, shape (batch,)
     :param valid: False where a minibatch is padded, shape (batch,); None: nothing is padded
+    :param weights: weight of each transition in the mean over a minibatch of which these are a part, shape (batch,);
+        None: the batch is a whole minibatch, in which all weigh the same
     :param context: further keyword arguments of the policy, such as action_masks: tensors of shape (batch, ...)
     :param states: a memory's states at the start of each sequence of the rollout, shape (n_layers, n_sequences, ...)
     :param sequence_of: index of the sequence of each transition of a rollout, int64, shape (batch,)
@@ -40,6 +42,7 @@ class RolloutBatch:
     advantages: th.Tensor
     returns: th.Tensor
     valid: th.Tensor | None = None
+    weights: th.Tensor | None = None
     context: dict[str, Any] = field(default_factory=dict)
     states: RNNStates | None = None
     sequence_of: th.Tensor | None = None
@@ -67,6 +70,7 @@ class RolloutBatch:
             advantages=_rows(self.advantages, indices),
             returns=_rows(self.returns, indices),
             valid=None if self.valid is None else _rows(self.valid, indices),
+            weights=None if self.weights is None else _rows(self.weights, indices),
             context={name: _rows(tensor, indices) for name, tensor in self.context.items()},
         )
 
@@ -75,11 +79,11 @@ class RolloutBatch:
         flat = indices.flatten()
         batch = self.select(flat.clamp(min=0))
         sequences = self.sequence_of[indices[:, 0]]
-        return replace(
-            batch,
-            valid=None if self.valid is None else flat >= 0,
-            context={**batch.context, "states": tree_map(lambda part: part[:, sequences], self.states)},
-        )
+        context = {**batch.context, "states": tree_map(lambda part: part[:, sequences], self.states)}
+        if self.weights is not None:
+            # Padding holds some transition of the process. Where it began an episode would decide how sequences are cut
+            context["episode_starts"] = context["episode_starts"] & (flat >= 0)
+        return replace(batch, valid=None if self.valid is None else flat >= 0, context=context)
 
 
 def _rows(tensor: th.Tensor, indices: th.Tensor | slice) -> th.Tensor:
@@ -248,36 +252,49 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         """
         rollout = self.rollout()
         if self.sequence_length is not None:
-            sequences = self._sequence_indices()
+            sequences = self.indices_of_part()
             indices = sequences[np.random.permutation(len(sequences))]
             for batch_indices in th.split(th.from_numpy(indices).to(self.device), batch_size // self.sequence_length):
                 yield Minibatch(rollout, batch_indices)
             return
-        indices = np.random.permutation(self.buffer_size * self.n_envs)
-        if not self.generator_ready:
-            # SB3 numbers the transitions env by env. The arrays hold them step by step, until SB3's get reorders them
-            indices = indices % self.buffer_size * self.n_envs + indices // self.buffer_size
+        indices = self._where_stored(np.random.permutation(self.buffer_size * self.n_envs))
         for batch_indices in th.split(th.from_numpy(indices).to(self.device), batch_size):
             yield Minibatch(rollout, batch_indices)
 
-    def _sequence_indices(self) -> np.ndarray:
-        """Return the indices of each sequence's transitions, shape (n_sequences, sequence_length); -1 is padding."""
-        assert self.sequence_length is not None
+    def _where_stored(self, numbers: np.ndarray) -> np.ndarray:
+        # SB3 numbers the transitions env by env. The arrays hold them step by step, until SB3's get reorders them
+        if not self.generator_ready:
+            numbers = numbers % self.buffer_size * self.n_envs + numbers // self.buffer_size
+        return numbers
+
+    def indices_of_part(self, part: int = 0, n_parts: int = 1) -> np.ndarray:
+        """Return indices for :meth:`RolloutBatch.select` of what a part of the environments has done.
+
+        :param part: number of the part; each has equally many environments
+        :param n_parts: number of parts
+        :return: int64, shape (n_transitions,), or (n_sequences, sequence_length), where -1 is padding
+        """
+        size = self.n_envs // n_parts
+        envs = np.arange(part * size, (part + 1) * size).reshape(-1, 1)
+        if self.sequence_length is None:
+            numbers: np.ndarray = (envs * self.buffer_size + np.arange(self.buffer_size)).flatten()
+            return self._where_stored(numbers)
         n_sequences = -(-self.buffer_size // self.sequence_length)
         steps = np.arange(n_sequences * self.sequence_length).reshape(n_sequences, 1, -1)
-        envs = np.arange(self.n_envs).reshape(-1, 1)
         flat = envs * self.buffer_size + steps if self.generator_ready else steps * self.n_envs + envs
         return np.where(steps < self.buffer_size, flat, -1).reshape(-1, self.sequence_length)
 
-    def in_order(self, batch_size: int) -> tuple[th.Tensor, ...]:
-        """Return indices for :meth:`RolloutBatch.select`: all transitions or sequences, in their order.
+    def in_order(self, batch_size: int, part: int = 0, n_parts: int = 1) -> tuple[th.Tensor, ...]:
+        """Return indices for :meth:`RolloutBatch.select`: all transitions or sequences of a part, in their order.
 
-        :param batch_size: transitions per minibatch
+        :param batch_size: transitions of the part in each minibatch
+        :param part: see :meth:`indices_of_part`
+        :param n_parts: see :meth:`indices_of_part`
         """
-        if self.sequence_length is None:
-            return th.split(th.arange(self.buffer_size * self.n_envs, device=self.device), batch_size)
-        sequences = th.from_numpy(self._sequence_indices()).to(self.device)
-        return th.split(sequences, batch_size // self.sequence_length)
+        indices = self.indices_of_part(part, n_parts)
+        if self.sequence_length is None and n_parts == 1:
+            indices = np.arange(len(indices))
+        return th.split(th.from_numpy(indices).to(self.device), batch_size // (self.sequence_length or 1))
 
     def _flat(self, array: np.ndarray) -> np.ndarray:
         """Join the axes of steps and envs, unless SB3's ``get`` has joined them already."""

@@ -41,3 +41,7 @@ class ResumeProofError(CheckpointError):
 
 class ReplayError(ValueError):
     """The replay of an episode had another outcome than the episode itself, so the environment cannot go on."""
+
+
+class RankFailedError(RuntimeError):
+    """Training in several processes has ended, since another one of them has failed, or is gone."""

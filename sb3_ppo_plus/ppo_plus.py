@@ -23,28 +23,29 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus import attributes
 from sb3_ppo_plus.argument_checks import check_ranges, check_types, helps_with_keywords
-from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, plus_buffer_class
+from sb3_ppo_plus.buffers import plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
+from sb3_ppo_plus.distributed.first_rank import share_out_work, take_work_back
+from sb3_ppo_plus.distributed.training import device_of_process, make_parts, training_together
 from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
-from sb3_ppo_plus.fast.execution import Execution
-from sb3_ppo_plus.fast.graphs import inductor_options
+from sb3_ppo_plus.fast.execution import Execution, check_execution
 from sb3_ppo_plus.masking.evaluation import MaskedPredictor, evaluate_with_masks, evaluate_without_masks
 from sb3_ppo_plus.masking.usage import MaskUse
 from sb3_ppo_plus.policies.actor_critic import PLUS_POLICY_OF, POLICY_ALIASES, MlpPolicy, predict_with_masks
-from sb3_ppo_plus.policies.bounded_distributions import SquashedGaussianDistribution, explaining_infinite_bounds
+from sb3_ppo_plus.policies.bounded_distributions import explaining_infinite_bounds
 from sb3_ppo_plus.policies.bounds import env_actions
-from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, explaining_dict_keys, resolve_policy_kwargs
+from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, explaining_dict_keys, resolving_policy_kwargs
 from sb3_ppo_plus.policies.remembering import set_sequence_length
-from sb3_ppo_plus.resuming.resume import Continuation, load_checkpoint, warn_of_a_finished_run
-from sb3_ppo_plus.resuming.run import Run, as_callbacks
+from sb3_ppo_plus.resuming.resume import arguments_to_continue, load_checkpoint
+from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.rollout.values import RolloutValues
 from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_named_by_package, write_model
 from sb3_ppo_plus.saving.plain_file import is_without_pickles
 from sb3_ppo_plus.saving.untrusted_model import load_without_trust, read_parameters
 from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
-from sb3_ppo_plus.update.epochs import log_update, run_epochs
-from sb3_ppo_plus.update.gradient_step import Objective, check_amp, recompute_log_prob, resolve_amp
+from sb3_ppo_plus.update.epochs import log_update, minibatches_of, run_epochs
+from sb3_ppo_plus.update.gradient_step import Objective, recompute_log_prob
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.non_finite import check_epsilon, count_skipped_steps
 
@@ -80,6 +81,11 @@ class PPOPlus(PPO):
     :param worker_timeout: seconds in which a worker of a SubprocVecEnv must answer during ``learn``, but at least 300
         where it builds its environment; None: no limit
     :param restart_workers: how many hanging or dead workers of the training environment one ``learn`` may start anew
+    :param micro_batches: add the gradient of a minibatch from so many parts, each of an equal share of the
+        environments. They act and are evaluated one after another, which takes less memory. 1: SB3's minibatches
+    :param distributed: True: train with the other processes that torchrun or Ray Train has started. ``env`` holds the
+        environments of this process; ``batch_size`` and numbers of timesteps are of all. "exact": slower, with the bits
+        of one process that has all environments, and a micro-batch for each process
     :raises ValueError: for a value that is not allowed, before the first environment step
     :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
     """
@@ -127,22 +133,21 @@ class PPOPlus(PPO):
         max_skipped: int = 10,
         worker_timeout: float | None = None,
         restart_workers: int = 0,
+        micro_batches: int = 1,
+        distributed: bool | str = False,
     ) -> None:
         given = check_types(locals())
-        self.critic_learning_rate = critic_learning_rate
-        self.pessimistic_value_clip = pessimistic_value_clip
-        self.action_masking = action_masking
-        self.amp = amp
-        self.compile = compile
-        self.on_non_finite = on_non_finite
-        self.max_skipped = max_skipped
+        self.critic_learning_rate, self.pessimistic_value_clip = critic_learning_rate, pessimistic_value_clip
+        self.action_masking, self.amp, self.compile = action_masking, amp, compile
+        self.on_non_finite, self.max_skipped = on_non_finite, max_skipped
         self.worker_timeout, self.restart_workers = worker_timeout, restart_workers
+        self.micro_batches, self.distributed, self._joins = micro_batches, distributed, _init_setup_model
+        given["device"] = device_of_process(distributed, device)
         self._skipped_steps = self._skipped_in_a_row = 0
         self.last_checkpoint: str | None = None
         """Directory of the checkpoint that was last written or resumed."""
         self._log_interval: int | None = 1
-        self._n_iterations = 0
-        self._tb_log_name = "PPOPlus"
+        self._n_iterations, self._tb_log_name = 0, "PPOPlus"
         self._last_states: RNNStates | None = None
         self._built_for_masks: bool | None = None
         self._was_given_masks = False
@@ -155,29 +160,21 @@ class PPOPlus(PPO):
             self._built_for_masks, self._was_given_masks = True, self.num_timesteps > 0
         self.policy_class = PLUS_POLICY_OF.get(self.policy_class, self.policy_class)
         self.rollout_buffer_class = plus_buffer_class(self.rollout_buffer_class, self.observation_space)
-        check_amp(self)
+        check_execution(self)
         check_ranges(self)
-        inductor_options(self.compile)
+        self._parts = make_parts(self, joins=self._joins)
         self._mask_use = MaskUse()
         self._coefficients = Coefficients()
         self._coefficients.setup(self)
-        given = self.policy_kwargs
-        self.policy_kwargs = resolve_policy_kwargs(self.policy_class, given, self.observation_space)
-        self._built_for_masks = self._mask_use.builds_for_masks(self)
-        if self._built_for_masks:
-            self.policy_kwargs["action_masking"] = True
-        try:
+        with resolving_policy_kwargs(self):
+            self._built_for_masks = self._mask_use.builds_for_masks(self)
+            if self._built_for_masks:
+                self.policy_kwargs["action_masking"] = True
             with explaining_dict_keys(self.observation_space):
                 super()._setup_model()
-        finally:
-            # As the user gave them: ``save`` writes and ``load`` compares names, not classes
-            self.policy_kwargs = given
         self._coefficients.groups(self)
-        scaler = th.amp.GradScaler(self.device.type, enabled=resolve_amp(self.amp, self.device) is th.float16)
-        self._execution = Execution(scaler, self.verbose)
-        set_sequence_length(self.rollout_buffer, self.policy, self.batch_size)
-        if isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
-            self.rollout_buffer.advantages_by_scan = self.compile is not False
+        self._execution = Execution.of_model(self)
+        set_sequence_length(self.rollout_buffer, self.policy, self._parts.size_of(self.batch_size))
         check_frames(self.env, self.policy, is_new=self.num_timesteps == 0)
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = MlpPolicy.__name__) -> None:
@@ -190,12 +187,11 @@ class PPOPlus(PPO):
         assert self._last_obs is not None, "No previous observation was provided"
         if self._current_run.was_asked_to_stop:
             return False
-        started = time.perf_counter()
+        started, n_steps = time.perf_counter(), 0
         self.policy.set_training_mode(False)
-        n_steps = 0
         rollout_buffer.reset()
         if self.use_sde:
-            self.policy.reset_noise(env.num_envs)
+            self._parts.reset_noise(self.policy, env.num_envs)
         callback.on_rollout_start()
         actor = self._execution.actor_for(self, rollout_buffer, callback)
         mask_source = self._mask_use.source(env, self)
@@ -206,7 +202,7 @@ class PPOPlus(PPO):
         check_output(self._last_obs, None, n_steps)
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
-                self.policy.reset_noise(env.num_envs)
+                self._parts.reset_noise(self.policy, env.num_envs)
             obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # not None in a rollout
             if mask_source is not None:
                 action_masks = mask_source.ask(self._last_obs, n_steps)
@@ -218,13 +214,13 @@ class PPOPlus(PPO):
             clipped_actions = env_actions(self.policy, self.action_space, actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             check_output(new_obs, rewards, n_steps)
-            self.num_timesteps += env.num_envs
+            self.num_timesteps += env.num_envs * self._parts.ranks.size
             # Callbacks read these variables by the names that they have in SB3 and sb3-contrib
             callback.update_locals(locals())
-            if not callback.on_step():
+            if not self._parts.meeting.goes_on(self, callback.on_step()):
                 return False
             actor = rollout_values.actor_of(self.policy)
-            self._update_info_buffer(infos, dones)
+            self._parts.meeting.note_episodes(self, infos, dones)
             rollout_values.bootstrap_timeouts(rewards, dones, infos, n_steps, self.gamma)
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
             rollout_buffer.add(*last, *((context,) if context else ()))  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
@@ -232,6 +228,8 @@ class PPOPlus(PPO):
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
             self._last_episode_starts = dones
             self._last_states = actor.states
+        if not self._parts.meeting.end_rollout(self):
+            return False
         rollout_values.finish(rollout_buffer)
         values = actor.last_values(obs_as_tensor(self._last_obs, self.device), dones)  # type: ignore[arg-type]  # not None in a rollout
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
@@ -245,24 +243,20 @@ class PPOPlus(PPO):
         """Update the policy from the rollout buffer: ``n_epochs`` passes of minibatch steps on the PPO objective."""
         started = time.perf_counter()
         self._update_learning_rate(self.policy.optimizer)
-        objective = Objective.of_update(self, self._coefficients.of_loss(self))
-        # One row and a batch round to other log-probabilities
-        depends_on_batch_size = isinstance(getattr(self.policy, "action_dist", None), SquashedGaussianDistribution)
-        is_recomputed = objective.amp_dtype is not None or depends_on_batch_size
-        if is_recomputed and isinstance(self.rollout_buffer, PPOPlusRolloutBuffer):
-            self.policy.set_training_mode(False)
-            recompute_log_prob(self.policy, objective, self.rollout_buffer, self.batch_size)
+        objective = Objective.of_update(self, self._coefficients.of_loss(self), self._parts)
+        recompute_log_prob(self.policy, objective, self.rollout_buffer, self.batch_size, self._parts)
         self.policy.set_training_mode(True)
         gradient_step = self._execution.step_for(self)
         history = UpdateHistory()
-        for _ in run_epochs(gradient_step, objective, self.rollout_buffer, self.n_epochs, self.batch_size, history):
+        for _ in run_epochs(gradient_step, objective, minibatches_of(self, self._parts), self.n_epochs, history):
             self._n_updates += 1
         count_skipped_steps(history, self, checks_gradient=not self._execution.grad_scaler.is_enabled())
         log_update(self, history, objective.coefficients)
         self.logger.record("time/update_seconds", time.perf_counter() - started)
         self._execution.log_to(self.logger, self)
         self._n_iterations += 1
-        self._current_run.was_asked_to_stop = not notify_update_end(self._current_run.callback)
+        goes_on = notify_update_end(self._current_run.callback)
+        self._current_run.was_asked_to_stop = self._parts.ranks.any(not goes_on)
 
     def learn(
         self,
@@ -312,36 +306,38 @@ class PPOPlus(PPO):
         :param progress_bar: display a progress bar
         :raises ValueError: for a model that has never learned
         """
-        if self._total_timesteps == 0:
-            raise ValueError("there is no learn to continue: call learn, or resume from a checkpoint")
-        # SB3 calls dump_logs at every iteration, and dump_logs chooses by the true interval
-        log_interval = None if self._log_interval is None else 1
-        callbacks = [*as_callbacks(callback), Continuation(self)]
-        remaining = self._total_timesteps - self.num_timesteps
-        warn_of_a_finished_run(remaining, self.num_timesteps)
-        return self._learn(remaining, callbacks, log_interval, self._tb_log_name, False, progress_bar)
+        return self._learn(*arguments_to_continue(self, callback), progress_bar)
 
     def _learn(self, *arguments: Any) -> Self:
         check_epsilon(self.policy)
         self._current_run.was_asked_to_stop = False
+        self._join()
         try:
-            with self._current_run.watching_workers(self):
+            with self._current_run.watching_workers(self), training_together(self, arguments[0]):
                 return super().learn(*arguments)
         finally:
             callback, self._current_run.callback = self._current_run.callback, None
             if callback is not None:
+                take_work_back(callback)
                 notify_learn_end(callback, lambda: evaluate_without_masks(callback, self))
+
+    def _join(self) -> None:
+        """Join the other processes, which a model that was loaded does when it trains or resumes."""
+        if self.distributed and not self._joins:
+            self._joins, self._parts = True, make_parts(self, joins=True)
+            set_sequence_length(self.rollout_buffer, self.policy, self._parts.size_of(self.batch_size))
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write the log, as SB3's ``dump_logs``; in a resumed run, iterations count from the run's beginning."""
         if iteration > 0:
             iteration = self._n_iterations + 1
-            if self._log_interval is None or iteration % self._log_interval != 0:
-                return
-        super().dump_logs(iteration)
+        if iteration == 0 or (self._log_interval is not None and iteration % self._log_interval == 0):
+            super().dump_logs(iteration)
 
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
+        progress_bar = progress_bar and self._parts.ranks.rank == 0
         all_callbacks = self._current_run.callback = super()._init_callback(callback, progress_bar)
+        share_out_work(all_callbacks, self._parts.ranks)
         self._current_run.watch.watch_evaluations(all_callbacks)
         if self.env is not None and self._mask_use.decide(self.env, self):
             evaluate_with_masks(all_callbacks, self)
@@ -363,8 +359,7 @@ class PPOPlus(PPO):
         """
         if action_masks is not None:
             return predict_with_masks(self.policy, observation, state, episode_start, deterministic, action_masks)
-        if self.needs_masks:
-            self._mask_use.warn_of_no_masks()
+        self._mask_use.warn_of_no_masks(self)
         return super().predict(observation, state, episode_start, deterministic)
 
     @property
@@ -384,6 +379,11 @@ class PPOPlus(PPO):
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)
         # The last rollout may end after total_timesteps, where SB3's progress_remaining is below 0
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
+    def set_random_seed(self, seed: int | None = None) -> None:
+        """Seed all generators, as SB3 does. Environments of each process get seeds of their own."""
+        super().set_random_seed(seed)
+        self._parts.seed_envs(self.env, seed)
 
     def _setup_lr_schedule(self) -> None:
         self._coefficients.setup_learning_rate(self)

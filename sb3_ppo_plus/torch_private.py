@@ -38,6 +38,7 @@ COUNT_OF_FUNCTION_MODES = "_len_torch_function_stack"
 NO_FUNCTION_MODES = "DisableTorchFunction"
 DEVICE_MODES = "torch.utils._device"
 SCHEMA = "_schema"
+DEFAULT_STORE = "_get_default_store"
 
 
 def attributes(owner: object, names: Iterable[str]) -> list[Any] | None:
@@ -278,3 +279,12 @@ def default_validation() -> bool:
     except ValueError:
         return True
     return False
+
+
+def default_store() -> Any:  # noqa: ANN401  # a Store of torch.distributed
+    """Return the store that the processes of torch.distributed's default group share; None: it cannot be known.
+
+    Without it, processes do not learn why another one has failed.
+    """
+    function = getattr(getattr(th.distributed, "distributed_c10d", None), DEFAULT_STORE, None)
+    return None if function is None else function()

@@ -16,17 +16,20 @@ MODULES = {
     for path in FILES
 }
 MAY_IMPORT = {
-    "zoo": {"ppo_plus", "masking", "saving", "resuming", "env_states", "untrusted", "envs", "ground"},
-    "ppo_plus": {"fast", "masking", "saving", "resuming", "rollout", "policies", "update", "envs", "ground"},
-    "fast": {"rollout", "policies", "update", "ground"},
+    "zoo": {"ppo_plus", "masking", "saving", "resuming", "env_states", "untrusted", "envs", "distributed", "ground"},
+    "ppo_plus": {
+        *("fast", "masking", "saving", "resuming", "rollout", "policies", "update", "envs", "distributed", "ground")
+    },
+    "fast": {"rollout", "policies", "update", "distributed", "ground"},
     "masking": {"policies", "envs", "ground"},
     "saving": {"policies", "untrusted", "ground"},
-    "resuming": {"env_states", "saving", "untrusted", "envs", "ground"},
+    "resuming": {"env_states", "saving", "untrusted", "envs", "distributed", "ground"},
     "env_states": {"untrusted", "envs", "ground"},
-    "rollout": {"policies", "envs", "ground"},
+    "rollout": {"policies", "envs", "distributed", "ground"},
     "policies": {"ground"},
-    "update": {"ground"},
+    "update": {"distributed", "ground"},
     "envs": {"ground"},
+    "distributed": {"ground"},
     "untrusted": {"ground"},
     "ground": set(),
 }

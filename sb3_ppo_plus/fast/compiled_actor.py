@@ -69,6 +69,8 @@ class CompiledActor(RolloutActor):
         super().__init__(policy)
         self.users_code = users_code or UsersCode()
         self.policy: ActorCriticPlusPolicy = policy
+        self.n_parts = 1
+        """In how many parts the environments act, one after another."""
         self._options, self._reporter = options, reporter
         self._graphs = GraphCache(policy, options, reporter)
         self._watch = PartsWatch(policy)
@@ -193,13 +195,20 @@ class CompiledActor(RolloutActor):
         self._follow_changes()
         if not self._n_later:
             return None
-        rollout = rollout_buffer.rollout().select(slice(0, self._n_later * rollout_buffer.n_envs))
+        n_steps, n_envs = self._n_later // self.n_parts, rollout_buffer.n_envs
+        rollout = rollout_buffer.rollout().select(slice(0, n_steps * n_envs))
         if self._chosen:
             stored = rollout.actions
             rollout = replace(rollout, actions=th.cat(self._chosen).reshape(stored.shape).to(stored.dtype))
-        return self._evaluate_rollout(rollout)
+        if self.n_parts == 1:
+            return self._evaluate_rollout(rollout)
+        values, log_probs = th.empty_like(rollout.old_values), th.empty_like(rollout.old_log_prob)
+        rows_of_parts = th.arange(n_steps * n_envs, device=values.device).view(n_steps, self.n_parts, -1).unbind(1)
+        for rows in rows_of_parts:
+            values[rows.flatten()], log_probs[rows.flatten()] = self._evaluate_rollout(rollout.select(rows.flatten()))
+        return values, log_probs
 
-    def terminal_values(self, observations: list[Any]) -> np.ndarray:
+    def terminal_values(self, observations: list[Any], indices: list[int]) -> np.ndarray:
         """Predict the values of timeouts, with the policy that took the steps."""
         predict = partial(self._call_with_policy_at_start, _predict_values) if self._has_changed else None
         return predict_values(self.policy, observations, predict)

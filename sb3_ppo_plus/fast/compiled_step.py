@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import grad_and_value
 
-from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
+from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.distributed.random_streams import RandomStream
+from sb3_ppo_plus.fast.captured import Graph
 from sb3_ppo_plus.fast.flat_updates import UPDATES
 from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS, CompilationReporter, GraphCache
@@ -18,8 +20,9 @@ from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
 from sb3_ppo_plus.torch_private import has_gradient_hooks
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup
-from sb3_ppo_plus.update.gradient_step import Objective
-from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
+from sb3_ppo_plus.update.gradient_step import AnyMinibatch, Objective
+from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms
+from sb3_ppo_plus.update.parted_rollout import PartedMinibatch
 from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
 Tensors = dict[str, Any]
@@ -91,34 +94,67 @@ class CompiledGradientStep(ReplayedGradientStep):
         super().end_update()
         self._shared = None
 
-    def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+    def __call__(self, objective: Objective, minibatch: AnyMinibatch) -> tuple[th.Tensor, bool]:
         """Take a step, see :meth:`GradientStep.__call__`."""
-        if minibatch.indices is None:
-            self._reporter.failed("the gradient step", "the rollout buffer is not one of PPOPlus's")
         flat = self._flat
-        if flat is None or not flat.has_state or minibatch.indices is None or self._has_hooks:
+        metrics = self._compiled(objective, minibatch) if flat is not None and flat.has_state else None
+        if flat is None or metrics is None:
             return super().__call__(objective, minibatch)
-        shared = self._shared
-        is_new = shared is None or shared.rollout is not minibatch.rollout
-        if is_new and len(self._compiled_settings) <= MAX_COMPILATIONS:
-            self._compiled_settings.add(self._settings())
-        if len(self._compiled_settings) > MAX_COMPILATIONS:
-            self._reporter.failed("the gradient step", "settings of the optimizer change again and again")
-            return super().__call__(objective, minibatch)
-        if shared is None or is_new:
-            shared = self._shared = self._graph_inputs(objective, minibatch.rollout)
-        key = (len(minibatch.indices), shared.static_key)
-        inputs = [minibatch.indices, *shared.leaves]
-        spec = shared.spec
-        graph = self._graphs.get(key, "the gradient step", lambda: self._graph_function(objective, spec), inputs)
-        if graph is None:
-            return super().__call__(objective, minibatch)
-        metrics: th.Tensor = graph(*inputs)[0]
         if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
             return metrics, False
         if not flat.has_stepped:
             flat.show_gradients()
         return metrics, True
+
+    def _compiled(self, objective: Objective, minibatch: AnyMinibatch) -> th.Tensor | None:
+        """Take a step by graphs and return its metrics; None: there are no graphs."""
+        part = minibatch.parts[0] if isinstance(minibatch, PartedMinibatch) else minibatch
+        if part.indices is None:
+            self._reporter.failed("the gradient step", "the rollout buffer is not one of PPOPlus's")
+        if part.indices is None or self._has_hooks:
+            return None
+        shared = self._shared
+        is_new = shared is None or shared.rollout is not part.rollout
+        if is_new and len(self._compiled_settings) <= MAX_COMPILATIONS:
+            self._compiled_settings.add(self._settings())
+        if len(self._compiled_settings) > MAX_COMPILATIONS:
+            self._reporter.failed("the gradient step", "settings of the optimizer change again and again")
+            return None
+        if shared is None or is_new:
+            shared = self._shared = self._graph_inputs(objective, part.rollout)
+        if isinstance(minibatch, PartedMinibatch):
+            return self._compiled_parts(objective, minibatch, shared)
+        graph = self._graph("the gradient step", _StepFunction.__call__, objective, part.indices, shared)
+        return None if graph is None else graph(part.indices, *shared.leaves)[0]
+
+    def _compiled_parts(
+        self, objective: Objective, minibatch: PartedMinibatch, shared: _GraphInputs
+    ) -> th.Tensor | None:
+        """Take a step by two graphs: one differentiates a part, the other steps on the sum over all parts."""
+        indices = [part.indices for part in minibatch.parts if part.indices is not None]
+        of_part = self._graph("the gradient of a part", _StepFunction.differentiate, objective, indices[0], shared)
+        if of_part is None:
+            return None
+        pairs = zip(indices, minibatch.owner.streams(), strict=True)
+        total = minibatch.owner.sum(_in_stream(stream, of_part, [each, *shared.leaves]) for each, stream in pairs)
+        # Every process has the first graph, or none has: they compile alike. Without the second, the sum is lost
+        step = self._graph("the step on all parts", _StepFunction.step, objective, total, shared)
+        return None if step is None else step(total, *shared.leaves)[0]
+
+    def _graph(
+        self,
+        what: str,
+        method: Callable[..., th.Tensor],
+        objective: Objective,
+        first: th.Tensor,
+        shared: _GraphInputs,
+    ) -> Graph | None:
+        """Return the graph of a method of :class:`_StepFunction`; None: there is none."""
+        key = (method.__name__, len(first), shared.static_key)
+        spec = shared.spec
+        return self._graphs.get(
+            key, what, lambda: self._graph_function(method, objective, spec), [first, *shared.leaves]
+        )
 
     def _graph_inputs(self, objective: Objective, rollout: RolloutBatch) -> _GraphInputs:
         assert self._flat is not None
@@ -173,14 +209,22 @@ class CompiledGradientStep(ReplayedGradientStep):
             tuple(tuple(names[id(parameter)] for parameter in group.parameters) for group in self._flat.groups),
         )
 
-    def _graph_function(self, objective: Objective, spec: TreeSpec) -> Callable[..., tuple[th.Tensor]]:
+    def _graph_function(
+        self, method: Callable[..., th.Tensor], objective: Objective, spec: TreeSpec
+    ) -> Callable[..., tuple[th.Tensor]]:
         assert self._flat is not None
         step = _StepFunction(self.policy, objective, self._flat.groups)
 
-        def function(indices: th.Tensor, *leaves: th.Tensor) -> tuple[th.Tensor]:
-            return (step(indices, **tree_unflatten(leaves, spec)),)
+        def function(first: th.Tensor, *leaves: th.Tensor) -> tuple[th.Tensor]:
+            return (method(step, first, tree_unflatten(leaves, spec)),)
 
         return function
+
+
+def _in_stream(stream: RandomStream, graph: Graph, inputs: list[th.Tensor]) -> th.Tensor:
+    with stream:
+        computed: th.Tensor = graph(*inputs)[0]
+    return computed
 
 
 def _constants_of(group: FlatGroup) -> dict[str, Any]:
@@ -202,19 +246,24 @@ class _StepFunction:
         self._groups = groups
         self._places = {name: id(tensor) for name, tensor in tensor_places(policy).items()}
 
-    def __call__(
-        self,
-        indices: th.Tensor,
-        *,
-        scalars: dict[str, th.Tensor],
-        flat: list[th.Tensor],
-        gradients: list[th.Tensor],
-        state: list[dict[str, th.Tensor]],
-        fixed: dict[str, th.Tensor],
-        rollout: Tensors,
-    ) -> th.Tensor:
-        objective = self._objective
-        batch = RolloutBatch(**rollout).select(indices)
+    def __call__(self, indices: th.Tensor, inputs: Tensors) -> th.Tensor:
+        """Step on a whole minibatch; return its metrics."""
+        return self._step_on(*self._differentiate(indices, inputs), inputs)
+
+    def differentiate(self, indices: th.Tensor, inputs: Tensors) -> th.Tensor:
+        """Return metrics and gradient of a part of a minibatch, as one vector."""
+        metrics, gradient = self._differentiate(indices, inputs)
+        return th.cat([metrics, *gradient])
+
+    def step(self, total: th.Tensor, inputs: Tensors) -> th.Tensor:
+        """Step on the sum of what :meth:`differentiate` has returned; return the metrics of the minibatch."""
+        sizes = [len(LossTerms._fields), *(len(flat) for flat in inputs["flat"])]
+        metrics, *gradient = th.split(total, sizes)
+        return self._step_on(metrics, gradient, inputs)
+
+    def _differentiate(self, indices: th.Tensor, inputs: Tensors) -> tuple[th.Tensor, list[th.Tensor]]:
+        objective, scalars, fixed = self._objective, inputs["scalars"], inputs["fixed"]
+        batch = RolloutBatch(**inputs["rollout"]).select(indices)
         coefficients = LossCoefficients(
             scalars["clip_range"], scalars.get("clip_range_vf"), scalars["ent_coef"], scalars["vf_coef"]
         )
@@ -230,22 +279,24 @@ class _StepFunction:
             terms = objective.loss(batch, evaluation, coefficients)
             return terms.loss, th.stack([term.detach() for term in terms])
 
-        computed, (_, metrics) = grad_and_value(loss, has_aux=True)(flat)
-        grad_norm = th.stack([gradient.square().sum() for gradient in computed]).sum().sqrt()
+        gradient, (_, metrics) = grad_and_value(loss, has_aux=True)(inputs["flat"])
+        return metrics, gradient
+
+    def _step_on(self, metrics: th.Tensor, gradient: Sequence[th.Tensor], inputs: Tensors) -> th.Tensor:
+        objective, scalars = self._objective, inputs["scalars"]
+        grad_norm = th.stack([each.square().sum() for each in gradient]).sum().sqrt()
         scale = (scalars["max_grad_norm"] / (grad_norm + 1e-6)).clamp(max=1.0)
         is_allowed = metrics[METRICS.index("loss")].isfinite() & grad_norm.isfinite()
         within_limit = None
         if objective.kl_limit is not None:
             within_limit = metrics[METRICS.index("approx_kl")] <= scalars["kl_limit"]
             is_allowed = is_allowed & within_limit
-        for index, (group, parameters, old, gradient) in enumerate(
-            zip(self._groups, flat, state, computed, strict=True)
+        for index, (group, parameters, old, computed, shown) in enumerate(
+            zip(self._groups, inputs["flat"], inputs["state"], gradient, inputs["gradients"], strict=True)
         ):
             # Users read the parameters' grad after an update. It is the gradient of the last step
-            clipped = gradient * scale
-            gradients[index].copy_(
-                clipped if within_limit is None else th.where(within_limit, clipped, gradients[index])
-            )
+            clipped = computed * scale
+            shown.copy_(clipped if within_limit is None else th.where(within_limit, clipped, shown))
             update = UPDATES[type(group.optimizer)]
             new_parameters, new = update(_constants_of(group), parameters, clipped, old, scalars[str(index)])
             for target, value in [(parameters, new_parameters), *((old[name], new[name]) for name in new)]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
@@ -11,6 +11,7 @@ from stable_baselines3.common.logger import Logger
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
@@ -21,7 +22,20 @@ from sb3_ppo_plus.fast.users_code import UsersCode
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor
 from sb3_ppo_plus.rollout.memory_actor import MemoryActor
-from sb3_ppo_plus.update.gradient_step import GradientStep
+from sb3_ppo_plus.rollout.parted_actor import PartedActor
+from sb3_ppo_plus.trees import tree_map
+from sb3_ppo_plus.update.gradient_step import GradientStep, check_amp, resolve_amp
+
+
+def check_execution(model: PlusModel) -> None:
+    """Check the arguments of a model that say how it computes.
+
+    :param model: the model
+    :raises ValueError: for values of ``amp`` or ``compile`` that are not allowed
+    :raises TypeError: for a ``compile`` of another type
+    """
+    check_amp(model)
+    inductor_options(model.compile)
 
 
 class Execution:
@@ -40,6 +54,17 @@ class Execution:
         self.gradient_step: GradientStep | None = None
         self.compiled_actor: CompiledActor | None = None
         self.replayed_actor: ReplayedActor | None = None
+
+    @classmethod
+    def of_model(cls, model: PlusModel) -> Self:
+        """Make the execution of a model that has its policy and rollout buffer.
+
+        :param model: the model
+        """
+        if isinstance(model.rollout_buffer, PPOPlusRolloutBuffer):
+            model.rollout_buffer.advantages_by_scan = model.compile is not False
+        is_scaled = resolve_amp(model.amp, model.device) is th.float16
+        return cls(th.amp.GradScaler(model.device.type, enabled=is_scaled), model.verbose)
 
     def step_for(self, model: PlusModel) -> GradientStep:
         """Return the object that takes the gradient steps of a model.
@@ -69,9 +94,23 @@ class Execution:
         :param callback: the callback of the rollout; None: it is not known
         """
         self.users_code.begin_rollout(callback)
-        actor = self._actor_for(model, rollout_buffer)
+        parts: Parts = model._parts
+        actor = self._actor_for(model, rollout_buffer) if parts.is_whole else self._parted_actor(model, rollout_buffer)
         actor.begin_rollout(rollout_buffer)
         return actor
+
+    def _parted_actor(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:
+        policy, n_envs = model.policy, rollout_buffer.n_envs
+        parts: Parts = model._parts
+        if getattr(policy, "memory_options", None) is None:
+            return PartedActor([self._actor_for(model, rollout_buffer)] * parts.n_here, parts, n_envs)
+        assert isinstance(policy, ActorCriticPlusPolicy)
+        states = model._last_states
+        actors: list[RolloutActor] = []
+        for envs in parts.envs_of(n_envs):
+            of_part = None if states is None else tree_map(lambda part, envs=envs: part[:, envs].clone(), states)
+            actors.append(MemoryActor(policy, of_part, n_envs // parts.n_here))
+        return PartedActor(actors, parts, n_envs)
 
     def _actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:
         policy = model.policy
@@ -80,6 +119,7 @@ class Execution:
             return MemoryActor(policy, model._last_states, rollout_buffer.n_envs)
         actor = None if model.compile is False else self._compiled_actor_for(model, rollout_buffer)
         if actor is not None:
+            actor.n_parts = model._parts.n_here
             return actor
         if self.replayed_actor is None or self.replayed_actor.policy is not policy:
             self.replayed_actor = ReplayedActor(policy, self.users_code)

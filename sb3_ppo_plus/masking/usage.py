@@ -170,9 +170,12 @@ class MaskUse:
         model._was_given_masks = True
         return ActionMaskSource(env, model.action_space, model.policy)
 
-    def warn_of_no_masks(self) -> None:
-        """Warn once that the model was trained with masks and now predicts without masks."""
-        if self._has_warned:
+    def warn_of_no_masks(self, model: PlusModel) -> None:
+        """Warn once, if a model was trained with masks and now predicts without masks.
+
+        :param model: the model
+        """
+        if self._has_warned or not model.needs_masks:
             return
         self._has_warned = True
         warnings.warn(

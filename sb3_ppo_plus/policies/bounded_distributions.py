@@ -81,6 +81,9 @@ class SquashedGaussianDistribution(BoundedDistribution):
     :raises ValueError: if ``entropy_samples`` is not an integer of at least 1
     """
 
+    log_prob_depends_on_batch_size = True
+    """One row and a batch round to other log-probabilities."""
+
     def __init__(self, action_dim: int, entropy_samples: int = 1) -> None:
         super().__init__(action_dim)
         self.entropy_samples = integer_of_at_least(1, "entropy_samples", entropy_samples)

@@ -12,6 +12,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import nn
 
 from sb3_ppo_plus.argument_checks import accepted_names, did_you_mean
+from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.extractors import resolve_features_extractor
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy, CnnLstmPolicy, MlpLstmPolicy
 from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS
@@ -87,6 +88,24 @@ def _check_observations(
         raise ValueError(
             f"You must use `MultiInputLstmPolicy` when working with dict observation space, not {policy_class.__name__}"
         )
+
+
+@contextmanager
+def resolving_policy_kwargs(model: PlusModel) -> Iterator[None]:
+    """Have classes in place of names in a model's ``policy_kwargs``, while its policy is built.
+
+    Then they are as the user gave them: ``save`` writes and ``load`` compares names, not classes.
+
+    :param model: the model
+    :raises ValueError: see :func:`resolve_policy_kwargs`
+    :raises TypeError: see :func:`resolve_policy_kwargs`
+    """
+    given = model.policy_kwargs
+    model.policy_kwargs = resolve_policy_kwargs(model.policy_class, given, model.observation_space)
+    try:
+        yield
+    finally:
+        model.policy_kwargs = given
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch as th
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.env_states.generator_state import set_global_generator_states
@@ -26,6 +26,7 @@ from sb3_ppo_plus.resuming.checkpoint_directory import (
     versions,
 )
 from sb3_ppo_plus.resuming.migrations import migrated
+from sb3_ppo_plus.resuming.run import as_callbacks
 from sb3_ppo_plus.resuming.training_state import (
     ARRAYS_FILE,
     MODEL_FILE,
@@ -161,18 +162,30 @@ def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
         )
 
 
-def warn_of_a_finished_run(remaining: int, num_timesteps: int) -> None:
-    """Warn where there is nothing to continue: a user may have asked for more steps in a script that is run again.
+def arguments_to_continue(
+    model: PlusModel, callback: MaybeCallback
+) -> tuple[int, list[BaseCallback], int | None, str, bool]:
+    """Return the arguments of the ``learn`` that finishes another one; warn where there is nothing to continue.
 
-    :param remaining: timesteps that the run has left
-    :param num_timesteps: timesteps done
+    A user may have asked for more steps in a script that is run again.
+
+    :param model: the model
+    :param callback: the callbacks of the ``learn`` that was interrupted
+    :return: total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps
+    :raises ValueError: for a model that has never learned
     """
+    if model._total_timesteps == 0:
+        raise ValueError("there is no learn to continue: call learn, or resume from a checkpoint")
+    remaining = model._total_timesteps - model.num_timesteps
     if remaining <= 0:
         warnings.warn(
-            f"the run is finished: it has done its {num_timesteps} timesteps. learn(more_timesteps, callback, "
+            f"the run is finished: it has done its {model.num_timesteps} timesteps. learn(more_timesteps, callback, "
             "reset_num_timesteps=False) goes on",
             stacklevel=3,
         )
+    # SB3 calls dump_logs at every iteration, and dump_logs chooses by the true interval
+    log_interval = None if model._log_interval is None else 1
+    return remaining, [*as_callbacks(callback), Continuation(model)], log_interval, model._tb_log_name, False
 
 
 class Continuation(BaseCallback):

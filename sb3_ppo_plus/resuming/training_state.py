@@ -76,6 +76,7 @@ def take_snapshot(
         "attributes": {name: _as_python_number(getattr(model, name)) for name in model.TRAINING_STATE},
         "learning_rate_factors": model._coefficients.groups(model).factors,
         **model._execution.state(model),
+        **model._parts.state(),
         "seconds": seconds_of_learning(model),
         "logger": pending_logs(model),
         "spaces": [space_generator_states(space) for space in (model.observation_space, model.action_space)],
@@ -165,6 +166,7 @@ def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = T
         setattr(model, name, tree_map(lambda leaf: _on_device(leaf, model.device), value))
     model._coefficients.groups(model).factors = state["learning_rate_factors"]
     model._execution.set_state(model, state)
+    model._parts.set_state(state)
     for space, generators in zip((model.observation_space, model.action_space), state["spaces"], strict=True):
         set_space_generator_states(space, generators)
     if state["gsde"] is not None:

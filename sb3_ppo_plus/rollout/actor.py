@@ -85,10 +85,11 @@ class RolloutActor:
         """
         return None
 
-    def terminal_values(self, observations: list[Any]) -> np.ndarray:
+    def terminal_values(self, observations: list[Any], indices: list[int]) -> np.ndarray:
         """Predict the values for which :meth:`terminal_value` returned None, in one batch.
 
         :param observations: the ``infos[i]["terminal_observation"]`` of these episodes
+        :param indices: indices of their envs
         :return: shape (len(observations),)
         """
         return predict_values(self.policy, observations)

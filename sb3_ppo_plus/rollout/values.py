@@ -77,6 +77,6 @@ class RolloutValues:
             assert isinstance(rollout_buffer, PPOPlusRolloutBuffer)
             rollout_buffer.set_evaluation(*evaluation)
         if self._observations:
-            values = self._first_actor.terminal_values(self._observations)
+            values = self._first_actor.terminal_values(self._observations, self._indices)
             rollout_buffer.rewards[self._steps, self._indices] += np.array(self._gammas, values.dtype) * values
         self._first_actor.end_rollout()

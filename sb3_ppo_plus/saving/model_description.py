@@ -32,7 +32,7 @@ FORMAT = "sb3_ppo_plus.model/1"
 # Arguments that are not described: policy has its own entry, the others belong to the machine that loads
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 # Arguments that version 0.1 does not have, and their defaults. These are left out, so that it loads what it can
-DEFAULTS_OF_LATER_ARGUMENTS = {"worker_timeout": None, "restart_workers": 0}
+DEFAULTS_OF_LATER_ARGUMENTS = {"worker_timeout": None, "restart_workers": 0, "micro_batches": 1, "distributed": False}
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
 ROLLOUT_BUFFERS: dict[str, type[RolloutBuffer]] = {
     "RolloutBuffer": RolloutBuffer,

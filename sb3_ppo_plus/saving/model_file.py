@@ -93,12 +93,17 @@ def policies_named_by_package() -> Iterator[None]:
 def write_model(archive: io.BytesIO, path: File, model: PPO, exclude: Iterable[str]) -> None:
     """Add a model's plain description to the zip that SB3's ``save`` made, and write it.
 
+    Of several processes that train together, only the first one writes a file: all hold the same model.
+
     :param archive: the zip
     :param path: where to write it
     :param model: the model in it
     :param exclude: names of attributes that were not saved
     """
     add_description(archive, model, exclude)
+    a_ppo_plus: Any = model
+    if a_ppo_plus._parts.ranks.rank > 0 and isinstance(path, str | pathlib.Path):
+        return
     file = open_path(path, "w", verbose=0, suffix="zip")
     file.write(archive.getbuffer())
     if file is not path:

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.utils import explained_variance
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.buffers import minibatches
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, minibatches
+from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.update.argument_validation import without_argument_validation
-from sb3_ppo_plus.update.gradient_step import GradientStep, Objective
+from sb3_ppo_plus.update.gradient_step import AnyMinibatch, GradientStep, Objective
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
+from sb3_ppo_plus.update.parted_rollout import Moments, PartedRollout, moments_of_all
+
+MakeMinibatches: TypeAlias = Callable[[], Iterator[AnyMinibatch]]
+
+
+def minibatches_of(model: PlusModel, parts: Parts) -> MakeMinibatches:
+    """Return what cuts the rollout of a model into minibatches.
+
+    :param model: the model, with a full rollout buffer
+    :param parts: the parts of the minibatches
+    :raises ValueError: if there are parts, and the rollout buffer is not one of ours
+    """
+    buffer, batch_size = model.rollout_buffer, model.batch_size
+    if parts.is_whole:
+        return lambda: minibatches(buffer, batch_size)
+    assert isinstance(buffer, PPOPlusRolloutBuffer)
+    normalizes = model.normalize_advantage
+    return PartedRollout(buffer, batch_size, parts, model._n_updates, normalize_advantage=normalizes).minibatches
 
 
 def run_epochs(
     gradient_step: GradientStep,
     objective: Objective,
-    rollout_buffer: RolloutBuffer,
+    make_minibatches: MakeMinibatches,
     n_epochs: int,
-    batch_size: int,
     history: UpdateHistory,
 ) -> Iterator[None]:
     """Take a step on every minibatch of the rollout, ``n_epochs`` times, each time in another random order.
@@ -30,9 +50,8 @@ def run_epochs(
 
     :param gradient_step: takes the steps
     :param objective: the objective of the update
-    :param rollout_buffer: the full buffer
+    :param make_minibatches: cuts the rollout into minibatches, in another random order at each call
     :param n_epochs: number of passes
-    :param batch_size: transitions per minibatch
     :param history: takes the metrics of all minibatches
     :return: yields None after each epoch
     """
@@ -40,27 +59,39 @@ def run_epochs(
         gradient_step.begin_update()
         with without_argument_validation():
             while history.n_epochs_done < n_epochs and not history.was_stopped:
-                _run_epoch(gradient_step, objective, rollout_buffer, batch_size, history)
+                _run_epoch(gradient_step, objective, make_minibatches, history)
                 yield
     finally:
         gradient_step.end_update()
 
 
 def _run_epoch(
-    gradient_step: GradientStep,
-    objective: Objective,
-    rollout_buffer: RolloutBuffer,
-    batch_size: int,
-    history: UpdateHistory,
+    gradient_step: GradientStep, objective: Objective, make_minibatches: MakeMinibatches, history: UpdateHistory
 ) -> None:
     history.begin_epoch()
-    for minibatch in minibatches(rollout_buffer, batch_size):
+    for minibatch in make_minibatches():
         metrics, was_allowed = gradient_step(objective, minibatch)
         history.metrics.append(metrics)
         if not was_allowed:
             history.was_stopped = True
             return
     history.n_epochs_done += 1
+
+
+def _explained_variance(buffer: RolloutBuffer, parts: Parts) -> float:
+    """Return SB3's ``explained_variance`` of the value predictions, over all processes."""
+    if parts.is_whole:
+        return explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+    assert isinstance(buffer, PPOPlusRolloutBuffer)
+    of_parts = [buffer.indices_of_part(part, parts.n_here) for part in range(parts.n_here)]
+    variances = []
+    for array in (buffer.returns, buffer.returns - buffer.values):
+        values = [array.reshape(-1)[indices[indices >= 0]].astype(np.float64) for indices in of_parts]
+        moments = [Moments.of_groups(each, np.zeros(len(each), np.int64), 1) for each in values]
+        whole = moments_of_all(moments, parts)
+        variances.append(whole.squares.item() / whole.number.item())
+    of_returns, of_errors = variances
+    return np.nan if of_returns == 0 else 1 - of_errors / of_returns
 
 
 def log_update(model: PlusModel, history: UpdateHistory, coefficients: LossCoefficients) -> None:
@@ -76,8 +107,7 @@ def log_update(model: PlusModel, history: UpdateHistory, coefficients: LossCoeff
         print(f"Early stopping at step {history.n_epochs_done} due to reaching max kl: {approx_kl:.2f}")
     for name, value in history.logged().items():
         logger.record(f"train/{name}", value)
-    values, returns = rollout_buffer.values.flatten(), rollout_buffer.returns.flatten()
-    logger.record("train/explained_variance", explained_variance(values, returns))
+    logger.record("train/explained_variance", _explained_variance(rollout_buffer, model._parts))
     log_std = getattr(model.policy, "log_std", None)
     if log_std is not None:
         logger.record("train/std", th.exp(log_std).mean().item())

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import partial
+from typing import Any, Self, TypeAlias
 
 import torch as th
+from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.update.flat_conditions import obstacle_to_flat_steps
 from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
+from sb3_ppo_plus.update.parted_gradients import sum_of_parts
+from sb3_ppo_plus.update.parted_rollout import PartedMinibatch
 
 # The numbers of a larger policy do not fit the caches. Copying its gradients takes more time than flat steps save
 MAX_FLAT_ON_CPU = 2**20
+
+AnyMinibatch: TypeAlias = Minibatch | PartedMinibatch
 
 AMP_DTYPES = {True: th.bfloat16, "bf16": th.bfloat16, "fp16": th.float16}
 
@@ -74,15 +81,16 @@ class Objective:
     amp_dtype: th.dtype | None
 
     @classmethod
-    def of_update(cls, model: PlusModel, coefficients: LossCoefficients) -> Self:
+    def of_update(cls, model: PlusModel, coefficients: LossCoefficients, parts: Parts) -> Self:
         """Make the objective of a model's update.
 
         :param model: the model
         :param coefficients: values of the loss's coefficients
+        :param parts: the parts of the minibatches. Of a whole minibatch, the loss normalises the advantages itself
         """
         return cls(
             coefficients,
-            normalize_advantage=model.normalize_advantage,
+            normalize_advantage=model.normalize_advantage and parts.is_whole,
             pessimistic_value_clip=model.pessimistic_value_clip,
             max_grad_norm=model.max_grad_norm,
             kl_limit=None if model.target_kl is None else 1.5 * model.target_kl,
@@ -135,20 +143,27 @@ class Objective:
 
 @th.no_grad()
 def recompute_log_prob(
-    policy: ActorCriticPolicy, objective: Objective, rollout_buffer: PPOPlusRolloutBuffer, batch_size: int
+    policy: ActorCriticPolicy, objective: Objective, rollout_buffer: RolloutBuffer, batch_size: int, parts: Parts
 ) -> None:
-    """Compute a rollout's log-probs again, in the way of the update, so that the first ratios are 1.
+    """Where they would differ, compute a rollout's log-probs again in the way of the update: the first ratios are 1.
 
     Otherwise rounding would make them 1 +- 1e-2 under autocast. For a squashed Gaussian with a saturated mean and a
     small standard deviation they would be 1 +- 1e-3, because PyTorch rounds single rows and batches differently.
 
-    :param policy: the policy, in evaluation mode
+    :param policy: the policy; it is in evaluation mode afterwards
     :param objective: the objective of the update
-    :param rollout_buffer: the full buffer; its log-probs are replaced
+    :param rollout_buffer: the full buffer; its log-probs are replaced, unless it is a class of the user's
     :param batch_size: transitions per minibatch
+    :param parts: the parts of the minibatches
     """
+    differs = getattr(getattr(policy, "action_dist", None), "log_prob_depends_on_batch_size", False)
+    if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not (differs or objective.amp_dtype is not None):
+        return
+    policy.set_training_mode(False)
     rollout = rollout_buffer.rollout()
-    for indices in rollout_buffer.in_order(batch_size):
+    size, n_parts = parts.size_of(batch_size), parts.n_here
+    in_order = [indices for part in range(n_parts) for indices in rollout_buffer.in_order(size, part, n_parts)]
+    for indices in in_order:
         log_prob = objective.evaluate(policy, rollout.select(indices))[1]
         is_real = indices.flatten() >= 0
         rollout_buffer.replace_log_probs(indices.flatten()[is_real], log_prob[is_real])
@@ -224,7 +239,7 @@ class GradientStep:
         if self._flat is not None:
             self._flat.give_back()
 
-    def __call__(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+    def __call__(self, objective: Objective, minibatch: AnyMinibatch) -> tuple[th.Tensor, bool]:
         """Compute the loss of a minibatch and take a step, unless the limit of approx_kl forbids it.
 
         No step is taken if the loss or its gradient is not finite; the metrics then show this.
@@ -236,7 +251,9 @@ class GradientStep:
         """
         return (self._flat_step if self._obstacle_to_flat is None else self._plain_step)(objective, minibatch)
 
-    def _plain_step(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+    def _plain_step(self, objective: Objective, minibatch: AnyMinibatch) -> tuple[th.Tensor, bool]:
+        if isinstance(minibatch, PartedMinibatch):
+            return self._plain_parted_step(objective, minibatch)
         batch = minibatch.batch()
         terms = objective.loss(batch, objective.evaluate(self.policy, batch))
         metrics = stacked(terms)
@@ -245,6 +262,22 @@ class GradientStep:
         self.policy.optimizer.zero_grad()
         self.grad_scaler.scale(terms.loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, terms.loss)), True
+
+    def _plain_parted_step(self, objective: Objective, minibatch: PartedMinibatch) -> tuple[th.Tensor, bool]:
+        metrics, gradients = sum_of_parts(self._parameters, minibatch, partial(self._backward, objective))
+        if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
+            return _with_grad_norm(metrics, None), False
+        self._set_gradients(gradients)
+        loss = metrics[METRICS.index("loss")]
+        return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, loss)), True
+
+    def _backward(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, Sequence[th.Tensor | None]]:
+        """Return what :meth:`_differentiate` returns, computed by ``backward``, which calls hooks of parameters."""
+        batch = minibatch.batch()
+        terms = objective.loss(batch, objective.evaluate(self.policy, batch))
+        self.policy.optimizer.zero_grad()
+        self.grad_scaler.scale(terms.loss).backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return stacked(terms), [parameter.grad for parameter in self._parameters]
 
     def _clip_and_step(self, max_grad_norm: float, loss: th.Tensor) -> th.Tensor:
         optimizer = self.policy.optimizer
@@ -257,9 +290,12 @@ class GradientStep:
         self.grad_scaler.update()
         return grad_norm
 
-    def _flat_step(self, objective: Objective, minibatch: Minibatch) -> tuple[th.Tensor, bool]:
+    def _flat_step(self, objective: Objective, minibatch: AnyMinibatch) -> tuple[th.Tensor, bool]:
         self._ran_policy = False
-        metrics, gradients = self._differentiate(objective, minibatch)
+        if isinstance(minibatch, PartedMinibatch):
+            metrics, gradients = sum_of_parts(self._parameters, minibatch, partial(self._differentiate, objective))
+        else:
+            metrics, gradients = self._differentiate(objective, minibatch)
         if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
             return _with_grad_norm(metrics, None), False
         loss = metrics[METRICS.index("loss")]

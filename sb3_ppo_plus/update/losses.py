@@ -45,12 +45,15 @@ def _clamp(x: th.Tensor, low: float | th.Tensor, high: float | th.Tensor) -> th.
     return th.clamp(x, low, high)  # type: ignore[arg-type]  # torch declares two numbers or two tensors
 
 
-def masked_mean(x: th.Tensor, valid: th.Tensor | None) -> th.Tensor:
+def masked_mean(x: th.Tensor, valid: th.Tensor | None, weights: th.Tensor | None = None) -> th.Tensor:
     """Return the mean over the valid elements; 0 if there is none.
 
     :param x: any shape
     :param valid: True for real elements, in the shape of ``x``; None: all are real
+    :param weights: weights of the elements, in the shape of ``x``: their weighted sum is returned; None: the mean is
     """
+    if weights is not None:
+        return ((x if valid is None else th.where(valid, x, 0.0)) * weights).sum()
     if valid is None:
         return x.mean()
     return th.where(valid, x, 0.0).sum() / valid.sum().clamp(min=1)
@@ -75,7 +78,11 @@ def normalize_advantages(advantages: th.Tensor, valid: th.Tensor | None = None) 
 
 
 def clipped_surrogate(
-    advantages: th.Tensor, ratio: th.Tensor, clip_range: float | th.Tensor, valid: th.Tensor | None = None
+    advantages: th.Tensor,
+    ratio: th.Tensor,
+    clip_range: float | th.Tensor,
+    valid: th.Tensor | None = None,
+    weights: th.Tensor | None = None,
 ) -> th.Tensor:
     """Return the negative of the clipped surrogate objective (Schulman et al. 2017, eq. 7).
 
@@ -83,10 +90,11 @@ def clipped_surrogate(
     :param ratio: the action's probability under the current policy, divided by that in the rollout, shape (batch,)
     :param clip_range: epsilon
     :param valid: True for real elements, shape (batch,); None: all are real
+    :param weights: see :func:`masked_mean`
     """
     unclipped = advantages * ratio
     clipped = advantages * _clamp(ratio, 1 - clip_range, 1 + clip_range)
-    return -masked_mean(th.min(unclipped, clipped), valid)
+    return -masked_mean(th.min(unclipped, clipped), valid, weights)
 
 
 def value_loss(
@@ -97,6 +105,7 @@ def value_loss(
     *,
     pessimistic: bool,
     valid: th.Tensor | None = None,
+    weights: th.Tensor | None = None,
 ) -> th.Tensor:
     """Return the mean squared error of the value prediction; its change from ``old_values`` may be clipped.
 
@@ -110,24 +119,34 @@ def value_loss(
     :param clip_range_vf: largest change that counts; None: no clipping
     :param pessimistic: True: the larger of both errors; False: SB3's clipped error
     :param valid: True for real elements, shape (batch,); None: all are real
+    :param weights: see :func:`masked_mean`
     """
     if valid is not None:
         # Padding may hold inf or NaN. Squared, these would make the gradient NaN
         values, old_values, returns = (th.where(valid, x, 0.0) for x in (values, old_values, returns))
     if clip_range_vf is None:
-        return _mean_squared_error(returns, values, valid)
+        return _mean_squared_error(returns, values, valid, weights)
     clipped_values = old_values + _clamp(values - old_values, -clip_range_vf, clip_range_vf)
     if pessimistic:
-        return masked_mean(th.max((returns - values) ** 2, (returns - clipped_values) ** 2), valid)
-    return _mean_squared_error(returns, clipped_values, valid)
+        return masked_mean(th.max((returns - values) ** 2, (returns - clipped_values) ** 2), valid, weights)
+    return _mean_squared_error(returns, clipped_values, valid, weights)
 
 
-def _mean_squared_error(targets: th.Tensor, predictions: th.Tensor, valid: th.Tensor | None) -> th.Tensor:
-    # mse_loss, as in SB3, because its backward rounds differently from that of a mean of squares
-    return F.mse_loss(targets, predictions) if valid is None else masked_mean((targets - predictions) ** 2, valid)
+def _mean_squared_error(
+    targets: th.Tensor, predictions: th.Tensor, valid: th.Tensor | None, weights: th.Tensor | None
+) -> th.Tensor:
+    if valid is None and weights is None:
+        # mse_loss, as in SB3, because its backward rounds differently from that of a mean of squares
+        return F.mse_loss(targets, predictions)
+    return masked_mean((targets - predictions) ** 2, valid, weights)
 
 
-def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, valid: th.Tensor | None = None) -> th.Tensor:
+def entropy_loss(
+    entropy: th.Tensor | None,
+    log_prob: th.Tensor,
+    valid: th.Tensor | None = None,
+    weights: th.Tensor | None = None,
+) -> th.Tensor:
     """Return the negative mean entropy.
 
     Some distributions have no entropy in closed form (gSDE with squash_output). It is then estimated from log_prob, as
@@ -136,17 +155,19 @@ def entropy_loss(entropy: th.Tensor | None, log_prob: th.Tensor, valid: th.Tenso
     :param entropy: entropy of each sample's action distribution, shape (batch,), or None
     :param log_prob: log probability of the stored actions, shape (batch,)
     :param valid: True for real elements, shape (batch,); None: all are real
+    :param weights: see :func:`masked_mean`
     """
-    return -masked_mean(-log_prob if entropy is None else entropy, valid)
+    return -masked_mean(-log_prob if entropy is None else entropy, valid, weights)
 
 
-def approximate_kl(log_ratio: th.Tensor, valid: th.Tensor | None = None) -> th.Tensor:
+def approximate_kl(log_ratio: th.Tensor, valid: th.Tensor | None = None, weights: th.Tensor | None = None) -> th.Tensor:
     """Return an estimate of KL(old || new) that is never negative (http://joschu.net/blog/kl-approx.html, k3).
 
     :param log_ratio: log of the probability ratio new / old of each action, shape (batch,)
     :param valid: True for real elements, shape (batch,); None: all are real
+    :param weights: see :func:`masked_mean`
     """
-    return masked_mean((th.exp(log_ratio) - 1) - log_ratio, valid)
+    return masked_mean((th.exp(log_ratio) - 1) - log_ratio, valid, weights)
 
 
 def ppo_loss(
@@ -169,7 +190,7 @@ def ppo_loss(
     :param normalize_advantage: normalise the advantages over the minibatch
     :param pessimistic_value_clip: see :func:`value_loss`
     """
-    valid = batch.valid
+    valid, weights = batch.valid, batch.weights
     clip_range, clip_range_vf, ent_coef, vf_coef = coefficients
     advantages = normalize_advantages(batch.advantages, valid) if normalize_advantage else batch.advantages
     log_ratio = log_prob - batch.old_log_prob
@@ -178,31 +199,31 @@ def ppo_loss(
         log_ratio = th.where(valid, log_ratio, 0.0)
     ratio = th.exp(log_ratio)
 
-    policy_term = clipped_surrogate(advantages, ratio, clip_range, valid)
+    policy_term = clipped_surrogate(advantages, ratio, clip_range, valid, weights)
     value_term = value_loss(
-        values, batch.old_values, batch.returns, clip_range_vf, pessimistic=pessimistic_value_clip, valid=valid
+        values,
+        batch.old_values,
+        batch.returns,
+        clip_range_vf,
+        pessimistic=pessimistic_value_clip,
+        valid=valid,
+        weights=weights,
     )
-    entropy_term = entropy_loss(entropy, log_prob, valid)
+    entropy_term = entropy_loss(entropy, log_prob, valid, weights)
     if isinstance(ent_coef, float) and ent_coef == 0.0:
         # Its gradient would be 0, but would take time
         entropy_term = entropy_term.detach()
     loss = policy_term + ent_coef * entropy_term + vf_coef * value_term
 
     with th.no_grad():
-        approx_kl = approximate_kl(log_ratio, valid)
-        clip_fraction = masked_mean((th.abs(ratio - 1) > clip_range).float(), valid)
+        approx_kl = approximate_kl(log_ratio, valid, weights)
+        clip_fraction = masked_mean((th.abs(ratio - 1) > clip_range).float(), valid, weights)
         value_clip_fraction = th.zeros_like(clip_fraction)
         if clip_range_vf is not None:
-            value_clip_fraction = masked_mean((th.abs(values - batch.old_values) > clip_range_vf).float(), valid)
-    return LossTerms(
-        loss,
-        policy_term.detach(),
-        value_term.detach(),
-        entropy_term.detach(),
-        approx_kl,
-        clip_fraction,
-        value_clip_fraction,
-    )
+            is_clipped = th.abs(values - batch.old_values) > clip_range_vf
+            value_clip_fraction = masked_mean(is_clipped.float(), valid, weights)
+    terms = policy_term.detach(), value_term.detach(), entropy_term.detach()
+    return LossTerms(loss, *terms, approx_kl, clip_fraction, value_clip_fraction)
 
 
 # Names of a minibatch's metrics, in the order of the tensor that holds them

@@ -1,0 +1,104 @@
+"""What processes decide and learn together during their rollouts: whether to stop, episodes, statistics."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.distributed.ranks import Ranks
+from sb3_ppo_plus.distributed.shared_statistics import SharedStatistics, statistics_of
+
+
+class _Message(NamedTuple):
+    """What a process tells the others at the end of its rollout.
+
+    :param stops: whether a callback has ended training
+    :param num_timesteps: timesteps done in all processes, as far as this one knows
+    :param episodes: step, and info of each episode that has ended
+    :param statistics: what its steps bring to the statistics of normalisers
+    """
+
+    stops: bool
+    num_timesteps: int
+    episodes: list[tuple[int, dict[str, Any] | None, Any]]
+    statistics: list[tuple[Any, ...]]
+
+
+class Meeting:
+    """Meetings of the processes that train a model.
+
+    :param ranks: the processes
+    :param at_each_step: meet after each step too, so that all stop after the same one
+    """
+
+    def __init__(self, ranks: Ranks, *, at_each_step: bool) -> None:
+        self._ranks = ranks
+        self._at_each_step = at_each_step
+        self._is_alone = ranks.size == 1
+        self._n_steps = 0
+        self._episodes: list[tuple[int, dict[str, Any] | None, Any]] = []
+
+    def note_episodes(self, model: PlusModel, infos: list[dict[str, Any]], dones: np.ndarray) -> None:
+        """Note the episodes that a step has ended. Those of several processes wait for :meth:`end_rollout`.
+
+        :param model: the model
+        :param infos: the infos of the step
+        :param dones: which episodes ended with it, shape (n_envs,)
+        """
+        if self._is_alone:
+            model._update_info_buffer(infos, dones)
+            return
+        self._n_steps += 1
+        for index, info in enumerate(infos):
+            episode, success = info.get("episode"), info.get("is_success")
+            # As in SB3's _update_info_buffer
+            success = success if dones[index] else None
+            if episode is not None or success is not None:
+                self._episodes.append((self._n_steps, episode, success))
+
+    def goes_on(self, model: PlusModel, wants_to: bool) -> bool:
+        """Return whether the rollout goes on after a step.
+
+        :param model: the model
+        :param wants_to: what the callbacks of this process say
+        """
+        if self._is_alone:
+            return wants_to
+        if self._at_each_step:
+            return not self._ranks.any(not wants_to)
+        return wants_to or self._meet(model, stops=True)
+
+    def end_rollout(self, model: PlusModel) -> bool:
+        """Meet after the last step of a rollout. The model then knows the episodes of all processes.
+
+        :param model: the model
+        :return: whether training goes on
+        """
+        return self._is_alone or self._meet(model, stops=False)
+
+    def _meet(self, model: PlusModel, *, stops: bool) -> bool:
+        shared = _shared_statistics(model.env)
+        own_parts = [] if self._at_each_step else [statistics.own_part() for statistics in shared]
+        messages: list[_Message] = self._ranks.gather_objects(
+            _Message(stops, model.num_timesteps, self._episodes, own_parts)
+        )
+        # The order of one process that has all environments
+        episodes = [episode for message in messages for episode in message.episodes]
+        for _, info, success in sorted(episodes, key=lambda episode: episode[0]):
+            if info is not None:
+                model.ep_info_buffer.append(info)
+            if success is not None:
+                model.ep_success_buffer.append(success)
+        self._n_steps, self._episodes = 0, []
+        for statistics, *parts in zip(shared, *(message.statistics for message in messages), strict=False):
+            statistics.merge(parts)
+        # A process that has stopped early has counted fewer
+        model.num_timesteps = max(message.num_timesteps for message in messages)
+        return not any(message.stops for message in messages)
+
+
+def _shared_statistics(env: VecEnv | None) -> list[SharedStatistics]:
+    return [statistics for statistics in statistics_of(env) if isinstance(statistics, SharedStatistics)]

@@ -1,0 +1,198 @@
+"""Environments and minibatches in equal parts: micro-batches of one process, or of several."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.distributions import StateDependentNoiseDistribution
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+from sb3_ppo_plus.distributed.meeting import Meeting
+from sb3_ppo_plus.distributed.random_streams import RandomStream
+from sb3_ppo_plus.distributed.ranks import Ranks
+
+GSDE_NOISE = ("exploration_mat", "exploration_matrices")
+
+
+class Parts:
+    """The parts of a training run. Part k has the k-th of equally many environments, and a random stream of its own.
+
+    Where there is one part in all, nothing is divided.
+
+    :param n_here: number of parts of this process
+    :param device: the policy's device
+    :param ranks: the processes of the run
+    :param is_exact: compute with the bits of one process that has all parts
+    """
+
+    def __init__(self, n_here: int, device: th.device, ranks: Ranks | None = None, *, is_exact: bool = True) -> None:
+        self.n_here = n_here
+        self.ranks = ranks or Ranks()
+        self.n_in_all = n_here * self.ranks.size
+        self.first = n_here * self.ranks.rank
+        self._device = device
+        self.is_exact = is_exact
+        self.meeting = Meeting(self.ranks, at_each_step=is_exact)
+        self._entropy: int | None = None
+        self._streams: list[RandomStream] = []
+        self._gsde_noise: list[dict[str, th.Tensor]] = [{} for _ in range(n_here)]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there is one part in all."""
+        return self.n_in_all == 1
+
+    def check(self, model: PlusModel) -> None:
+        """Check that a model's environments and minibatches can be divided.
+
+        :param model: the model
+        :raises ValueError: names what does not divide
+        """
+        buffer_class = model.rollout_buffer_class
+        if not self.is_whole and not (buffer_class is not None and issubclass(buffer_class, PPOPlusRolloutBuffer)):
+            raise ValueError(
+                f"micro_batches={self.n_here} and distributed={model.distributed!r} need a rollout_buffer_class that "
+                f"is None or a subclass of PPOPlusRolloutBuffer, got {buffer_class}"
+            )
+        if self.n_here > 1 and model.n_envs % self.n_here != 0:
+            raise ValueError(
+                f"micro_batches must divide the number of environments, got micro_batches={self.n_here} and "
+                f"{model.n_envs} environments"
+            )
+        self.size_of(model.batch_size)
+
+    def seed_envs(self, env: VecEnv | None, seed: int | None) -> None:
+        """Give the environments of this process other seeds than those of the processes before it.
+
+        They are those of one process with all environments. The global generators that environments may use differ too.
+
+        :param env: the environments, after they were seeded as those of the first process
+        :param seed: the model's seed
+        """
+        if self.ranks.rank == 0 or seed is None or env is None:
+            return
+        own_seed = (seed + self.ranks.rank * env.num_envs) % 2**32
+        env.seed(own_seed)
+        random.seed(own_seed)
+        np.random.seed(own_seed)
+
+    def size_of(self, batch_size: int) -> int:
+        """Return how many transitions of a minibatch belong to each part.
+
+        :param batch_size: transitions per minibatch, over all parts
+        :raises ValueError: if they cannot be divided
+        """
+        size, rest = divmod(batch_size, self.n_in_all)
+        if rest:
+            by_rank = f" in each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+            raise ValueError(
+                f"batch_size must be a multiple of the number of parts, got batch_size={batch_size} and "
+                f"micro_batches={self.n_here}{by_rank}"
+            )
+        return size
+
+    def envs_of(self, n_envs: int) -> list[slice]:
+        """Return which environments of this process belong to each of its parts.
+
+        :param n_envs: number of environments of this process
+        """
+        size = n_envs // self.n_here
+        return [slice(part * size, (part + 1) * size) for part in range(self.n_here)]
+
+    def streams(self) -> list[RandomStream]:
+        """Return the random stream of each part of this process. In it, the part acts and its loss is computed."""
+        if not self._streams:
+            entropy = self.entropy()
+            self._streams = [RandomStream([entropy, 0, self.first + part], self._device) for part in range(self.n_here)]
+        return self._streams
+
+    def entropy(self) -> int:
+        """Return the integer from which all random streams of the parts begin. It is the same in all processes."""
+        if self._entropy is None:
+            self._entropy = self.ranks.gather_objects(int(np.random.randint(2**31)))[0]
+        return self._entropy
+
+    def permutations_of(self, n_updates: int) -> list[np.random.Generator]:
+        """Return what permutes the transitions of each part of this process in an update.
+
+        :param n_updates: number of epochs that were done before the update
+        """
+        seeds = ([self.entropy(), 1, self.first + part, n_updates] for part in range(self.n_here))
+        return [np.random.default_rng(seed) for seed in seeds]
+
+    def sum(self, vectors: Iterable[th.Tensor]) -> th.Tensor:
+        """Add what all parts have computed. The sum has the same bits in each process.
+
+        :param vectors: a vector of each part of this process, in their order
+        """
+        if self.ranks.size > 1 and self.is_exact:
+            return _sum_in_order(self.ranks.gather(th.stack(list(vectors))).flatten(0, 1))
+        return self.ranks.sum(_sum_in_order(vectors))
+
+    def gather(self, tables: list[np.ndarray]) -> np.ndarray:
+        """Return a table of each part of all processes, in their order.
+
+        :param tables: a table of each part of this process, float64 and of one shape
+        :return: shape (number of parts in all, *shape)
+        """
+        gathered = self.ranks.gather(th.from_numpy(np.stack(tables)))
+        all_tables: np.ndarray = gathered.flatten(0, 1).numpy()
+        return all_tables
+
+    def reset_noise(self, policy: ActorCriticPolicy, n_envs: int) -> None:
+        """Draw exploration matrices for gSDE.
+
+        :param policy: the policy
+        :param n_envs: number of environments of this process
+        """
+        if self.is_whole:
+            policy.reset_noise(n_envs)
+            return
+        for noise, stream in zip(self._gsde_noise, self.streams(), strict=True):
+            with stream:
+                policy.reset_noise(n_envs // self.n_here)
+            noise.update({name: getattr(policy.action_dist, name) for name in GSDE_NOISE})
+
+    def use_noise(self, policy: ActorCriticPolicy, part: int) -> None:
+        """Let a policy act with the exploration matrices of a part.
+
+        :param policy: the policy
+        :param part: index of the part in this process
+        """
+        if isinstance(getattr(policy, "action_dist", None), StateDependentNoiseDistribution):
+            vars(policy.action_dist).update(self._gsde_noise[part])
+
+    def state(self) -> dict[str, Any]:
+        """Return what the parts of this process draw next, as plain values; empty where nothing is divided."""
+        if self.is_whole:
+            return {}
+        streams = [stream.states for stream in self.streams()]
+        return {"parts": {"entropy": self.entropy(), "streams": streams, "gsde": self._gsde_noise}}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Put back what :meth:`state` has returned.
+
+        :param state: the result of :meth:`state`; other entries are ignored
+        """
+        if "parts" in state and not self.is_whole:
+            self._entropy, self._streams = state["parts"]["entropy"], []
+            for stream, states in zip(self.streams(), state["parts"]["streams"], strict=True):
+                stream.states = states
+            self._gsde_noise = [
+                {name: tensor.to(self._device) for name, tensor in noise.items()} for noise in state["parts"]["gsde"]
+            ]
+
+
+def _sum_in_order(vectors: Iterable[th.Tensor]) -> th.Tensor:
+    remaining: Iterator[th.Tensor] = iter(vectors)
+    total = next(remaining)
+    for vector in remaining:
+        total = total + vector
+    return total

@@ -1,0 +1,154 @@
+"""Processes that train together, through torch.distributed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+import torch.distributed as dist
+
+from sb3_ppo_plus.distributed.ranks import Ranks
+from sb3_ppo_plus.errors import RankFailedError
+from sb3_ppo_plus.torch_private import default_store
+
+#: What torchrun and Ray Train tell each process
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# How long a process that fails waits for the others to read why: its end may be the end of the store
+SECONDS_OF_FAREWELL = 3.0
+
+
+def share_of(n_envs: int) -> tuple[int, int]:
+    """Return which of a number of environments are those of this process.
+
+    :param n_envs: number of environments of all processes
+    :return: how many this process has, and the index of its first one. Without a launcher: ``(n_envs, 0)``
+    :raises ValueError: if they cannot be shared out evenly
+    """
+    if dist.is_available() and dist.is_initialized():
+        rank, size = dist.get_rank(), dist.get_world_size()
+    else:
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    if n_envs % size != 0:
+        raise ValueError(
+            f"n_envs must be a multiple of the number of processes, got n_envs={n_envs} and {size} processes"
+        )
+    return n_envs // size, n_envs // size * rank
+
+
+def is_launched() -> bool:
+    """Whether this process was started together with others, or has joined a process group already."""
+    if not dist.is_available():
+        return False
+    return dist.is_initialized() or all(name in os.environ for name in LAUNCHER_VARIABLES)
+
+
+def join(device: th.device) -> Ranks:
+    """Join the process group of the launcher, or the one that exists already.
+
+    :param device: the policy's device
+    :raises ValueError: without a launcher, or for a group that cannot send tensors of the device
+    """
+    if not is_launched():
+        missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+        raise ValueError(
+            "distributed must be False in a process without a launcher, which sets the environment variables "
+            f"{', '.join(LAUNCHER_VARIABLES)} (missing: {', '.join(missing) or 'torch.distributed'}): start the script "
+            "by `torchrun --nproc-per-node 2 SCRIPT`, or in Ray Train"
+        )
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return ProcessRanks(device)
+
+
+class ProcessRanks(Ranks):
+    """The processes of torch.distributed's default group.
+
+    :param device: the policy's device
+    :raises ValueError: for a group that cannot send tensors of the device
+    """
+
+    def __init__(self, device: th.device) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._has_failed = False
+        self._n_objects = 0
+        backend = dist.get_backend_config()
+        if device.type == "cpu" and "cpu" not in backend and "gloo" not in backend:
+            raise ValueError(
+                f"the process group's backend is {backend!r}, which sends no tensors of the CPU, and the policy is on "
+                "the CPU: make it with dist.init_process_group('gloo'), or train on CUDA"
+            )
+
+    def gather(self, tensor: th.Tensor) -> th.Tensor:
+        """Return the tensors of all processes, see :meth:`Ranks.gather`."""
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        # The rows share the memory of the whole. Gathering into one tensor has other names in other releases
+        self._together(dist.all_gather, list(gathered.unbind()), tensor.contiguous())
+        return gathered
+
+    def sum(self, tensor: th.Tensor) -> th.Tensor:
+        """Return the sum over all processes, see :meth:`Ranks.sum`."""
+        summed = tensor.contiguous()
+        self._together(dist.all_reduce, summed)
+        return summed
+
+    def gather_objects(self, value: Any) -> list[Any]:  # noqa: ANN401  # anything that can be pickled
+        """Return the values of all processes, see :meth:`Ranks.gather_objects`."""
+        # On the CPU, whatever the device of the policy is: torch's own all_gather_object chooses it by the backend
+        content = th.frombuffer(bytearray(pickle.dumps(value)), dtype=th.uint8)
+        sizes = self.gather(th.tensor(len(content))).tolist()
+        padded = th.zeros(max(sizes), dtype=th.uint8)
+        padded[: len(content)] = content
+        rows = self.gather(padded)
+        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is True in one of the processes, see :meth:`Ranks.any`."""
+        return bool(self.gather(th.tensor(flag)).any())
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other processes why this one ends, and let what they wait for fail.
+
+        :param error: the error that ends this process's training
+        """
+        if self._has_failed:
+            return
+        self._has_failed = True
+        # Whatever goes wrong here, the error itself is what the user must see
+        with contextlib.suppress(Exception):
+            store = default_store()
+            if store is not None and not isinstance(error, RankFailedError):
+                text = "".join(traceback.format_exception(error))
+                store.set("sb3_ppo_plus/failure", f"rank {self.rank}:\n{text}")
+            dist.destroy_process_group()
+            until = time.monotonic() + SECONDS_OF_FAREWELL
+            while store is not None and self.rank == 0 and time.monotonic() < until:
+                if store.add("sb3_ppo_plus/farewells", 0) >= self.size - 1:
+                    break
+                time.sleep(0.05)
+
+    def _together(self, collective: Callable[..., object], *arguments: Any) -> None:
+        """Do something that ends when all processes do it."""
+        if self._has_failed:
+            raise RankFailedError(f"rank {self.rank} has failed in training before, and has left the others")
+        try:
+            collective(*arguments)
+        except (RuntimeError, ValueError) as error:
+            raise RankFailedError(self._reason(error)) from error
+
+    def _reason(self, error: Exception) -> str:
+        with contextlib.suppress(Exception):
+            store = default_store()
+            until = time.monotonic() + 1.0
+            while store is not None and time.monotonic() < until:
+                if store.check(["sb3_ppo_plus/failure"]):
+                    report = store.get("sb3_ppo_plus/failure").decode()
+                    store.add("sb3_ppo_plus/farewells", 1)
+                    return f"training has ended in another process, {report}"
+                time.sleep(0.05)
+        return f"another process has left training without a word, it may have been killed: {error}"
