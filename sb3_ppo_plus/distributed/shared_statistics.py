@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,12 +86,11 @@ def normalizers_of(env: VecEnv | None) -> list[VecNormalize]:
 
 def statistics_of(env: VecEnv | None) -> list[RunningMeanStd]:
     """Return all statistics of an environment's normalisers, in a fixed order."""
-    found = []
+    found: list[RunningMeanStd] = []
     for normalizer in normalizers_of(env):
-        observations = getattr(normalizer, "obs_rms", None)
-        found += list(observations.values()) if isinstance(observations, dict) else [observations]
-        found.append(normalizer.ret_rms)
-    return [statistics for statistics in found if isinstance(statistics, RunningMeanStd)]
+        for statistics in _statistics_in(normalizer).values():
+            found += statistics.values() if isinstance(statistics, dict) else [statistics]
+    return found
 
 
 @contextmanager
@@ -110,17 +109,42 @@ def sharing_statistics(env: VecEnv | None, ranks: Ranks, *, at_each_step: bool) 
     first = ranks.gather_objects([(each.mean, each.var, each.count) for each in statistics_of(env)])[0]
     for own, (mean, var, count) in zip(statistics_of(env), first, strict=True):
         own.mean, own.var, own.count = mean, var, count
-    _replace(env, lambda own: SharedStatistics(own, ranks, at_each_step=at_each_step))
+    with _replaced(env, lambda own: SharedStatistics(own, ranks, at_each_step=at_each_step)):
+        yield
+
+
+@contextmanager
+def unshared_statistics(env: VecEnv) -> Iterator[None]:
+    """Have SB3's own statistics in the normalisers of an environment, to copy them.
+
+    :param env: the outermost vectorised environment
+    """
+    shared = [_statistics_in(normalizer) for normalizer in normalizers_of(env)]
+    with _replaced(env, RunningMeanStd.copy):
+        yield
+    for normalizer, statistics in zip(normalizers_of(env), shared, strict=True):
+        vars(normalizer).update(statistics)
+
+
+@contextmanager
+def _replaced(env: VecEnv | None, make: Callable[[RunningMeanStd], RunningMeanStd]) -> Iterator[None]:
+    """Replace all statistics of an environment's normalisers. Afterwards, they are copies of what is there then."""
+    _replace(env, make)
     try:
         yield
     finally:
         _replace(env, RunningMeanStd.copy)
 
 
-def _replace(env: VecEnv | None, make: Any) -> None:  # noqa: ANN401  # a function of RunningMeanStd
+def _statistics_in(normalizer: VecNormalize) -> dict[str, Any]:
+    """Return the attributes that hold statistics. A normaliser of rewards alone has none of observations."""
+    return {name: vars(normalizer)[name] for name in ("obs_rms", "ret_rms") if name in vars(normalizer)}
+
+
+def _replace(env: VecEnv | None, make: Callable[[RunningMeanStd], RunningMeanStd]) -> None:
     for normalizer in normalizers_of(env):
-        if isinstance(getattr(normalizer, "obs_rms", None), dict):
-            normalizer.obs_rms = {key: make(statistics) for key, statistics in normalizer.obs_rms.items()}
-        elif hasattr(normalizer, "obs_rms"):
-            normalizer.obs_rms = make(normalizer.obs_rms)
-        normalizer.ret_rms = make(normalizer.ret_rms)
+        for name, statistics in _statistics_in(normalizer).items():
+            if isinstance(statistics, dict):
+                vars(normalizer)[name] = {key: make(each) for key, each in statistics.items()}
+            else:
+                vars(normalizer)[name] = make(statistics)

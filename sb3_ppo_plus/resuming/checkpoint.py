@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.argument_checks import is_integer
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.env_states.proof import prove_envs
 from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.envs.workers import eval_envs_of
@@ -20,6 +21,7 @@ from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
 from sb3_ppo_plus.resuming.checkpoint_writer import CheckpointWriter
 from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.resuming.signals import SignalFlags, keep_signals_from_workers
+from sb3_ppo_plus.resuming.states_of_ranks import snapshot_of_all
 from sb3_ppo_plus.resuming.training_state import Snapshot, begin_new_episodes, take_snapshot
 from sb3_ppo_plus.saving.model_snapshot import ModelSnapshots
 
@@ -110,7 +112,9 @@ class TrainingCheckpoint(BaseCallback):
         self._outer_exception = sys.exception()
         self._writer.close()
         self._writer = self._new_writer()
-        self._writer.open()
+        if self._ranks.rank == 0:
+            # It writes the checkpoints of all processes
+            self._writer.open()
         # First: a subclass may go on where the state cannot be saved
         if self.on_signal and self._signals.install():
             self._keep_signals_from_workers()
@@ -122,7 +126,7 @@ class TrainingCheckpoint(BaseCallback):
         while prove_envs(self.training_env):
             begin_new_episodes(self._ppo_plus)
         self._prove_evaluations()
-        if self.model.num_timesteps == 0 and checkpoint_directories(self.save_path):
+        if self.model.num_timesteps == 0 and self._ranks.rank == 0 and checkpoint_directories(self.save_path):
             warnings.warn(
                 f"{self.save_path} holds checkpoints of an earlier run. This run's checkpoints will replace them. "
                 "PPOPlus.resume(save_path, env) would continue the earlier run",
@@ -149,6 +153,11 @@ class TrainingCheckpoint(BaseCallback):
         return CheckpointWriter(self.save_path, self.keep_last, self.keep_best, self._note_written)
 
     @property
+    def _ranks(self) -> Ranks:
+        ranks: Ranks = self._ppo_plus._parts.ranks
+        return ranks
+
+    @property
     def _ppo_plus(self) -> PlusModel:
         # Checked in _init_callback
         model: Any = self.model
@@ -169,15 +178,26 @@ class TrainingCheckpoint(BaseCallback):
         is_requested = self._signals.take_request()
         # Read last: a signal may arrive during these lines, and one that stops training must have a checkpoint written
         self.received_signal = self._signals.stop
-        must_stop = self.received_signal is not None
+        is_requested, must_stop = self._agree(is_requested, self.received_signal is not None)
         if is_over or must_stop:
             # There is no training left that could go on meanwhile
             self.save()
         elif is_due or is_requested:
             # The error of the checkpoint before comes first
             self._writer.wait()
-            self._writer.write_in_background(self._snapshot())
+            snapshot = self._snapshot()
+            if self._ranks.rank == 0:
+                self._writer.write_in_background(snapshot)
         return not must_stop
+
+    def _agree(self, is_requested: bool, must_stop: bool) -> tuple[bool, bool]:
+        """Return whether a signal asks one of the processes for a checkpoint, and whether it asks one to stop."""
+        if self._ranks.size == 1:
+            return is_requested, must_stop
+        # What the first process has written since the last time
+        answers = self._ranks.gather_objects((is_requested, must_stop, self._ppo_plus.last_checkpoint))
+        self._ppo_plus.last_checkpoint = answers[0][2]
+        return any(answer[0] for answer in answers), any(answer[1] for answer in answers)
 
     def save(self) -> Path:
         """Write a checkpoint now, and return when it is on the disk.
@@ -185,10 +205,16 @@ class TrainingCheckpoint(BaseCallback):
         A run can be continued only from a checkpoint written between two updates. After ``learn`` has ended, a
         checkpoint holds the callbacks of that ``learn``.
 
+        Of several processes, each must call this; the first one writes.
+
         :return: its directory
         :raises CheckpointError: if it, or the one before it, cannot be written, or if another run uses the directory
         """
-        return self._writer.write(self._snapshot())
+        snapshot = self._snapshot()
+        path = self._writer.write(snapshot) if self._ranks.rank == 0 else None
+        written: Path = self._ranks.gather_objects(path)[0]
+        self._ppo_plus.last_checkpoint = str(written)
+        return written
 
     def wait_for_checkpoint(self) -> None:
         """Wait until no checkpoint is being written. One that fails is an error later, as if nobody had waited."""
@@ -200,7 +226,7 @@ class TrainingCheckpoint(BaseCallback):
         if run.callback is not None:
             self._callbacks = run.callback
         self._n_saved_at = model.num_timesteps
-        return take_snapshot(model, self._callbacks, self._models, unsaved)
+        return snapshot_of_all(take_snapshot(model, self._callbacks, self._models, unsaved), self._ranks)
 
     def _note_written(self, directory: Path) -> None:
         self._ppo_plus.last_checkpoint = str(directory)

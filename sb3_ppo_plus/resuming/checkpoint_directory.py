@@ -39,8 +39,11 @@ NORMALIZER_FILE = "vecnormalize.json"
 """For those who use the model elsewhere. A resume takes the statistics from the state of the environments."""
 #: It names a few files and versions
 MAX_MANIFEST_BYTES = 2**20
-#: A checkpoint has three, and the statistics of a VecNormalize. Several names may be links to one large file
+#: A checkpoint has three, and the statistics of a VecNormalize; two of each further process. Several names may be links
+#: to one large file
 MAX_FILES = 4
+#: How many processes a run may have, without trust
+MAX_PROCESSES = 64
 #: How many newer ones may be invalid, without trust
 MAX_TRIES = 20
 _NAME = re.compile(r"checkpoint_(\d+)_\d+_steps")
@@ -123,7 +126,8 @@ def read_checkpoint(directory: Path, follows_links: bool = True) -> Checkpoint:
         check_format(manifest, str(directory))
         files = {}
         listed = {**manifest["files"], **manifest.get(BESIDE, {})}
-        if len(listed) > MAX_FILES or not isinstance(manifest["versions"], dict):
+        most = math.inf if follows_links else MAX_FILES + 2 * (MAX_PROCESSES - 1)
+        if len(listed) > most or not isinstance(manifest["versions"], dict):
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} is no manifest")
         for name, expected in listed.items():
             # A name must not lead out of the directory, nor may two names lead to one large file

@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.env_states.generator_state import set_global_generator_states
 from sb3_ppo_plus.envs.workers import BROKEN_PIPES, NamingDeadWorkers
 from sb3_ppo_plus.errors import CheckpointError, DeadWorkerError, WrapperStackError
@@ -27,6 +28,7 @@ from sb3_ppo_plus.resuming.checkpoint_directory import (
 )
 from sb3_ppo_plus.resuming.migrations import migrated
 from sb3_ppo_plus.resuming.run import as_callbacks
+from sb3_ppo_plus.resuming.states_of_ranks import files_by_rank, shared_out
 from sb3_ppo_plus.resuming.training_state import (
     ARRAYS_FILE,
     MODEL_FILE,
@@ -110,12 +112,12 @@ def _resumed(
     trusts_state: bool | None,
     **kwargs: Any,
 ) -> Model:
-    if checkpoint.files.keys() - {NORMALIZER_FILE} != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
-        raise CheckpointError(f"{checkpoint.directory} holds no training state, got {sorted(checkpoint.files)}")
-    model: Any = cls.load(io.BytesIO(checkpoint.files[MODEL_FILE]), env=env, device=device, **kwargs)
+    files = _files_by_rank(checkpoint)
+    model: Any = cls.load(io.BytesIO(files[0][MODEL_FILE]), env=env, device=device, **kwargs)
+    model._join()
     try:
         trusted = kwargs.get("trusted", True)
-        state = migrated(read_state(checkpoint.files, trusted), checkpoint.manifest["format"])
+        state = _state_for(model, checkpoint, files, trusted)
         if not trusted:
             _check_log_name(state["attributes"]["_tb_log_name"])
         trusts_state = trusted if trusts_state is None else trusts_state
@@ -132,7 +134,7 @@ def _resumed(
             f"{checkpoint.directory} cannot be resumed from: {type(error).__name__}: {error}"
         ) from error
     model.last_checkpoint = str(checkpoint.directory)
-    _warn_of_inexactness(checkpoint, goes_on)
+    _warn_of_inexactness(checkpoint, goes_on, len(files), model._parts.ranks.size)
     if model.verbose >= 1:
         print(f"Resumed from {checkpoint.directory}")
     resumed: Model = model
@@ -145,7 +147,40 @@ def _check_log_name(name: str) -> None:
         raise ValueError(f"_tb_log_name must be the name of a folder inside tensorboard_log, got {short(name)}")
 
 
-def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool) -> None:
+def _files_by_rank(checkpoint: Checkpoint) -> list[dict[str, bytes]]:
+    try:
+        files = files_by_rank(checkpoint.files)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint.directory} holds no training state: {error}") from error
+    if files[0].keys() - {NORMALIZER_FILE} != {MODEL_FILE, STATE_FILE, ARRAYS_FILE}:
+        raise CheckpointError(f"{checkpoint.directory} holds no training state, got {sorted(checkpoint.files)}")
+    return files
+
+
+def _state_for(
+    model: PlusModel, checkpoint: Checkpoint, files: list[dict[str, bytes]], trusted: bool
+) -> dict[str, Any]:
+    """Return the state with which this process goes on."""
+    ranks: Ranks = model._parts.ranks
+    found = ranks.gather_objects(checkpoint.directory.name)
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes have found different checkpoints, {found}: do they share {checkpoint.directory}?"
+        )
+    # With as many processes as before, none reads what belongs to the others
+    needed = files[ranks.rank : ranks.rank + 1] if len(files) == ranks.size else files
+    states = [migrated(read_state(each, trusted), checkpoint.manifest["format"]) for each in needed]
+    return states[0] if len(files) == ranks.size else shared_out(states, ranks, model.n_envs)
+
+
+def _warn_of_inexactness(checkpoint: Checkpoint, goes_on: bool, n_saved: int, n_now: int) -> None:
+    if n_now != n_saved:
+        warnings.warn(
+            f"the checkpoint is of {n_saved} process{'es' if n_saved > 1 else ''}, now there are {n_now}: the "
+            "environments were shared out anew. Parameters, optimizer, normalizer and counters go on exactly, random "
+            "numbers and the callbacks of other processes than the first do not",
+            stacklevel=5,
+        )
     if not goes_on:
         warnings.warn(
             "the environments have no get_resume_state() and set_resume_state(state), had none when they were saved, "

@@ -12,9 +12,10 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import StateDependentNoiseDistribution
-from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.distributed.shared_statistics import unshared_statistics
 from sb3_ppo_plus.env_states.generator_state import (
     global_generator_states,
     set_global_generator_states,
@@ -81,7 +82,7 @@ def take_snapshot(
         "logger": pending_logs(model),
         "spaces": [space_generator_states(space) for space in (model.observation_space, model.action_space)],
         "gsde": _gsde_noise(model),
-        "env": vec_env_state(model.env, unsaved),
+        "env": _env_state(model.env, unsaved),
         "callbacks": callback_states(callback),
         # Last: the environments may draw random numbers when they are asked for their state
         "generators": global_generator_states(),
@@ -94,7 +95,8 @@ def take_snapshot(
     # The other files hold these already
     large = [name for name, value in state["attributes"].items() if not isinstance(value, int | float | str | None)]
     a_ppo: Any = model
-    model_file = models.take(a_ppo, large)
+    # The first process writes the model of all
+    model_file = models.take(a_ppo, large) if model._parts.ranks.rank == 0 else bytes
     normalizer_file = _normalizer_file(model)
     return Snapshot(
         model.num_timesteps,
@@ -106,6 +108,12 @@ def take_snapshot(
             **normalizer_file,
         },
     )
+
+
+def _env_state(env: VecEnv, unsaved: list[str] | None) -> dict[str, Any]:
+    # Between two updates, statistics are the same in all processes
+    with unshared_statistics(env):
+        return vec_env_state(env, unsaved)
 
 
 def _as_text(encoded: Json) -> str:
