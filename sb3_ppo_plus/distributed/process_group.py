@@ -13,6 +13,7 @@ from typing import Any
 import torch as th
 import torch.distributed as dist
 
+from sb3_ppo_plus.distributed.fresh_store import fresh_store, outlives_attempts
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.errors import RankFailedError
 from sb3_ppo_plus.torch_private import default_store
@@ -62,8 +63,17 @@ def join(device: th.device) -> Ranks:
             "by `torchrun --nproc-per-node 2 SCRIPT`, or in Ray Train"
         )
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _make_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return ProcessRanks(device)
+
+
+def _make_group(backend: str) -> None:
+    if not outlives_attempts():
+        dist.init_process_group(backend)
+        return
+    # As init_process_group does it. It is not in the list of what the module exports
+    store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=fresh_store(store, rank, size), rank=rank, world_size=size)
 
 
 class ProcessRanks(Ranks):
