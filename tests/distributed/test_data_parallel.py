@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import warnings
 
 import numpy as np
 import pytest
@@ -262,6 +263,22 @@ def test_bad_input_is_refused_before_the_first_step(monkeypatch):
         share_of(7)
     outcomes = in_ranks(2, lambda rank: Case().make_model(4, distributed=True, batch_size=33))
     assert all("batch_size=33" in outcome.output and outcome.status == 1 for outcome in outcomes)
+
+
+def test_batch_sizes_are_compared_with_the_environments_of_all_processes():
+    def messages(batch_size):
+        def train(rank):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                Case().make_model(4, distributed=True, batch_size=batch_size)
+            return [str(warning.message) for warning in caught if "atch" in str(warning.message)]
+
+        return results_of(2, train)
+
+    # Larger than the rollout of one process
+    assert messages(UPDATE) == [[], []]
+    first, second = messages(UPDATE - 2)
+    assert len(first) == 1 and "only 2 transitions" in first[0] and second == []
 
 
 def test_one_process_alone_has_the_bits_of_no_others():
