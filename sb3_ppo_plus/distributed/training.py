@@ -80,8 +80,8 @@ def training_together(model: Any, total_timesteps: int) -> Iterator[None]:  # no
     if ranks.size == 1:
         yield
         return
-    check_alike(model, ranks, {"total_timesteps": total_timesteps})
     try:
+        check_alike(model, ranks, {"total_timesteps": total_timesteps})
         share_parameters(model, ranks)
         with sharing_statistics(model.env, ranks, at_each_step=parts.is_exact):
             yield
