@@ -298,3 +298,22 @@ def test_all_begin_with_the_parameters_of_the_first_process():
     name = "policy.action_net.weight"
     assert not th.equal(first[0][name], second[0][name]), "the case proves nothing"
     assert_same_bits(first[1], second[1])
+
+
+def test_processes_with_and_without_a_compiler_train_together(monkeypatch):
+    case = Case(arguments={"compile": True, "distributed": True})
+
+    def train(rank):
+        if rank == 1:
+
+            def refuses(*_):
+                raise RuntimeError("no compiler")
+
+            monkeypatch.setattr("sb3_ppo_plus.fast.graphs.compile_graph", refuses)
+        model = case.make_model(4)
+        model.learn(3 * UPDATE)
+        return model.policy.state_dict(), model._execution.gradient_step.n_compilations
+
+    first, second = results_of(2, train)
+    assert (first[1], second[1]) == (2, 0)
+    assert_same_bits(first[0], second[0])
