@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import sys
 import time
 import traceback
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import torch as th
 import torch.distributed as dist
 
+from sb3_ppo_plus.distributed.fresh_store import fresh_store, outlives_attempts
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.errors import RankFailedError
 from sb3_ppo_plus.torch_private import default_store
@@ -21,6 +24,8 @@ from sb3_ppo_plus.torch_private import default_store
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # How long a process that fails waits for the others to read why: its end may be the end of the store
 SECONDS_OF_FAREWELL = 3.0
+# How long the others wait until it has printed its traceback. Launchers end all processes soon after the first one
+SECONDS_OF_PRINTING = 5.0
 
 
 def share_of(n_envs: int) -> tuple[int, int]:
@@ -62,8 +67,17 @@ def join(device: th.device) -> Ranks:
             "by `torchrun --nproc-per-node 2 SCRIPT`, or in Ray Train"
         )
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        _make_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return ProcessRanks(device)
+
+
+def _make_group(backend: str) -> None:
+    if not outlives_attempts():
+        dist.init_process_group(backend)
+        return
+    # As init_process_group does it. It is not in the list of what the module exports
+    store, rank, size = next(dist.rendezvous("env://"))  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=fresh_store(store, rank, size), rank=rank, world_size=size)
 
 
 class ProcessRanks(Ranks):
@@ -127,6 +141,7 @@ class ProcessRanks(Ranks):
                 store.set("sb3_ppo_plus/failure", f"rank {self.rank}:\n{text}")
                 # It needs no other's reason
                 store.add("sb3_ppo_plus/farewells", 1)
+                _tell_when_printed(store)
             dist.destroy_process_group()
             until = time.monotonic() + SECONDS_OF_FAREWELL
             while store is not None and self.rank == 0 and time.monotonic() < until:
@@ -151,6 +166,27 @@ class ProcessRanks(Ranks):
                 if store.check(["sb3_ppo_plus/failure"]):
                     report = store.get("sb3_ppo_plus/failure").decode()
                     store.add("sb3_ppo_plus/farewells", 1)
+                    _wait_until_printed(store)
                     return f"training has ended in another process, {report}"
                 time.sleep(0.05)
         return f"another process has left training without a word, it may have been killed: {error}"
+
+
+def _tell_when_printed(store: Any) -> None:  # noqa: ANN401  # a Store of torch.distributed
+    """Tell the other processes when the traceback of this one, which is ending, is printed."""
+    hook = sys.excepthook
+
+    def print_and_tell(kind: type[BaseException], error: BaseException, where: TracebackType | None) -> None:
+        hook(kind, error, where)
+        with contextlib.suppress(Exception):
+            store.set("sb3_ppo_plus/printed", "")
+
+    sys.excepthook = print_and_tell
+
+
+def _wait_until_printed(store: Any) -> None:  # noqa: ANN401  # as above
+    # It may go on after the error, and its store may end with it
+    with contextlib.suppress(Exception):
+        until = time.monotonic() + SECONDS_OF_PRINTING
+        while time.monotonic() < until and not store.check(["sb3_ppo_plus/printed"]):
+            time.sleep(0.02)

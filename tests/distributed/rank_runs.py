@@ -5,7 +5,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +88,8 @@ def _start(folder: Path, size: int, rank: int, function: Callable[[int], Any]) -
         os.rename(folder / f"{rank}.tmp", folder / f"{rank}.pt")
         status = 0
     except BaseException:
-        traceback.print_exc()
+        # As at the end of a program
+        sys.excepthook(*sys.exc_info())
     finally:
         sys.stderr.flush()
         os._exit(status)

@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import sys
+import time
 import warnings
 
 import numpy as np
@@ -20,6 +22,8 @@ from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.distributed import share_of
+from sb3_ppo_plus.distributed.process_group import join
+from sb3_ppo_plus.errors import RankFailedError
 
 UPDATE = N_ENVS * N_STEPS
 
@@ -174,6 +178,25 @@ def test_an_error_in_one_process_ends_all_with_its_traceback(distributed, hook, 
     other = outcomes[1 - rank].output
     assert f"RankFailedError: training has ended in another process, rank {rank}:" in other
     assert "ValueError: broken on purpose" in other and "_fail" in other
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_process_that_fails_prints_its_traceback_before_the_others_end(rank, tmp_path):
+    def train(own_rank):
+        ranks = join(th.device("cpu"))
+        if own_rank == rank:
+            # So slow that another order would be seen
+            sys.excepthook = lambda *_: (time.sleep(0.5), (tmp_path / "printed").touch())
+            error = ValueError("broken on purpose")
+            ranks.fail(error)
+            raise error
+        with pytest.raises(RankFailedError, match="broken on purpose"):
+            ranks.any(True)
+        return (tmp_path / "printed").exists()
+
+    outcomes = in_ranks(2, train)
+    assert [outcome.status for outcome in outcomes] == [int(rank == 0), int(rank == 1)]
+    assert outcomes[1 - rank].result is True
 
 
 def test_only_the_first_process_evaluates_and_writes(tmp_path):
