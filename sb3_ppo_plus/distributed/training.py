@@ -40,6 +40,9 @@ def make_parts(model: PlusModel, *, joins: bool) -> Parts:
     ranks = join(model.device) if joins and model.distributed else Ranks()
     parts = Parts(model.micro_batches, model.device, ranks, is_exact=model.distributed != True)  # noqa: E712  # "exact" is true too
     parts.check(model)
+    if joins and model.env is not None and model.env.unwrapped._seeds[0] == model.seed:
+        # A model that was loaded has seeded them before it has joined
+        parts.seed_envs(model.env, model.seed)
     if ranks.rank > 0:
         # The first process prints and logs for all
         model.verbose, model.tensorboard_log = 0, None
