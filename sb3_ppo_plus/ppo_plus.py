@@ -25,8 +25,7 @@ from sb3_ppo_plus import attributes
 from sb3_ppo_plus.argument_checks import check_ranges, check_types, helps_with_keywords
 from sb3_ppo_plus.buffers import plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
-from sb3_ppo_plus.distributed.first_rank import share_out_work, take_work_back
-from sb3_ppo_plus.distributed.training import device_of_process, make_parts, training_together
+from sb3_ppo_plus.distributed import first_rank, training
 from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
 from sb3_ppo_plus.fast.execution import Execution, check_execution
@@ -142,7 +141,7 @@ class PPOPlus(PPO):
         self.on_non_finite, self.max_skipped = on_non_finite, max_skipped
         self.worker_timeout, self.restart_workers = worker_timeout, restart_workers
         self.micro_batches, self.distributed, self._joins = micro_batches, distributed, _init_setup_model
-        given["device"] = device_of_process(distributed, device)
+        given["device"] = training.device_of_process(distributed, device)
         self._skipped_steps = self._skipped_in_a_row = 0
         self.last_checkpoint: str | None = None
         """Directory of the checkpoint that was last written or resumed."""
@@ -152,7 +151,7 @@ class PPOPlus(PPO):
         self._built_for_masks: bool | None = None
         self._was_given_masks = False
         self._current_run = Run()
-        with explaining_infinite_bounds(self, policy_kwargs):
+        with explaining_infinite_bounds(self, policy_kwargs), training.counting_all_environments(distributed):
             super().__init__(**{name: given[name] for name in inspect.signature(PPO).parameters if name in given})
 
     def _setup_model(self) -> None:
@@ -162,7 +161,7 @@ class PPOPlus(PPO):
         self.rollout_buffer_class = plus_buffer_class(self.rollout_buffer_class, self.observation_space)
         check_execution(self)
         check_ranges(self)
-        self._parts = make_parts(self, joins=self._joins)
+        self._parts = training.make_parts(self, joins=self._joins)
         self._mask_use = MaskUse()
         self._coefficients = Coefficients()
         self._coefficients.setup(self)
@@ -313,19 +312,20 @@ class PPOPlus(PPO):
         self._current_run.was_asked_to_stop = False
         self._join()
         try:
-            with self._current_run.watching_workers(self), training_together(self, arguments[0]):
+            with self._current_run.watching_workers(self), training.training_together(self, arguments[0]):
                 return super().learn(*arguments)
         finally:
             callback, self._current_run.callback = self._current_run.callback, None
             if callback is not None:
-                take_work_back(callback)
+                first_rank.take_work_back(callback)
                 notify_learn_end(callback, lambda: evaluate_without_masks(callback, self))
 
     def _join(self) -> None:
         """Join the other processes, which a model that was loaded does when it trains or resumes."""
         if self.distributed and not self._joins:
-            self._joins, self._parts = True, make_parts(self, joins=True)
+            self._joins, self._parts = True, training.make_parts(self, joins=True)
             set_sequence_length(self.rollout_buffer, self.policy, self._parts.size_of(self.batch_size))
+            self._parts.seed_envs(self.env, self.seed)
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write the log, as SB3's ``dump_logs``; in a resumed run, iterations count from the run's beginning."""
@@ -337,7 +337,7 @@ class PPOPlus(PPO):
     def _init_callback(self, callback: MaybeCallback, progress_bar: bool = False) -> BaseCallback:
         progress_bar = progress_bar and self._parts.ranks.rank == 0
         all_callbacks = self._current_run.callback = super()._init_callback(callback, progress_bar)
-        share_out_work(all_callbacks, self._parts.ranks)
+        first_rank.share_out_work(all_callbacks, self._parts.ranks)
         self._current_run.watch.watch_evaluations(all_callbacks)
         if self.env is not None and self._mask_use.decide(self.env, self):
             evaluate_with_masks(all_callbacks, self)

@@ -21,9 +21,9 @@ TIMESTEPS = re.compile(r"(?<=\.learn\()[\d_]+")
 #: Steps of each environment in a rollout, and epochs of an update, are at most so many
 MAX_STEPS, MAX_EPOCHS = 64, 1
 
-#: Commands of programs that are not run: they install, serve, or need the network
+#: Commands of programs that are not run: they install, serve, start several processes, or need the network
 NOT_RUN = (
-    *("pip install", "make", "tensorboard"),
+    *("pip install", "make", "tensorboard", "torchrun"),
     *("python -m sb3_ppo_plus.zoo push", "python -m sb3_ppo_plus.zoo pull"),
 )
 

@@ -30,6 +30,7 @@ SHOWN_COMMANDS: dict[str, list[str]] = {
         "make demo",
         "make test",
     ],
+    "distributed.md": ["torchrun --nproc-per-node 2 train.py"],
     "tracking.md": ["tensorboard --logdir logs"],
     "zoo.md": [
         "python -m sb3_ppo_plus.zoo push --env CartPole-v1 -orga YOUR_NAME",

@@ -1,11 +1,12 @@
-"""What must be alike in all processes before they train, and how it becomes so."""
+"""What must be alike in all processes: models before they train, and whether something was done."""
 
 from __future__ import annotations
 
 import hashlib
 import platform
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
@@ -14,6 +15,9 @@ import torch as th
 
 from sb3_ppo_plus.attributes import ARGUMENTS, PlusModel
 from sb3_ppo_plus.distributed.ranks import Ranks
+from sb3_ppo_plus.errors import CheckpointError, RankFailedError
+
+Result = TypeVar("Result")
 
 # Only the first process prints and logs
 _MAY_DIFFER = ("verbose", "tensorboard_log")
@@ -52,6 +56,35 @@ def _versions() -> dict[str, str]:
     packages = {"torch": th, "stable-baselines3": stable_baselines3, "gymnasium": gym, "numpy": np}
     versions = {f"version of {name}": str(package.__version__) for name, package in packages.items()}
     return {"version of Python": platform.python_version(), **versions}
+
+
+def done_by_all(ranks: Ranks, do: Callable[[], Result]) -> list[Result]:
+    """Do something in every process. Where it fails in one, it fails in all, so that all may go on after the error.
+
+    :param ranks: the processes; each calls this
+    :param do: returns what can be pickled; it must not exchange anything with the other processes
+    :return: the results of all, in their order
+    :raises Exception: what ``do`` raises in this process
+    :raises CheckpointError: if it has raised a CheckpointError in another process only
+    :raises RuntimeError: if it has raised another error there
+    """
+    if ranks.size == 1:
+        return [do()]
+    result, own = None, None
+    try:
+        result = do()
+    except RankFailedError:
+        raise
+    except Exception as error:
+        own = error
+    failure = None if own is None else (isinstance(own, CheckpointError), f"{type(own).__name__}: {own}")
+    of_all: list[tuple[Any, tuple[bool, str] | None]] = ranks.gather_objects((result, failure))
+    if own is not None:
+        raise own
+    for rank, (_, failure) in enumerate(of_all):
+        if failure is not None:
+            raise (CheckpointError if failure[0] else RuntimeError)(f"in rank {rank}: {failure[1]}")
+    return [each for each, _ in of_all]
 
 
 def share_parameters(model: Any, ranks: Ranks) -> None:  # noqa: ANN401  # a PPO

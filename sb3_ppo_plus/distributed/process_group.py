@@ -139,11 +139,13 @@ class ProcessRanks(Ranks):
             if store is not None and not isinstance(error, RankFailedError):
                 text = "".join(traceback.format_exception(error))
                 store.set("sb3_ppo_plus/failure", f"rank {self.rank}:\n{text}")
+                # It needs no other's reason
+                store.add("sb3_ppo_plus/farewells", 1)
                 _tell_when_printed(store)
             dist.destroy_process_group()
             until = time.monotonic() + SECONDS_OF_FAREWELL
             while store is not None and self.rank == 0 and time.monotonic() < until:
-                if store.add("sb3_ppo_plus/farewells", 0) >= self.size - 1:
+                if store.add("sb3_ppo_plus/farewells", 0) >= self.size:
                     break
                 time.sleep(0.05)
 

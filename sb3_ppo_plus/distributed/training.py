@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,18 @@ def device_of_process(distributed: bool | str, device: th.device | str) -> th.de
     return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if chooses and is_launched() else device
 
 
+@contextmanager
+def counting_all_environments(distributed: bool | str) -> Iterator[None]:
+    """Keep SB3's PPO from comparing the batch size of all processes with the environments of this one.
+
+    :param distributed: PPOPlus's argument
+    """
+    with warnings.catch_warnings():
+        if distributed is not False:
+            warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+        yield
+
+
 def make_parts(model: PlusModel, *, joins: bool) -> Parts:
     """Make the parts of a model's environments and minibatches.
 
@@ -40,6 +53,13 @@ def make_parts(model: PlusModel, *, joins: bool) -> Parts:
     ranks = join(model.device) if joins and model.distributed else Ranks()
     parts = Parts(model.micro_batches, model.device, ranks, is_exact=model.distributed != True)  # noqa: E712  # "exact" is true too
     parts.check(model)
+    n_transitions = model.n_steps * model.n_envs * ranks.size
+    if joins and model.distributed is not False and n_transitions % model.batch_size > 0 and ranks.rank == 0:
+        warnings.warn(
+            f"the last minibatch of each epoch has only {n_transitions % model.batch_size} transitions, since "
+            f"batch_size={model.batch_size} does not divide n_steps * environments of all processes = {n_transitions}",
+            stacklevel=4,
+        )
     if ranks.rank > 0:
         # The first process prints and logs for all
         model.verbose, model.tensorboard_log = 0, None
@@ -60,8 +80,8 @@ def training_together(model: Any, total_timesteps: int) -> Iterator[None]:  # no
     if ranks.size == 1:
         yield
         return
-    check_alike(model, ranks, {"total_timesteps": total_timesteps})
     try:
+        check_alike(model, ranks, {"total_timesteps": total_timesteps})
         share_parameters(model, ranks)
         with sharing_statistics(model.env, ranks, at_each_step=parts.is_exact):
             yield

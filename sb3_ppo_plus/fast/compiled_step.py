@@ -9,7 +9,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import grad_and_value
 
-from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.distributed.random_streams import RandomStream
 from sb3_ppo_plus.fast.captured import Graph
 from sb3_ppo_plus.fast.flat_updates import UPDATES
@@ -19,13 +19,16 @@ from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
 from sb3_ppo_plus.torch_private import has_gradient_hooks
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_map, tree_unflatten
-from sb3_ppo_plus.update.flat_parameters import FlatGroup
+from sb3_ppo_plus.update.flat_parameters import FlatGroup, FlatParameters
 from sb3_ppo_plus.update.gradient_step import AnyMinibatch, Objective
-from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms
+from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
+from sb3_ppo_plus.update.parted_gradients import packed, packed_size, unpacked
 from sb3_ppo_plus.update.parted_rollout import PartedMinibatch
 from sb3_ppo_plus.update.tensor_places import tensor_places, tensors_of
 
 Tensors = dict[str, Any]
+# Marks the vector of a part whose gradient a graph has computed. Those of eager ones have a 1
+COMPILED = 2
 
 
 class _GraphInputs(NamedTuple):
@@ -69,6 +72,7 @@ class CompiledGradientStep(ReplayedGradientStep):
         self._has_hooks = False
         self._compiled_settings: set[str] = set()
         self._shared: _GraphInputs | None = None
+        self._all_have_graphs: dict[int, bool] = {}
 
     @property
     def n_compilations(self) -> int:
@@ -93,53 +97,78 @@ class CompiledGradientStep(ReplayedGradientStep):
         """Leave the policy and its optimiser as separate steps would have left them, and release the rollout."""
         super().end_update()
         self._shared = None
+        self._all_have_graphs = {}
 
     def __call__(self, objective: Objective, minibatch: AnyMinibatch) -> tuple[th.Tensor, bool]:
         """Take a step, see :meth:`GradientStep.__call__`."""
         flat = self._flat
-        metrics = self._compiled(objective, minibatch) if flat is not None and flat.has_state else None
-        if flat is None or metrics is None:
+        if flat is None or not flat.has_state:
             return super().__call__(objective, minibatch)
+        if isinstance(minibatch, PartedMinibatch):
+            return self._step_on_parts(objective, minibatch, flat)
+        shared = self._shared_inputs(objective, minibatch)
+        graph = None
+        if shared is not None and minibatch.indices is not None:
+            graph = self._graph("the gradient step", _StepFunction.__call__, objective, minibatch.indices, shared)
+        if graph is None or shared is None or minibatch.indices is None:
+            return super().__call__(objective, minibatch)
+        metrics: th.Tensor = graph(minibatch.indices, *shared.leaves)[0]
+        return self._after(metrics, objective, flat)
+
+    def _after(self, metrics: th.Tensor, objective: Objective, flat: FlatParameters) -> tuple[th.Tensor, bool]:
+        """Return what :meth:`__call__` returns after a graph's step."""
         if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
             return metrics, False
         if not flat.has_stepped:
             flat.show_gradients()
         return metrics, True
 
-    def _compiled(self, objective: Objective, minibatch: AnyMinibatch) -> th.Tensor | None:
-        """Take a step by graphs and return its metrics; None: there are no graphs."""
-        part = minibatch.parts[0] if isinstance(minibatch, PartedMinibatch) else minibatch
-        if part.indices is None:
+    def _shared_inputs(self, objective: Objective, minibatch: Minibatch) -> _GraphInputs | None:
+        """Return what the graphs of all minibatches share; None: there are no graphs."""
+        if minibatch.indices is None:
             self._reporter.failed("the gradient step", "the rollout buffer is not one of PPOPlus's")
-        if part.indices is None or self._has_hooks:
+        if minibatch.indices is None or self._has_hooks:
             return None
         shared = self._shared
-        is_new = shared is None or shared.rollout is not part.rollout
+        is_new = shared is None or shared.rollout is not minibatch.rollout
         if is_new and len(self._compiled_settings) <= MAX_COMPILATIONS:
             self._compiled_settings.add(self._settings())
         if len(self._compiled_settings) > MAX_COMPILATIONS:
             self._reporter.failed("the gradient step", "settings of the optimizer change again and again")
             return None
         if shared is None or is_new:
-            shared = self._shared = self._graph_inputs(objective, part.rollout)
-        if isinstance(minibatch, PartedMinibatch):
-            return self._compiled_parts(objective, minibatch, shared)
-        graph = self._graph("the gradient step", _StepFunction.__call__, objective, part.indices, shared)
-        return None if graph is None else graph(part.indices, *shared.leaves)[0]
+            shared = self._shared = self._graph_inputs(objective, minibatch.rollout)
+        return shared
 
-    def _compiled_parts(
-        self, objective: Objective, minibatch: PartedMinibatch, shared: _GraphInputs
-    ) -> th.Tensor | None:
-        """Take a step by two graphs: one differentiates a part, the other steps on the sum over all parts."""
+    def _step_on_parts(
+        self, objective: Objective, minibatch: PartedMinibatch, flat: FlatParameters
+    ) -> tuple[th.Tensor, bool]:
+        """Take a step by two graphs: one differentiates a part, the other steps on the sum over all parts.
+
+        A process may be without graphs, where there is no compiler. Its eager step adds a vector of the same kind. Then
+        all step eagerly, so that they have the same bits.
+        """
+        shared = self._shared_inputs(objective, minibatch.parts[0])
+        if shared is None:
+            return super().__call__(objective, minibatch)
         indices = [part.indices for part in minibatch.parts if part.indices is not None]
         of_part = self._graph("the gradient of a part", _StepFunction.differentiate, objective, indices[0], shared)
-        if of_part is None:
-            return None
-        pairs = zip(indices, minibatch.owner.streams(), strict=True)
-        total = minibatch.owner.sum(_in_stream(stream, of_part, [each, *shared.leaves]) for each, stream in pairs)
-        # Every process has the first graph, or none has: they compile alike. Without the second, the sum is lost
-        step = self._graph("the step on all parts", _StepFunction.step, objective, total, shared)
-        return None if step is None else step(total, *shared.leaves)[0]
+        like_total = indices[0].new_empty(packed_size(self._parameters), dtype=th.float32)
+        step = self._graph("the step on all parts", _StepFunction.step, objective, like_total, shared)
+        if of_part is None or step is None:
+            return super().__call__(objective, minibatch)
+        owner = minibatch.owner
+        pairs = zip(indices, owner.streams(), strict=True)
+        total = owner.sum(_in_stream(stream, of_part, [each, *shared.leaves]) for each, stream in pairs)
+        if len(indices[0]) not in self._all_have_graphs:
+            marks = unpacked(total, self._parameters)[1].max()
+            self._all_have_graphs[len(indices[0])] = marks.item() == COMPILED * owner.n_in_all
+        if not self._all_have_graphs[len(indices[0])]:
+            metrics, _, gradients = unpacked(total, self._parameters)
+            pairs_of_flags = zip(gradients, flat.has_gradient, strict=True)
+            of_flat = [gradient if has else None for gradient, has in pairs_of_flags]
+            return self._flat_step_along(metrics, of_flat, objective)
+        return self._after(step(total, *shared.leaves)[0], objective, flat)
 
     def _graph(
         self,
@@ -251,15 +280,24 @@ class _StepFunction:
         return self._step_on(*self._differentiate(indices, inputs), inputs)
 
     def differentiate(self, indices: th.Tensor, inputs: Tensors) -> th.Tensor:
-        """Return metrics and gradient of a part of a minibatch, as one vector."""
+        """Return what :func:`packed` makes of metrics and gradient of a part of a minibatch."""
         metrics, gradient = self._differentiate(indices, inputs)
-        return th.cat([metrics, *gradient])
+        views = {
+            id(parameter): view
+            for group, flat_tensor in zip(self._groups, gradient, strict=True)
+            for parameter, view in zip(group.parameters, group.views(flat_tensor), strict=True)
+        }
+        parameters = list(self._policy.parameters())
+        return packed(metrics, parameters, [views.get(id(parameter)) for parameter in parameters], COMPILED)
 
     def step(self, total: th.Tensor, inputs: Tensors) -> th.Tensor:
         """Step on the sum of what :meth:`differentiate` has returned; return the metrics of the minibatch."""
-        sizes = [len(LossTerms._fields), *(len(flat) for flat in inputs["flat"])]
-        metrics, *gradient = th.split(total, sizes)
-        return self._step_on(metrics, gradient, inputs)
+        parameters = list(self._policy.parameters())
+        metrics, _, gradients = unpacked(total, parameters)
+        by_id = {id(parameter): gradient for parameter, gradient in zip(parameters, gradients, strict=True)}
+        # Only the groups' parameters have a gradient
+        flat = [group.joined([by_id[id(parameter)] for parameter in group.parameters]) for group in self._groups]
+        return self._step_on(metrics, flat, inputs)
 
     def _differentiate(self, indices: th.Tensor, inputs: Tensors) -> tuple[th.Tensor, list[th.Tensor]]:
         objective, scalars, fixed = self._objective, inputs["scalars"], inputs["fixed"]

@@ -13,6 +13,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.argument_checks import is_integer
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.distributed.agreement import done_by_all
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.env_states.proof import prove_envs
 from sb3_ppo_plus.envs.questions import base_of
@@ -123,7 +124,8 @@ class TrainingCheckpoint(BaseCallback):
         self._snapshot(unsaved)
         if unsaved:
             warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
-        while prove_envs(self.training_env):
+        # As in one process, which has all environments
+        while any(done_by_all(self._ranks, lambda: prove_envs(self.training_env))):
             begin_new_episodes(self._ppo_plus)
         self._prove_evaluations()
         if self.model.num_timesteps == 0 and self._ranks.rank == 0 and checkpoint_directories(self.save_path):
@@ -184,7 +186,7 @@ class TrainingCheckpoint(BaseCallback):
             self.save()
         elif is_due or is_requested:
             # The error of the checkpoint before comes first
-            self._writer.wait()
+            done_by_all(self._ranks, self._writer.wait)
             snapshot = self._snapshot()
             if self._ranks.rank == 0:
                 self._writer.write_in_background(snapshot)
@@ -211,8 +213,8 @@ class TrainingCheckpoint(BaseCallback):
         :raises CheckpointError: if it, or the one before it, cannot be written, or if another run uses the directory
         """
         snapshot = self._snapshot()
-        path = self._writer.write(snapshot) if self._ranks.rank == 0 else None
-        written: Path = self._ranks.gather_objects(path)[0]
+        is_first = self._ranks.rank == 0
+        written = done_by_all(self._ranks, lambda: self._writer.write(snapshot) if is_first else Path())[0]
         self._ppo_plus.last_checkpoint = str(written)
         return written
 
@@ -226,7 +228,10 @@ class TrainingCheckpoint(BaseCallback):
         if run.callback is not None:
             self._callbacks = run.callback
         self._n_saved_at = model.num_timesteps
-        return snapshot_of_all(take_snapshot(model, self._callbacks, self._models, unsaved), self._ranks)
+        if self._ranks.size > 1:
+            # It is drawn together, before the first state that may not be saved
+            model._parts.entropy()
+        return snapshot_of_all(lambda: take_snapshot(model, self._callbacks, self._models, unsaved), self._ranks)
 
     def _note_written(self, directory: Path) -> None:
         self._ppo_plus.last_checkpoint = str(directory)

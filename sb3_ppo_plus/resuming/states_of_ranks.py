@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
+from sb3_ppo_plus.distributed.agreement import done_by_all
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.resuming.training_state import ARRAYS_FILE, STATE_FILE, Snapshot, TrainingState
 from sb3_ppo_plus.trees import tree_map
@@ -22,18 +23,25 @@ _FILE_OF_RANK = re.compile(r"rank_([1-9]\d*)_(.+)")
 _OF_EACH_ENV = ("returns", "old_obs", "old_reward", "episode_returns", "episode_lengths", "stacked_obs")
 
 
-def snapshot_of_all(snapshot: Snapshot, ranks: Ranks) -> Snapshot:
+def snapshot_of_all(take: Callable[[], Snapshot], ranks: Ranks) -> Snapshot:
     """Give the first process the files of all, which it writes as one checkpoint.
 
-    :param snapshot: of this process
+    :param take: takes the snapshot of this process
     :param ranks: the processes; each calls this
+    :raises Exception: in all processes, if the snapshot of one cannot be taken: see :func:`done_by_all`
     """
     if ranks.size == 1:
-        return snapshot
-    own: dict[str, bytes] = {}
-    if ranks.rank > 0:
-        own = {name: content for name, content in snapshot.files().items() if name in (STATE_FILE, ARRAYS_FILE)}
-    of_all = ranks.gather_objects(own)
+        return take()
+    taken: list[Snapshot] = []
+
+    def take_own() -> dict[str, bytes]:
+        taken.append(take())
+        if ranks.rank == 0:
+            return {}
+        return {name: content for name, content in taken[0].files().items() if name in (STATE_FILE, ARRAYS_FILE)}
+
+    of_all = done_by_all(ranks, take_own)
+    (snapshot,) = taken
     others = {f"rank_{rank}_{name}": content for rank, files in enumerate(of_all) for name, content in files.items()}
     return replace(snapshot, files=lambda: {**snapshot.files(), **others})
 

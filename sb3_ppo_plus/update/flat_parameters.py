@@ -91,6 +91,19 @@ class FlatGroup:
         parts = zip(th.split(flat, self._sizes), self.parameters, strict=True)
         return [part[: parameter.numel()].view(parameter.shape) for part, parameter in parts]
 
+    def joined(self, parts: Sequence[th.Tensor | None]) -> th.Tensor:
+        """Return a flat tensor whose :meth:`views` have given values; what is between them is 0.
+
+        :param parts: for each parameter a tensor of its shape; None: zeros
+        """
+        padded = [
+            self.flat.new_zeros(size)
+            if part is None
+            else th.nn.functional.pad(part.reshape(-1), (0, size - part.numel()))
+            for part, size in zip(parts, self._sizes, strict=True)
+        ]
+        return th.cat(padded)
+
     @th.no_grad()
     def fill(self) -> None:
         """Copy parameters and optimiser state into the flat tensors. The parameters themselves do not change."""

@@ -296,6 +296,11 @@ class GradientStep:
             metrics, gradients = sum_of_parts(self._parameters, minibatch, partial(self._differentiate, objective))
         else:
             metrics, gradients = self._differentiate(objective, minibatch)
+        return self._flat_step_along(metrics, gradients, objective)
+
+    def _flat_step_along(
+        self, metrics: th.Tensor, gradients: Sequence[th.Tensor | None], objective: Objective
+    ) -> tuple[th.Tensor, bool]:
         if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
             return _with_grad_norm(metrics, None), False
         loss = metrics[METRICS.index("loss")]

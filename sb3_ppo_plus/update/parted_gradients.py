@@ -28,39 +28,62 @@ def sum_of_parts(
         depend on the parameter
     :return: the same of the whole minibatch
     """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    has_gradient = [False] * len(trainable)
+    has_gradient = [False] * len(parameters)
 
     def vectors() -> Iterator[th.Tensor]:
         for part, stream in zip(minibatch.parts, minibatch.owner.streams(), strict=True):
             with stream:
                 metrics, gradients = differentiate(part)
-            pairs = zip(parameters, gradients, strict=True)
-            given = [gradient for parameter, gradient in pairs if parameter.requires_grad]
-            for index, gradient in enumerate(given):
+            for index, gradient in enumerate(gradients):
                 has_gradient[index] |= gradient is not None
-            yield _packed(metrics, trainable, given)
+            yield packed(metrics, parameters, gradients)
 
-    total = minibatch.owner.sum(vectors())
-    sizes = [len(LossTerms._fields), len(trainable), *(parameter.numel() for parameter in trainable)]
-    metrics, counts, *flat = th.split(total, sizes)
-    if minibatch.owner.ranks.size > 1 and not all(has_gradient):
+    metrics, counts, gradients = unpacked(minibatch.owner.sum(vectors()), parameters)
+    trainable = [parameter.requires_grad for parameter in parameters]
+    if minibatch.owner.ranks.size > 1 and has_gradient != trainable:
         # The loss of another process's part may depend on more parameters
         has_gradient = (counts > 0).tolist()
-    gradients = iter(
-        [
-            gradient.view(parameter.shape).to(parameter.dtype) if has else None
-            for parameter, gradient, has in zip(trainable, flat, has_gradient, strict=True)
-        ]
-    )
-    return metrics, [next(gradients) if parameter.requires_grad else None for parameter in parameters]
+    return metrics, [gradient if has else None for gradient, has in zip(gradients, has_gradient, strict=True)]
 
 
-def _packed(metrics: th.Tensor, parameters: Sequence[th.nn.Parameter], gradients: Gradients) -> th.Tensor:
-    """Return the metrics, a 1 for each parameter that has a gradient, and the gradients."""
-    has_gradient = [gradient is not None for gradient in gradients]
+def packed(metrics: th.Tensor, parameters: Sequence[th.nn.Parameter], gradients: Gradients, mark: int = 1) -> th.Tensor:
+    """Return metrics and gradients of a part as a vector, with the same places in each process.
+
+    :param metrics: shape (number of metrics,)
+    :param parameters: the policy's parameters
+    :param gradients: their gradients; None: the loss does not depend on the parameter
+    :param mark: tells how they were computed
+    :return: the metrics; the mark for each parameter that has a gradient, or 0; the gradients of trainable parameters
+    """
+    zero, one = th.zeros_like(metrics[:1]), th.full_like(metrics[:1], mark)
     flat = [
         th.zeros_like(parameter).reshape(-1) if gradient is None else gradient.reshape(-1)
         for parameter, gradient in zip(parameters, gradients, strict=True)
+        if parameter.requires_grad
     ]
-    return th.cat([metrics, th.tensor(has_gradient, dtype=metrics.dtype, device=metrics.device), *flat])
+    return th.cat([metrics, *(zero if gradient is None else one for gradient in gradients), *flat])
+
+
+def packed_size(parameters: Sequence[th.nn.Parameter]) -> int:
+    """Return the length of what :func:`packed` returns.
+
+    :param parameters: the policy's parameters
+    """
+    n_numbers = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    return len(LossTerms._fields) + len(parameters) + n_numbers
+
+
+def unpacked(total: th.Tensor, parameters: Sequence[th.nn.Parameter]) -> tuple[th.Tensor, th.Tensor, Gradients]:
+    """Return the parts of a sum of vectors that :func:`packed` has returned.
+
+    :param total: the sum
+    :param parameters: the policy's parameters
+    :return: metrics; for each parameter, the sum of the marks of parts that have a gradient; gradients, None for those
+        that are not trainable
+    """
+    trainable = [parameter for parameter in parameters if parameter.requires_grad]
+    sizes = [len(LossTerms._fields), len(parameters), *(parameter.numel() for parameter in trainable)]
+    metrics, counts, *flat = th.split(total, sizes)
+    pairs = zip(flat, trainable, strict=True)
+    gradients = iter([gradient.view(parameter.shape).to(parameter.dtype) for gradient, parameter in pairs])
+    return metrics, counts, [next(gradients) if parameter.requires_grad else None for parameter in parameters]

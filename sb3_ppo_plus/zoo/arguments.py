@@ -13,6 +13,7 @@ from rl_zoo3.utils import StoreDict
 
 from sb3_ppo_plus.zoo.hyperparams import how_to_install
 from sb3_ppo_plus.zoo.parser import ZooParser
+from sb3_ppo_plus.zoo.processes import check_flags
 
 CHECKPOINT_FREQ = 50_000
 # What YAML would read as a text: a name, or the string form of a schedule
@@ -53,6 +54,7 @@ class TrainParser(ZooParser):
             )
         if parsed.track and importlib.util.find_spec("wandb") is None:
             self.error(f"argument --track: wandb is not installed: {how_to_install('track')}")
+        check_flags(parsed, self.error)
         return parsed
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.zoo.hyperparams import ALGO, hyperparams_file, import_optional
 from sb3_ppo_plus.zoo.parser import ZooParser, argparse_with
+from sb3_ppo_plus.zoo.processes import working_together
 from sb3_ppo_plus.zoo.registration import hint_at_missing_model, register, with_members
 
 PROG = "python -m sb3_ppo_plus.zoo"
@@ -194,7 +195,8 @@ def _run_rl_zoos(command: str, arguments: list[str]) -> None:
     # The RL Zoo's functions take no arguments: they read the command line.
     sys.argv = [f"{PROG} {command}", *_with_defaults(command, arguments)]
     try:
-        with _in_our_way(command, module, trusted, _algo(arguments)):
+        together = working_together(_algo(arguments)) if command == "train" else nullcontext()
+        with together, _in_our_way(command, module, trusted, _algo(arguments)):
             getattr(module, command)()
     finally:
         sys.argv = user_argv

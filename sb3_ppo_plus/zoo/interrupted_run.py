@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from sb3_ppo_plus.distributed.training import DISTRIBUTED
 from sb3_ppo_plus.errors import CheckpointError, UntrustedFileError
 from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resuming.checkpoint_directory import checkpoint_directories
@@ -21,6 +22,7 @@ from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 from sb3_ppo_plus.untrusted.strict_json import get, parse, short
 from sb3_ppo_plus.zoo.enjoy import check_plain, checked_env_kwargs, read_hyperparams
 from sb3_ppo_plus.zoo.hyperparams import ALGO
+from sb3_ppo_plus.zoo.processes import launched_by
 
 #: Names in a run's folder, and the format of its description
 CHECKPOINTS, DESCRIPTION, FORMAT = "checkpoints", "resume.json", 1
@@ -37,7 +39,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
 #: Hyperparameters on which environments and callbacks depend. The model itself is in the checkpoint
 HYPERPARAMS = (
     *("n_envs", "normalize", "gamma", "env_wrapper", "vec_env_wrapper", "frame_stack", "env_kwargs"),
-    *("monitor_kwargs", "callback"),
+    *("monitor_kwargs", "callback", "distributed"),
 )
 #: Packages of environments that a log folder may have imported
 GYM_PACKAGES = frozenset(
@@ -80,12 +82,15 @@ class InterruptedRun:
         return self.folder / CHECKPOINTS
 
 
-def read_run(folder: Path, trusted: bool, gym_packages: Sequence[str] | None = None) -> InterruptedRun:
+def read_run(
+    folder: Path, trusted: bool, gym_packages: Sequence[str] | None = None, *, is_first: bool = True
+) -> InterruptedRun:
     """Read the files of a run, without its checkpoints.
 
     :param folder: the run's folder
     :param trusted: whether code that the folder holds or names may run
     :param gym_packages: packages to import in place of those that the folder names; None: those
+    :param is_first: whether this is the first process of its run, which looks whether another run is writing there
     :raises CheckpointError: if the folder is none of a run of PPOPlus with checkpoints, or another run is writing there
     :raises UntrustedFileError: without trust, for what is not plain
     """
@@ -101,7 +106,8 @@ def read_run(folder: Path, trusted: bool, gym_packages: Sequence[str] | None = N
             f"{folder} holds no checkpoint: it was trained with --no-checkpoint, or ended before the first one was due "
             "(--checkpoint-freq). Train it anew"
         )
-    _check_no_other_run(folder / CHECKPOINTS)
+    if is_first:
+        _check_no_other_run(folder / CHECKPOINTS)
     arguments = _arguments(members, inner / "args.yml", trusted)
     if gym_packages is not None:
         arguments["gym_packages"] = list(gym_packages)
@@ -110,11 +116,12 @@ def read_run(folder: Path, trusted: bool, gym_packages: Sequence[str] | None = N
     return InterruptedRun(folder, trusted, arguments, _hyperparams(inner, trusted), _description(inner / DESCRIPTION))
 
 
-def how_to_go_on(folder: Path, gym_packages: Sequence[str]) -> str:
+def how_to_go_on(folder: Path, gym_packages: Sequence[str], n_processes: int) -> str:
     """Return a text with the command that goes on with a run, and the flags that it needs.
 
     :param folder: the run's folder, with its final model
     :param gym_packages: packages of environments that the run has imported
+    :param n_processes: number of the run's processes
     """
     unknown = not GYM_PACKAGES.issuperset(gym_packages)
     flags = ["--gym-packages", *gym_packages] if unknown else []
@@ -125,7 +132,7 @@ def how_to_go_on(folder: Path, gym_packages: Sequence[str]) -> str:
         flags = ["--trust"]
     except CheckpointError as error:
         return f"It cannot go on: {error}"
-    return f"To go on: python -m sb3_ppo_plus.zoo resume {shlex.join([str(folder), *flags])}"
+    return f"To go on: {launched_by(n_processes)} sb3_ppo_plus.zoo resume {shlex.join([str(folder), *flags])}"
 
 
 def _inner_folder(folder: Path) -> Path:
@@ -192,6 +199,10 @@ def _hyperparams(inner: Path, trusted: bool) -> dict[str, Any]:
         _check_callbacks(hyperparams.get("callback"), f"{name}: callback")
         for key in ("n_envs", "gamma"):
             check_plain(hyperparams.get(key, 1), name, key)
+        if hyperparams.get("distributed", False) not in DISTRIBUTED:
+            raise UntrustedFileError(
+                f"{name}: distributed is {short(hyperparams['distributed'])}, none of {DISTRIBUTED}"
+            )
     # The number of timesteps is in the checkpoints
     return {**hyperparams, "n_timesteps": 1}
 

@@ -20,12 +20,15 @@ from stable_baselines3.common.logger import TensorBoardOutputFormat, configure
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]  # it has no types
 
+from sb3_ppo_plus.distributed.agreement import done_by_all
+from sb3_ppo_plus.distributed.process_group import is_launched
 from sb3_ppo_plus.errors import CheckpointError, UntrustedFileError
 from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resuming.resume import load_checkpoint
 from sb3_ppo_plus.zoo.enjoy import saving_statistics_twice
 from sb3_ppo_plus.zoo.interrupted_run import InterruptedRun, read_run
 from sb3_ppo_plus.zoo.parser import ZooParser, argparse_with
+from sb3_ppo_plus.zoo.processes import working_together
 from sb3_ppo_plus.zoo.registration import register, with_members
 from sb3_ppo_plus.zoo.train import CheckpointedExperiment
 
@@ -95,6 +98,7 @@ class ResumedExperiment(CheckpointedExperiment):
             trusts_state=True,
             # Without trust, a model's own one is not taken
             tensorboard_log=self.tensorboard_log,
+            distributed=self._distributed(),
         )
         if self.total is not None and self.total <= model.num_timesteps:
             raise CheckpointError(
@@ -105,15 +109,21 @@ class ResumedExperiment(CheckpointedExperiment):
             self._finish(model)
         return model
 
+    def _distributed(self) -> bool | str:
+        """Return how the model goes on: the run may have had another number of processes."""
+        before: bool | str = self.run.hyperparams.get("distributed", False)
+        return (before or self.ranks.size > 1) if is_launched() else False
+
     def _finish(self, model: PPOPlus) -> None:
         """Save the final model, and end. The file that is there may be older: a kill may have come before the save."""
-        path = self.folder / f"{self.env_name}.zip"
-        unfinished = path.with_name(f"{self.env_name}.unfinished.zip")
-        model.save(unfinished)
-        os.replace(unfinished, path)
-        normalizer = model.get_vec_normalize_env()
-        if normalizer is not None:
-            normalizer.save(os.path.join(self.params_path, "vecnormalize.pkl"))
+        if self.ranks.rank == 0:
+            path = self.folder / f"{self.env_name}.zip"
+            unfinished = path.with_name(f"{self.env_name}.unfinished.zip")
+            model.save(unfinished)
+            os.replace(unfinished, path)
+            normalizer = model.get_vec_normalize_env()
+            if normalizer is not None:
+                normalizer.save(os.path.join(self.params_path, "vecnormalize.pkl"))
         if model.env is not None:
             model.env.close()
         raise FinishedRun(
@@ -132,6 +142,9 @@ class ResumedExperiment(CheckpointedExperiment):
         """
         assert isinstance(model, PPOPlus)
         self._go_on_logging(model)
+        if self.ranks.rank > 0:
+            # The first process alone has evaluations
+            warnings.filterwarnings("ignore", "the checkpoint holds the state of callbacks that were not given")
         try:
             model.continue_learning(self.callbacks)
         except KeyboardInterrupt:
@@ -145,7 +158,7 @@ class ResumedExperiment(CheckpointedExperiment):
 
     def _go_on_logging(self, model: PPOPlus) -> None:
         logs = self.run.description["logs"]
-        if logs is None:
+        if logs is None or self.ranks.rank > 0:
             return
         folder = self.folder / logs
         if not folder.is_dir():
@@ -167,10 +180,11 @@ class ResumedExperiment(CheckpointedExperiment):
 
         :param checkpoint: the callback, whose training begins
         """
-        for index, returns in enumerate(checkpoint.training_env.get_attr("episode_returns")):
+        env = checkpoint.training_env
+        for index, returns in enumerate(env.get_attr("episode_returns"), env.num_envs * self.ranks.rank):
             cut_monitor_file(self.folder / f"{index}.monitor.csv", len(returns))
         logs = self.run.description["logs"]
-        if logs is not None and not (self.folder / logs).is_dir():
+        if logs is not None and self.ranks.rank == 0 and not (self.folder / logs).is_dir():
             self.write_description({**self.run.description, "logs": self.logs_of(checkpoint)})
 
 
@@ -203,11 +217,12 @@ def main(arguments: Sequence[str]) -> None:
     given = _parser().parse_args(arguments)
     register()
     try:
-        run = read_run(Path(given.folder), given.trust, given.gym_packages)
-        with _tracking_on(run):
-            _run(run, given)
-    except FinishedRun as finished:
-        print(finished)
+        with working_together() as ranks:
+            runs: list[InterruptedRun] = []
+            arguments_of_run = (Path(given.folder), given.trust, given.gym_packages)
+            done_by_all(ranks, lambda: runs.append(read_run(*arguments_of_run, is_first=ranks.rank == 0)))
+            with _tracking_on(runs[0]):
+                _run(runs[0], given)
     except UntrustedFileError as error:
         raise SystemExit(f"{error}\nWith --trust, resume runs whatever code the folder holds.") from error
     except CheckpointError as error:
@@ -253,7 +268,10 @@ def _run(run: InterruptedRun, given: argparse.Namespace) -> None:
         "ExperimentManager": functools.partial(ResumedExperiment, run=run, total=given.n_timesteps),
     }
     with with_members(rl_zoo3.train, replaced), saving_statistics_twice():
-        rl_zoo3.train.train()
+        try:
+            rl_zoo3.train.train()
+        except FinishedRun as finished:
+            print(finished)
 
 
 @contextmanager

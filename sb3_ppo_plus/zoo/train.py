@@ -9,12 +9,14 @@ import os
 import signal
 import sys
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import optuna
+import rl_zoo3.exp_manager
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from rl_zoo3.exp_manager import ExperimentManager
@@ -22,10 +24,14 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
+from sb3_ppo_plus.distributed.agreement import done_by_all
+from sb3_ppo_plus.distributed.process_group import share_of
 from sb3_ppo_plus.env_states.resumable_env_for import resumable_env_for
-from sb3_ppo_plus.errors import CheckpointError
+from sb3_ppo_plus.errors import CheckpointError, RankFailedError
 from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
 from sb3_ppo_plus.zoo.interrupted_run import CHECKPOINTS, DESCRIPTION, FORMAT, how_to_go_on
+from sb3_ppo_plus.zoo.processes import add_distributed, ranks_of_run, still_joined
+from sb3_ppo_plus.zoo.registration import with_members
 
 EnvWrapper = Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]
 
@@ -48,7 +54,7 @@ class RunCheckpoint(TrainingCheckpoint):
     def _on_training_start(self) -> None:
         try:
             super()._on_training_start()
-        except CheckpointError:
+        except (CheckpointError, RankFailedError):
             raise
         except Exception as error:
             # Saving calls methods of environments, which may raise anything
@@ -62,6 +68,8 @@ class RunCheckpoint(TrainingCheckpoint):
         """
         try:
             return super().on_update_end()
+        except RankFailedError:
+            raise
         except Exception as error:
             # The same; a worker that has died is named here too, and the model is to be saved
             self._warn(error)
@@ -75,7 +83,9 @@ class RunCheckpoint(TrainingCheckpoint):
             self._warn(error)
 
     def _warn(self, error: Exception) -> None:
-        warnings.warn(f"training goes on without a new checkpoint: {error}", stacklevel=3)
+        # It has failed in all processes
+        if self._ranks.rank == 0:
+            warnings.warn(f"training goes on without a new checkpoint: {error}", stacklevel=3)
 
 
 class CheckpointedExperiment(ExperimentManager):
@@ -91,6 +101,8 @@ class CheckpointedExperiment(ExperimentManager):
         self.checkpoint_freq: int = vars(args).pop("checkpoint_freq")
         no_checkpoint: bool = vars(args).pop("no_checkpoint")
         super().__init__(args, *others, **named)
+        self.ranks = ranks_of_run()
+        self.show_progress = self.show_progress and self.ranks.rank == 0
         self.is_checkpointed = not no_checkpoint and not self.optimize_hyperparameters
         self.checkpoint: RunCheckpoint | None = None
 
@@ -105,7 +117,17 @@ class CheckpointedExperiment(ExperimentManager):
             print("Loading from Optuna study...")
             of_trial = self.load_trial(self.storage, self.study_name, 0)
             self.custom_hyperparams = of_trial | (self.custom_hyperparams or {})
-        return super().read_hyperparameters()
+        hyperparams, saved = super().read_hyperparameters()
+        add_distributed(hyperparams)
+        return hyperparams, OrderedDict(sorted(hyperparams.items())) if "distributed" in hyperparams else saved
+
+    def create_log_folder(self) -> None:
+        """Create the run's folder, which the first process chooses for all."""
+        if self.ranks.size > 1:
+            print(f"Each of {self.ranks.size} processes has {share_of(self.n_envs)[0]} of them")
+        if self.ranks.rank == 0:
+            super().create_log_folder()  # type: ignore[no-untyped-call]  # it has no annotations
+        self.save_path, self.params_path = self.ranks.gather_objects((self.save_path, self.params_path))[0]
 
     def _create_sampler(self, sampler_method: str) -> optuna.samplers.BaseSampler:
         # With the same seed, a study that goes on would draw its first trials again
@@ -135,6 +157,9 @@ class CheckpointedExperiment(ExperimentManager):
         if any(isinstance(callback, TrainingCheckpoint) for callback in self.callbacks):
             print("The hyperparameters ask for a TrainingCheckpoint: the zoo writes no other checkpoints")
             self.is_checkpointed = False
+        if self.ranks.rank > 0:
+            # The first process evaluates for all
+            self.eval_freq = -1
         super().create_callbacks()  # type: ignore[no-untyped-call]  # it has no annotations
         if self.is_checkpointed:
             self.checkpoint = RunCheckpoint(
@@ -143,26 +168,46 @@ class CheckpointedExperiment(ExperimentManager):
             self.callbacks.append(self.checkpoint)
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
-        """Create environments, each in a ResumableEnv.
+        """Create environments, each in a ResumableEnv; for training in several processes, this one's share of them.
 
-        :param n_envs: their number
+        :param n_envs: their number, in all processes
         :param eval_env: whether they are for evaluations
         :param no_log: write no monitor files
         """
+        if not eval_env and self.ranks.size > 1:
+            n_envs, first = share_of(n_envs)
+            # Seeds and monitor files have the numbers that they have in one process
+            make_vec_env = vars(rl_zoo3.exp_manager)["make_vec_env"]
+            make = functools.partial(make_vec_env, start_index=first)
+            with with_members(rl_zoo3.exp_manager, {"make_vec_env": make}):
+                return self._create_envs(n_envs, eval_env, no_log)
+        return self._create_envs(n_envs, eval_env, no_log)
+
+    def _create_envs(self, *arguments: Any) -> VecEnv:
         if not self.is_checkpointed:
-            return super().create_envs(n_envs, eval_env, no_log)
+            return super().create_envs(*arguments)
         wrapper = self.env_wrapper
         self.env_wrapper = functools.partial(_resumable, wrapper)
         try:
-            return super().create_envs(n_envs, eval_env, no_log)
+            return super().create_envs(*arguments)
         finally:
             self.env_wrapper = wrapper
+
+    def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
+        """Save the arguments, in the first process.
+
+        :param saved_hyperparams: the hyperparameters
+        """
+        if self.ranks.rank == 0:
+            super()._save_config(saved_hyperparams)
 
     def note_start(self, checkpoint: BaseCallback) -> None:
         """Write what ``resume`` needs beside the RL Zoo's files.
 
         :param checkpoint: the callback, whose training begins
         """
+        if self.ranks.rank > 0:
+            return
         wandb = sys.modules.get("wandb")
         run = getattr(wandb, "run", None) if vars(self.args).get("track") else None
         description = {
@@ -195,15 +240,17 @@ class CheckpointedExperiment(ExperimentManager):
         os.replace(unfinished, path)
 
     def save_trained_model(self, model: BaseAlgorithm) -> None:
-        """Save the model and its normaliser. After a signal, say how the run goes on.
+        """Save the model and its normaliser, in the first process. After a signal, say how the run goes on.
 
         :param model: the model
         :raises SystemExit: after SIGTERM, whose sender expects the program to end by it
         """
-        super().save_trained_model(model)
+        save = super().save_trained_model
+        # The others end when the files are there
+        done_by_all(still_joined(self.ranks), lambda: save(model) if self.ranks.rank == 0 else None)
         received = None if self.checkpoint is None else self.checkpoint.received_signal
-        if received is not None:
-            how = how_to_go_on(self.folder, self.args.gym_packages)
+        if received is not None and self.ranks.rank == 0:
+            how = how_to_go_on(self.folder, self.args.gym_packages, self.ranks.size)
             print(f"Ended by {received.name} at {model.num_timesteps} timesteps. {how}")
         if received is signal.SIGTERM:
             raise SystemExit(128 + received)

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import sys
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -287,6 +288,22 @@ def test_bad_input_is_refused_before_the_first_step(monkeypatch):
     assert all("batch_size=33" in outcome.output and outcome.status == 1 for outcome in outcomes)
 
 
+def test_batch_sizes_are_compared_with_the_environments_of_all_processes():
+    def messages(batch_size):
+        def train(rank):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                Case().make_model(4, distributed=True, batch_size=batch_size)
+            return [str(warning.message) for warning in caught if "atch" in str(warning.message)]
+
+        return results_of(2, train)
+
+    # Larger than the rollout of one process
+    assert messages(UPDATE) == [[], []]
+    first, second = messages(UPDATE - 2)
+    assert len(first) == 1 and "only 2 transitions" in first[0] and second == []
+
+
 def test_one_process_alone_has_the_bits_of_no_others():
     (state,) = results_of(1, lambda rank: state_of(Case().make_model(distributed=True).learn(UPDATE)))
     assert_same_bits(state, state_of(Case().make_model().learn(UPDATE)))
@@ -304,3 +321,22 @@ def test_all_begin_with_the_parameters_of_the_first_process():
     name = "policy.action_net.weight"
     assert not th.equal(first[0][name], second[0][name]), "the case proves nothing"
     assert_same_bits(first[1], second[1])
+
+
+def test_processes_with_and_without_a_compiler_train_together(monkeypatch):
+    case = Case(arguments={"compile": True, "distributed": True})
+
+    def train(rank):
+        if rank == 1:
+
+            def refuses(*_):
+                raise RuntimeError("no compiler")
+
+            monkeypatch.setattr("sb3_ppo_plus.fast.graphs.compile_graph", refuses)
+        model = case.make_model(4)
+        model.learn(3 * UPDATE)
+        return model.policy.state_dict(), model._execution.gradient_step.n_compilations
+
+    first, second = results_of(2, train)
+    assert (first[1], second[1]) == (2, 0)
+    assert_same_bits(first[0], second[0])

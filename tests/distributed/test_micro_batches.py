@@ -177,3 +177,27 @@ def test_metrics_are_those_of_the_whole_minibatch():
     assert whole.keys() == parted.keys()
     assert 0.1 < parted["train/entropy_loss"] / whole["train/entropy_loss"] < 10
     assert METRICS[-1] == "grad_norm" and parted["train/grad_norm"] > 0
+
+
+def test_the_activations_of_a_minibatch_take_a_share_of_the_memory():
+    def largest(n_parts):
+        """Bytes that one backward pass needs, at most."""
+        model = Case(policy_kwargs={"net_arch": [64, 64]}).make_model(micro_batches=n_parts, batch_size=UPDATE)
+        saved = []
+
+        def evaluate(*arguments, evaluate=model.policy.evaluate_actions, **kwargs):
+            saved.append(0)
+            return evaluate(*arguments, **kwargs)
+
+        def keep(tensor):
+            # The parameters are not part of it
+            saved[-1] += tensor.numel() * tensor.element_size() if len(tensor) == UPDATE // n_parts else 0
+            return tensor
+
+        model.policy.evaluate_actions = evaluate
+        with th.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model.learn(UPDATE)
+        return max(saved)
+
+    assert largest(1) > 100_000
+    assert largest(4) <= largest(1) / 3.9

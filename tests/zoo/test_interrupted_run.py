@@ -217,7 +217,7 @@ def test_the_command_that_goes_on_has_the_flags_that_the_run_needs(capsys):
 
 @pytest.mark.parametrize("value", EVIL_YAML)
 @pytest.mark.parametrize(
-    "name", ["normalize", "env_wrapper", "vec_env_wrapper", "env_kwargs", "callback", "monitor_kwargs"]
+    "name", ["normalize", "env_wrapper", "vec_env_wrapper", "env_kwargs", "callback", "monitor_kwargs", "distributed"]
 )
 def test_nothing_in_config_yml_is_run(name, value):
     config(**{name: value})
