@@ -10,8 +10,11 @@ import pytest
 from launched_run import (
     BEFORE_TRAINING,
     N_STEPS,
+    N_UPDATES,
+    OF_THE_LAUNCHER,
     STEPS,
     TESTS,
+    UPDATE,
     environment_of_ranks,
     is_alive,
     launch,
@@ -42,6 +45,15 @@ def test_a_run_that_torchrun_restarts_after_a_kill_ends_with_the_bits_of_one_nev
     assert launched.n_attempts == 2
     assert launched.seconds < 20
     assert_same_bits(launched.results, never_killed(distributed))
+
+
+def test_a_run_whose_launcher_gets_a_sigterm_ends_with_a_checkpoint_and_goes_on_when_it_is_launched_again(tmp_path):
+    stopped = launch(tmp_path, "True", (OF_THE_LAUNCHER, 1, STEPS // 2 + 5))
+    assert stopped.status not in (0, None), stopped.output
+    assert [result["state"]["num_timesteps"] for result in stopped.results] == [(N_UPDATES // 2 + 1) * UPDATE] * 2
+    again = launch(tmp_path, "True")
+    assert again.status == 0, again.output
+    assert_same_bits(again.results, never_killed(True))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
