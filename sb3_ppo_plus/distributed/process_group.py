@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import sys
@@ -72,6 +73,9 @@ def join(device: th.device) -> Ranks:
 
 
 def _make_group(backend: str) -> None:
+    # Its functions have the default group as default arguments. Imported later, as by the first optimiser, it keeps the
+    # group, and so its connections, after fail has destroyed it
+    importlib.import_module("torch.distributed.nn")
     if not outlives_attempts():
         dist.init_process_group(backend)
         return
