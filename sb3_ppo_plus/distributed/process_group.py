@@ -52,7 +52,7 @@ def join(device: th.device) -> Ranks:
     """Join the process group of the launcher, or the one that exists already.
 
     :param device: the policy's device
-    :raises ValueError: without a launcher, or for a group that cannot send tensors of the device
+    :raises ValueError: without a launcher
     """
     if not is_launched():
         missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
@@ -63,39 +63,46 @@ def join(device: th.device) -> Ranks:
         )
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return ProcessRanks(device)
+    return ProcessRanks()
+
+
+_groups_of_cpu: list[tuple[Any, Any]] = []
+"""The default group, and the group that sends tensors of the CPU beside it."""
+
+
+def _group_of_cpu() -> Any:  # noqa: ANN401  # a process group, whose type is not public
+    if not _groups_of_cpu or _groups_of_cpu[0][0] is not dist.group.WORLD:
+        _groups_of_cpu[:] = [(dist.group.WORLD, dist.new_group(backend="gloo"))]
+    return _groups_of_cpu[0][1]
 
 
 class ProcessRanks(Ranks):
     """The processes of torch.distributed's default group.
 
-    :param device: the policy's device
-    :raises ValueError: for a group that cannot send tensors of the device
+    Where that group sends no tensors of the CPU, as the one that Ray Train makes for GPUs, a second one does.
     """
 
-    def __init__(self, device: th.device) -> None:
+    def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self._has_failed = False
         self._n_objects = 0
-        backend = dist.get_backend_config()
-        if device.type == "cpu" and "cpu" not in backend and "gloo" not in backend:
-            raise ValueError(
-                f"the process group's backend is {backend!r}, which sends no tensors of the CPU, and the policy is on "
-                "the CPU: make it with dist.init_process_group('gloo'), or train on CUDA"
-            )
+        self._group_of_cpu = None if "cpu:" in str(dist.get_backend_config()) else _group_of_cpu()
 
     def gather(self, tensor: th.Tensor) -> th.Tensor:
         """Return the tensors of all processes, see :meth:`Ranks.gather`."""
         gathered = tensor.new_empty((self.size, *tensor.shape))
         # The rows share the memory of the whole. Gathering into one tensor has other names in other releases
-        self._together(dist.all_gather, list(gathered.unbind()), tensor.contiguous())
+        self._together(dist.all_gather, list(gathered.unbind()), tensor.contiguous(), group=self._group_for(tensor))
         return gathered
 
     def sum(self, tensor: th.Tensor) -> th.Tensor:
         """Return the sum over all processes, see :meth:`Ranks.sum`."""
         summed = tensor.contiguous()
-        self._together(dist.all_reduce, summed)
+        self._together(dist.all_reduce, summed, group=self._group_for(tensor))
         return summed
+
+    def _group_for(self, tensor: th.Tensor) -> Any:  # noqa: ANN401  # a process group, whose type is not public
+        return self._group_of_cpu if tensor.device.type == "cpu" else None
 
     def gather_objects(self, value: Any) -> list[Any]:  # noqa: ANN401  # anything that can be pickled
         """Return the values of all processes, see :meth:`Ranks.gather_objects`."""
@@ -132,12 +139,12 @@ class ProcessRanks(Ranks):
                     break
                 time.sleep(0.05)
 
-    def _together(self, collective: Callable[..., object], *arguments: Any) -> None:
+    def _together(self, collective: Callable[..., object], *arguments: Any, **keywords: Any) -> None:
         """Do something that ends when all processes do it."""
         if self._has_failed:
             raise RankFailedError(f"rank {self.rank} has failed in training before, and has left the others")
         try:
-            collective(*arguments)
+            collective(*arguments, **keywords)
         except (RuntimeError, ValueError) as error:
             raise RankFailedError(self._reason(error)) from error
 
