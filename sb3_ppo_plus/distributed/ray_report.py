@@ -147,6 +147,6 @@ def _ray_train() -> Any:  # noqa: ANN401  # the module, which may not be install
     except ImportError as error:
         raise ImportError(
             f"RayTrainReport cannot import ray.train ({error}): it comes with the extra [ray] of sb3-ppo-plus, or by "
-            '`pip install "ray[train]>=2.51"`'
+            '`pip install "ray[train]>=2.51,<3"`'
         ) from error
     return train

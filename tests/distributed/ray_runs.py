@@ -3,12 +3,14 @@
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import ray.train
 import torch as th
+from rank_runs import results_of
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -55,36 +57,52 @@ class Killed(BaseCallback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def make_env():
+    return VecNormalize(make_vec_env("CartPole-v1", share_of(N_ENVS)[0], seed=0, wrapper_class=ResumableEnv))
+
+
+def make_model(env, distributed):
+    arguments = {"n_steps": N_STEPS, "batch_size": 16, "n_epochs": 2, "seed": 1, "device": "cpu"}
+    return PPOPlus("MlpPolicy", env, policy_kwargs={"net_arch": [8]}, distributed=distributed, **arguments)
+
+
+def never_killed(distributed, n_updates):
+    """Train in two processes that Ray has not started, and return what :func:`end_of` does."""
+
+    def train_rank(rank):
+        return what_is_left(make_model(make_env(), distributed).learn(n_updates * UPDATE))
+
+    begun = time.monotonic()
+    end = results_of(2, train_rank)[0]
+    return {**end, "seconds": time.monotonic() - begun}
+
+
+def what_is_left(model):
+    normalizer = model.get_vec_normalize_env()
+    statistics = [normalizer.obs_rms.mean, normalizer.obs_rms.var, normalizer.ret_rms.var, normalizer.returns]
+    return {"parameters": model.get_parameters(), "statistics": [th.as_tensor(each) for each in statistics]}
+
+
 def train(config):
     """What each worker does. ``config["from_ray"]``: it goes on from the checkpoint that Ray has copied."""
-    th.set_num_threads(1)
-    folder = Path(config["folder"])
-    env = VecNormalize(make_vec_env("CartPole-v1", share_of(N_ENVS)[0], seed=0, wrapper_class=ResumableEnv))
-    callbacks = [RayTrainReport(config.get("seconds", 10.0)), TrainingCheckpoint(1, folder), Killed(config, folder)]
+    folder, env = Path(config["folder"]), make_env()
+    callbacks = [RayTrainReport(), TrainingCheckpoint(1, folder), Killed(config, folder)]
     begun = time.monotonic()
-    if config.get("from_ray") and ray.train.get_checkpoint() is not None:
+    if config["from_ray"] and ray.train.get_checkpoint() is not None:
         with ray.train.get_checkpoint().as_directory() as directory:
             model = PPOPlus.resume(directory, env, device="cpu")
-    elif not config.get("from_ray") and latest_checkpoint(folder):
+    elif not config["from_ray"] and latest_checkpoint(folder):
         model = PPOPlus.resume(folder, env, device="cpu")
     else:
-        arguments = {"n_steps": N_STEPS, "batch_size": 16, "n_epochs": 2, "seed": 1, "device": "cpu"}
-        arguments |= {"policy_kwargs": {"net_arch": [8]}, "distributed": config["distributed"]}
-        model = PPOPlus("MlpPolicy", env, **arguments)
+        model = make_model(env, config["distributed"])
     resumed_at = model.num_timesteps
     if resumed_at:
         model.continue_learning(callbacks)
     else:
         model.learn(config["n_updates"] * UPDATE, callbacks)
     if ray.train.get_context().get_world_rank() == 0:
-        seconds = time.monotonic() - begun
-        end = {
-            "parameters": model.get_parameters(),
-            "mean": env.obs_rms.mean,
-            "resumed_at": resumed_at,
-            "seconds": seconds,
-        }
-        th.save(end, folder / "end.pt")
+        how = {"resumed_at": resumed_at, "seconds": time.monotonic() - begun}
+        th.save({**what_is_left(model), **how}, folder / "end.pt")
 
 
 def run(folder: Path, storage: Path, max_failures: int = 1, **config) -> Result:
@@ -100,12 +118,14 @@ def run(folder: Path, storage: Path, max_failures: int = 1, **config) -> Result:
 
 
 def end_of(folder: Path) -> dict:
-    """Parameters, optimiser, normaliser at the end, ``resumed_at`` (timesteps) and ``seconds`` of learning."""
+    """Parameters, optimiser and statistics at the end; ``resumed_at`` (timesteps) and ``seconds`` of learning."""
     return th.load(folder / "end.pt", weights_only=False)
 
 
 def start_ray() -> None:
     """Start Ray on this machine."""
+    # Workers do not find the folders of tests
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
 

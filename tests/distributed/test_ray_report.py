@@ -127,6 +127,6 @@ def test_outside_of_a_training_function_an_error_says_so(monkeypatch, reports):
 
     monkeypatch.setattr(sys.modules["ray.train"], "get_context", get_context)
     model = model_of()
-    with pytest.raises(ValueError, match="in the training function of a .*TorchTrainer.*: not here"):
+    with pytest.raises(ValueError, match=r"in the training function of a .*TorchTrainer.*: not here"):
         model.learn(UPDATE, RayTrainReport())
     assert model.num_timesteps == 0 and reports == []
