@@ -52,6 +52,17 @@ def test_resume_training(capsys):
     assert "stopped by SIGTERM at 2048 steps" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
+def test_ray_train(capsys):
+    ray = pytest.importorskip("ray", reason="Ray Train is not installed: pip install -e '.[ray]'")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        assert load_example("ray_train").main(timesteps=4_096) is True
+    finally:
+        ray.shutdown()
+    assert "mean return -" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:worker . of 2 of the SubprocVecEnv")
 def test_hanging_workers(capsys):
     assert load_example("hanging_workers").main(timesteps=1_024) == 2

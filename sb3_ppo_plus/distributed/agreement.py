@@ -40,7 +40,7 @@ def check_alike(model: PlusModel, ranks: Ranks, others: dict[str, Any]) -> None:
     values |= {"number of environments": model.n_envs, "num_timesteps": model.num_timesteps, **_versions(), **others}
     # Functions have the same names, at other addresses
     texts = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in values.items()}
-    first, *of_others = ranks.gather_objects(texts)
+    first, *of_others = ranks.gather_objects(texts, "settings")
     for rank, theirs in enumerate(of_others, 1):
         for name, text in first.items():
             if theirs[name] != text:
@@ -78,7 +78,7 @@ def done_by_all(ranks: Ranks, do: Callable[[], Result]) -> list[Result]:
     except Exception as error:
         own = error
     failure = None if own is None else (isinstance(own, CheckpointError), f"{type(own).__name__}: {own}")
-    of_all: list[tuple[Any, tuple[bool, str] | None]] = ranks.gather_objects((result, failure))
+    of_all: list[tuple[Any, tuple[bool, str] | None]] = ranks.gather_objects((result, failure), what)
     if own is not None:
         raise own
     for rank, (_, failure) in enumerate(of_all):
@@ -96,10 +96,10 @@ def share_parameters(model: Any, ranks: Ranks) -> None:  # noqa: ANN401  # a PPO
     if ranks.size == 1:
         return
     parameters = model.get_parameters()
-    digests = ranks.gather_objects(_digest(parameters))
+    digests = ranks.gather_objects(_digest(parameters), "digests of parameters")
     if len(set(digests)) > 1:
         on_cpu = _to_cpu(parameters) if ranks.rank == 0 else None
-        model.set_parameters(ranks.gather_objects(on_cpu)[0], device=model.device)
+        model.set_parameters(ranks.gather_objects(on_cpu, "parameters")[0], device=model.device)
 
 
 def _digest(tree: Any) -> str:  # noqa: ANN401  # nested dicts and lists of tensors and numbers

@@ -83,7 +83,7 @@ class Meeting:
         shared = _shared_statistics(model.env)
         own_parts = [] if self._at_each_step else [statistics.own_part() for statistics in shared]
         messages: list[_Message] = self._ranks.gather_objects(
-            _Message(stops, model.num_timesteps, self._episodes, own_parts)
+            _Message(stops, model.num_timesteps, self._episodes, own_parts), "the end of a rollout"
         )
         # The order of one process that has all environments
         episodes = [episode for message in messages for episode in message.episodes]

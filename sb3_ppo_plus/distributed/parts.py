@@ -116,7 +116,7 @@ class Parts:
     def entropy(self) -> int:
         """Return the integer from which all random streams of the parts begin. It is the same in all processes."""
         if self._entropy is None:
-            self._entropy = self.ranks.gather_objects(int(np.random.randint(2**31)))[0]
+            self._entropy = self.ranks.gather_objects(int(np.random.randint(2**31)), "entropy")[0]
         return self._entropy
 
     def permutations_of(self, n_updates: int) -> list[np.random.Generator]:

@@ -106,7 +106,7 @@ def sharing_statistics(env: VecEnv | None, ranks: Ranks, *, at_each_step: bool) 
     if ranks.size == 1:
         yield
         return
-    first = ranks.gather_objects([(each.mean, each.var, each.count) for each in statistics_of(env)])[0]
+    first = ranks.gather_objects([(each.mean, each.var, each.count) for each in statistics_of(env)], "statistics")[0]
     for own, (mean, var, count) in zip(statistics_of(env), first, strict=True):
         own.mean, own.var, own.count = mean, var, count
     with _replaced(env, lambda own: SharedStatistics(own, ranks, at_each_step=at_each_step)):

@@ -86,5 +86,6 @@ def training_together(model: Any, total_timesteps: int) -> Iterator[None]:  # no
         with sharing_statistics(model.env, ranks, at_each_step=parts.is_exact):
             yield
     except BaseException as error:
-        ranks.fail(error)
+        if not getattr(error, "is_of_all_processes", False):
+            ranks.fail(error)
         raise

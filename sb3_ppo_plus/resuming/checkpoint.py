@@ -197,8 +197,10 @@ class TrainingCheckpoint(BaseCallback):
         if self._ranks.size == 1:
             return is_requested, must_stop
         # What the first process has written since the last time
-        answers = self._ranks.gather_objects((is_requested, must_stop, self._ppo_plus.last_checkpoint))
-        self._ppo_plus.last_checkpoint = answers[0][2]
+        answers = self._ranks.gather_objects((is_requested, must_stop, self._ppo_plus.last_checkpoint), "requests")
+        if self._ranks.rank > 0:
+            # The first one's writer may have set a newer one meanwhile
+            self._ppo_plus.last_checkpoint = answers[0][2]
         return any(answer[0] for answer in answers), any(answer[1] for answer in answers)
 
     def save(self) -> Path:
