@@ -98,7 +98,7 @@ class ProcessRanks(Ranks):
 
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._has_failed = False
+        self.has_failed = False
         self._n_objects = 0
         self._group_of_cpu = None if "cpu:" in str(dist.get_backend_config()) else _group_of_cpu()
 
@@ -130,8 +130,8 @@ class ProcessRanks(Ranks):
         for rank, (theirs, _) in enumerate(tagged):
             if theirs != what:
                 raise RankFailedError(
-                    f"rank {self.rank} shares {what} while rank {rank} shares {theirs}: all processes must do the same, "
-                    "with the same callbacks"
+                    f"rank {self.rank} shares {what} while rank {rank} shares {theirs}: all must do the same, with the "
+                    "same callbacks"
                 )
         return [each for _, each in tagged]
 
@@ -144,9 +144,9 @@ class ProcessRanks(Ranks):
 
         :param error: the error that ends this process's training
         """
-        if self._has_failed:
+        if self.has_failed:
             return
-        self._has_failed = True
+        self.has_failed = True
         # Whatever goes wrong here, the error itself is what the user must see
         with contextlib.suppress(Exception):
             store = default_store()
@@ -165,7 +165,7 @@ class ProcessRanks(Ranks):
 
     def _together(self, collective: Callable[..., object], *arguments: Any, **keywords: Any) -> None:
         """Do something that ends when all processes do it."""
-        if self._has_failed:
+        if self.has_failed:
             raise RankFailedError(f"rank {self.rank} has failed in training before, and has left the others")
         try:
             collective(*arguments, **keywords)

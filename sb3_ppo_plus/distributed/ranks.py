@@ -26,6 +26,8 @@ class Ranks:
     """Number of this process, from 0 on."""
     size = 1
     """How many processes there are."""
+    has_failed = False
+    """Whether this process has left the others after an error."""
 
     def gather(self, tensor: th.Tensor) -> th.Tensor:
         """Return the tensors of all processes, in their order.

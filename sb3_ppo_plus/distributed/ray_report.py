@@ -36,6 +36,7 @@ class RayTrainReport(BaseCallback):
 
     # After the checkpoints, which come last in all other respects
     comes_last = 2
+    acts_together = True
 
     def __init__(self, seconds: float = 10.0, verbose: int = 0) -> None:
         super().__init__(verbose)

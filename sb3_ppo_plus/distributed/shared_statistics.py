@@ -119,11 +119,13 @@ def unshared_statistics(env: VecEnv) -> Iterator[None]:
 
     :param env: the outermost vectorised environment
     """
-    shared = [_statistics_in(normalizer) for normalizer in normalizers_of(env)]
-    with _replaced(env, RunningMeanStd.copy):
+    before = [(normalizer, _statistics_in(normalizer)) for normalizer in normalizers_of(env)]
+    _replace(env, lambda own: own.copy() if isinstance(own, SharedStatistics) else own)
+    try:
         yield
-    for normalizer, statistics in zip(normalizers_of(env), shared, strict=True):
-        vars(normalizer).update(statistics)
+    finally:
+        for normalizer, statistics in before:
+            vars(normalizer).update(statistics)
 
 
 @contextmanager
