@@ -63,6 +63,18 @@ def test_ray_train(capsys):
     assert "mean return -" in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:the run is finished")
+def test_torchrun(capsys, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    example = load_example("torchrun")
+    first = example.main(timesteps=4_096)
+    assert (first.num_timesteps, first.n_envs, first.distributed) == (4_096, 8, False)
+    again = example.main(timesteps=4_096)
+    assert again.num_timesteps == 4_096 and again.last_checkpoint is not None
+    assert "Resumed from" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:worker . of 2 of the SubprocVecEnv")
 def test_hanging_workers(capsys):
     assert load_example("hanging_workers").main(timesteps=1_024) == 2

@@ -30,6 +30,10 @@ SHOWN_COMMANDS: dict[str, list[str]] = {
         "make demo",
         "make test",
     ],
+    "clusters.md": [
+        "torchrun --nproc-per-node 2 examples/torchrun.py",
+        "torchrun --nproc-per-node 2 --max-restarts 3 examples/torchrun.py",
+    ],
     "distributed.md": ["torchrun --nproc-per-node 2 train.py"],
     "tracking.md": ["tensorboard --logdir logs"],
     "zoo.md": [

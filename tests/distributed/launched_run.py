@@ -20,6 +20,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from states import state_of
 
 from sb3_ppo_plus import PPOPlus, TrainingCheckpoint, latest_checkpoint
+from sb3_ppo_plus.callback_hooks import iterate_callbacks
 from sb3_ppo_plus.distributed import share_of
 
 N_UPDATES = 12
@@ -30,13 +31,14 @@ CASE = CASES["vec_normalize"]
 TESTS = Path(__file__).resolve().parents[1]
 #: Faults by the callback that makes them, at a step; the others come before
 IN_TRAINING = ("stop", "nan", "exception", "sigterm", "sigkill")
+OF_THE_LAUNCHER = "sigterm of the launcher"
 BEFORE_TRAINING = ("make_env", "before_learn")
 
 
 class Fault(BaseCallback):
     """Does what ends one rank, at one of its steps, and notes when.
 
-    :param kind: one of IN_TRAINING
+    :param kind: one of IN_TRAINING, or OF_THE_LAUNCHER
     :param rank: the rank
     :param step: the step, from 1 on
     :param note: file that gets the time
@@ -56,9 +58,18 @@ class Fault(BaseCallback):
         if self.kind == "nan":
             step = ToyEnv.step
             ToyEnv.step = lambda env, action: (*step(env, action)[:1], float("nan"), False, False, {})
+        elif self.kind == OF_THE_LAUNCHER:
+            os.kill(os.getppid(), signal.SIGTERM)
+            # torchrun hands it on
+            while signal.SIGTERM not in self._received():
+                time.sleep(0.01)
         elif self.kind != "stop":
             os.kill(os.getpid(), signal.SIGTERM if self.kind == "sigterm" else signal.SIGKILL)
         return self.kind != "stop"
+
+    def _received(self) -> list[signal.Signals | None]:
+        callbacks = iterate_callbacks(self.model._current_run.callback)
+        return [each._signals.stop for each in callbacks if isinstance(each, TrainingCheckpoint)]
 
 
 def result_of(model: PPOPlus) -> dict[str, Any]:
