@@ -53,8 +53,9 @@ def test_resume_training(capsys):
 
 
 @pytest.mark.heavy
-def test_ray_train(capsys):
+def test_ray_train(monkeypatch, capsys):
     ray = pytest.importorskip("ray", reason="Ray Train is not installed: pip install -e '.[ray]'")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         assert load_example("ray_train").main(timesteps=4_096) is True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,9 @@ class RayTrainReport(BaseCallback):
 
     Each checkpoint that a :class:`TrainingCheckpoint` of the same ``learn`` has written is reported at the end of its
     update, as soon as it is on the disk. Ray copies it into its ``storage_path``; ``ray.train.get_checkpoint()`` finds
-    it there on any host, and ``PPOPlus.resume`` reads it. All processes report equally often, as Ray demands; metrics
-    and checkpoint are those of the first one.
+    it there on any host, and ``PPOPlus.resume`` reads it. A run that goes on from a checkpoint of which Ray has not
+    heard reports that one first. All processes report equally often, as Ray demands; metrics and checkpoint are those
+    of the first one.
 
     Metrics are what the model logs, with the logger's names, and ``time/total_timesteps``.
 
@@ -49,6 +51,7 @@ class RayTrainReport(BaseCallback):
         self._logged = _Logged()
         self._reported: str | None = None
         self._reported_at = 0.0
+        self._begins = False
 
     def _init_callback(self) -> None:
         if not hasattr(self.model, "TRAINING_STATE"):
@@ -62,11 +65,19 @@ class RayTrainReport(BaseCallback):
             ) from error
 
     def _on_training_start(self) -> None:
-        # A run that goes on does so from what was reported
-        self._reported = self._ppo_plus.last_checkpoint
+        known = _ray_train().get_checkpoint()
+        if self._reported is None and known is not None:
+            self._reported = known.path
         self._reported_at = time.monotonic()
+        self._begins = True
         self._logged.values.clear()
         self.logger.output_formats.append(self._logged)
+
+    def _on_rollout_start(self) -> None:
+        if self._begins:
+            # A worker may have died between the writing of a checkpoint and its report
+            self._begins = False
+            self._report_if_due(of_itself=False)
 
     def _on_step(self) -> bool:
         return True
@@ -76,18 +87,28 @@ class RayTrainReport(BaseCallback):
 
         :return: True
         """
+        self._report_if_due(of_itself=True)
+        return True
+
+    def _on_training_end(self) -> None:
+        self._report_if_due(of_itself=False)
+
+    def _report_if_due(self, *, of_itself: bool) -> None:
+        """Report a new checkpoint.
+
+        :param of_itself: report without one too, if it is time
+        """
         ranks: Ranks = self._ppo_plus._parts.ranks
         newest = None
         if ranks.rank == 0:
             # While Ray copies it, nothing may remove it: the next one is not being written yet
             self._ppo_plus._current_run.wait_for_checkpoints()
             newest = self._ppo_plus.last_checkpoint
-        is_new = newest is not None and newest != self._reported
+        is_new = newest is not None and newest != self._reported and Path(newest).is_dir()
+        is_time = of_itself and time.monotonic() - self._reported_at >= self.seconds
         # The clock of the first process decides for all
-        is_due = is_new or time.monotonic() - self._reported_at >= self.seconds
-        if ranks.any(is_due and ranks.rank == 0):
+        if ranks.any(ranks.rank == 0 and (is_new or is_time)):
             self._report(newest if is_new else None)
-        return True
 
     def _report(self, directory: str | None) -> None:
         train = _ray_train()

@@ -15,6 +15,8 @@ import ray
 import ray_runs
 import torch as th
 
+from sb3_ppo_plus import PPOPlus
+
 
 def bits_that_differ(one: object, other: object) -> int:
     """Count the bits that differ in two nested containers of the same form."""
@@ -50,9 +52,14 @@ def main(n_kills: int, n_updates: int, seed: int) -> int:
         for number in range(n_kills):
             name, from_ray = f"killed_{number}", number % 2 == 1
             kill = ray_runs.random_kill(seed + number, seconds)
-            ray_runs.run(folder / name, folder / "storage", max_failures=3, from_ray=from_ray, **kill, **settings)
+            result = ray_runs.run(
+                folder / name, folder / "storage", max_failures=3, from_ray=from_ray, **kill, **settings
+            )
             end, note = ray_runs.end_of(folder / name), folder / name / "killed"
             n_bits = sum(bits_that_differ(end[key], expected[key]) for key in ("parameters", "statistics"))
+            # The model that Ray has at the end
+            parameters = PPOPlus.load(Path(result.checkpoint.path, "model.zip"), device="cpu").get_parameters()
+            n_bits += bits_that_differ(parameters, expected["parameters"])
             n_different += n_bits > 0
             place = note.read_text() if note.exists() else "not killed"
             source = "Ray's copy" if from_ray else "its folder"

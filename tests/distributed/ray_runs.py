@@ -124,6 +124,8 @@ def end_of(folder: Path) -> dict:
 
 def start_ray() -> None:
     """Start Ray on this machine."""
+    # Otherwise its workers have the niceness 15, and hardly move where other tests run
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # its name
     # Workers do not find the folders of tests
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, logging_level="ERROR")

@@ -25,7 +25,7 @@ def reports(monkeypatch):
     found = []
     train = ModuleType("ray.train")
     train.Checkpoint = SimpleNamespace(from_directory=Path)
-    train.get_context = lambda: None
+    train.get_context = train.get_checkpoint = lambda: None
 
     def report(metrics, checkpoint):
         found.append((metrics, checkpoint, checkpoint is not None and (checkpoint / "manifest.json").exists()))
@@ -51,11 +51,28 @@ def test_each_checkpoint_is_reported_when_it_is_on_the_disk_also_the_last(comes_
     assert reports[-1][1] == latest_checkpoint(tmp_path)
 
 
-def test_a_run_that_goes_on_does_not_report_again_from_where(reports, tmp_path):
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_run_that_goes_on_reports_from_where_unless_ray_knows(is_known, reports, tmp_path, monkeypatch):
+    model_of().learn(UPDATE, TrainingCheckpoint(1, tmp_path))
+    newest = latest_checkpoint(tmp_path)
+    known = SimpleNamespace(path=str(newest)) if is_known else None
+    monkeypatch.setattr(sys.modules["ray.train"], "get_checkpoint", lambda: known)
+    model = PPOPlus.resume(tmp_path, Case().make_env(N_ENVS), device="cpu")
+    model.learn(2 * UPDATE, [RayTrainReport(), TrainingCheckpoint(2 * UPDATE, tmp_path)], reset_num_timesteps=False)
+    expected = [(3 * UPDATE, latest_checkpoint(tmp_path))]
+    assert [(metrics["time/total_timesteps"], checkpoint) for metrics, checkpoint, _ in reports] == (
+        expected if is_known else [(UPDATE, newest), *expected]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the run is finished")
+def test_the_last_checkpoint_is_reported_where_a_worker_died_before_that(reports, tmp_path):
     model_of().learn(UPDATE, TrainingCheckpoint(1, tmp_path))
     model = PPOPlus.resume(tmp_path, Case().make_env(N_ENVS), device="cpu")
-    model.learn(UPDATE, [RayTrainReport(), TrainingCheckpoint(10 * UPDATE, tmp_path)], reset_num_timesteps=False)
-    assert [metrics["time/total_timesteps"] for metrics, _, _ in reports] == [2 * UPDATE]
+    model.continue_learning([RayTrainReport(), TrainingCheckpoint(1, tmp_path)])
+    assert [(metrics["train/n_updates"], checkpoint) for metrics, checkpoint, _ in reports] == [
+        (2, latest_checkpoint(tmp_path))
+    ]
 
 
 class Logs(BaseCallback):
