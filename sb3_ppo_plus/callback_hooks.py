@@ -31,8 +31,8 @@ def notify_update_end(callback: BaseCallback | None) -> bool:
     if callback is None:
         return True
     children = [child for child in iterate_callbacks(callback) if hasattr(child, "on_update_end")]
-    # Checkpoints come last, because they hold what the other callbacks have done
-    children.sort(key=lambda child: getattr(child, "comes_last", False))
+    # Checkpoints come last, because they hold what the other callbacks have done; after them, what reports them
+    children.sort(key=lambda child: int(getattr(child, "comes_last", False)))
     answers = [child.on_update_end() for child in children]
     return all(answer is not False for answer in answers)
 

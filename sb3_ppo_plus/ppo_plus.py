@@ -255,7 +255,7 @@ class PPOPlus(PPO):
         self._execution.log_to(self.logger, self)
         self._n_iterations += 1
         goes_on = notify_update_end(self._current_run.callback)
-        self._current_run.was_asked_to_stop = self._parts.ranks.any(not goes_on)
+        self._current_run.was_asked_to_stop = not self._parts.meeting.end_update(self, goes_on)
 
     def learn(
         self,
@@ -312,7 +312,7 @@ class PPOPlus(PPO):
         self._current_run.was_asked_to_stop = False
         self._join()
         try:
-            with self._current_run.watching_workers(self), training.training_together(self, arguments[0]):
+            with self._current_run.watching_workers(self), training.training_together(self, *arguments):
                 return super().learn(*arguments)
         finally:
             callback, self._current_run.callback = self._current_run.callback, None
@@ -321,8 +321,8 @@ class PPOPlus(PPO):
                 notify_learn_end(callback, lambda: evaluate_without_masks(callback, self))
 
     def _join(self) -> None:
-        """Join the other processes, which a model that was loaded does when it trains or resumes."""
-        if self.distributed and not self._joins:
+        """Divide environments, and join the other processes: a model that was loaded does so when it trains."""
+        if not self._joins:
             self._joins, self._parts = True, training.make_parts(self, joins=True)
             set_sequence_length(self.rollout_buffer, self.policy, self._parts.size_of(self.batch_size))
             self._parts.seed_envs(self.env, self.seed)
@@ -383,7 +383,7 @@ class PPOPlus(PPO):
     def set_random_seed(self, seed: int | None = None) -> None:
         """Seed all generators, as SB3 does. Environments of each process get seeds of their own."""
         super().set_random_seed(seed)
-        self._parts.seed_envs(self.env, seed)
+        self._parts.seed(self.env, seed)
 
     def _setup_lr_schedule(self) -> None:
         self._coefficients.setup_learning_rate(self)

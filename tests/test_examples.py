@@ -52,6 +52,18 @@ def test_resume_training(capsys):
     assert "stopped by SIGTERM at 2048 steps" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
+def test_ray_train(monkeypatch, capsys):
+    ray = pytest.importorskip("ray", reason="Ray Train is not installed: pip install -e '.[ray]'")
+    monkeypatch.setenv("RAY_worker_niceness", "0")
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    try:
+        assert load_example("ray_train").main(timesteps=4_096) is True
+    finally:
+        ray.shutdown()
+    assert "mean return -" in capsys.readouterr().out
+
+
 @pytest.mark.filterwarnings("ignore:the run is finished")
 def test_torchrun(capsys, monkeypatch):
     for name in ("RANK", "WORLD_SIZE"):

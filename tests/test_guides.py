@@ -39,6 +39,8 @@ SHOWN_COMMANDS: dict[str, list[str]] = {
     "zoo.md": [
         "python -m sb3_ppo_plus.zoo push --env CartPole-v1 -orga YOUR_NAME",
         "python -m sb3_ppo_plus.zoo pull --env CartPole-v1 -orga THEIR_NAME",
+        "torchrun --nproc-per-node 2 -m sb3_ppo_plus.zoo train --env CartPole-v1",
+        "torchrun --nproc-per-node 2 -m sb3_ppo_plus.zoo resume logs/ppo_plus/CartPole-v1_1 --n-timesteps 200000",
     ],
 }
 POLICY_KWARGS = [

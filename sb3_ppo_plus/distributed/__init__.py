@@ -1,5 +1,6 @@
 """Training in several processes, and in parts."""
 
 from sb3_ppo_plus.distributed.process_group import share_of
+from sb3_ppo_plus.distributed.ray_report import RayTrainReport
 
-__all__ = ["share_of"]
+__all__ = ["RayTrainReport", "share_of"]

@@ -12,15 +12,19 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch as th
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_ppo_plus.attributes import ARGUMENTS, PlusModel
-from sb3_ppo_plus.distributed.ranks import Ranks
+from sb3_ppo_plus.distributed.ranks import Ranks, of_all_processes
 from sb3_ppo_plus.errors import CheckpointError, RankFailedError
 
 Result = TypeVar("Result")
 
 # Only the first process prints and logs
-_MAY_DIFFER = ("verbose", "tensorboard_log")
+_MAY_DIFFER = ("verbose", "tensorboard_log", "worker_timeout")
+_OF_NORMALIZERS = (
+    *("training", "norm_obs", "norm_reward", "norm_obs_keys", "clip_obs", "clip_reward", "gamma", "epsilon"),
+)
 _MAX_SHOWN = 200
 
 
@@ -37,19 +41,48 @@ def check_alike(model: PlusModel, ranks: Ranks, others: dict[str, Any]) -> None:
     names = [name for name in ARGUMENTS if name not in _MAY_DIFFER and hasattr(model, name)]
     values = {name: getattr(model, name) for name in names}
     values |= {"observation_space": model.observation_space, "action_space": model.action_space}
-    values |= {"number of environments": model.n_envs, "num_timesteps": model.num_timesteps, **_versions(), **others}
+    values |= {"number of environments": model.n_envs, "num_timesteps": model.num_timesteps}
+    values |= {**_settings_of_wrappers(model.env), **_machine(model), **others}
     # Functions have the same names, at other addresses
     texts = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in values.items()}
-    first, *of_others = ranks.gather_objects(texts)
+    first, *of_others = ranks.gather_objects(texts, "settings")
     for rank, theirs in enumerate(of_others, 1):
-        for name, text in first.items():
-            if theirs[name] != text:
-                sides = [
-                    text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..." for text in (text, theirs[name])
-                ]
-                raise ValueError(
+        for name in first | theirs:
+            text, their_text = first.get(name, "none"), theirs.get(name, "none")
+            if their_text != text:
+                sides = [text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..." for text in (text, their_text)]
+                message = (
                     f"{name} must be the same in all processes, got {sides[0]} in rank 0, {sides[1]} in rank {rank}"
                 )
+                raise of_all_processes(ValueError(message))
+
+
+def _settings_of_wrappers(env: VecEnv | None) -> dict[str, Any]:
+    """Return the names of the wrappers of vectorised environments, and the settings of normalisers.
+
+    Where normalisers differ, processes would share other statistics, or scale rewards in other ways.
+    """
+    settings: dict[str, Any] = {}
+    while isinstance(env, VecEnvWrapper):
+        name = f"VecEnv wrapper {len(settings) + 1}"
+        settings[name] = type(env).__name__
+        if isinstance(env, VecNormalize):
+            settings[name] = {key: getattr(env, key, None) for key in _OF_NORMALIZERS} | {"type": settings[name]}
+        env = env.venv
+    return settings
+
+
+def _machine(model: PlusModel) -> dict[str, Any]:
+    """Return what the last bits depend on."""
+    capability = th.backends.cpu.get_cpu_capability()
+    # A CPU with wider registers rounds as one with AVX2
+    capability = "AVX2" if capability == "AVX512" else capability
+    return {
+        "type of device": model.device.type,
+        "capability of the CPU": capability,
+        "number of threads": th.get_num_threads(),
+        **_versions(),
+    }
 
 
 def _versions() -> dict[str, str]:
@@ -58,11 +91,12 @@ def _versions() -> dict[str, str]:
     return {"version of Python": platform.python_version(), **versions}
 
 
-def done_by_all(ranks: Ranks, do: Callable[[], Result]) -> list[Result]:
+def done_by_all(ranks: Ranks, do: Callable[[], Result], what: str) -> list[Result]:
     """Do something in every process. Where it fails in one, it fails in all, so that all may go on after the error.
 
     :param ranks: the processes; each calls this
     :param do: returns what can be pickled; it must not exchange anything with the other processes
+    :param what: what is done, see :meth:`Ranks.gather_objects`
     :return: the results of all, in their order
     :raises Exception: what ``do`` raises in this process
     :raises CheckpointError: if it has raised a CheckpointError in another process only
@@ -78,12 +112,13 @@ def done_by_all(ranks: Ranks, do: Callable[[], Result]) -> list[Result]:
     except Exception as error:
         own = error
     failure = None if own is None else (isinstance(own, CheckpointError), f"{type(own).__name__}: {own}")
-    of_all: list[tuple[Any, tuple[bool, str] | None]] = ranks.gather_objects((result, failure))
+    of_all: list[tuple[Any, tuple[bool, str] | None]] = ranks.gather_objects((result, failure), what)
     if own is not None:
-        raise own
+        raise of_all_processes(own)
     for rank, (_, failure) in enumerate(of_all):
         if failure is not None:
-            raise (CheckpointError if failure[0] else RuntimeError)(f"in rank {rank}: {failure[1]}")
+            kind = CheckpointError if failure[0] else RuntimeError
+            raise of_all_processes(kind(f"in rank {rank}: {failure[1]}"))
     return [each for each, _ in of_all]
 
 
@@ -96,13 +131,17 @@ def share_parameters(model: Any, ranks: Ranks) -> None:  # noqa: ANN401  # a PPO
     if ranks.size == 1:
         return
     parameters = model.get_parameters()
-    digests = ranks.gather_objects(_digest(parameters))
+    digests = ranks.gather_objects(digest(parameters), "digests of parameters")
     if len(set(digests)) > 1:
-        on_cpu = _to_cpu(parameters) if ranks.rank == 0 else None
-        model.set_parameters(ranks.gather_objects(on_cpu)[0], device=model.device)
+        of_first = on_cpu(parameters) if ranks.rank == 0 else None
+        model.set_parameters(ranks.gather_objects(of_first, "parameters")[0], device=model.device)
 
 
-def _digest(tree: Any) -> str:  # noqa: ANN401  # nested dicts and lists of tensors and numbers
+def digest(tree: Any) -> str:  # noqa: ANN401  # nested dicts and lists of tensors and numbers
+    """Return a hash of all values, from which processes see whether theirs are the same.
+
+    :param tree: nested dicts and lists
+    """
     found = hashlib.sha256()
 
     def add(value: Any) -> None:  # noqa: ANN401  # as above
@@ -122,9 +161,13 @@ def _digest(tree: Any) -> str:  # noqa: ANN401  # nested dicts and lists of tens
     return found.hexdigest()
 
 
-def _to_cpu(tree: Any) -> Any:  # noqa: ANN401  # as above
+def on_cpu(tree: Any) -> Any:  # noqa: ANN401  # nested dicts and lists
+    """Return a tree whose tensors are on the CPU, without gradients.
+
+    :param tree: nested dicts, lists and tuples of tensors and other values
+    """
     if isinstance(tree, dict):
-        return {key: _to_cpu(value) for key, value in tree.items()}
+        return {key: on_cpu(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_to_cpu(value) for value in tree)
+        return type(tree)(on_cpu(value) for value in tree)
     return tree.detach().cpu() if isinstance(tree, th.Tensor) else tree

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, ProgressBarCallback
 
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
@@ -21,9 +24,9 @@ def share_out_work(callback: BaseCallback, ranks: Ranks) -> None:
         return
     for child in iterate_callbacks(callback):
         if isinstance(child, OF_THE_FIRST_RANK) and ranks.rank > 0:
-            vars(child)["on_step"] = lambda: True
+            vars(child)["on_step"] = _Replaced(lambda: True)
         elif isinstance(child, ProgressBarCallback):
-            vars(child)["_on_step"] = lambda child=child: _progress(child, ranks.size)
+            vars(child)["_on_step"] = _Replaced(functools.partial(_progress, child, ranks.size))
 
 
 def take_work_back(callback: BaseCallback) -> None:
@@ -33,8 +36,21 @@ def take_work_back(callback: BaseCallback) -> None:
     """
     for child in iterate_callbacks(callback):
         for name in ("on_step", "_on_step"):
-            if isinstance(child, (*OF_THE_FIRST_RANK, ProgressBarCallback)):
-                vars(child).pop(name, None)
+            if isinstance(vars(child).get(name), _Replaced):
+                del vars(child)[name]
+
+
+class _Replaced:
+    """A method that was replaced for a learn.
+
+    :param do: what it does
+    """
+
+    def __init__(self, do: Callable[[], bool]) -> None:
+        self._do = do
+
+    def __call__(self) -> bool:
+        return self._do()
 
 
 def _progress(callback: ProgressBarCallback, n_processes: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -42,7 +43,7 @@ class Parts:
         self.meeting = Meeting(self.ranks, at_each_step=is_exact)
         self._entropy: int | None = None
         self._streams: list[RandomStream] = []
-        self._gsde_noise: list[dict[str, th.Tensor]] = [{} for _ in range(n_here)]
+        self._gsde_noise: list[dict[str, th.Tensor]] = []
 
     @property
     def is_whole(self) -> bool:
@@ -80,8 +81,17 @@ class Parts:
             return
         own_seed = (seed + self.ranks.rank * env.num_envs) % 2**32
         env.seed(own_seed)
-        random.seed(own_seed)
-        np.random.seed(own_seed)
+        self.seed_generators(own_seed)
+
+    def seed_generators(self, seed: int) -> None:
+        """Give the generators of Python and NumPy, from which environments may draw, a seed of this process.
+
+        PyTorch's is the same in all processes, as policies are built from it.
+
+        :param seed: the seed
+        """
+        random.seed(seed)
+        np.random.seed(seed)
 
     def size_of(self, batch_size: int) -> int:
         """Return how many transitions of a minibatch belong to each part.
@@ -113,10 +123,20 @@ class Parts:
             self._streams = [RandomStream([entropy, 0, self.first + part], self._device) for part in range(self.n_here)]
         return self._streams
 
+    def seed(self, env: VecEnv | None, seed: int | None) -> None:
+        """Let all random streams begin anew, from what NumPy's generator draws next, and seed the environments.
+
+        :param env: the environments, see :meth:`seed_envs`
+        :param seed: the model's seed; None: nothing is done
+        """
+        if seed is not None:
+            self._entropy, self._streams = None, []
+            self.seed_envs(env, seed)
+
     def entropy(self) -> int:
         """Return the integer from which all random streams of the parts begin. It is the same in all processes."""
         if self._entropy is None:
-            self._entropy = self.ranks.gather_objects(int(np.random.randint(2**31)))[0]
+            self._entropy = self.ranks.gather_objects(int(np.random.randint(2**31)), "entropy")[0]
         return self._entropy
 
     def permutations_of(self, n_updates: int) -> list[np.random.Generator]:
@@ -155,10 +175,11 @@ class Parts:
         if self.is_whole:
             policy.reset_noise(n_envs)
             return
-        for noise, stream in zip(self._gsde_noise, self.streams(), strict=True):
+        self._gsde_noise = []
+        for stream in self.streams():
             with stream:
                 policy.reset_noise(n_envs // self.n_here)
-            noise.update({name: getattr(policy.action_dist, name) for name in GSDE_NOISE})
+            self._gsde_noise.append({name: getattr(policy.action_dist, name) for name in GSDE_NOISE})
 
     def use_noise(self, policy: ActorCriticPolicy, part: int) -> None:
         """Let a policy act with the exploration matrices of a part.
@@ -182,8 +203,15 @@ class Parts:
         :param state: the result of :meth:`state`; other entries are ignored
         """
         if "parts" in state and not self.is_whole:
+            saved = state["parts"]["streams"]
+            if len(saved) != self.n_here:
+                warnings.warn(
+                    f"the checkpoint has {len(saved)} micro-batches, now {self.n_here}: random numbers are new ones",
+                    stacklevel=2,
+                )
+                return
             self._entropy, self._streams = state["parts"]["entropy"], []
-            for stream, states in zip(self.streams(), state["parts"]["streams"], strict=True):
+            for stream, states in zip(self.streams(), saved, strict=True):
                 stream.states = states
             self._gsde_noise = [
                 {name: tensor.to(self._device) for name, tensor in noise.items()} for noise in state["parts"]["gsde"]

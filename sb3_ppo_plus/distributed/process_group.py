@@ -58,7 +58,7 @@ def join(device: th.device) -> Ranks:
     """Join the process group of the launcher, or the one that exists already.
 
     :param device: the policy's device
-    :raises ValueError: without a launcher, or for a group that cannot send tensors of the device
+    :raises ValueError: without a launcher
     """
     if not is_launched():
         missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
@@ -69,7 +69,17 @@ def join(device: th.device) -> Ranks:
         )
     if not dist.is_initialized():
         _make_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    return ProcessRanks(device)
+    return ProcessRanks()
+
+
+_groups_of_cpu: list[tuple[Any, Any]] = []
+"""The default group, and the group that sends tensors of the CPU beside it."""
+
+
+def _group_of_cpu() -> Any:  # noqa: ANN401  # a process group, whose type is not public
+    if not _groups_of_cpu or _groups_of_cpu[0][0] is not dist.group.WORLD:
+        _groups_of_cpu[:] = [(dist.group.WORLD, dist.new_group(backend="gloo"))]
+    return _groups_of_cpu[0][1]
 
 
 def _make_group(backend: str) -> None:
@@ -87,43 +97,47 @@ def _make_group(backend: str) -> None:
 class ProcessRanks(Ranks):
     """The processes of torch.distributed's default group.
 
-    :param device: the policy's device
-    :raises ValueError: for a group that cannot send tensors of the device
+    Where that group sends no tensors of the CPU, as the one that Ray Train makes for GPUs, a second one does.
     """
 
-    def __init__(self, device: th.device) -> None:
+    def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
-        self._has_failed = False
+        self.has_failed = False
         self._n_objects = 0
-        backend = dist.get_backend_config()
-        if device.type == "cpu" and "cpu" not in backend and "gloo" not in backend:
-            raise ValueError(
-                f"the process group's backend is {backend!r}, which sends no tensors of the CPU, and the policy is on "
-                "the CPU: make it with dist.init_process_group('gloo'), or train on CUDA"
-            )
+        self._group_of_cpu = None if "cpu:" in str(dist.get_backend_config()) else _group_of_cpu()
 
     def gather(self, tensor: th.Tensor) -> th.Tensor:
         """Return the tensors of all processes, see :meth:`Ranks.gather`."""
         gathered = tensor.new_empty((self.size, *tensor.shape))
         # The rows share the memory of the whole. Gathering into one tensor has other names in other releases
-        self._together(dist.all_gather, list(gathered.unbind()), tensor.contiguous())
+        self._together(dist.all_gather, list(gathered.unbind()), tensor.contiguous(), group=self._group_for(tensor))
         return gathered
 
     def sum(self, tensor: th.Tensor) -> th.Tensor:
         """Return the sum over all processes, see :meth:`Ranks.sum`."""
         summed = tensor.contiguous()
-        self._together(dist.all_reduce, summed)
+        self._together(dist.all_reduce, summed, group=self._group_for(tensor))
         return summed
 
-    def gather_objects(self, value: Any) -> list[Any]:  # noqa: ANN401  # anything that can be pickled
+    def _group_for(self, tensor: th.Tensor) -> Any:  # noqa: ANN401  # a process group, whose type is not public
+        return self._group_of_cpu if tensor.device.type == "cpu" else None
+
+    def gather_objects(self, value: Any, what: str = "a value") -> list[Any]:  # noqa: ANN401  # anything that can be pickled
         """Return the values of all processes, see :meth:`Ranks.gather_objects`."""
         # On the CPU, whatever the device of the policy is: torch's own all_gather_object chooses it by the backend
-        content = th.frombuffer(bytearray(pickle.dumps(value)), dtype=th.uint8)
+        content = th.frombuffer(bytearray(pickle.dumps((what, value))), dtype=th.uint8)
         sizes = self.gather(th.tensor(len(content))).tolist()
         padded = th.zeros(max(sizes), dtype=th.uint8)
         padded[: len(content)] = content
         rows = self.gather(padded)
-        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+        tagged = [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+        for rank, (theirs, _) in enumerate(tagged):
+            if theirs != what:
+                raise RankFailedError(
+                    f"rank {self.rank} shares {what} while rank {rank} shares {theirs}: all must do the same, with the "
+                    "same callbacks"
+                )
+        return [each for _, each in tagged]
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is True in one of the processes, see :meth:`Ranks.any`."""
@@ -134,9 +148,9 @@ class ProcessRanks(Ranks):
 
         :param error: the error that ends this process's training
         """
-        if self._has_failed:
+        if self.has_failed:
             return
-        self._has_failed = True
+        self.has_failed = True
         # Whatever goes wrong here, the error itself is what the user must see
         with contextlib.suppress(Exception):
             store = default_store()
@@ -153,13 +167,15 @@ class ProcessRanks(Ranks):
                     break
                 time.sleep(0.05)
 
-    def _together(self, collective: Callable[..., object], *arguments: Any) -> None:
+    def _together(self, collective: Callable[..., object], *arguments: Any, **keywords: Any) -> None:
         """Do something that ends when all processes do it."""
-        if self._has_failed:
+        if self.has_failed:
             raise RankFailedError(f"rank {self.rank} has failed in training before, and has left the others")
         try:
-            collective(*arguments)
+            collective(*arguments, **keywords)
         except (RuntimeError, ValueError) as error:
+            if isinstance(error, th.OutOfMemoryError):
+                raise
             raise RankFailedError(self._reason(error)) from error
 
     def _reason(self, error: Exception) -> str:
@@ -173,7 +189,7 @@ class ProcessRanks(Ranks):
                     _wait_until_printed(store)
                     return f"training has ended in another process, {report}"
                 time.sleep(0.05)
-        return f"another process has left training without a word, it may have been killed: {error}"
+        return f"training with the other processes has failed. One of them may have been killed, or is gone: {error}"
 
 
 def _tell_when_printed(store: Any) -> None:  # noqa: ANN401  # a Store of torch.distributed

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch as th
+
+Error = TypeVar("Error", bound=BaseException)
+
+
+def of_all_processes(error: Error) -> Error:
+    """Mark an error that every process raises, each by itself: none has to tell the others, and all may go on.
+
+    :param error: the error
+    :return: the same
+    """
+    vars(error)["is_of_all_processes"] = True
+    return error
 
 
 class Ranks:
@@ -14,6 +26,8 @@ class Ranks:
     """Number of this process, from 0 on."""
     size = 1
     """How many processes there are."""
+    has_failed = False
+    """Whether this process has left the others after an error."""
 
     def gather(self, tensor: th.Tensor) -> th.Tensor:
         """Return the tensors of all processes, in their order.
@@ -30,10 +44,11 @@ class Ranks:
         """
         return tensor
 
-    def gather_objects(self, value: Any) -> list[Any]:  # noqa: ANN401  # anything that can be pickled
+    def gather_objects(self, value: Any, what: str = "a value") -> list[Any]:  # noqa: ANN401  # anything that can be pickled
         """Return the values of all processes, in their order.
 
         :param value: anything that can be pickled
+        :param what: what it is. Processes that share different things are refused
         """
         return [value]
 

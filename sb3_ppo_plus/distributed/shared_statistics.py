@@ -106,7 +106,7 @@ def sharing_statistics(env: VecEnv | None, ranks: Ranks, *, at_each_step: bool) 
     if ranks.size == 1:
         yield
         return
-    first = ranks.gather_objects([(each.mean, each.var, each.count) for each in statistics_of(env)])[0]
+    first = ranks.gather_objects([(each.mean, each.var, each.count) for each in statistics_of(env)], "statistics")[0]
     for own, (mean, var, count) in zip(statistics_of(env), first, strict=True):
         own.mean, own.var, own.count = mean, var, count
     with _replaced(env, lambda own: SharedStatistics(own, ranks, at_each_step=at_each_step)):
@@ -119,11 +119,13 @@ def unshared_statistics(env: VecEnv) -> Iterator[None]:
 
     :param env: the outermost vectorised environment
     """
-    shared = [_statistics_in(normalizer) for normalizer in normalizers_of(env)]
-    with _replaced(env, RunningMeanStd.copy):
+    before = [(normalizer, _statistics_in(normalizer)) for normalizer in normalizers_of(env)]
+    _replace(env, lambda own: own.copy() if isinstance(own, SharedStatistics) else own)
+    try:
         yield
-    for normalizer, statistics in zip(normalizers_of(env), shared, strict=True):
-        vars(normalizer).update(statistics)
+    finally:
+        for normalizer, statistics in before:
+            vars(normalizer).update(statistics)
 
 
 @contextmanager

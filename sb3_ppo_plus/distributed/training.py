@@ -9,14 +9,24 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import (
+    CSVOutputFormat,
+    HumanOutputFormat,
+    JSONOutputFormat,
+    TensorBoardOutputFormat,
+)
+from stable_baselines3.common.type_aliases import MaybeCallback
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.callback_hooks import iterate_callbacks
 from sb3_ppo_plus.distributed.agreement import check_alike, share_parameters
 from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.distributed.process_group import is_launched, join
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.distributed.shared_statistics import sharing_statistics
 
+OF_FILES = (HumanOutputFormat, JSONOutputFormat, CSVOutputFormat, TensorBoardOutputFormat)
 DISTRIBUTED = (False, True, "exact")
 
 
@@ -27,7 +37,10 @@ def device_of_process(distributed: bool | str, device: th.device | str) -> th.de
     :param device: PPOPlus's argument
     """
     chooses = distributed is not False and str(device) in ("auto", "cuda") and th.cuda.is_available()
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if chooses and is_launched() else device
+    if not (chooses and is_launched()):
+        return device
+    # Some launchers show each process its own device only
+    return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % th.cuda.device_count()}"
 
 
 @contextmanager
@@ -36,9 +49,11 @@ def counting_all_environments(distributed: bool | str) -> Iterator[None]:
 
     :param distributed: PPOPlus's argument
     """
+    if distributed is False:
+        yield
+        return
     with warnings.catch_warnings():
-        if distributed is not False:
-            warnings.filterwarnings("ignore", "You have specified a mini-batch size")
+        warnings.filterwarnings("ignore", "You have specified a mini-batch size")
         yield
 
 
@@ -52,7 +67,9 @@ def make_parts(model: PlusModel, *, joins: bool) -> Parts:
     """
     ranks = join(model.device) if joins and model.distributed else Ranks()
     parts = Parts(model.micro_batches, model.device, ranks, is_exact=model.distributed != True)  # noqa: E712  # "exact" is true too
-    parts.check(model)
+    if joins:
+        # A model that is only loaded may be used with any number of environments
+        parts.check(model)
     n_transitions = model.n_steps * model.n_envs * ranks.size
     if joins and model.distributed is not False and n_transitions % model.batch_size > 0 and ranks.rank == 0:
         warnings.warn(
@@ -66,12 +83,52 @@ def make_parts(model: PlusModel, *, joins: bool) -> Parts:
     return parts
 
 
+def _acting_together(callback: MaybeCallback) -> list[str]:
+    """Describe the callbacks that exchange something with those of the other processes."""
+    given = callback if isinstance(callback, list) else [callback]
+    children = [child for each in given if isinstance(each, BaseCallback) for child in iterate_callbacks(each)]
+    together = [child for child in children if getattr(child, "acts_together", False)]
+    return [f"{type(child).__name__} with save_freq={getattr(child, 'save_freq', None)}" for child in together]
+
+
 @contextmanager
-def training_together(model: Any, total_timesteps: int) -> Iterator[None]:  # noqa: ANN401  # a PPOPlus
+def _logging_for_all(model: Any, ranks: Ranks) -> Iterator[None]:  # noqa: ANN401  # a PPOPlus
+    """Keep a logger that the user has made from writing what the first process writes, into the same files."""
+    if ranks.rank == 0 or not model._custom_logger:
+        yield
+        return
+    formats = list(model.logger.output_formats)
+    model.logger.output_formats[:] = [each for each in formats if not isinstance(each, OF_FILES)]
+    try:
+        yield
+    finally:
+        model.logger.output_formats[:] = formats
+
+
+def _seed_apart(model: PlusModel, parts: Parts) -> None:
+    """Seed the environments of each process apart, if scripts have given all the same seeds and the model has none."""
+    env = model.env
+    seeds = list(getattr(getattr(env, "unwrapped", None), "_seeds", ()))
+    of_all = parts.ranks.gather_objects(seeds, "seeds")
+    if model.seed is None and seeds and seeds[0] is not None and of_all.count(of_all[0]) > 1:
+        parts.seed_envs(env, of_all[0][0])
+
+
+@contextmanager
+def training_together(
+    model: Any,  # noqa: ANN401  # a PPOPlus
+    total_timesteps: int,
+    callback: MaybeCallback,
+    log_interval: int,
+    tb_log_name: str,
+    reset_num_timesteps: bool,
+    progress_bar: bool,
+) -> Iterator[None]:
     """Train as one of several processes. If one of them fails, all others end with an error that says why.
 
+    The parameters are those of PPOPlus.learn.
+
     :param model: the model; all begin with the parameters and statistics of the first process
-    :param total_timesteps: PPOPlus.learn's argument
     :raises ValueError: if the processes would not train alike
     :raises RankFailedError: if another process has failed
     """
@@ -81,10 +138,18 @@ def training_together(model: Any, total_timesteps: int) -> Iterator[None]:  # no
         yield
         return
     try:
-        check_alike(model, ranks, {"total_timesteps": total_timesteps})
+        others = {
+            "total_timesteps": total_timesteps,
+            "reset_num_timesteps": reset_num_timesteps,
+            "whether environments were reset": model._last_obs is not None,
+            "callbacks that act together": _acting_together(callback),
+        }
+        check_alike(model, ranks, others)
         share_parameters(model, ranks)
-        with sharing_statistics(model.env, ranks, at_each_step=parts.is_exact):
+        _seed_apart(model, parts)
+        with sharing_statistics(model.env, ranks, at_each_step=parts.is_exact), _logging_for_all(model, ranks):
             yield
     except BaseException as error:
-        ranks.fail(error)
+        if not getattr(error, "is_of_all_processes", False):
+            ranks.fail(error)
         raise

@@ -28,6 +28,8 @@ SEEDS = ("entropy", "spawn_key", "pool_size", "n_children_spawned")
 MAX_POOL_SIZE = 64
 # Bytes of PyTorch's state before its 624 numbers
 N_TORCH_BYTES = 24
+# Seed and offset
+N_CUDA_BYTES = 16
 Generator = np.random.Generator | np.random.RandomState | random.Random
 
 
@@ -113,6 +115,21 @@ def _checked(state: GeneratorState) -> GeneratorState:
         if isinstance(position, bool) or not isinstance(position, int | np.integer) or not 0 <= position <= largest:
             raise ValueError(f"the state of a random generator has {name}={position!r}; allowed: 0 to {largest}")
     return state
+
+
+def check_torch_states(states: list[th.Tensor]) -> None:
+    """Check states of PyTorch's default generators, which PyTorch does not check itself.
+
+    :param states: of the CPU's generator, and perhaps of a CUDA device's
+    :raises ValueError: for states that no generator can have
+    :raises TypeError: for what is no tensor
+    """
+    if not 1 <= len(states) <= 2:
+        raise ValueError(f"a random stream has one or two states, got {len(states)}")
+    _checked_torch(states[0])
+    for state in states[1:]:
+        if not isinstance(state, th.Tensor) or state.dtype is not th.uint8 or state.numel() != N_CUDA_BYTES:
+            raise ValueError(f"a state of a CUDA generator has {N_CUDA_BYTES} bytes")
 
 
 def _checked_torch(state: th.Tensor) -> th.Tensor:

@@ -65,6 +65,8 @@ class TrainingCheckpoint(BaseCallback):
     """
 
     comes_last = True
+    acts_together = True
+    """Of several processes, all must have it."""
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class TrainingCheckpoint(BaseCallback):
         if unsaved:
             warnings.warn(f"checkpoints do not hold everything: {'; '.join(sorted(set(unsaved)))}", stacklevel=2)
         # As in one process, which has all environments
-        while any(done_by_all(self._ranks, lambda: prove_envs(self.training_env))):
+        while any(done_by_all(self._ranks, lambda: prove_envs(self.training_env), "proofs")):
             begin_new_episodes(self._ppo_plus)
         self._prove_evaluations()
         if self.model.num_timesteps == 0 and self._ranks.rank == 0 and checkpoint_directories(self.save_path):
@@ -186,7 +188,7 @@ class TrainingCheckpoint(BaseCallback):
             self.save()
         elif is_due or is_requested:
             # The error of the checkpoint before comes first
-            done_by_all(self._ranks, self._writer.wait)
+            done_by_all(self._ranks, self._writer.wait, "a wait for a checkpoint")
             snapshot = self._snapshot()
             if self._ranks.rank == 0:
                 self._writer.write_in_background(snapshot)
@@ -197,8 +199,10 @@ class TrainingCheckpoint(BaseCallback):
         if self._ranks.size == 1:
             return is_requested, must_stop
         # What the first process has written since the last time
-        answers = self._ranks.gather_objects((is_requested, must_stop, self._ppo_plus.last_checkpoint))
-        self._ppo_plus.last_checkpoint = answers[0][2]
+        answers = self._ranks.gather_objects((is_requested, must_stop, self._ppo_plus.last_checkpoint), "requests")
+        if self._ranks.rank > 0:
+            # The first one's writer may have set a newer one meanwhile
+            self._ppo_plus.last_checkpoint = answers[0][2]
         return any(answer[0] for answer in answers), any(answer[1] for answer in answers)
 
     def save(self) -> Path:
@@ -214,7 +218,8 @@ class TrainingCheckpoint(BaseCallback):
         """
         snapshot = self._snapshot()
         is_first = self._ranks.rank == 0
-        written = done_by_all(self._ranks, lambda: self._writer.write(snapshot) if is_first else Path())[0]
+        paths = done_by_all(self._ranks, lambda: self._writer.write(snapshot) if is_first else Path(), "a checkpoint")
+        written = paths[0]
         self._ppo_plus.last_checkpoint = str(written)
         return written
 

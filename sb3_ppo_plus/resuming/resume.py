@@ -162,7 +162,7 @@ def _state_for(
 ) -> dict[str, Any]:
     """Return the state with which this process goes on."""
     ranks: Ranks = model._parts.ranks
-    found = ranks.gather_objects(checkpoint.directory.name)
+    found = ranks.gather_objects(checkpoint.directory.name, "names of checkpoints")
     if len(set(found)) > 1:
         raise ValueError(
             f"the processes have found different checkpoints, {found}: do they share {checkpoint.directory}?"

@@ -11,6 +11,8 @@ from gymnasium import spaces
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 
 from sb3_ppo_plus.attributes import COUNTERS, PlusModel
+from sb3_ppo_plus.distributed.parts import GSDE_NOISE
+from sb3_ppo_plus.env_states.generator_state import check_torch_states
 from sb3_ppo_plus.env_states.untrusted_state import is_number
 from sb3_ppo_plus.trees import tree_flatten
 from sb3_ppo_plus.untrusted.strict_json import short
@@ -88,7 +90,31 @@ def check_other_parts(model: PlusModel, state: dict[str, Any]) -> None:
         own = getattr(model.policy.action_dist, name, None)
         is_like = is_finite and isinstance(own, th.Tensor) and own.shape == tensor.shape and own.dtype == tensor.dtype
         _check(is_like, f"gsde: {short(name)}", "the noise of the policy's distribution", tensor)
+    if "parts" in state:
+        _check_parts(model, state["parts"])
     check_logs(state["logger"])
+
+
+def _check_parts(model: PlusModel, parts: Any) -> None:  # noqa: ANN401  # from the file
+    """The random numbers of parts: states that PyTorch does not check itself, and gSDE's noise."""
+    is_table = isinstance(parts, dict) and parts.keys() == {"entropy", "streams", "gsde"}
+    _check(is_table, "parts", "entropy, streams and gsde", parts)
+    _check(type(parts["entropy"]) is int and 0 <= parts["entropy"] < 2**31, "parts: entropy", "in [0, 2**31)", None)
+    streams, noise = parts["streams"], parts["gsde"]
+    are_lists = isinstance(streams, list) and isinstance(noise, list)
+    _check(are_lists and all(isinstance(each, list) for each in streams), "parts: streams", "lists of states", None)
+    for states in streams:
+        check_torch_states(states)
+    own = {name: getattr(model.policy.action_dist, name, None) for name in GSDE_NOISE}
+    for of_part in noise:
+        is_noise = isinstance(of_part, dict) and of_part.keys() == own.keys()
+        _check(is_noise, "parts: gsde", f"{GSDE_NOISE} of each part", of_part)
+        for name, tensor in of_part.items():
+            like: Any = own[name]
+            is_like = isinstance(tensor, th.Tensor) and isinstance(like, th.Tensor) and tensor.dtype == like.dtype
+            is_like = is_like and tensor.dim() == like.dim() and tensor.shape[-2:] == like.shape[-2:]
+            is_like = is_like and len(tensor) <= max(model.n_envs, len(like)) and bool(th.isfinite(tensor).all())
+            _check(is_like, f"parts: gsde: {name}", "noise of a part", tensor)
 
 
 def check_seconds(seconds: object) -> None:

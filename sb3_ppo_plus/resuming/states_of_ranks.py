@@ -40,7 +40,7 @@ def snapshot_of_all(take: Callable[[], Snapshot], ranks: Ranks) -> Snapshot:
             return {}
         return {name: content for name, content in taken[0].files().items() if name in (STATE_FILE, ARRAYS_FILE)}
 
-    of_all = done_by_all(ranks, take_own)
+    of_all = done_by_all(ranks, take_own, "the state of a checkpoint")
     (snapshot,) = taken
     others = {f"rank_{rank}_{name}": content for rank, files in enumerate(of_all) for name, content in files.items()}
     return replace(snapshot, files=lambda: {**snapshot.files(), **others})

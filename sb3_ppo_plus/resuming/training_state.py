@@ -15,6 +15,7 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.distributed.shared_statistics import unshared_statistics
 from sb3_ppo_plus.env_states.generator_state import (
     global_generator_states,
@@ -258,7 +259,11 @@ def begin_new_episodes(model: PlusModel) -> None:
     assert env is not None
     seeds = [seed for seed in (model.seed, *getattr(base_of(env), "_seeds", ())) if seed is not None]
     if seeds:
-        env.seed((seeds[0] + model.num_timesteps) % 2**32)
+        parts: Parts = model._parts
+        # Those of one process with all environments
+        env.seed(
+            (seeds[0] + model.num_timesteps + parts.ranks.rank * (0 if model.seed is None else env.num_envs)) % 2**32
+        )
     model._last_obs = reset_without_learning(env)
     model._last_episode_starts = np.ones(env.num_envs, dtype=bool)
     if model._vec_normalize_env is not None:

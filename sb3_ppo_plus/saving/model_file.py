@@ -102,7 +102,8 @@ def write_model(archive: io.BytesIO, path: File, model: PPO, exclude: Iterable[s
     """
     add_description(archive, model, exclude)
     a_ppo_plus: Any = model
-    if a_ppo_plus._parts.ranks.rank > 0 and isinstance(path, str | pathlib.Path):
+    ranks = a_ppo_plus._parts.ranks
+    if ranks.rank > 0 and not ranks.has_failed and isinstance(path, str | pathlib.Path):
         return
     file = open_path(path, "w", verbose=0, suffix="zip")
     file.write(archive.getbuffer())

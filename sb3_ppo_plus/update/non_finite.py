@@ -8,6 +8,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.distributed.ranks import of_all_processes
 from sb3_ppo_plus.errors import NonFiniteError
 from sb3_ppo_plus.extractors import TransformerExtractor
 from sb3_ppo_plus.update.history import UpdateHistory
@@ -65,7 +66,9 @@ def _count(is_fine: th.Tensor, history: UpdateHistory, model: PlusModel) -> tupl
         in_a_row = 0 if was_stepped_on else in_a_row + 1
         total += not was_stepped_on
         if in_a_row > max_in_a_row:
-            raise NonFiniteError(_message(history.table[index].tolist(), history.place_of(index), in_a_row, model))
+            # The table is that of all processes
+            message = _message(history.table[index].tolist(), history.place_of(index), in_a_row, model)
+            raise of_all_processes(NonFiniteError(message))
     return total, in_a_row
 
 

@@ -116,7 +116,7 @@ def read_run(
     return InterruptedRun(folder, trusted, arguments, _hyperparams(inner, trusted), _description(inner / DESCRIPTION))
 
 
-def how_to_go_on(folder: Path, gym_packages: Sequence[str], n_processes: int) -> str:
+def how_to_go_on(folder: Path, gym_packages: Sequence[str], n_processes: int = 1) -> str:
     """Return a text with the command that goes on with a run, and the flags that it needs.
 
     :param folder: the run's folder, with its final model

@@ -220,7 +220,7 @@ def main(arguments: Sequence[str]) -> None:
         with working_together() as ranks:
             runs: list[InterruptedRun] = []
             arguments_of_run = (Path(given.folder), given.trust, given.gym_packages)
-            done_by_all(ranks, lambda: runs.append(read_run(*arguments_of_run, is_first=ranks.rank == 0)))
+            done_by_all(ranks, lambda: runs.append(read_run(*arguments_of_run, is_first=ranks.rank == 0)), "the run")
             with _tracking_on(runs[0]):
                 _run(runs[0], given)
     except UntrustedFileError as error:

@@ -247,7 +247,7 @@ class CheckpointedExperiment(ExperimentManager):
         """
         save = super().save_trained_model
         # The others end when the files are there
-        done_by_all(still_joined(self.ranks), lambda: save(model) if self.ranks.rank == 0 else None)
+        done_by_all(still_joined(self.ranks), lambda: save(model) if self.ranks.rank == 0 else None, "the end")
         received = None if self.checkpoint is None else self.checkpoint.received_signal
         if received is not None and self.ranks.rank == 0:
             how = how_to_go_on(self.folder, self.args.gym_packages, self.ranks.size)

@@ -17,10 +17,11 @@ from rank_runs import in_ranks, results_of
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, StopTrainingOnMaxEpisodes
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.running_mean_std import RunningMeanStd
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecNormalize
 from states import assert_same_bits, state_of
 
-from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus import NonFiniteError, PPOPlus, TrainingCheckpoint
 from sb3_ppo_plus.distributed import share_of
 from sb3_ppo_plus.distributed.process_group import join
 from sb3_ppo_plus.errors import RankFailedError
@@ -47,12 +48,13 @@ class HashesOfUpdates(BaseCallback):
 class StopAt(BaseCallback):
     """Ends training after some steps of one rank."""
 
-    def __init__(self, rank, n_calls):
+    def __init__(self, rank, n_calls, rank_here=None):
         super().__init__()
-        self.rank, self.n_last = rank, n_calls
+        self.rank, self.n_last, self.rank_here = rank, n_calls, rank_here
 
     def _on_step(self):
-        return dist.get_rank() != self.rank or self.n_calls < self.n_last
+        rank = dist.get_rank() if self.rank_here is None else self.rank_here
+        return rank != self.rank or self.n_calls < self.n_last
 
 
 class Raises(BaseCallback):
@@ -153,12 +155,16 @@ def test_a_stop_in_one_process_ends_all(distributed, rank):
     def train(_):
         model = Case().make_model(4, distributed=distributed)
         model.learn(10 * UPDATE, StopAt(rank, N_STEPS + 3))
-        return model.num_timesteps, model._n_updates, state_of(model)
+        episodes = [(episode["r"], episode["l"]) for episode in model.ep_info_buffer]
+        return model.num_timesteps, model._n_updates, state_of(model), episodes
 
     outcomes = in_ranks(2, train)
     assert [outcome.status for outcome in outcomes] == [0, 0]
     assert_same_bits(list(outcomes[0].result), list(outcomes[1].result))
-    num_timesteps, n_updates, _ = outcomes[0].result
+    num_timesteps, n_updates, _, episodes = outcomes[0].result
+    if distributed == "exact":
+        one = Case().make_model(8, micro_batches=2).learn(10 * UPDATE, StopAt(0, N_STEPS + 3, rank_here=0))
+        assert episodes == [(episode["r"], episode["l"]) for episode in one.ep_info_buffer]
     assert n_updates == 2
     # The exact mode stops after the very step. Otherwise, the other process finishes its rollout
     assert num_timesteps == (UPDATE + 3 * N_ENVS if distributed == "exact" else 2 * UPDATE)
@@ -340,3 +346,135 @@ def test_processes_with_and_without_a_compiler_train_together(monkeypatch):
     first, second = results_of(2, train)
     assert (first[1], second[1]) == (2, 0)
     assert_same_bits(first[0], second[0])
+
+
+class WithBatchNorm(BaseFeaturesExtractor):
+    """Keeps statistics of what it has seen in updates."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, 3)
+        self.norm = th.nn.BatchNorm1d(3)
+
+    def forward(self, observations):
+        return self.norm(observations)
+
+
+def test_statistics_of_layers_are_those_of_the_first_process():
+    case = Case(policy_kwargs={"features_extractor_class": WithBatchNorm}, arguments={"distributed": True})
+    first, second = results_of(2, lambda rank: case.make_model(4).learn(3 * UPDATE).policy.state_dict())
+    assert first["features_extractor.norm.running_mean"].abs().max() > 0.01, "the case proves nothing"
+    assert_same_bits(first, second)
+
+
+def test_a_policy_that_was_changed_in_one_process_is_that_of_the_first_again():
+    class Changes(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            if dist.get_rank() == 1:
+                with th.no_grad():
+                    self.model.policy.action_net.bias += 1
+
+    def train(rank):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = Case().make_model(4, distributed=True).learn(3 * UPDATE, Changes())
+        return model.policy.state_dict(), [str(warning.message) for warning in caught]
+
+    first, second = results_of(2, train)
+    assert_same_bits(first[0], second[0])
+    assert len([text for text in first[1] if "the parameters of the processes differ" in text]) == 1
+
+
+@pytest.mark.parametrize(
+    "make_callback",
+    [
+        lambda rank, folder: TrainingCheckpoint(1, folder) if rank == 0 else None,
+        lambda rank, folder: TrainingCheckpoint(1 + rank * UPDATE, folder),
+    ],
+)
+def test_callbacks_that_act_together_must_be_those_of_all(make_callback, tmp_path):
+    def train(rank):
+        Case().make_model(4, distributed=True).learn(UPDATE, make_callback(rank, tmp_path))
+
+    for outcome in in_ranks(2, train):
+        assert outcome.status == 1
+        assert "ValueError: callbacks that act together must be the same in all processes" in outcome.output
+
+
+@pytest.mark.parametrize("setting", ["training", "norm_reward", "gamma"])
+def test_normalisers_that_differ_are_refused(setting):
+    def train(rank):
+        model = CASES["vec_normalize"].make_model(4, distributed="exact")
+        if rank == 1:
+            setattr(model.env, setting, {"gamma": 0.5}.get(setting, False))
+        model.learn(UPDATE)
+
+    for outcome in in_ranks(2, train):
+        assert outcome.status == 1
+        assert "ValueError: VecEnv wrapper 1 must be the same in all processes" in outcome.output
+
+
+def test_an_error_of_all_processes_leaves_them_able_to_go_on():
+    def train(rank):
+        model = Case().make_model(4, distributed=True)
+        with pytest.raises(ValueError, match="total_timesteps must be the same"):
+            model.learn(UPDATE * (1 + rank))
+        return model.learn(UPDATE).num_timesteps
+
+    assert results_of(2, train) == [UPDATE, UPDATE]
+
+
+@pytest.mark.parametrize("on_non_finite", ["raise", "skip"])
+def test_a_number_that_is_not_finite_in_one_process_is_one_of_all(on_non_finite):
+    class Spoils(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            if dist.get_rank() == 1:
+                self.model.rollout_buffer.returns[0, 0] = np.nan
+
+    def train(rank):
+        model = Case().make_model(4, distributed=True, on_non_finite=on_non_finite, n_epochs=1, max_skipped=3)
+        if on_non_finite == "raise":
+            with pytest.raises(NonFiniteError, match="value loss"):
+                model.learn(2 * UPDATE, Spoils())
+        else:
+            model.learn(2 * UPDATE, Spoils())
+        return model._skipped_steps, model.policy.state_dict()
+
+    first, second = results_of(2, train)
+    assert_same_bits(list(first), list(second))
+    assert first[0] == (2 if on_non_finite == "skip" else 0)
+
+
+def test_a_loaded_model_has_other_seeds_in_each_process(tmp_path):
+    Case().make_model(4).learn(UPDATE).save(tmp_path / "model.zip")
+
+    def seeds(rank):
+        env = make_env(4)
+        model = PPOPlus.load(tmp_path / "model.zip", env, distributed=True, device="cpu")
+        seen = []
+        reset = env.reset
+        env.reset = lambda: (seen.extend(env._seeds), reset())[1]
+        model.learn(8)
+        return seen
+
+    first, second = results_of(2, seeds)
+    assert len(first) == 4 and not set(first) & set(second)
+
+
+def test_environments_of_scripts_that_seed_all_alike_are_seeded_apart():
+    def seeds(rank):
+        env = make_env(2)
+        env.seed(7)
+        model = PPOPlus("MlpPolicy", env, n_steps=8, batch_size=8, device="cpu", distributed=True)
+        seen = []
+        reset = env.reset
+        env.reset = lambda: (seen.extend(env._seeds), reset())[1]
+        model.learn(8)
+        return seen
+
+    assert results_of(2, seeds) == [[7, 8], [9, 10]]
