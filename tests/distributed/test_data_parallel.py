@@ -2,8 +2,6 @@
 
 import copy
 import hashlib
-import sys
-import time
 import warnings
 
 import numpy as np
@@ -23,8 +21,6 @@ from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import NonFiniteError, PPOPlus, TrainingCheckpoint
 from sb3_ppo_plus.distributed import share_of
-from sb3_ppo_plus.distributed.process_group import join
-from sb3_ppo_plus.errors import RankFailedError
 
 UPDATE = N_ENVS * N_STEPS
 
@@ -55,23 +51,6 @@ class StopAt(BaseCallback):
     def _on_step(self):
         rank = dist.get_rank() if self.rank_here is None else self.rank_here
         return rank != self.rank or self.n_calls < self.n_last
-
-
-class Raises(BaseCallback):
-    """Fails in one rank, at one of its hooks."""
-
-    def __init__(self, rank, hook):
-        super().__init__()
-        self.rank = rank
-        setattr(self, hook, self._fail)
-
-    def _fail(self):
-        if dist.get_rank() == self.rank and self.model.num_timesteps >= UPDATE:
-            raise ValueError("broken on purpose")
-        return True
-
-    def _on_step(self):
-        return True
 
 
 def moved(state, initial):
@@ -168,41 +147,6 @@ def test_a_stop_in_one_process_ends_all(distributed, rank):
     assert n_updates == 2
     # The exact mode stops after the very step. Otherwise, the other process finishes its rollout
     assert num_timesteps == (UPDATE + 3 * N_ENVS if distributed == "exact" else 2 * UPDATE)
-
-
-@pytest.mark.parametrize("distributed", [True, "exact"])
-@pytest.mark.parametrize("hook", ["_on_step", "_on_rollout_start", "_on_rollout_end", "on_update_end"])
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_error_in_one_process_ends_all_with_its_traceback(distributed, hook, rank):
-    outcomes = in_ranks(
-        2, lambda _: Case().make_model(4, distributed=distributed).learn(10 * UPDATE, Raises(rank, hook))
-    )
-    assert [outcome.status for outcome in outcomes] == [1, 1]
-    assert max(outcome.seconds for outcome in outcomes) < 20
-    assert "RankFailedError" not in outcomes[rank].output
-    assert "ValueError: broken on purpose" in outcomes[rank].output
-    other = outcomes[1 - rank].output
-    assert f"RankFailedError: training has ended in another process, rank {rank}:" in other
-    assert "ValueError: broken on purpose" in other and "_fail" in other
-
-
-@pytest.mark.parametrize("rank", [0, 1])
-def test_the_process_that_fails_prints_its_traceback_before_the_others_end(rank, tmp_path):
-    def train(own_rank):
-        ranks = join(th.device("cpu"))
-        if own_rank == rank:
-            # So slow that another order would be seen
-            sys.excepthook = lambda *_: (time.sleep(0.5), (tmp_path / "printed").touch())
-            error = ValueError("broken on purpose")
-            ranks.fail(error)
-            raise error
-        with pytest.raises(RankFailedError, match="broken on purpose"):
-            ranks.any(True)
-        return (tmp_path / "printed").exists()
-
-    outcomes = in_ranks(2, train)
-    assert [outcome.status for outcome in outcomes] == [int(rank == 0), int(rank == 1)]
-    assert outcomes[1 - rank].result is True
 
 
 def test_only_the_first_process_evaluates_and_writes(tmp_path):
