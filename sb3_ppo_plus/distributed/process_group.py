@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import sys
@@ -82,6 +83,9 @@ def _group_of_cpu() -> Any:  # noqa: ANN401  # a process group, whose type is no
 
 
 def _make_group(backend: str) -> None:
+    # Its functions have the default group as default arguments. Imported later, as by the first optimiser, it keeps the
+    # group, and so its connections, after fail has destroyed it
+    importlib.import_module("torch.distributed.nn")
     if not outlives_attempts():
         dist.init_process_group(backend)
         return

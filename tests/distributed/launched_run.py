@@ -32,13 +32,15 @@ TESTS = Path(__file__).resolve().parents[1]
 #: Faults by the callback that makes them, at a step; the others come before
 IN_TRAINING = ("stop", "nan", "exception", "sigterm", "sigkill")
 OF_THE_LAUNCHER = "sigterm of the launcher"
+#: An exception after which the script goes on, until the other rank has ended
+CAUGHT = "caught exception"
 BEFORE_TRAINING = ("make_env", "before_learn")
 
 
 class Fault(BaseCallback):
     """Does what ends one rank, at one of its steps, and notes when.
 
-    :param kind: one of IN_TRAINING, or OF_THE_LAUNCHER
+    :param kind: one of IN_TRAINING, OF_THE_LAUNCHER or CAUGHT
     :param rank: the rank
     :param step: the step, from 1 on
     :param note: file that gets the time
@@ -53,7 +55,7 @@ class Fault(BaseCallback):
         if not is_now or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
             return True
         self.note.write_text(repr(time.time()))
-        if self.kind == "exception":
+        if self.kind in ("exception", CAUGHT):
             raise RuntimeError("broken on purpose")
         if self.kind == "nan":
             step = ToyEnv.step
@@ -207,7 +209,15 @@ def main() -> None:
     write_whole(given.folder / f"pid_{attempt}_{rank}", lambda path: path.write_text(str(os.getpid())))
     fault = None if given.kind == "none" else Fault(given.kind, given.rank, given.step, given.folder / "fault")
     distributed = True if given.distributed == "True" else given.distributed
-    result = train(distributed, given.folder / "checkpoints", fault)
+    try:
+        result = train(distributed, given.folder / "checkpoints", fault)
+    except RuntimeError:
+        if given.kind != CAUGHT or int(rank) != given.rank:
+            raise
+        (other,) = (pid for pid in pids_of(given.folder) if pid != os.getpid())
+        while is_alive(other):
+            time.sleep(0.02)
+        return
     write_whole(given.folder / f"result_{rank}.pt", lambda path: th.save(result, path))
 
 

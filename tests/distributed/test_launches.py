@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from launched_run import (
     BEFORE_TRAINING,
+    CAUGHT,
     N_STEPS,
     N_UPDATES,
     OF_THE_LAUNCHER,
@@ -64,6 +65,12 @@ def test_after_an_exception_in_one_rank_all_end_and_its_traceback_comes_first(ra
     own, others = (launched.output.find(text) for text in ("raise RuntimeError", "Connection closed by peer"))
     assert f"[rank{rank}]: RuntimeError: broken on purpose" in launched.output
     assert own >= 0 and (others == -1 or own < others), launched.output
+
+
+def test_after_an_exception_that_a_script_catches_the_other_rank_ends(tmp_path):
+    launched = launch(tmp_path, "True", (CAUGHT, 0, N_STEPS + 3))
+    assert (launched.status, launched.results) == (1, []), launched.output
+    assert "RankFailedError: training has ended in another process, rank 0:" in launched.output
 
 
 @pytest.mark.parametrize("kind", BEFORE_TRAINING)
