@@ -6,6 +6,7 @@ The first process prints, and writes all files but the episodes (``monitor.csv``
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import os
 from collections.abc import Callable, Iterator
@@ -36,7 +37,7 @@ def still_joined(ranks: Ranks) -> Ranks:
 
 @contextmanager
 def working_together(algo: str | None = ALGO) -> Iterator[Ranks]:
-    """Join the other processes, and leave them at the end. All but the first print nothing meanwhile, but for errors.
+    """Join the other processes until this one ends. All but the first print nothing meanwhile, but for errors.
 
     :param algo: the algorithm
     :raises SystemExit: in several processes, for another algorithm than ``ppo_plus``, which cannot share out its work
@@ -45,7 +46,8 @@ def working_together(algo: str | None = ALGO) -> Iterator[Ranks]:
     ranks = ranks_of_run()
     with contextlib.ExitStack() as stack:
         if is_launched() and not had_joined:
-            stack.callback(_leave)
+            # Not earlier: the same processes could not join each other again
+            atexit.register(_leave)
         if ranks.size > 1 and algo not in (ALGO, None):
             raise SystemExit(f"--algo must be {ALGO} in {ranks.size} processes, got {algo}: it trains in one")
         if ranks.rank > 0:

@@ -102,6 +102,16 @@ def test_a_killed_run_goes_on_with_its_bits(distributed, tmp_path):
     assert len({path.parent for path in (tmp_path / "killed/tb").rglob("*tfevents*")}) == 1
 
 
+def test_one_script_trains_and_resumes_in_the_same_processes(tmp_path):
+    resume = ["resume", str(RUN), "--n-timesteps", str(4 * ROLLOUT)]
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"from sb3_ppo_plus import zoo\nzoo.main({long_training(2)!r})\nzoo.main({resume!r})\n", encoding="utf-8"
+    )
+    zoo_in(tmp_path, program=(*TORCHRUN, str(script)))
+    assert PPOPlus.load(tmp_path / RUN / "CartPole-v1.zip").num_timesteps == 4 * ROLLOUT
+
+
 @pytest.mark.heavy
 def test_a_killed_run_of_mujoco_goes_on_with_its_bits(tmp_path):
     for name in ("whole", "killed"):
