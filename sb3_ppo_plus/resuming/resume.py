@@ -162,8 +162,10 @@ def _state_for(
 ) -> dict[str, Any]:
     """Return the state with which this process goes on."""
     ranks: Ranks = model._parts.ranks
-    found = ranks.gather_objects(checkpoint.directory.name, "names of checkpoints")
-    if len(set(found)) > 1:
+    # Copies of a checkpoint may have other names
+    of_all = ranks.gather_objects((checkpoint.directory.name, checkpoint.manifest["files"]), "checkpoints")
+    found = [name for name, _ in of_all]
+    if any(files_of_rank != of_all[0][1] for _, files_of_rank in of_all):
         raise ValueError(
             f"the processes have found different checkpoints, {found}: do they share {checkpoint.directory}?"
         )
