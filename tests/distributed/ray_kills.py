@@ -71,7 +71,7 @@ def main(n_kills: int, n_updates: int, seed: int) -> int:
             )
     finally:
         ray.shutdown()
-    print(f"{n_different} of {n_kills} ends differ, {n_killed} were killed, seed {seed}, {time.monotonic() - started:.0f} s")
+    print(f"{n_different} of {n_kills} ends differ, {n_killed} killed, seed {seed}, {time.monotonic() - started:.0f} s")
     return n_different
 
 
