@@ -48,7 +48,7 @@ def main(n_kills: int, n_updates: int, seed: int) -> int:
         print(f"never killed: {n_updates} updates in {seconds:.1f} s")
         print("| run | rank killed | after s | at timesteps | went on from | at timesteps | bits that differ |")
         print("|---|---|---|---|---|---|---|")
-        n_different = 0
+        n_different = n_killed = 0
         for number in range(n_kills):
             name, from_ray = f"killed_{number}", number % 2 == 1
             kill = ray_runs.random_kill(seed + number, seconds)
@@ -61,6 +61,7 @@ def main(n_kills: int, n_updates: int, seed: int) -> int:
             parameters = PPOPlus.load(Path(result.checkpoint.path, "model.zip"), device="cpu").get_parameters()
             n_bits += bits_that_differ(parameters, expected["parameters"])
             n_different += n_bits > 0
+            n_killed += note.exists()
             place = note.read_text() if note.exists() else "not killed"
             source = "Ray's copy" if from_ray else "its folder"
             print(
@@ -70,7 +71,7 @@ def main(n_kills: int, n_updates: int, seed: int) -> int:
             )
     finally:
         ray.shutdown()
-    print(f"{n_different} of {n_kills} ends differ, seed {seed}, {time.monotonic() - started:.0f} s")
+    print(f"{n_different} of {n_kills} ends differ, {n_killed} killed, seed {seed}, {time.monotonic() - started:.0f} s")
     return n_different
 
 
