@@ -26,8 +26,14 @@ def trained(case, n_envs, **arguments):
     }
 
 
-@pytest.mark.parametrize("n_ranks", [2, 4])
-@pytest.mark.parametrize("name", CASES)
+#: The other cases take longer
+OFTEN = ("mlp", "cnn", "masks", "padded gru", "vec_normalize", "gsde", "target_kl")
+
+
+@pytest.mark.parametrize("n_ranks", [2, pytest.param(4, marks=pytest.mark.heavy)])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in OFTEN else pytest.mark.heavy) for name in CASES]
+)
 def test_processes_equal_one(name, n_ranks):
     case = CASES[name]
     whole = trained(case, N_ENVS, micro_batches=n_ranks)

@@ -56,7 +56,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("distributed", [True, "exact"])
+@pytest.mark.parametrize("distributed", [True, pytest.param("exact", marks=pytest.mark.heavy)])
 @pytest.mark.parametrize("name", FAULTS)
 def test_training_goes_on_in_all_processes_where_one_saves_no_checkpoint(name, distributed, tmp_path, monkeypatch):
     module, failing, function, fault = FAULTS[name]

@@ -5,7 +5,9 @@ import pytest
 
 
 @pytest.mark.parametrize(("distributed", "n_ranks"), [(True, 2), ("exact", 2), (True, 3)])
-@pytest.mark.parametrize("name", faults.FAULTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "kill" else pytest.mark.heavy) for name in faults.FAULTS]
+)
 def test_a_fault_at_a_collective_ends_all(name, distributed, n_ranks, tmp_path):
     # Another one for each kind of fault
     first = list(faults.FAULTS).index(name)

@@ -1,6 +1,7 @@
 """Checkpoints of several processes: one directory holds all, and with as many processes the run goes on to the bit."""
 
 import copy
+import itertools
 import os
 import signal
 import warnings
@@ -46,7 +47,12 @@ def result_of(model):
     }
 
 
-NAMES = ["mlp", "vec_normalize", "padded gru", "gsde", "dropout", "vec_normalize of a dict", "masks", "compile"]
+HEAVY = ["mlp", "padded gru", "gsde", "dropout", "vec_normalize of a dict", "masks", "compile"]
+NAMES = ["vec_normalize", *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY)]
+NUMBERS = [
+    pytest.param(*numbers, marks=() if numbers in ((1, 2), (4, 2), (2, 1)) else pytest.mark.heavy)
+    for numbers in itertools.product((1, 2, 4), repeat=2)
+]
 
 
 @pytest.mark.parametrize("distributed", [True, "exact"])
@@ -70,7 +76,6 @@ def test_a_run_of_which_a_process_was_killed_goes_on_with_its_bits(name, distrib
     outcomes = in_ranks(2, killed)
     assert outcomes[1].status == -signal.SIGKILL
     assert outcomes[0].status == 1 and "RankFailedError" in outcomes[0].output
-    assert max(outcome.seconds for outcome in outcomes) < 20
     for result, one in zip(results_of(2, resumed), expected, strict=True):
         assert_same_bits(result, one)
     # Of all processes in one directory
@@ -85,8 +90,7 @@ def stacked(n_envs):
     return VecNormalize(VecFrameStack(VecMonitor(toys(n_envs)), 2))
 
 
-@pytest.mark.parametrize("n_now", [1, 2, 4])
-@pytest.mark.parametrize("n_before", [1, 2, 4])
+@pytest.mark.parametrize(("n_before", "n_now"), NUMBERS)
 @pytest.mark.filterwarnings("ignore:The environment is already wrapped")
 def test_another_number_of_processes_goes_on_with_the_same_environments(n_before, n_now, tmp_path):
     case = Case(stacked, "MlpPolicy", {"memory": "gru", "memory_kwargs": {"hidden_size": 8, "sequence_length": 8}})

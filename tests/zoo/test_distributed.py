@@ -65,6 +65,7 @@ def files_of(folder):
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.heavy
 def test_two_processes_write_the_run_of_one(tmp_path):
     flags = ["--save-freq", "256", "-tb", "tb", "--progress"]
     for name in ("one", "two"):
@@ -102,6 +103,7 @@ def test_a_killed_run_goes_on_with_its_bits(distributed, tmp_path):
     assert len({path.parent for path in (tmp_path / "killed/tb").rglob("*tfevents*")}) == 1
 
 
+@pytest.mark.heavy
 def test_one_script_trains_and_resumes_in_the_same_processes(tmp_path):
     resume = ["resume", str(RUN), "--n-timesteps", str(4 * ROLLOUT)]
     script = tmp_path / "script.py"
@@ -125,6 +127,7 @@ def test_a_killed_run_of_mujoco_goes_on_with_its_bits(tmp_path):
     assert_same_bits(results_of(tmp_path / "killed" / run), results_of(tmp_path / "whole" / run))
 
 
+@pytest.mark.heavy
 def test_sigterm_to_the_launcher_ends_the_run_and_its_message_names_the_launcher(tmp_path):
     process = start([*LAUNCHED, *long_training(10_000, verbose=1)], tmp_path)
     printed = []
@@ -142,6 +145,7 @@ def test_sigterm_to_the_launcher_ends_the_run_and_its_message_names_the_launcher
     assert PPOPlus.load(tmp_path / RUN / "CartPole-v1.zip").num_timesteps == total
 
 
+@pytest.mark.heavy
 def test_a_run_of_two_processes_can_be_used_and_prolonged_in_one_and_back_in_two(tmp_path, capsys):
     seeds = [outcome.result[0] for outcome in both_of(tmp_path, *long_training(3, seed=-1))]
     assert seeds[0] == seeds[1]
@@ -165,6 +169,7 @@ def test_a_run_of_two_processes_can_be_used_and_prolonged_in_one_and_back_in_two
     assert yaml.load(arguments.read_text(), Loader=yaml.UnsafeLoader)["seed"] == seeds[0]
 
 
+@pytest.mark.heavy
 def test_a_finished_run_is_saved_by_the_first_process(tmp_path):
     both_of(tmp_path, *long_training(2))
     model = tmp_path / RUN / "CartPole-v1.zip"
@@ -191,6 +196,7 @@ def test_what_processes_cannot_share_is_an_error_in_each_that_leaves_no_folder(f
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.heavy
 def test_a_run_that_another_one_writes_is_an_error_in_each(tmp_path):
     both_of(tmp_path, *long_training(2))
     lock = checkpoint.CheckpointWriter(tmp_path / RUN / "checkpoints", 1, 0, print)
