@@ -325,7 +325,6 @@ class PPOPlus(PPO):
         if not self._joins:
             self._joins, self._parts = True, training.make_parts(self, joins=True)
             set_sequence_length(self.rollout_buffer, self.policy, self._parts.size_of(self.batch_size))
-            self._parts.seed_envs(self.env, self.seed)
 
     def dump_logs(self, iteration: int = 0) -> None:
         """Write the log, as SB3's ``dump_logs``; in a resumed run, iterations count from the run's beginning."""

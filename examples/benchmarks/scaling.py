@@ -129,9 +129,9 @@ class Collectives:
     def watch(self) -> None:
         """Count from now on."""
 
-        def counting(ranks: ProcessRanks, collective: Callable[..., object], *arguments: Any) -> None:
+        def counting(ranks: ProcessRanks, collective: Callable[..., object], *arguments: Any, **kwargs: Any) -> None:
             started = time.perf_counter()
-            self._together(ranks, collective, *arguments)
+            self._together(ranks, collective, *arguments, **kwargs)
             self.seconds += time.perf_counter() - started
             self.n_bytes += arguments[-1].numel() * arguments[-1].element_size()
 

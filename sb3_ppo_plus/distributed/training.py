@@ -106,11 +106,11 @@ def _logging_for_all(model: Any, ranks: Ranks) -> Iterator[None]:  # noqa: ANN40
 
 
 def _seed_apart(model: PlusModel, parts: Parts) -> None:
-    """Seed the environments of each process apart, if scripts have given all the same seeds and the model has none."""
+    """Seed the environments of each process apart, where all have the same seeds: by a script, or since a load."""
     env = model.env
     seeds = list(getattr(getattr(env, "unwrapped", None), "_seeds", ()))
     of_all = parts.ranks.gather_objects(seeds, "seeds")
-    if model.seed is None and seeds and seeds[0] is not None and of_all.count(of_all[0]) > 1:
+    if seeds and seeds[0] is not None and of_all.count(of_all[0]) > 1:
         parts.seed_envs(env, of_all[0][0])
 
 

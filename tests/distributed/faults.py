@@ -32,10 +32,10 @@ def counted(n_ranks, distributed, folder):
     """Train, and return how many collectives it takes."""
     together, count = ProcessRanks._together, 0
 
-    def counting(self, *arguments):
+    def counting(self, *arguments, **kwargs):
         nonlocal count
         count += 1
-        together(self, *arguments)
+        together(self, *arguments, **kwargs)
 
     ProcessRanks._together = counting
     train(n_ranks, distributed, folder)
@@ -67,12 +67,12 @@ def train_with_fault(n_ranks, distributed, folder, at, fault):
     """Train; before a collective, this process fails."""
     together, count = ProcessRanks._together, 0
 
-    def failing(self, *arguments):
+    def failing(self, *arguments, **kwargs):
         nonlocal count
         count += 1
         if count == at:
             fault()
-        together(self, *arguments)
+        together(self, *arguments, **kwargs)
 
     ProcessRanks._together = failing
     train(n_ranks, distributed, folder)

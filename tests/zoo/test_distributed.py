@@ -89,7 +89,8 @@ def test_two_processes_write_the_run_of_one(tmp_path):
     assert "Each of 2 processes has 4 of them" in two_output
 
 
-@pytest.mark.parametrize("distributed", ["True", pytest.param("exact", marks=pytest.mark.heavy)])
+@pytest.mark.heavy
+@pytest.mark.parametrize("distributed", ["True", "exact"])
 def test_a_killed_run_goes_on_with_its_bits(distributed, tmp_path):
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
