@@ -126,8 +126,11 @@ def read_checkpoint(directory: Path, follows_links: bool = True) -> Checkpoint:
         check_format(manifest, str(directory))
         files = {}
         listed = {**manifest["files"], **manifest.get(BESIDE, {})}
-        most = math.inf if follows_links else MAX_FILES + 2 * (MAX_PROCESSES - 1)
-        if len(listed) > most or not isinstance(manifest["versions"], dict):
+        n_of_others = sum(name.startswith("rank_") for name in listed)
+        has_many = len(listed) - n_of_others > MAX_FILES or (
+            n_of_others > 2 * (MAX_PROCESSES - 1) and not follows_links
+        )
+        if has_many or not isinstance(manifest["versions"], dict):
             raise InvalidCheckpointError(f"{directory}: {MANIFEST} is no manifest")
         for name, expected in listed.items():
             # A name must not lead out of the directory, nor may two names lead to one large file
