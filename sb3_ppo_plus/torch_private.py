@@ -7,6 +7,7 @@ are gone. That may cost speed, but never changes a bit of the result. One more i
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
@@ -39,6 +40,7 @@ NO_FUNCTION_MODES = "DisableTorchFunction"
 DEVICE_MODES = "torch.utils._device"
 SCHEMA = "_schema"
 DEFAULT_STORE = "_get_default_store"
+COLLECTIVES = "torch.distributed.nn.functional"
 
 
 def attributes(owner: object, names: Iterable[str]) -> list[Any] | None:
@@ -288,3 +290,19 @@ def default_store() -> Any:  # noqa: ANN401  # a Store of torch.distributed
     """
     function = getattr(getattr(th.distributed, "distributed_c10d", None), DEFAULT_STORE, None)
     return None if function is None else function()
+
+
+def forget_group(group: object) -> None:
+    """Let PyTorch's differentiable collectives forget the default group, which they keep as a default argument.
+
+    They do so where they are imported after the group was made, as by the first optimiser. A group that is kept has
+    open connections, also after it is destroyed, on which the other processes wait.
+
+    :param group: the default group
+    """
+    module = sys.modules.get(COLLECTIVES)
+    for function in [] if module is None else list(vars(module).values()):
+        defaults = getattr(function, "__defaults__", None)
+        if isinstance(defaults, tuple) and any(value is group for value in defaults):
+            # As they are where the module is imported first
+            function.__defaults__ = tuple(None if value is group else value for value in defaults)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from sb3_ppo_plus.distributed.fresh_store import fresh_store, outlives_attempts
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.errors import RankFailedError
-from sb3_ppo_plus.torch_private import default_store
+from sb3_ppo_plus.torch_private import default_store, forget_group
 
 #: What torchrun and Ray Train tell each process
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -160,6 +160,10 @@ class ProcessRanks(Ranks):
                 # It needs no other's reason
                 store.add("sb3_ppo_plus/farewells", 1)
                 _tell_when_printed(store)
+            # What is kept would keep the connections, on which the others wait
+            forget_group(dist.group.WORLD)
+            _groups_of_cpu.clear()
+            self._group_of_cpu = None
             dist.destroy_process_group()
             until = time.monotonic() + SECONDS_OF_FAREWELL
             while store is not None and self.rank == 0 and time.monotonic() < until:
