@@ -1,5 +1,6 @@
 """Runs a function in several processes of one process group, forked from this one, which has everything loaded."""
 
+import faulthandler
 import os
 import signal
 import sys
@@ -39,7 +40,7 @@ def in_ranks(size: int, function: Callable[[int], Any], seconds: float = 120.0) 
     """
     folder = Path(tempfile.mkdtemp())
     started = time.monotonic()
-    children = [_start(folder, size, rank, function) for rank in range(size)]
+    children = [_start(folder, size, rank, function, seconds) for rank in range(size)]
     ended: dict[int, tuple[int, float]] = {}
     while len(ended) < size:
         for rank, child in enumerate(children):
@@ -71,7 +72,7 @@ def results_of(size: int, function: Callable[[int], Any]) -> list[Any]:
     return [outcome.result for outcome in outcomes]
 
 
-def _start(folder: Path, size: int, rank: int, function: Callable[[int], Any]) -> int:
+def _start(folder: Path, size: int, rank: int, function: Callable[[int], Any], seconds: float) -> int:
     child = os.fork()
     if child != 0:
         return child
@@ -82,6 +83,10 @@ def _start(folder: Path, size: int, rank: int, function: Callable[[int], Any]) -
         os.dup2(output, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+        # Threads do not survive the fork: one that a test before has started would be waited for
+        th.set_num_threads(1)
+        # Where it stands, if it hangs
+        faulthandler.dump_traceback_later(seconds - 5, file=sys.stderr)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         result = function(rank)
         th.save(result, folder / f"{rank}.tmp")
