@@ -101,10 +101,12 @@ class DirectoryLock:
         """Give the lock back. Its file stays: to remove it could remove the lock of another process."""
         for number in [number for number, lock in _held.items() if lock is self]:
             del _held[number]
-        descriptor, self._descriptor = self._descriptor, None
+        descriptor = self._descriptor
         if descriptor is not None:
             with contextlib.suppress(OSError):
                 _unlock(descriptor)
+            # Last: whoever sees that it is not held may take it at once
+            self._descriptor = None
             os.close(descriptor)
 
     def _forget(self) -> None:
