@@ -92,6 +92,8 @@ def _start(folder: Path, size: int, rank: int, function: Callable[[int], Any], s
         th.save(result, folder / f"{rank}.tmp")
         os.rename(folder / f"{rank}.tmp", folder / f"{rank}.pt")
         status = 0
+    except SystemExit as leaving:
+        status = leaving.code
     except BaseException:
         # As at the end of a program
         sys.excepthook(*sys.exc_info())
