@@ -93,7 +93,10 @@ def _start(folder: Path, size: int, rank: int, function: Callable[[int], Any], s
         os.rename(folder / f"{rank}.tmp", folder / f"{rank}.pt")
         status = 0
     except SystemExit as leaving:
-        status = leaving.code
+        # As Python does it: a text is printed
+        status = leaving.code if isinstance(leaving.code, int) else 1
+        if isinstance(leaving.code, str):
+            print(leaving.code, file=sys.stderr)
     except BaseException:
         # As at the end of a program
         sys.excepthook(*sys.exc_info())

@@ -192,7 +192,7 @@ def test_a_finished_run_is_saved_by_the_first_process(tmp_path):
 )
 def test_what_processes_cannot_share_is_an_error_in_each_that_leaves_no_folder(flags, text, tmp_path):
     for outcome in in_two(tmp_path, "train", "--env", "CartPole-v1", "-n", "64", *flags):
-        assert outcome.status == 1
+        assert outcome.status in (1, 2)
         assert text in outcome.output
     assert not list(tmp_path.iterdir())
 
