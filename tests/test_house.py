@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "policies": {"ground"},
     "update": {"distributed", "ground"},
     "envs": {"ground"},
-    "distributed": {"ground"},
+    "distributed": {"envs", "ground"},
     "untrusted": {"ground"},
     "ground": set(),
 }

@@ -25,46 +25,24 @@ from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch as th
 import torch.distributed as dist
 from gymnasium import spaces
+from speed import PIXELS, RandomEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.distributed.process_group import ProcessRanks
 
-PIXELS = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 
-
-class RandomEnv(gym.Env[Any, Any]):
-    """One fixed observation, episodes of 200 steps.
-
-    :param observation_space: the observation space
-    :param action_space: the action space
-    :param seconds: how long a step takes, in which the process computes nothing
-    """
-
-    def __init__(
-        self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any], seconds: float = 0.0
-    ) -> None:
-        self.observation_space, self.action_space, self.seconds = observation_space, action_space, seconds
-        self.observation_space.seed(0)
-        self.observation = self.observation_space.sample()
-        self.n_steps = 0
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
-        """Begin an episode."""
-        super().reset(seed=seed)
-        self.n_steps = 0
-        return self.observation, {}
+class Simulator(RandomEnv):
+    """A :class:`RandomEnv` whose step takes 2 ms, in which the process computes nothing."""
 
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:  # noqa: ANN401  # whatever the space
-        """Count the step, and let the time of a simulator pass."""
-        time.sleep(self.seconds)
-        self.n_steps += 1
-        return self.observation, 1.0, False, self.n_steps >= 200, {}
+        """Let the time of a simulator pass."""
+        time.sleep(0.002)
+        return super().step(action)
 
 
 @dataclass
@@ -87,7 +65,7 @@ class Case:
 
 def simulator() -> gym.Env[Any, Any]:
     """Make an environment whose step takes 2 ms."""
-    return RandomEnv(spaces.Box(-1, 1, (17,)), spaces.Box(-1, 1, (6,)), 0.002)
+    return Simulator(spaces.Box(-1, 1, (17,)), spaces.Box(-1, 1, (6,)))
 
 
 def pixels() -> gym.Env[Any, Any]:

@@ -12,11 +12,13 @@ import gymnasium as gym
 import numpy as np
 import stable_baselines3
 import torch as th
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus.attributes import ARGUMENTS, PlusModel
 from sb3_ppo_plus.distributed.ranks import Ranks, of_all_processes
+from sb3_ppo_plus.envs.questions import wrappers_of
 from sb3_ppo_plus.errors import CheckpointError, RankFailedError
+from sb3_ppo_plus.trees import tree_flatten, tree_map
 
 Result = TypeVar("Result")
 
@@ -63,12 +65,10 @@ def _settings_of_wrappers(env: VecEnv | None) -> dict[str, Any]:
     Where normalisers differ, processes would share other statistics, or scale rewards in other ways.
     """
     settings: dict[str, Any] = {}
-    while isinstance(env, VecEnvWrapper):
-        name = f"VecEnv wrapper {len(settings) + 1}"
-        settings[name] = type(env).__name__
-        if isinstance(env, VecNormalize):
-            settings[name] = {key: getattr(env, key, None) for key in _OF_NORMALIZERS} | {"type": settings[name]}
-        env = env.venv
+    for number, wrapper in enumerate(wrappers_of(env), 1):
+        kind = type(wrapper).__name__
+        of_normalizer = {key: getattr(wrapper, key, None) for key in _OF_NORMALIZERS} | {"type": kind}
+        settings[f"VecEnv wrapper {number}"] = of_normalizer if isinstance(wrapper, VecNormalize) else kind
     return settings
 
 
@@ -142,22 +142,13 @@ def digest(tree: Any) -> str:  # noqa: ANN401  # nested dicts and lists of tenso
 
     :param tree: nested dicts and lists
     """
-    found = hashlib.sha256()
-
-    def add(value: Any) -> None:  # noqa: ANN401  # as above
-        if isinstance(value, dict):
-            for key, item in value.items():
-                found.update(f"{key}:".encode())
-                add(item)
-        elif isinstance(value, list | tuple):
-            for item in value:
-                add(item)
-        elif isinstance(value, th.Tensor):
-            found.update(value.detach().cpu().contiguous().view(-1).view(th.uint8).numpy().tobytes())
+    leaves, spec = tree_flatten(tree)
+    found = hashlib.sha256(repr(spec).encode())
+    for leaf in leaves:
+        if isinstance(leaf, th.Tensor):
+            found.update(leaf.detach().cpu().contiguous().view(-1).view(th.uint8).numpy().tobytes())
         else:
-            found.update(repr(value).encode())
-
-    add(tree)
+            found.update(repr(leaf).encode())
     return found.hexdigest()
 
 
@@ -166,8 +157,4 @@ def on_cpu(tree: Any) -> Any:  # noqa: ANN401  # nested dicts and lists
 
     :param tree: nested dicts, lists and tuples of tensors and other values
     """
-    if isinstance(tree, dict):
-        return {key: on_cpu(value) for key, value in tree.items()}
-    if isinstance(tree, list | tuple):
-        return type(tree)(on_cpu(value) for value in tree)
-    return tree.detach().cpu() if isinstance(tree, th.Tensor) else tree
+    return tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, th.Tensor) else leaf, tree)

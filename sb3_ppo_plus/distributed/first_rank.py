@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback, ProgressBarCallback
 
@@ -26,7 +25,7 @@ def share_out_work(callback: BaseCallback, ranks: Ranks) -> None:
         if isinstance(child, OF_THE_FIRST_RANK) and ranks.rank > 0:
             vars(child)["on_step"] = _Replaced(lambda: True)
         elif isinstance(child, ProgressBarCallback):
-            vars(child)["_on_step"] = _Replaced(functools.partial(_progress, child, ranks.size))
+            vars(child)["_on_step"] = _Replaced(_progress, child, ranks.size)
 
 
 def take_work_back(callback: BaseCallback) -> None:
@@ -40,17 +39,8 @@ def take_work_back(callback: BaseCallback) -> None:
                 del vars(child)[name]
 
 
-class _Replaced:
-    """A method that was replaced for a learn.
-
-    :param do: what it does
-    """
-
-    def __init__(self, do: Callable[[], bool]) -> None:
-        self._do = do
-
-    def __call__(self) -> bool:
-        return self._do()
+class _Replaced(functools.partial[bool]):
+    """A method that was replaced for a learn."""
 
 
 def _progress(callback: ProgressBarCallback, n_processes: int) -> bool:

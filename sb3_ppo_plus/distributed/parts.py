@@ -72,7 +72,7 @@ class Parts:
     def seed_envs(self, env: VecEnv | None, seed: int | None) -> None:
         """Give the environments of this process other seeds than those of the processes before it.
 
-        They are those of one process with all environments. The global generators that environments may use differ too.
+        They are those of one process with all environments. The generators of Python and NumPy get other seeds too.
 
         :param env: the environments, after they were seeded as those of the first process
         :param seed: the model's seed
@@ -81,17 +81,9 @@ class Parts:
             return
         own_seed = (seed + self.ranks.rank * env.num_envs) % 2**32
         env.seed(own_seed)
-        self.seed_generators(own_seed)
-
-    def seed_generators(self, seed: int) -> None:
-        """Give the generators of Python and NumPy, from which environments may draw, a seed of this process.
-
-        PyTorch's is the same in all processes, as policies are built from it.
-
-        :param seed: the seed
-        """
-        random.seed(seed)
-        np.random.seed(seed)
+        # Environments may draw from these. PyTorch's is the same in all processes, as policies are built from it
+        random.seed(own_seed)
+        np.random.seed(own_seed)
 
     def size_of(self, batch_size: int) -> int:
         """Return how many transitions of a minibatch belong to each part.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import pickle
 import sys
@@ -83,9 +82,6 @@ def _group_of_cpu() -> Any:  # noqa: ANN401  # a process group, whose type is no
 
 
 def _make_group(backend: str) -> None:
-    # Its functions have the default group as default arguments. Imported later, as by the first optimiser, it keeps the
-    # group, and so its connections, after fail has destroyed it
-    importlib.import_module("torch.distributed.nn")
     if not outlives_attempts():
         dist.init_process_group(backend)
         return
@@ -103,7 +99,6 @@ class ProcessRanks(Ranks):
     def __init__(self) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.has_failed = False
-        self._n_objects = 0
         self._group_of_cpu = None if "cpu:" in str(dist.get_backend_config()) else _group_of_cpu()
 
     def gather(self, tensor: th.Tensor) -> th.Tensor:

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import torch as th
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus.distributed.ranks import Ranks
+from sb3_ppo_plus.envs.questions import wrappers_of
 
 
 class SharedStatistics(RunningMeanStd):
@@ -76,12 +77,7 @@ def normalizers_of(env: VecEnv | None) -> list[VecNormalize]:
 
     :param env: the outermost one
     """
-    found = []
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize):
-            found.append(env)
-        env = env.venv
-    return found
+    return [wrapper for wrapper in wrappers_of(env) if isinstance(wrapper, VecNormalize)]
 
 
 def statistics_of(env: VecEnv | None) -> list[RunningMeanStd]:

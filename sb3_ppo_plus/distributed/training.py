@@ -25,6 +25,7 @@ from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.distributed.process_group import is_launched, join
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.distributed.shared_statistics import sharing_statistics
+from sb3_ppo_plus.envs.questions import base_of
 
 OF_FILES = (HumanOutputFormat, JSONOutputFormat, CSVOutputFormat, TensorBoardOutputFormat)
 DISTRIBUTED = (False, True, "exact")
@@ -108,7 +109,7 @@ def _logging_for_all(model: Any, ranks: Ranks) -> Iterator[None]:  # noqa: ANN40
 def _seed_apart(model: PlusModel, parts: Parts) -> None:
     """Seed the environments of each process apart, where all have the same seeds: by a script, or since a load."""
     env = model.env
-    seeds = list(getattr(getattr(env, "unwrapped", None), "_seeds", ()))
+    seeds = [] if env is None else list(getattr(base_of(env), "_seeds", ()))
     of_all = parts.ranks.gather_objects(seeds, "seeds")
     if seeds and seeds[0] is not None and of_all.count(of_all[0]) > 1:
         parts.seed_envs(env, of_all[0][0])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -16,7 +15,7 @@ from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
 from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
 from sb3_ppo_plus.env_states.untrusted_state import may_replace, set_state_without_trust
 from sb3_ppo_plus.env_states.worker_episodes import episode_states, set_episode_states
-from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of
+from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of, wrappers_of
 from sb3_ppo_plus.envs.restarting_remote import known_episodes
 from sb3_ppo_plus.envs.watched_remote import STEPS_OF_PROOF, time_for_proof
 from sb3_ppo_plus.errors import PlainStateError, ReplayError, WrapperStackError
@@ -51,7 +50,7 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
     stack = _gymnasium_stack(env)
     outside = _outside_of_methods(stack)
     state: VecEnvState = {
-        "wrappers": [(type(wrapper).__name__, _wrapper_state(wrapper, unsaved)) for wrapper in _wrappers(env)],
+        "wrappers": [(type(wrapper).__name__, _wrapper_state(wrapper, unsaved)) for wrapper in wrappers_of(env)],
         "n_envs": env.num_envs,
         # Until the first reset, which uses them
         "seeds": [None if seed is None else int(seed) for seed in getattr(base, "_seeds", ())],
@@ -127,7 +126,7 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
         if goes_on or name in MONITOR_STATISTICS:
             for index, value in enumerate(values):
                 _set_wrapper_attribute(base_of(env), name, value, index, trusted, left_out)
-    for wrapper, (_, wrapper_state) in zip(_wrappers(env), state["wrappers"], strict=True):
+    for wrapper, (_, wrapper_state) in zip(wrappers_of(env), state["wrappers"], strict=True):
         if saves_itself(wrapper):
             wrapper.set_resume_state(wrapper_state)
         elif trusted:
@@ -227,7 +226,7 @@ def reset_without_learning(env: VecEnv) -> Any:  # noqa: ANN401  # SB3's VecEnvO
     :param env: the outermost vectorised environment
     :return: the first observations
     """
-    normalizers = [wrapper for wrapper in _wrappers(env) if isinstance(wrapper, VecNormalize) and wrapper.training]
+    normalizers = [wrapper for wrapper in wrappers_of(env) if isinstance(wrapper, VecNormalize) and wrapper.training]
     for normalizer in normalizers:
         normalizer.training = False
     try:
@@ -235,12 +234,6 @@ def reset_without_learning(env: VecEnv) -> Any:  # noqa: ANN401  # SB3's VecEnvO
     finally:
         for normalizer in normalizers:
             normalizer.training = True
-
-
-def _wrappers(env: VecEnv) -> Iterator[VecEnvWrapper]:
-    while isinstance(env, VecEnvWrapper):
-        yield env
-        env = env.venv
 
 
 def _wrapper_state(wrapper: VecEnvWrapper, unsaved: list[str]) -> Any:  # noqa: ANN401  # plain values
@@ -271,7 +264,8 @@ def _outside_of_methods(stack: list[list[str]]) -> list[str]:
 def _check_same_stack(env: VecEnv, state: VecEnvState) -> None:
     if env.num_envs != state["n_envs"]:
         raise WrapperStackError(f"the checkpoint has {state['n_envs']} environments, env has {env.num_envs}")
-    names, saved_names = [type(wrapper).__name__ for wrapper in _wrappers(env)], [name for name, _ in state["wrappers"]]
+    names = [type(wrapper).__name__ for wrapper in wrappers_of(env)]
+    saved_names = [name for name, _ in state["wrappers"]]
     if names != saved_names:
         raise WrapperStackError(f"the checkpoint's VecEnv wrappers are {saved_names}, those of env are {names}")
     stack, saved_stack = _gymnasium_stack(env), [[*map(saved_name, names)] for names in state["stack"]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import warnings
 
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecNormalize
 from torch import nn
 
+from sb3_ppo_plus.envs.questions import wrappers_of
 from sb3_ppo_plus.extractors import TransformerExtractor
 
 
@@ -43,10 +44,10 @@ def _warn_if_stacked_inside_normalize(env: VecEnv | None) -> None:
     The frames that pad the beginning of an episode are then no longer zero, and not masked.
     """
     normalizes = False
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize):
-            normalizes = normalizes or env.norm_obs
-        elif isinstance(env, VecFrameStack) and normalizes:
+    for wrapper in wrappers_of(env):
+        if isinstance(wrapper, VecNormalize):
+            normalizes = normalizes or wrapper.norm_obs
+        elif isinstance(wrapper, VecFrameStack) and normalizes:
             warnings.warn(
                 "VecNormalize wraps VecFrameStack: the zero frames that pad an episode's start become non-zero, and "
                 "a Transformer's mask can't see them. Use VecFrameStack(VecNormalize(env)).",
@@ -54,4 +55,3 @@ def _warn_if_stacked_inside_normalize(env: VecEnv | None) -> None:
                 stacklevel=3,
             )
             return
-        env = env.venv

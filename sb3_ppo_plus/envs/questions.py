@@ -7,7 +7,7 @@ return answers with which training works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -17,6 +17,16 @@ from sb3_ppo_plus.errors import DeadWorkerError
 
 # A name that no environment has
 _NO_ATTRIBUTE = "sb3_ppo_plus_asks_whether_every_answer_is_yes"
+
+
+def wrappers_of(env: VecEnv | None) -> Iterator[VecEnvWrapper]:
+    """Yield the wrappers of a vectorised environment, from the outside in.
+
+    :param env: the outermost vectorised environment; None has no wrappers
+    """
+    while isinstance(env, VecEnvWrapper):
+        yield env
+        env = env.venv
 
 
 def base_of(env: VecEnv) -> Any:  # noqa: ANN401  # whatever a wrapper of another package wraps

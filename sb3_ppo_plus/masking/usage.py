@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
-from sb3_ppo_plus.envs.questions import has_attribute
+from sb3_ppo_plus.envs.questions import has_attribute, wrappers_of
 from sb3_ppo_plus.masking.sources import ActionMaskSource, envs_of
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.policies.masked_distributions import MASKABLE_SPACES, mask_sizes
@@ -100,13 +100,12 @@ def check_mask_key(env: VecEnv, action_space: spaces.Space[Any]) -> None:
             f"the observation key {MASK_KEY!r} must hold a mask of shape ({size},) for {action_space}, got "
             f"{env.observation_space[MASK_KEY]}; with action_masking=False it is a feature"
         )
-    while isinstance(env, VecEnvWrapper):
-        if isinstance(env, VecNormalize) and env.norm_obs and MASK_KEY in (env.norm_obs_keys or ()):
+    for wrapper in wrappers_of(env):
+        if isinstance(wrapper, VecNormalize) and wrapper.norm_obs and MASK_KEY in (wrapper.norm_obs_keys or ()):
             raise ValueError(
                 f"VecNormalize normalises the observation key {MASK_KEY!r}, which is a mask: give it norm_obs_keys "
-                f"without that key, got {env.norm_obs_keys}"
+                f"without that key, got {wrapper.norm_obs_keys}"
             )
-        env = env.venv
 
 
 def obstacle_to_masks(model: PlusModel) -> Exception | None:

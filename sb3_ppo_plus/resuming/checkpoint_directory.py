@@ -46,6 +46,8 @@ MAX_FILES = 4
 MAX_PROCESSES = 64
 #: How many newer ones may be invalid, without trust
 MAX_TRIES = 20
+#: Files of another process than the first: its number, and the name that it has for the first
+FILE_OF_RANK = re.compile(r"rank_([1-9]\d*)_(.+)")
 _NAME = re.compile(r"checkpoint_(\d+)_\d+_steps")
 _LEFTOVER = re.compile(r"\.checkpoint_\d+_\d+_steps\.(?:unfinished|removed)")
 _PACKAGES = ("gymnasium", "numpy", "sb3-ppo-plus", "stable-baselines3", "torch")
@@ -126,7 +128,7 @@ def read_checkpoint(directory: Path, follows_links: bool = True) -> Checkpoint:
         check_format(manifest, str(directory))
         files = {}
         listed = {**manifest["files"], **manifest.get(BESIDE, {})}
-        n_of_others = sum(name.startswith("rank_") for name in listed)
+        n_of_others = sum(FILE_OF_RANK.fullmatch(name) is not None for name in listed)
         has_many = len(listed) - n_of_others > MAX_FILES or (
             n_of_others > 2 * (MAX_PROCESSES - 1) and not follows_links
         )

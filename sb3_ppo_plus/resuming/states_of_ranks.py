@@ -5,7 +5,6 @@ The first process writes the files of all. Those of the others are ``rank_1_trai
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,10 +14,10 @@ import torch as th
 
 from sb3_ppo_plus.distributed.agreement import done_by_all
 from sb3_ppo_plus.distributed.ranks import Ranks
+from sb3_ppo_plus.resuming.checkpoint_directory import FILE_OF_RANK
 from sb3_ppo_plus.resuming.training_state import ARRAYS_FILE, STATE_FILE, Snapshot, TrainingState
 from sb3_ppo_plus.trees import tree_map
 
-_FILE_OF_RANK = re.compile(r"rank_([1-9]\d*)_(.+)")
 # Arrays that SB3's wrappers of vectorised environments keep for each environment
 _OF_EACH_ENV = ("returns", "old_obs", "old_reward", "episode_returns", "episode_lengths", "stacked_obs")
 
@@ -55,7 +54,7 @@ def files_by_rank(files: dict[str, bytes]) -> list[dict[str, bytes]]:
     """
     found: dict[int, dict[str, bytes]] = {0: {}}
     for name, content in files.items():
-        of_rank = _FILE_OF_RANK.fullmatch(name)
+        of_rank = FILE_OF_RANK.fullmatch(name)
         rank, own_name = (0, name) if of_rank is None else (int(of_rank[1]), of_rank[2])
         found.setdefault(rank, {})[own_name] = content
     names = [set(found.get(rank, ())) for rank in range(len(found))]

@@ -15,7 +15,7 @@ from stable_baselines3.common.distributions import StateDependentNoiseDistributi
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.distributed.parts import Parts
+from sb3_ppo_plus.distributed.parts import GSDE_NOISE, Parts
 from sb3_ppo_plus.distributed.shared_statistics import unshared_statistics
 from sb3_ppo_plus.env_states.generator_state import (
     global_generator_states,
@@ -41,7 +41,6 @@ MODEL_FILE, STATE_FILE, ARRAYS_FILE = "model.zip", "training_state.json", "train
 # Wider than the limits of a model's description: best scores begin at -inf, the state of a generator has 39 digits, and
 # there may be many environments, with nested lists. Python itself reads at most 4300 digits
 UNTRUSTED_LIMITS = Limits(2**26, max_depth=128, max_values=2**21, max_digits=4300, allows_non_finite=True)
-GSDE_TENSORS = ("exploration_mat", "exploration_matrices")
 PENDING_LOGS = ("name_to_value", "name_to_count", "name_to_excluded")
 
 
@@ -179,7 +178,7 @@ def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = T
     for space, generators in zip((model.observation_space, model.action_space), state["spaces"], strict=True):
         set_space_generator_states(space, generators)
     if state["gsde"] is not None:
-        for name in GSDE_TENSORS:
+        for name in GSDE_NOISE:
             setattr(model.policy.action_dist, name, state["gsde"][name].to(model.device))
     goes_on = set_vec_env_state(model.env, state["env"], trusted)
     if not goes_on:
@@ -243,7 +242,7 @@ def _gsde_noise(model: PlusModel) -> dict[str, th.Tensor] | None:
     distribution = getattr(model.policy, "action_dist", None)
     if not isinstance(distribution, StateDependentNoiseDistribution):
         return None
-    return {name: getattr(distribution, name) for name in GSDE_TENSORS}
+    return {name: getattr(distribution, name) for name in GSDE_NOISE}
 
 
 def _on_device(leaf: Any, device: th.device) -> Any:  # noqa: ANN401  # a leaf of plain values

@@ -84,13 +84,14 @@ def _explained_variance(buffer: RolloutBuffer, parts: Parts) -> float:
         return explained_variance(buffer.values.flatten(), buffer.returns.flatten())
     assert isinstance(buffer, PPOPlusRolloutBuffer)
     of_parts = [buffer.indices_of_part(part, parts.n_here) for part in range(parts.n_here)]
-    variances = []
-    for array in (buffer.returns, buffer.returns - buffer.values):
-        values = [array.reshape(-1)[indices[indices >= 0]].astype(np.float64) for indices in of_parts]
-        moments = [Moments.of_groups(each, np.zeros(len(each), np.int64), 1) for each in values]
-        whole = moments_of_all(moments, parts)
-        variances.append(whole.squares.item() / whole.number.item())
-    of_returns, of_errors = variances
+    moments = []
+    for indices in of_parts:
+        real = indices[indices >= 0]
+        arrays = (buffer.returns, buffer.returns - buffer.values)
+        values = np.concatenate([array.reshape(-1)[real].astype(np.float64) for array in arrays])
+        moments.append(Moments.of_groups(values, np.repeat([0, 1], len(real)), 2))
+    whole = moments_of_all(moments, parts)
+    of_returns, of_errors = (whole.squares / whole.number).tolist()
     return np.nan if of_returns == 0 else 1 - of_errors / of_returns
 
 
