@@ -1,6 +1,5 @@
 """Runs a function in several processes of one process group, forked from this one, which has everything loaded."""
 
-import faulthandler
 import os
 import signal
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch as th
 import torch.distributed as dist
+from forks import begin_fork
 
 
 @dataclass
@@ -36,7 +36,7 @@ def in_ranks(size: int, function: Callable[[int], Any], seconds: float = 120.0) 
 
     :param size: number of processes
     :param function: returns what ``torch.save`` can save
-    :param seconds: processes that run longer are killed: their status is -9
+    :param seconds: processes that run longer print where they stand and are killed
     """
     folder = Path(tempfile.mkdtemp())
     started = time.monotonic()
@@ -83,10 +83,8 @@ def _start(folder: Path, size: int, rank: int, function: Callable[[int], Any], s
         os.dup2(output, 2)
         sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
         sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-        # Threads do not survive the fork: one that a test before has started would be waited for
-        th.set_num_threads(1)
-        # Where it stands, if it hangs
-        faulthandler.dump_traceback_later(seconds - 5, file=sys.stderr)
+        # It prints where it stands before it is killed
+        begin_fork(seconds - 5, and_end=False)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
         result = function(rank)
         th.save(result, folder / f"{rank}.tmp")

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from environments import ASYMMETRIC, DICT, IMAGE, MASKED_ACTION_SPACES, MaskedEnv, ToyEnv, record_logs
+from forks import in_a_fork
 from gymnasium import spaces
 from interrupted_runs import make_envs
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback, EveryNTimesteps
@@ -246,27 +246,6 @@ def result_of(model: PPOPlus, learn: Callable[[], Any]) -> dict[str, Any]:
 
 def without_timings(log: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in log.items() if not name.startswith("time/") or name in NOT_TIMINGS}
-
-
-def start_in_a_fork(do: Callable[[], None]) -> int:
-    """Start a function in a fork of this process, which then ends. Return the fork's process id."""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            do()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return child
-
-
-def in_a_fork(do: Callable[[], None]) -> int:
-    """Call a function in a fork of this process. Return its exit code."""
-    return os.waitstatus_to_exitcode(os.waitpid(start_in_a_fork(do), 0)[1])
 
 
 def run_whole(name: str, folder: Path) -> None:

@@ -97,23 +97,23 @@ class Collectives:
     """What the collectives of this process have taken.
 
     :param seconds: the time, with waiting for others
-    :param n_bytes: what was given into them
+    :param n_bytes: what was given into each
     """
 
     seconds: float = 0.0
-    n_bytes: int = 0
+    n_bytes: list[int] = field(default_factory=list)
     _together: Any = field(default=ProcessRanks._together, repr=False)
 
     def watch(self) -> None:
         """Count from now on."""
 
-        def counting(ranks: ProcessRanks, collective: Callable[..., object], *arguments: Any, **kwargs: Any) -> None:
+        def counting(ranks: ProcessRanks, collective: Callable[..., object], *arguments: Any, **keywords: Any) -> None:
             started = time.perf_counter()
-            self._together(ranks, collective, *arguments, **kwargs)
+            self._together(ranks, collective, *arguments, **keywords)
             self.seconds += time.perf_counter() - started
-            self.n_bytes += arguments[-1].numel() * arguments[-1].element_size()
+            self.n_bytes.append(arguments[-1].numel() * arguments[-1].element_size())
 
-        ProcessRanks._together = counting  # type: ignore[method-assign]  # to be timed
+        ProcessRanks._together = counting  # type: ignore[method-assign, assignment]  # to be timed
 
 
 def make_model(case: Case, size: int, scaling: str, distributed: bool | str) -> PPOPlus:
@@ -149,7 +149,11 @@ def measure(
         figures = {
             "steps_per_second": n_updates * update / taken,
             "waiting": collectives.seconds / taken,
-            "bytes_per_update": collectives.n_bytes / n_updates,
+            "seconds_per_update": taken / n_updates,
+            "messages_per_update": len(collectives.n_bytes) / n_updates,
+            "minibatches_per_update": model.n_epochs * update / model.batch_size,
+            "bytes_of_a_minibatch": max(collectives.n_bytes, default=0),
+            "bytes_per_update": sum(collectives.n_bytes) / n_updates,
         }
         Path(folder, "figures.json").write_text(json.dumps(figures))
 

@@ -30,7 +30,8 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from resume_cases import CASES, Case, start_in_a_fork
+from forks import start_in_a_fork
+from resume_cases import CASES, Case
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import unwrap_vec_normalize
 from states import assert_same_bits, state_of
@@ -42,6 +43,8 @@ CONFIGURATIONS = ("mlp", "discrete", "vec_normalize", "lstm", "callbacks")
 # A life is killed after at most so many updates, so that no chain ends before its last kill
 LONGEST_LIFE = 2
 POLL = 0.0001
+# Limit of a run in seconds
+HOUR = 3600.0
 
 
 class Counters:
@@ -169,12 +172,12 @@ def run_chain(name: str, n_kills: int, folder: Path, seed: int) -> Chain:
     case, chain, counters, draw = CASES[name], Chain(), Counters(), random.Random(seed)
     n_updates = LONGEST_LIFE * n_kills + LONGEST_LIFE
     whole, killed = folder / f"{name}.whole", folder / name
-    child = start_in_a_fork(lambda: th.save(result_of(learn(case, n_updates, case.make_callbacks())), whole))
+    child = start_in_a_fork(lambda: th.save(result_of(learn(case, n_updates, case.make_callbacks())), whole), HOUR)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, f"{name}: the uninterrupted run has failed"
     durations: list[float] = []
     for number in range(n_kills):
         counters.reset()
-        child = start_in_a_fork(lambda: live(case, n_updates, killed, counters))
+        child = start_in_a_fork(lambda: live(case, n_updates, killed, counters), HOUR)
         kill_at_random(child, counters, draw, number % 3 < 2, durations)
         exit_code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert exit_code == -signal.SIGKILL, f"{name}: life {number} has ended with {exit_code}"
@@ -183,7 +186,7 @@ def run_chain(name: str, n_kills: int, folder: Path, seed: int) -> Chain:
         chain.n_inside += is_inside
         chain.n_left_unfinished += is_inside and any(killed.glob(".checkpoint_*"))
         chain.n_before_first += counters[Counters.WRITES_BEGUN] == 0
-    child = start_in_a_fork(lambda: live(case, n_updates, killed, counters))
+    child = start_in_a_fork(lambda: live(case, n_updates, killed, counters), HOUR)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, f"{name}: the last life has failed"
     results = [th.load(path, weights_only=False) for path in (whole, killed / "result")]
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from checkpoint_files import FILES, files_at, flip, write
-from resume_cases import in_a_fork
+from forks import in_a_fork
 
 from sb3_ppo_plus.errors import CheckpointError, InvalidCheckpointError
 from sb3_ppo_plus.resuming import checkpoint_directory

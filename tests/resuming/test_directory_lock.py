@@ -9,8 +9,8 @@ import socket
 from contextlib import contextmanager
 
 import pytest
+from forks import in_a_fork
 from interrupted_runs import StopAfter, interrupted, make_envs, make_model, steps_of
-from resume_cases import in_a_fork
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, TrainingCheckpoint, latest_checkpoint

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch as th
+from forks import in_a_fork
 from interrupted_runs import learned, make_envs, make_model
-from resume_cases import CASES, INTERRUPTED_AFTER, N_STEPS, in_a_fork
+from resume_cases import CASES, INTERRUPTED_AFTER, N_STEPS
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import PPOPlus, TrainingCheckpoint

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch as th
 from environments import ToyEnv
+from forks import in_a_fork
 from interrupted_runs import learned, make_envs, make_model, steps_of
-from resume_cases import in_a_fork
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from states import assert_same_bits, state_of

@@ -1,0 +1,178 @@
+"""What the messages of an update cost, measured for a few processes, and on paper for many.
+
+    python examples/benchmarks/message_costs.py --scaling logs/scaling/scaling.json
+
+Gloo and NCCL send sums and rows round a ring of K processes, in steps of a latency and of bytes over a bandwidth:
+
+    sum(K, n)  = 2 (K - 1) (latency + n / (K bandwidth))      a minibatch with distributed=True
+    rows(K, n) =   (K - 1) (latency + n / bandwidth)          a minibatch with "exact"; everything else
+
+(Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.) Latency and
+bandwidth are those with which the two formulas come nearest to messages between two processes of this machine. They are
+checked against messages between more, and against the time that training spends in messages by ``scaling.py``, whose
+steps per second and bytes give the table for many processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+import torch.distributed as dist
+
+SIZES = [2**power for power in range(6, 25, 3)]
+MANY = (8, 64, 512)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Between two processes.
+
+    :param latency: seconds of a step
+    :param bandwidth: bytes per second
+    """
+
+    latency: float
+    bandwidth: float
+
+    def sum(self, n_processes: int, n_bytes: float) -> float:
+        """Return the seconds in which all processes have the sum of a vector."""
+        return 2 * (n_processes - 1) * (self.latency + n_bytes / (n_processes * self.bandwidth))
+
+    def rows(self, n_processes: int, n_bytes: float) -> float:
+        """Return the seconds in which all processes have the vectors of all."""
+        return (n_processes - 1) * (self.latency + n_bytes / self.bandwidth)
+
+
+# Round numbers for what clusters have: NCCL or gloo over Ethernet of 25 Gbit/s, and over InfiniBand of 200 Gbit/s
+CLUSTERS = {"25 Gbit/s, 30 us": Network(30e-6, 25e9 / 8), "200 Gbit/s, 5 us": Network(5e-6, 200e9 / 8)}
+
+
+def time_messages(n_processes: int, rank: int, seconds: float, folder: str) -> None:
+    """Send messages of all sizes as one process of a group; the first one writes the medians."""
+    th.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_processes)
+    figures = {}
+    for n_bytes in SIZES:
+        vector = th.zeros(n_bytes // 4)
+        rows = [th.zeros_like(vector) for _ in range(n_processes)]
+        messages = {"sum": partial(dist.all_reduce, vector), "rows": partial(dist.all_gather, rows, vector)}
+        for name, send in messages.items():
+            figures[f"{name} {n_bytes}"] = median_seconds(send, seconds)
+    if rank == 0:
+        Path(folder, "figures.json").write_text(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+def median_seconds(send: Callable[[], object], seconds: float) -> float:
+    """Return the median time of a message, after some that do not count."""
+    started = time.perf_counter()
+    for _ in range(10):
+        send()
+    # All must send equally many
+    n_messages = th.tensor(max(10, round(10 * seconds / (time.perf_counter() - started))))
+    dist.broadcast(n_messages, 0)
+    taken = []
+    for _ in range(int(n_messages)):
+        started = time.perf_counter()
+        send()
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
+
+
+def measured(n_processes: int, seconds: float) -> dict[str, float]:
+    """Return the seconds of each kind and size of message between processes of this machine."""
+    with tempfile.TemporaryDirectory() as folder:
+        context = get_context("spawn")
+        processes = [
+            context.Process(target=time_messages, args=(n_processes, rank, seconds, folder))
+            for rank in range(n_processes)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        figures: dict[str, float] = json.loads(Path(folder, "figures.json").read_text())
+    return figures
+
+
+def on_paper(network: Network, n_processes: int, message: str) -> float:
+    """Return the seconds of a message such as ``"sum 4096"``."""
+    kind, n_bytes = message.split()
+    formula = network.sum if kind == "sum" else network.rows
+    return formula(n_processes, int(n_bytes))
+
+
+def fitted(figures: dict[str, float]) -> Network:
+    """Return the network with the least squared relative errors, for messages between two processes."""
+    # Both formulas are linear in the latency and in 1 / bandwidth, so each message is an equation
+    equations = [
+        [on_paper(Network(1.0, np.inf), 2, message), on_paper(Network(0.0, 1.0), 2, message)] for message in figures
+    ]
+    seconds = np.array(list(figures.values()))
+    latency, per_byte = np.linalg.lstsq(np.array(equations) / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
+    return Network(float(latency), 1 / float(per_byte))
+
+
+def update_seconds(network: Network, row: dict[str, Any], n_processes: int) -> float:
+    """Return the time of an update's messages: those of minibatches are sums, the others rows of few bytes.
+
+    :param row: an entry of scaling.json, with ``distributed=True``
+    """
+    n_others = row["messages_per_update"] - row["minibatches_per_update"]
+    n_bytes = row["bytes_of_a_minibatch"]
+    return float(
+        row["minibatches_per_update"] * network.sum(n_processes, n_bytes) + n_others * network.rows(n_processes, 1000)
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scaling", type=Path, required=True, help="scaling.json that scaling.py has written")
+    parser.add_argument("--processes", nargs="+", type=int, default=[2, 3, 4], help="2 and more, for the check")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long each kind of message is measured")
+    arguments = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    figures = {n_processes: measured(n_processes, arguments.seconds) for n_processes in arguments.processes}
+    here = fitted(figures[2])
+    print(f"latency {1e6 * here.latency:.0f} us, bandwidth {here.bandwidth / 1e9:.2f} GB/s\n")
+    print("| message, bytes | " + " | ".join(f"{n}: measured, on paper (us)" for n in figures) + " |")
+    print("|---" * (1 + len(figures)) + "|")
+    for message in figures[2]:
+        cells = [f"{1e6 * one[message]:.0f}, {1e6 * on_paper(here, n, message):.0f}" for n, one in figures.items()]
+        print(f"| {message} | " + " | ".join(cells) + " |")
+    rows = json.loads(arguments.scaling.read_text())
+    print("\n| case | processes | ms of messages in an update: measured with waiting, on paper |\n|---|---|---|")
+    for row in rows:
+        if row["processes"] > 1:
+            in_messages = row["waiting"] * row["seconds_per_update"]
+            paper = update_seconds(here, row, row["processes"])
+            print(
+                f"| {row['case']}, {row['scaling']} | {row['processes']} | {1e3 * in_messages:.1f}, {1e3 * paper:.1f} |"
+            )
+    alone = {row["case"]: row["seconds_per_update"] for row in rows if row["processes"] == 1 and row["distributed"]}
+    networks = {"this machine": here, **CLUSTERS}
+    print("\n| case | network | " + " | ".join(f"{n}: ms, efficiency" for n in MANY) + " |\n" + "|---" * 5 + "|")
+    for row in rows:
+        if row["processes"] == 2 and row["scaling"] == "weak":
+            for name, network in networks.items():
+                costs = [update_seconds(network, row, n) for n in MANY]
+                computing = alone[row["case"]]
+                cells = [f"{1e3 * cost:.1f}, {100 * computing / (computing + cost):.0f}%" for cost in costs]
+                print(f"| {row['case']} | {name} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
