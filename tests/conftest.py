@@ -70,6 +70,14 @@ def checks_of_distributions(monkeypatch):
     monkeypatch.setattr(Distribution, "_validate_args", Distribution._validate_args)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Forks of a process in which PyTorch has more threads would wait for those."""
+    yield
+    if th.get_num_threads() != 1:
+        th.set_num_threads(1)
+
+
 @pytest.fixture
 def graphs_without_code(monkeypatch):
     """Compiled graphs run operation by operation: for tests of when and of what they are made, not of their code.
