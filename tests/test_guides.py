@@ -25,6 +25,8 @@ PLACEHOLDER = "https://example.org/sb3-ppo-plus.git"
 #: Commands that a page shows, and no test runs
 SHOWN_COMMANDS: dict[str, list[str]] = {
     "README.md": [
+        "torchrun --nproc-per-node 2 examples/torchrun.py",
+        "torchrun --nproc-per-node 2 -m sb3_ppo_plus.zoo train --env CartPole-v1",
         "pip install torch --index-url https://download.pytorch.org/whl/cpu",
         f"pip install 'sb3-ppo-plus[zoo] @ git+{PLACEHOLDER}'",
         "make demo",
