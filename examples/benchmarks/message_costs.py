@@ -156,7 +156,7 @@ def main() -> None:
     rows = json.loads(arguments.scaling.read_text())
     print("\n| case | processes | ms of messages in an update: measured with waiting, on paper |\n|---|---|---|")
     for row in rows:
-        if row["processes"] > 1:
+        if row["processes"] > 1 and row["distributed"]:
             in_messages = row["waiting"] * row["seconds_per_update"]
             paper = update_seconds(here, row, row["processes"])
             print(
@@ -166,7 +166,7 @@ def main() -> None:
     networks = {"this machine": here, **CLUSTERS}
     print("\n| case | network | " + " | ".join(f"{n}: ms, efficiency" for n in MANY) + " |\n" + "|---" * 5 + "|")
     for row in rows:
-        if row["processes"] == 2 and row["scaling"] == "weak":
+        if row["processes"] == 2 and row["scaling"] == "weak" and row["distributed"]:
             for name, network in networks.items():
                 costs = [update_seconds(network, row, n) for n in MANY]
                 computing = alone[row["case"]]

@@ -7,7 +7,8 @@ processes together have the case's environments and its minibatch. Every group o
 measured for --seconds. Groups take turns over --rounds, so that whatever else the machine does hits all alike. Of each
 figure the median is printed. "waiting" is the share of time that the first process spends in collectives, also waiting
 for slower processes; "bytes" is what it gives into them in an update. A group of one process trains without
-distributed, and for the overhead once more with it. Writes scaling.json and scaling.png to --output.
+distributed, and for the overhead once more with it. Processes with distributed=False train beside one another without
+a message: what the machine could give at most. Writes scaling.json and scaling.png to --output.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class Collectives:
 def make_model(case: Case, size: int, scaling: str, distributed: bool | str) -> PPOPlus:
     """Make a model of one of ``size`` processes."""
     n_envs = case.n_envs if scaling == "weak" else case.n_envs // size
-    batch_size = case.kwargs["batch_size"] * (size if scaling == "weak" else 1)
+    batch_size = case.kwargs["batch_size"] * (size if scaling == "weak" and distributed else 1)
     env = make_vec_env(case.make_env, n_envs)
     given = {**case.kwargs, "batch_size": batch_size, "device": "cpu", "seed": 0, "distributed": distributed}
     return PPOPlus(case.policy, VecNormalize(env) if case.normalize else env, **given)
@@ -134,20 +135,22 @@ def measure(
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size)
     collectives = Collectives()
     model = make_model(CASES[name], size, scaling, distributed)
-    update = model.n_steps * model.n_envs * size
+    n_alike = 1 if distributed else size
+    update = model.n_steps * model.n_envs * size // n_alike
     # Compiled graphs are made in the second update
     started = time.perf_counter()
     model.learn(3 * update)
     n_updates = max(2, round(seconds / (time.perf_counter() - started) * 3))
     if distributed:
         n_updates = int(model._parts.ranks.gather(th.tensor(n_updates)).max())
+    wait_for_all(size, rank, Path(folder))
     collectives.watch()
     started = time.perf_counter()
     model.learn(n_updates * update, reset_num_timesteps=False)
     taken = time.perf_counter() - started
     if rank == 0:
         figures = {
-            "steps_per_second": n_updates * update / taken,
+            "steps_per_second": n_alike * n_updates * update / taken,
             "waiting": collectives.seconds / taken,
             "seconds_per_update": taken / n_updates,
             "messages_per_update": len(collectives.n_bytes) / n_updates,
@@ -156,6 +159,15 @@ def measure(
             "bytes_per_update": sum(collectives.n_bytes) / n_updates,
         }
         Path(folder, "figures.json").write_text(json.dumps(figures))
+    if distributed:
+        dist.destroy_process_group()
+
+
+def wait_for_all(size: int, rank: int, folder: Path) -> None:
+    """Wait until all processes of a group are here, also of one that sends no messages."""
+    (folder / f"{rank}.here").touch()
+    while len(list(folder.glob("*.here"))) < size:
+        time.sleep(0.001)
 
 
 def run_group(name: str, size: int, scaling: str, distributed: bool | str, seconds: float) -> dict[str, float]:
@@ -177,6 +189,7 @@ def run_group(name: str, size: int, scaling: str, distributed: bool | str, secon
 def groups_of(sizes: list[int], scalings: list[str]) -> list[tuple[int, str, bool | str]]:
     """List the groups to compare: number of processes, scaling, PPOPlus's argument ``distributed``."""
     groups: list[tuple[int, str, bool | str]] = [(1, "weak", False), (1, "weak", True)]
+    groups += [(size, "weak", False) for size in sizes if size > 1]
     return groups + [(size, scaling, True) for scaling in scalings for size in sizes if size > 1]
 
 
@@ -188,7 +201,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 0.5 * len(results) + 1))
-    rows = [row for row in results if row["processes"] > 1]
+    rows = [row for row in results if row["processes"] > 1 and row["distributed"]]
     labels = [f"{row['case']}, {row['scaling']}, {row['processes']}" for row in rows]
     axes.barh(labels, [row["speedup"] for row in rows])
     axes.invert_yaxis()

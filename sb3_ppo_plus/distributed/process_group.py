@@ -22,6 +22,8 @@ from sb3_ppo_plus.torch_private import default_store, forget_group
 
 #: What torchrun and Ray Train tell each process
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Gathering goes round the ring of processes once, a sum twice, in pieces. Of few bytes the messages' number counts
+MAX_GATHERED_BYTES = 2**16
 # How long a process that fails waits for the others to read why: its end may be the end of the store
 SECONDS_OF_FAREWELL = 3.0
 # How long the others wait until it has printed its traceback. Launchers end all processes soon after the first one
@@ -110,6 +112,11 @@ class ProcessRanks(Ranks):
 
     def sum(self, tensor: th.Tensor) -> th.Tensor:
         """Return the sum over all processes, see :meth:`Ranks.sum`."""
+        if tensor.device.type == "cpu" and tensor.nbytes <= MAX_GATHERED_BYTES:
+            rows = self.gather(tensor).unbind()
+            for row in rows[1:]:
+                rows[0].add_(row)
+            return rows[0]
         summed = tensor.contiguous()
         self._together(dist.all_reduce, summed, group=self._group_for(tensor))
         return summed

@@ -54,6 +54,8 @@ class PartedActor(RolloutActor):
             self._parts.use_noise(actor.policy, part)
             with stream:
                 acted.append(actor.act(_rows(observations, envs), starts, _rows(context, envs)))
+        if len(acted) == 1:
+            return acted[0]
         actions, values, log_probs = zip(*acted, strict=True)
         return th.cat(actions), _joined(values), _joined(log_probs)
 

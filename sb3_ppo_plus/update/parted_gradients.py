@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import torch as th
 
@@ -55,13 +56,15 @@ def packed(metrics: th.Tensor, parameters: Sequence[th.nn.Parameter], gradients:
     :param mark: tells how they were computed
     :return: the metrics; the mark for each parameter that has a gradient, or 0; the gradients of trainable parameters
     """
-    zero, one = th.zeros_like(metrics[:1]), th.full_like(metrics[:1], mark)
     flat = [
         th.zeros_like(parameter).reshape(-1) if gradient is None else gradient.reshape(-1)
         for parameter, gradient in zip(parameters, gradients, strict=True)
         if parameter.requires_grad
     ]
-    return th.cat([metrics, *(zero if gradient is None else one for gradient in gradients), *flat])
+    # Mostly all parameters have a gradient: one tensor then, as each costs a microsecond
+    runs = [(has, len(list(run))) for has, run in groupby(gradient is not None for gradient in gradients)]
+    marks = [metrics.new_full((length,), mark if has else 0) for has, length in runs]
+    return th.cat([metrics, *marks, *flat])
 
 
 def packed_size(parameters: Sequence[th.nn.Parameter]) -> int:
@@ -83,7 +86,9 @@ def unpacked(total: th.Tensor, parameters: Sequence[th.nn.Parameter]) -> tuple[t
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     sizes = [len(LossTerms._fields), len(parameters), *(parameter.numel() for parameter in trainable)]
-    metrics, counts, *flat = th.split(total, sizes)
-    pairs = zip(flat, trainable, strict=True)
-    gradients = iter([gradient.view(parameter.shape).to(parameter.dtype) for gradient, parameter in pairs])
-    return metrics, counts, [next(gradients) if parameter.requires_grad else None for parameter in parameters]
+    metrics, counts, *flat = total.split_with_sizes(sizes)
+    gradients: dict[int, th.Tensor] = {}
+    for gradient, parameter in zip(flat, trainable, strict=True):
+        shaped = gradient.view_as(parameter)
+        gradients[id(parameter)] = shaped if shaped.dtype == parameter.dtype else shaped.to(parameter.dtype)
+    return metrics, counts, [gradients.get(id(parameter)) for parameter in parameters]
