@@ -82,7 +82,8 @@ def vectors() -> gym.Env[Any, Any]:
 SMALL = {"n_steps": 256, "batch_size": 256, "n_epochs": 10}
 CASES = {
     "environment of 2 ms, 4 environments": Case(simulator, 4, {"n_steps": 64, "batch_size": 64, "n_epochs": 4}),
-    "pixels, 8 environments": Case(pixels, 8, {"n_steps": 32, "batch_size": 64, "n_epochs": 2}, policy="CnnPolicy"),
+    # RL Zoo's numbers for Atari
+    "pixels, 8 environments": Case(pixels, 8, {"n_steps": 128, "batch_size": 256, "n_epochs": 4}, policy="CnnPolicy"),
     "256x256 net, batch 4096": Case(
         vectors, 16, {"n_steps": 256, "batch_size": 4096, "n_epochs": 10, "policy_kwargs": {"net_arch": [256, 256]}}
     ),
@@ -138,9 +139,10 @@ def measure(
     n_alike = 1 if distributed else size
     update = model.n_steps * model.n_envs * size // n_alike
     # Compiled graphs are made in the second update
+    model.learn(2 * update)
     started = time.perf_counter()
-    model.learn(3 * update)
-    n_updates = max(2, round(seconds / (time.perf_counter() - started) * 3))
+    model.learn(update, reset_num_timesteps=False)
+    n_updates = max(2, round(seconds / (time.perf_counter() - started)))
     if distributed:
         n_updates = int(model._parts.ranks.gather(th.tensor(n_updates)).max())
     wait_for_all(size, rank, Path(folder))

@@ -267,7 +267,12 @@ class GradientStep:
         metrics, gradients = sum_of_parts(self._parameters, minibatch, partial(self._backward, objective))
         if objective.forbids_step(metrics[METRICS.index("approx_kl")]):
             return _with_grad_norm(metrics, None), False
-        self._set_gradients(gradients)
+        for parameter, gradient in zip(self._parameters, gradients, strict=True):
+            # Parts of the sum, which share no memory: a copy of a large policy's gradient would take time
+            if gradient is None or gradient.stride() == parameter.stride():
+                parameter.grad = gradient
+            else:
+                parameter.grad = th.empty_like(parameter).copy_(gradient)
         loss = metrics[METRICS.index("loss")]
         return _with_grad_norm(metrics, self._clip_and_step(objective.max_grad_norm, loss)), True
 

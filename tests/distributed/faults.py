@@ -1,7 +1,7 @@
 """A process of several fails at a collective, and the others must end.
 
-``python tests/distributed/faults.py`` tries every kind of fault, in every rank, before every collective, and prints how
-many hang, and what is wrong with others. The suite tries some.
+``PYTHONPATH=examples/benchmarks:tests python tests/distributed/faults.py`` tries every kind of fault, in every rank,
+before every collective, and prints how many hang, and what is wrong with others. The suite tries some.
 """
 
 import argparse
