@@ -24,6 +24,8 @@ from sb3_ppo_plus.torch_private import default_store, forget_group
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Gathering goes round the ring of processes once, a sum twice, in pieces. Of few bytes the messages' number counts
 MAX_GATHERED_BYTES = 2**16
+# How long a process waits for a message before it falls asleep
+SECONDS_AWAKE = 0.002
 # How long a process that fails waits for the others to read why: its end may be the end of the store
 SECONDS_OF_FAREWELL = 3.0
 # How long the others wait until it has printed its traceback. Launchers end all processes soon after the first one
@@ -173,12 +175,18 @@ class ProcessRanks(Ranks):
                     break
                 time.sleep(0.05)
 
-    def _together(self, collective: Callable[..., object], *arguments: Any, **keywords: Any) -> None:
-        """Do something that ends when all processes do it."""
+    def _together(self, collective: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
+        """Do something that ends when all processes do it.
+
+        :param collective: a function of torch.distributed whose last positional argument is this process's tensor
+        """
         if self.has_failed:
             raise RankFailedError(f"rank {self.rank} has failed in training before, and has left the others")
         try:
-            collective(*arguments, **keywords)
+            work = collective(*arguments, async_op=True, **keywords)
+            if arguments[-1].device.type == "cpu":
+                _wait_awake(work)
+            work.wait()
         except (RuntimeError, ValueError) as error:
             if isinstance(error, th.OutOfMemoryError):
                 raise
@@ -196,6 +204,17 @@ class ProcessRanks(Ranks):
                     return f"training has ended in another process, {report}"
                 time.sleep(0.05)
         return f"training with the other processes has failed. One of them may have been killed, or is gone: {error}"
+
+
+def _wait_awake(work: Any) -> None:  # noqa: ANN401  # a Work, whose type is not public
+    """Wait a little without falling asleep, and let whatever else wants to run go first.
+
+    A message between two processes of a machine takes less time than waking up: a minibatch's sum of 40 KB took 0.3 ms
+    with it and 0.1 ms without, on a virtual machine.
+    """
+    until = time.perf_counter() + SECONDS_AWAKE
+    while hasattr(os, "sched_yield") and not work.is_completed() and time.perf_counter() < until:
+        os.sched_yield()
 
 
 def _tell_when_printed(store: Any) -> None:  # noqa: ANN401  # a Store of torch.distributed

@@ -53,9 +53,10 @@ class PartedActor(RolloutActor):
             starts = None if episode_starts is None else episode_starts[envs]
             self._parts.use_noise(actor.policy, part)
             with stream:
+                if len(self._actors) == 1 and not self._parts.is_exact:
+                    # Nothing is divided, and no other division has to give the same bits
+                    return actor.act(observations, episode_starts, context)
                 acted.append(actor.act(_rows(observations, envs), starts, _rows(context, envs)))
-        if len(acted) == 1:
-            return acted[0]
         actions, values, log_probs = zip(*acted, strict=True)
         return th.cat(actions), _joined(values), _joined(log_probs)
 
