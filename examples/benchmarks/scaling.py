@@ -4,11 +4,12 @@
 
 Weak: each process has the case's environments, and the minibatch grows with the number of processes. Strong: all
 processes together have the case's environments and its minibatch. Every group of processes is built and warmed up, then
-measured for --seconds. Groups take turns over --rounds, so that whatever else the machine does hits all alike. Of each
-figure the median is printed. "waiting" is the share of time that the first process spends in collectives, also waiting
-for slower processes; "bytes" is what it gives into them in an update. A group of one process trains without
-distributed, and for the overhead once more with it. Processes with distributed=False train beside one another without
-a message: what the machine could give at most. Writes scaling.json and scaling.png to --output.
+measured for --seconds, from the fourth update of a learn() on. Groups take turns over --rounds, so that whatever else
+the machine does hits all alike. Of each figure the median is printed. "waiting" is the share of time that the first
+process spends in collectives, also waiting for slower processes; "bytes" is what it gives into them in an update. A
+group of one process trains without distributed, and for the overhead once more with it. Processes with
+distributed=False train beside one another without a message: what the machine could give at most. Writes scaling.json
+and scaling.png to --output.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch as th
 import torch.distributed as dist
 from gymnasium import spaces
 from speed import PIXELS, RandomEnv
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -79,6 +81,8 @@ def vectors() -> gym.Env[Any, Any]:
     return RandomEnv(spaces.Box(-1, 1, (60,)), spaces.Box(-1, 1, (8,)))
 
 
+# In the first two updates of each learn(), steps are traced or compiled
+UPDATES_BEFORE = 3
 SMALL = {"n_steps": 256, "batch_size": 256, "n_epochs": 10}
 CASES = {
     "environment of 2 ms, 4 environments": Case(simulator, 4, {"n_steps": 64, "batch_size": 64, "n_epochs": 4}),
@@ -118,6 +122,26 @@ class Collectives:
         ProcessRanks._together = counting  # type: ignore[method-assign, assignment]  # to be timed
 
 
+class Watch(BaseCallback):
+    """Notes when the updates begin that count.
+
+    :param collectives: counts from then on
+    """
+
+    def __init__(self, collectives: Collectives) -> None:
+        super().__init__()
+        self.started, self._collectives, self._n_updates = 0.0, collectives, 0
+
+    def _on_rollout_start(self) -> None:
+        if self._n_updates == UPDATES_BEFORE:
+            self._collectives.watch()
+            self.started = time.perf_counter()
+        self._n_updates += 1
+
+    def _on_step(self) -> bool:
+        return True
+
+
 def make_model(case: Case, size: int, scaling: str, distributed: bool | str) -> PPOPlus:
     """Make a model of one of ``size`` processes."""
     n_envs = case.n_envs if scaling == "weak" else case.n_envs // size
@@ -138,18 +162,15 @@ def measure(
     model = make_model(CASES[name], size, scaling, distributed)
     n_alike = 1 if distributed else size
     update = model.n_steps * model.n_envs * size // n_alike
-    # Compiled graphs are made in the second update
-    model.learn(2 * update)
     started = time.perf_counter()
-    model.learn(update, reset_num_timesteps=False)
-    n_updates = max(2, round(seconds / (time.perf_counter() - started)))
+    model.learn(UPDATES_BEFORE * update)
+    n_updates = max(2, round(seconds / (time.perf_counter() - started) * UPDATES_BEFORE))
     if distributed:
         n_updates = int(model._parts.ranks.gather(th.tensor(n_updates)).max())
     wait_for_all(size, rank, Path(folder))
-    collectives.watch()
-    started = time.perf_counter()
-    model.learn(n_updates * update, reset_num_timesteps=False)
-    taken = time.perf_counter() - started
+    watch = Watch(collectives)
+    model.learn((UPDATES_BEFORE + n_updates) * update, watch, reset_num_timesteps=False)
+    taken = time.perf_counter() - watch.started
     if rank == 0:
         figures = {
             "steps_per_second": n_alike * n_updates * update / taken,

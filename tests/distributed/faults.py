@@ -25,7 +25,8 @@ UPDATE = N_ENVS * N_STEPS
 def train(n_ranks, distributed, folder):
     arguments = {"distributed": distributed, "n_epochs": 1, "batch_size": 8 * n_ranks}
     model = CASES["vec_normalize"].make_model(N_ENVS // n_ranks, **arguments)
-    model.learn(2 * UPDATE, TrainingCheckpoint(1, folder))
+    # Each update has the collectives of the first
+    model.learn(UPDATE, TrainingCheckpoint(1, folder))
 
 
 def counted(n_ranks, distributed, folder):
