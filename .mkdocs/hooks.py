@@ -17,6 +17,7 @@ GUIDES = "examples/guides/"
 COPIED = {
     "examples/benchmarks/SPEED.md": "benchmarks/SPEED.md",
     "examples/benchmarks/RETURNS.md": "benchmarks/RETURNS.md",
+    "examples/benchmarks/SCALING.md": "benchmarks/SCALING.md",
     "CHANGELOG.md": "CHANGELOG.md",
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "SECURITY.md": "SECURITY.md",

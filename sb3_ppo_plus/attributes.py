@@ -124,6 +124,7 @@ class PlusModel(Protocol):
     _last_original_obs: Any
     _last_states: Any
     _log_interval: int | None
+    _mask_use: Any
     _n_iterations: int
     _n_updates: int
     _num_timesteps_at_start: int

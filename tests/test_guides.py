@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GUIDES = ROOT / "examples" / "guides"
 PAGES = pages()
 #: Pages of figures, whose commands take hours
-OTHER_PAGES = [ROOT / name for name in ("examples/benchmarks/SPEED.md", "examples/benchmarks/RETURNS.md")]
+OTHER_PAGES = [ROOT / "examples/benchmarks" / name for name in ("SPEED.md", "RETURNS.md", "SCALING.md")]
 #: Stands for the repository's address, of which there is none yet
 PLACEHOLDER = "https://example.org/sb3-ppo-plus.git"
 #: Commands that a page shows, and no test runs

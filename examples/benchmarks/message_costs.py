@@ -4,8 +4,8 @@
 
 Gloo and NCCL send sums and rows round a ring of K processes, in steps of a latency and of bytes over a bandwidth:
 
-    sum(K, n)  = 2 (K - 1) (latency + n / (K bandwidth))      a minibatch with distributed=True
-    rows(K, n) =   (K - 1) (latency + n / bandwidth)          a minibatch with "exact"; everything else
+    sum(K, n)  = 2 (K - 1) (latency + n / (K bandwidth))      a minibatch of more than 64 KiB
+    rows(K, n) =   (K - 1) (latency + n / bandwidth)          everything else, and all with distributed="exact"
 
 (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009.) Latency and
 bandwidth are those with which the two formulas come nearest to messages between two processes of this machine. They are
@@ -31,6 +31,8 @@ from typing import Any
 import numpy as np
 import torch as th
 import torch.distributed as dist
+
+from sb3_ppo_plus.distributed.process_group import MAX_GATHERED_BYTES, ProcessRanks
 
 SIZES = [2**power for power in range(6, 25, 3)]
 MANY = (8, 64, 512)
@@ -64,13 +66,13 @@ def time_messages(n_processes: int, rank: int, seconds: float, folder: str) -> N
     """Send messages of all sizes as one process of a group; the first one writes the medians."""
     th.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n_processes)
+    ranks = ProcessRanks()
     figures = {}
     for n_bytes in SIZES:
         vector = th.zeros(n_bytes // 4)
-        rows = [th.zeros_like(vector) for _ in range(n_processes)]
-        messages = {"sum": partial(dist.all_reduce, vector), "rows": partial(dist.all_gather, rows, vector)}
-        for name, send in messages.items():
-            figures[f"{name} {n_bytes}"] = median_seconds(send, seconds)
+        figures[f"rows {n_bytes}"] = median_seconds(partial(ranks.gather, vector), seconds)
+        if n_bytes > MAX_GATHERED_BYTES:
+            figures[f"sum {n_bytes}"] = median_seconds(partial(ranks.sum, vector), seconds)
     if rank == 0:
         Path(folder, "figures.json").write_text(json.dumps(figures))
     dist.destroy_process_group()
@@ -127,15 +129,14 @@ def fitted(figures: dict[str, float]) -> Network:
 
 
 def update_seconds(network: Network, row: dict[str, Any], n_processes: int) -> float:
-    """Return the time of an update's messages: those of minibatches are sums, the others rows of few bytes.
+    """Return the time of an update's messages. Those that do not belong to a minibatch have few bytes.
 
     :param row: an entry of scaling.json, with ``distributed=True``
     """
     n_others = row["messages_per_update"] - row["minibatches_per_update"]
     n_bytes = row["bytes_of_a_minibatch"]
-    return float(
-        row["minibatches_per_update"] * network.sum(n_processes, n_bytes) + n_others * network.rows(n_processes, 1000)
-    )
+    add = network.rows if n_bytes <= MAX_GATHERED_BYTES else network.sum
+    return float(row["minibatches_per_update"] * add(n_processes, n_bytes) + n_others * network.rows(n_processes, 1000))
 
 
 def main() -> None:

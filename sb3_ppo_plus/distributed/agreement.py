@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import platform
 import re
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import gymnasium as gym
 import numpy as np
+import sb3_contrib
 import stable_baselines3
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
@@ -28,6 +30,7 @@ _OF_NORMALIZERS = (
     *("training", "norm_obs", "norm_reward", "norm_obs_keys", "clip_obs", "clip_reward", "gamma", "epsilon"),
 )
 _MAX_SHOWN = 200
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def check_alike(model: PlusModel, ranks: Ranks, others: dict[str, Any]) -> None:
@@ -40,15 +43,41 @@ def check_alike(model: PlusModel, ranks: Ranks, others: dict[str, Any]) -> None:
     """
     if ranks.size == 1:
         return
+    uses_masks = None if model.env is None else model._mask_use.decide(model.env, model)
+    values = {
+        "observation_space": model.observation_space,
+        "action_space": model.action_space,
+        "number of environments": model.n_envs,
+        "num_timesteps": model.num_timesteps,
+        "whether masks are used": uses_masks,
+        **_machine(model),
+        **others,
+    }
+    texts = settings_of(model) | {name: _text_of(value) for name, value in values.items()}
+    refuse_differences(ranks.gather_objects(texts, "settings"))
+
+
+def settings_of(model: PlusModel) -> dict[str, str]:
+    """Return what a callback could change in a single process, so that the processes would not train alike any more.
+
+    :param model: the model
+    :return: by name, as texts that are equal for equal values
+    """
     names = [name for name in ARGUMENTS if name not in _MAY_DIFFER and hasattr(model, name)]
     values = {name: getattr(model, name) for name in names}
-    values |= {"observation_space": model.observation_space, "action_space": model.action_space}
-    values |= {"number of environments": model.n_envs, "num_timesteps": model.num_timesteps}
-    values |= {**_settings_of_wrappers(model.env), **_machine(model), **others}
-    # Functions have the same names, at other addresses
-    texts = {name: re.sub(r" at 0x[0-9a-f]+", "", repr(value)) for name, value in values.items()}
-    first, *of_others = ranks.gather_objects(texts, "settings")
-    for rank, theirs in enumerate(of_others, 1):
+    values |= _settings_of_wrappers(model.env)
+    values["trainable parameters"] = [name for name, each in model.policy.named_parameters() if each.requires_grad]
+    return {name: _text_of(value) for name, value in values.items()}
+
+
+def refuse_differences(texts: list[dict[str, str]]) -> None:
+    """Check that all processes have the same settings.
+
+    :param texts: those of each process
+    :raises ValueError: in every process, for the first difference; it names both sides
+    """
+    first, *others = texts
+    for rank, theirs in enumerate(others, 1):
         for name in first | theirs:
             text, their_text = first.get(name, "none"), theirs.get(name, "none")
             if their_text != text:
@@ -57,6 +86,19 @@ def check_alike(model: PlusModel, ranks: Ranks, others: dict[str, Any]) -> None:
                     f"{name} must be the same in all processes, got {sides[0]} in rank 0, {sides[1]} in rank {rank}"
                 )
                 raise of_all_processes(ValueError(message))
+
+
+def _text_of(value: Any) -> str:  # noqa: ANN401  # any value
+    if isinstance(value, _PLAIN):
+        return repr(value)
+    # Arrays whole; functions have the same names, at other addresses
+    with np.printoptions(threshold=sys.maxsize):
+        return re.sub(" at 0x[0-9a-fA-F]+", "", repr(tree_map(_ordered, value)))
+
+
+def _ordered(leaf: Any) -> Any:  # noqa: ANN401  # any value
+    """Return the items of a set in an order that is the same in each process."""
+    return (type(leaf).__name__, sorted(map(repr, leaf))) if isinstance(leaf, set | frozenset) else leaf
 
 
 def _settings_of_wrappers(env: VecEnv | None) -> dict[str, Any]:
@@ -86,7 +128,10 @@ def _machine(model: PlusModel) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    packages = {"torch": th, "stable-baselines3": stable_baselines3, "gymnasium": gym, "numpy": np}
+    # The package itself is being imported when this module is
+    own = sys.modules["sb3_ppo_plus"]
+    packages = {"torch": th, "stable-baselines3": stable_baselines3, "sb3-contrib": sb3_contrib, "sb3-ppo-plus": own}
+    packages |= {"gymnasium": gym, "numpy": np}
     versions = {f"version of {name}": str(package.__version__) for name, package in packages.items()}
     return {"version of Python": platform.python_version(), **versions}
 

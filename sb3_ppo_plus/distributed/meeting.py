@@ -9,7 +9,7 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.distributed.agreement import digest, on_cpu
+from sb3_ppo_plus.distributed.agreement import digest, on_cpu, refuse_differences, settings_of
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.distributed.shared_statistics import SharedStatistics, statistics_of
 
@@ -21,12 +21,14 @@ class _Message(NamedTuple):
     :param num_timesteps: timesteps done in all processes, as far as this one knows
     :param episodes: step, and info of each episode that has ended
     :param statistics: what its steps bring to the statistics of normalisers
+    :param settings: those of its model, see :func:`settings_of`
     """
 
     stops: bool
     num_timesteps: int
     episodes: list[tuple[int, dict[str, Any] | None, Any]]
     statistics: list[tuple[Any, ...]]
+    settings: dict[str, str]
 
 
 class Meeting:
@@ -113,8 +115,9 @@ class Meeting:
         shared = _shared_statistics(model.env)
         own_parts = [] if self._at_each_step else [statistics.own_part() for statistics in shared]
         messages: list[_Message] = self._ranks.gather_objects(
-            _Message(stops, model.num_timesteps, self._episodes, own_parts), "the end of a rollout"
+            _Message(stops, model.num_timesteps, self._episodes, own_parts, settings_of(model)), "the end of a rollout"
         )
+        refuse_differences([message.settings for message in messages])
         # The order of one process that has all environments
         episodes = [episode for message in messages for episode in message.episodes]
         for _, info, success in sorted(episodes, key=lambda episode: episode[0]):

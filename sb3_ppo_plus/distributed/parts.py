@@ -31,11 +31,21 @@ class Parts:
     :param device: the policy's device
     :param ranks: the processes of the run
     :param is_exact: compute with the bits of one process that has all parts
+    :param rank_of_envs: whose environments this process has, where it has not joined the others yet
     """
 
-    def __init__(self, n_here: int, device: th.device, ranks: Ranks | None = None, *, is_exact: bool = True) -> None:
+    def __init__(
+        self,
+        n_here: int,
+        device: th.device,
+        ranks: Ranks | None = None,
+        *,
+        is_exact: bool = True,
+        rank_of_envs: int = 0,
+    ) -> None:
         self.n_here = n_here
         self.ranks = ranks or Ranks()
+        self._rank_of_envs = self.ranks.rank or rank_of_envs
         self.n_in_all = n_here * self.ranks.size
         self.first = n_here * self.ranks.rank
         self._device = device
@@ -77,9 +87,9 @@ class Parts:
         :param env: the environments, after they were seeded as those of the first process
         :param seed: the model's seed
         """
-        if self.ranks.rank == 0 or seed is None or env is None:
+        if self._rank_of_envs == 0 or seed is None or env is None:
             return
-        own_seed = (seed + self.ranks.rank * env.num_envs) % 2**32
+        own_seed = (seed + self._rank_of_envs * env.num_envs) % 2**32
         env.seed(own_seed)
         # Environments may draw from these. PyTorch's is the same in all processes, as policies are built from it
         random.seed(own_seed)

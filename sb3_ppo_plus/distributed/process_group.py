@@ -50,6 +50,13 @@ def share_of(n_envs: int) -> tuple[int, int]:
     return n_envs // size, n_envs // size * rank
 
 
+def rank_of_launch() -> int:
+    """Return the number of this process among those that were launched together; 0 without a launcher."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
 def is_launched() -> bool:
     """Whether this process was started together with others, or has joined a process group already."""
     if not dist.is_available():
@@ -79,6 +86,10 @@ _groups_of_cpu: list[tuple[Any, Any]] = []
 """The default group, and the group that sends tensors of the CPU beside it."""
 
 
+_groups_left: list[str] = []
+"""The backends of groups that this process has left after an error."""
+
+
 def _group_of_cpu() -> Any:  # noqa: ANN401  # a process group, whose type is not public
     if not _groups_of_cpu or _groups_of_cpu[0][0] is not dist.group.WORLD:
         _groups_of_cpu[:] = [(dist.group.WORLD, dist.new_group(backend="gloo"))]
@@ -87,6 +98,11 @@ def _group_of_cpu() -> Any:  # noqa: ANN401  # a process group, whose type is no
 
 def _make_group(backend: str) -> None:
     if not outlives_attempts():
+        if _groups_left:
+            raise RuntimeError(
+                "training has failed in this process before, and the processes have left each other. Their launcher "
+                "cannot bring them together again: start the script anew (torchrun could)"
+            )
         dist.init_process_group(backend)
         return
     # As init_process_group does it. It is not in the list of what the module exports
@@ -167,6 +183,7 @@ class ProcessRanks(Ranks):
             # What is kept would keep the connections, on which the others wait
             forget_group(dist.group.WORLD)
             _groups_of_cpu.clear()
+            _groups_left.append(str(dist.get_backend()))
             self._group_of_cpu = None
             dist.destroy_process_group()
             until = time.monotonic() + SECONDS_OF_FAREWELL

@@ -22,7 +22,7 @@ from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
 from sb3_ppo_plus.distributed.agreement import check_alike, share_parameters
 from sb3_ppo_plus.distributed.parts import Parts
-from sb3_ppo_plus.distributed.process_group import is_launched, join
+from sb3_ppo_plus.distributed.process_group import is_launched, join, rank_of_launch
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.distributed.shared_statistics import sharing_statistics
 from sb3_ppo_plus.envs.questions import base_of
@@ -67,7 +67,10 @@ def make_parts(model: PlusModel, *, joins: bool) -> Parts:
     :raises ValueError: if there is no launcher, or if environments or minibatches cannot be divided
     """
     ranks = join(model.device) if joins and model.distributed else Ranks()
-    parts = Parts(model.micro_batches, model.device, ranks, is_exact=model.distributed != True)  # noqa: E712  # "exact" is true too
+    is_exact = model.distributed != True  # noqa: E712  # "exact" is true too
+    # A model that is loaded joins when it learns; until then its environments may be reset with the seeds of this rank
+    rank_of_envs = rank_of_launch() if model.distributed else 0
+    parts = Parts(model.micro_batches, model.device, ranks, is_exact=is_exact, rank_of_envs=rank_of_envs)
     if joins:
         # A model that is only loaded may be used with any number of environments
         parts.check(model)

@@ -1,19 +1,25 @@
 """What must be alike in all processes, and is refused or made so before they train."""
 
 import copy
+import os
 import warnings
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
-from environments import ToyEnv, make_env
+from environments import MASKED_ACTION_SPACES, ToyEnv, make_env
 from models import assert_refused
-from parted_cases import CASES, N_ENVS, N_STEPS, Case
+from parted_cases import CASES, N_ENVS, N_STEPS, Case, masked, toys
 from rank_runs import in_ranks, results_of
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import PPOPlus, TrainingCheckpoint
 from sb3_ppo_plus.distributed import share_of
+from sb3_ppo_plus.distributed.agreement import _text_of
+from sb3_ppo_plus.errors import RankFailedError
 
 UPDATE = N_ENVS * N_STEPS
 
@@ -164,3 +170,75 @@ def test_environments_of_scripts_that_seed_all_alike_are_seeded_apart():
         return seen
 
     assert results_of(2, seeds) == [[7, 8], [9, 10]]
+
+
+class ChangedByOne(BaseCallback):
+    """Changes the model of the second process in the middle of a rollout.
+
+    :param change: gets the model
+    """
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def _on_step(self):
+        if self.n_calls == 3 and self.model._parts.ranks.rank == 1:
+            self.change(self.model)
+        return True
+
+
+@pytest.mark.parametrize("distributed", [True, "exact"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("target_kl", lambda model: setattr(model, "target_kl", 1e-9)),
+        ("n_epochs", lambda model: setattr(model, "n_epochs", 1)),
+        ("batch_size", lambda model: setattr(model, "batch_size", 64)),
+        ("clip_range", lambda model: setattr(model, "clip_range", 0.01)),
+        ("trainable parameters", lambda model: model.policy.value_net.requires_grad_(False)),
+    ],
+)
+def test_what_a_callback_changes_in_one_process_only_is_an_error_before_the_update(name, change, distributed):
+    def train(rank):
+        model = Case().make_model(4, distributed=distributed)
+        with pytest.raises(ValueError, match=f"{name} must be the same in all processes, got") as refused:
+            model.learn(UPDATE, ChangedByOne(change))
+        return str(refused.value), model._n_updates
+
+    first, second = results_of(2, train)
+    assert first == second and "in rank 0" in first[0] and "in rank 1" in first[0] and first[1] == 0
+
+
+def test_masks_of_the_environments_of_one_process_only_are_refused():
+    def train(rank):
+        env = masked(4) if rank == 1 else toys(4, action_space=MASKED_ACTION_SPACES["multi_discrete"])
+        model = PPOPlus("MlpPolicy", env, n_steps=16, batch_size=32, device="cpu", distributed=True)
+        with pytest.raises(ValueError, match=r"whether masks are used must be .* False in rank 0, True in rank 1"):
+            model.learn(UPDATE)
+
+    results_of(2, train)
+
+
+def test_settings_are_compared_by_their_values():
+    assert _text_of({0, 8}) == _text_of(set([8, 0])), "the order in a set depends on how it was made"
+    assert _text_of([lambda: 0]) == _text_of([lambda: 0]), "functions are elsewhere in each process"
+    assert _text_of(np.random.default_rng(0)) == _text_of(np.random.default_rng(0))
+    high = np.ones(2000, np.float32)
+    spaces_that_differ = [gym.spaces.Box(-1, np.where(np.arange(2000) == 1000, value, high)) for value in (1, 2)]
+    assert _text_of(spaces_that_differ[0]) != _text_of(spaces_that_differ[1])
+
+
+def test_a_launcher_that_cannot_bring_processes_together_again_is_named_after_a_failure():
+    def train(rank):
+        for name, value in {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+            os.environ[name] = str(value)
+        model = Case().make_model(4, distributed=True)
+        if rank == 1:
+            model.env.step_wait = lambda: 1 / 0
+        with pytest.raises((ZeroDivisionError, RankFailedError)):
+            model.learn(UPDATE)
+        with pytest.raises(RuntimeError, match="start the script anew"):
+            Case().make_model(4, distributed=True)
+
+    results_of(2, train)

@@ -1,5 +1,6 @@
 """A model that was loaded joins the other processes when it trains, and differs from theirs only where it must."""
 
+import numpy as np
 import pytest
 from parted_cases import CASES, N_ENVS, N_STEPS, toys
 from rank_runs import results_of
@@ -28,3 +29,14 @@ def test_its_environments_have_other_seeds_in_each_process_unless_the_user_has_s
         return seeds[0]
 
     assert results_of(2, run) == ([100, 110] if own_seeds else [3, 7])
+
+
+def test_its_environments_differ_where_they_are_reset_before_it_learns(tmp_path):
+    path = tmp_path / "model.zip"
+    CASE.make_model(N_ENVS // 2).save(path)
+    expected = PPOPlus.load(path, env=toys(N_ENVS), device="cpu").get_env().reset()
+
+    def run(rank):
+        return PPOPlus.load(path, env=toys(N_ENVS // 2), device="cpu", distributed="exact").get_env().reset()
+
+    assert np.concatenate(results_of(2, run)).tolist() == expected.tolist()
