@@ -5,6 +5,7 @@ import numpy as np
 from environments import ASYMMETRIC, SMALL_NET, ToyEnv
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import SubprocVecEnv
 
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.policies.flat_actions import FlatActionSpace
@@ -93,7 +94,7 @@ class MaskedHybridToy(HybridToy):
 
 
 def make_env(n_envs=2, env_class=HybridToy, vec_env_cls=None, wrapper_class=None, **kwargs):
-    vec_env_kwargs = {"start_method": "fork"} if vec_env_cls is not None else None
+    vec_env_kwargs = {"start_method": "fork"} if vec_env_cls is SubprocVecEnv else None
     return make_vec_env(
         lambda: env_class(**kwargs),
         n_envs,

@@ -45,7 +45,9 @@ class AsPart(gym.Wrapper):
         self.action_space, self.key = structure, key
 
     def step(self, action):
-        return self.env.step(action[self.key])
+        # SB3 hands zeros and ones to the environment as float32
+        part = action[self.key]
+        return self.env.step(part.astype(np.float32) if isinstance(self.env.action_space, spaces.MultiBinary) else part)
 
 
 ALONE = {
