@@ -76,7 +76,7 @@ def score(name: str, timesteps: int, seed: int) -> float:
     return float(evaluate_policy(model, eval_env, n_eval_episodes=200)[0])
 
 
-def main(timesteps: int = 100_000, seeds: int = 1, first_seed: int = 10) -> dict[str, list[float]]:
+def main(timesteps: int = 30_000, seeds: int = 1, first_seed: int = 20) -> dict[str, list[float]]:
     """Train in three forms for equal steps; print the scores of each seed, and return them."""
     names = ("used parts", "all parts", "one Box")
     scores = {name: [score(name, timesteps, first_seed + seed) for seed in range(seeds)] for name in names}
@@ -87,8 +87,8 @@ def main(timesteps: int = 100_000, seeds: int = 1, first_seed: int = 10) -> dict
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--timesteps", type=int, default=100_000)
+    parser.add_argument("--timesteps", type=int, default=30_000)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--first-seed", type=int, default=10)
+    parser.add_argument("--first-seed", type=int, default=20)
     arguments = parser.parse_args()
     main(arguments.timesteps, arguments.seeds, arguments.first_seed)

@@ -2,10 +2,13 @@
 
 import models
 import numpy as np
+import pytest
+import torch as th
 from environments import ASYMMETRIC, SMALL_NET, ToyEnv
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
+from states import state_of
 
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.policies.flat_actions import FlatActionSpace
@@ -27,6 +30,7 @@ CASES = {
     "squashed_gaussian": {"policy_kwargs": {"action_dist": "squashed_gaussian"}},
     "used parts": {"action_space": CHOOSING, "policy_kwargs": {"used_parts": USED_PARTS}},
 }
+EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
 class HybridToy(ToyEnv):
@@ -108,3 +112,12 @@ def make_env(n_envs=2, env_class=HybridToy, vec_env_cls=None, wrapper_class=None
 def build(env=None, action_space=NESTED, policy="MlpPolicy", policy_kwargs=(), **settings):
     env = make_env(action_space=action_space) if env is None else env
     return PPOPlus(policy, env, policy_kwargs=SMALL_NET | dict(policy_kwargs), **models.SETTINGS | settings)
+
+
+def assert_same_numbers(model, other):
+    """All tensors of two models are equal in bits, whatever their names."""
+    states = [state_of(one) for one in (model, other)]
+    tensors = [[value for value in state.values() if isinstance(value, th.Tensor)] for state in states]
+    assert len(tensors[0]) == len(tensors[1]) > 10
+    for first, second in zip(*tensors, strict=True):
+        assert th.isfinite(first).all() and th.equal(first, second)

@@ -3,36 +3,22 @@
 import copy
 
 import gymnasium as gym
-import hybrid_cases
 import numpy as np
 import pytest
 import torch as th
 from environments import ASYMMETRIC, SMALL_NET, ToyEnv, logs_of_updates
 from gymnasium import spaces
-from hybrid_cases import CASES, CHOOSING, NESTED, USED_PARTS, HybridToy, MaskedHybridToy, build, make_env
-from interrupted_runs import StopAfter
+from hybrid_cases import CHOOSING, EVERY_CASE, NESTED, USED_PARTS, HybridToy, assert_same_numbers, build, make_env
 from models import SETTINGS
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecMonitor, VecNormalize
-from states import assert_same_bits, state_of
 
-from sb3_ppo_plus import PPOPlus, ResumableEnv, TrainingCheckpoint
+from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.policies import MlpPolicy
 from sb3_ppo_plus.policies.flat_actions import FlatActionSpace
-
-EVERY_CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
-
-def assert_same_numbers(model, other):
-    """All tensors of two models are equal in bits, whatever their names."""
-    states = [state_of(one) for one in (model, other)]
-    tensors = [[value for value in state.values() if isinstance(value, th.Tensor)] for state in states]
-    assert len(tensors[0]) == len(tensors[1]) > 10
-    for first, second in zip(*tensors, strict=True):
-        assert th.isfinite(first).all() and th.equal(first, second)
-
 
 # Alone and as a part
 
@@ -53,7 +39,7 @@ class AsPart(gym.Wrapper):
 ALONE = {
     "box": (ASYMMETRIC, {}),
     "squashed box": (ASYMMETRIC, {"policy_kwargs": {"action_dist": "squashed_gaussian"}}),
-    "beta box": (ASYMMETRIC, {"policy_kwargs": {"action_dist": "beta", "action_dist_kwargs": {"deterministic": "mode"}}}),
+    "beta box": (ASYMMETRIC, {"policy_kwargs": {"action_dist": "beta"}}),
     "box of two dimensions": (spaces.Box(-1, 2, (2, 2)), {}),
     "discrete": (spaces.Discrete(3), {}),
     "multi_discrete": (spaces.MultiDiscrete([3, 2]), {}),
@@ -231,98 +217,6 @@ def test_a_choice_trains_the_heads_of_its_own_parameters_alone():
     assert moved == {"0", "1", "3"}
 
 
-# Masks
-
-
-@pytest.mark.parametrize("as_structure", [False, True], ids=["one array", "structures"])
-@pytest.mark.parametrize("vec_env_cls", [DummyVecEnv, SubprocVecEnv])
-def test_masks_are_obeyed_at_each_step(as_structure, vec_env_cls):
-    # MaskedHybridToy refuses masked choices
-    env = make_env(3, MaskedHybridToy, as_structure=as_structure, vec_env_cls=vec_env_cls)
-    model = build(env, batch_size=32).learn(3 * 96)
-    masks = model.rollout_buffer.context["action_masks"]
-    assert masks.shape == (32, 3, 3 + 4 + 11) and not masks.all() and model.needs_masks
-    evaluate_policy(model.masked(env), env, 5, deterministic=False)
-    actions, _ = model.predict(env.reset(), action_masks=env.env_method("action_masks"))
-    env.step(actions)
-    env.close()
-
-
-def test_masks_of_one_environment_may_have_its_structure():
-    env = MaskedHybridToy(as_structure=True)
-    model = build(make_env(2, MaskedHybridToy, as_structure=True)).learn(64)
-    observation, _ = env.reset(seed=0)
-    for _ in range(50):
-        action, _ = model.predict(observation, action_masks=env.action_masks())
-        observation, *_ = env.step(action)
-    observation, _ = env.reset()
-    action, _ = model.masked(env).predict(observation)
-    env.step(action)
-
-
-def test_masks_may_be_among_the_observations():
-    class InObservation(MaskedHybridToy):
-        def __init__(self):
-            super().__init__(spaces.Tuple((spaces.Discrete(4), ASYMMETRIC)))
-            space = {"vector": self.observation_space, "action_mask": spaces.MultiBinary(4)}
-            self.seen_space = spaces.Dict(space)
-
-        def _seen(self, observation):
-            return {"vector": observation, "action_mask": np.concatenate(self.masks).astype(np.int8)}
-
-    class Seen(gym.ObservationWrapper):
-        def __init__(self):
-            super().__init__(InObservation())
-            self.observation_space = self.env.seen_space
-
-        def observation(self, observation):
-            return self.env._seen(observation)
-
-        def get_wrapper_attr(self, name):
-            if name == "action_masks":
-                raise AttributeError(name)
-            return super().get_wrapper_attr(name)
-
-    env = make_vec_env(Seen, 2, seed=0)
-    model = build(env, policy="MultiInputPolicy", action_masking=True).learn(256)
-    evaluate_policy(model, env, 5, deterministic=False)
-
-
-def test_eval_callback_predicts_with_the_masks_of_its_environment():
-    callback = EvalCallback(make_env(1, MaskedHybridToy, as_structure=True), eval_freq=16, verbose=0)
-    build(make_env(2, MaskedHybridToy)).learn(64, callback)
-    assert np.isfinite(callback.last_mean_reward)
-
-
-class WrongMask(HybridToy):
-    def __init__(self, mask):
-        super().__init__()
-        self.mask = mask
-
-    def action_masks(self):
-        return self.mask
-
-
-@pytest.mark.parametrize(
-    ("mask", "message"),
-    [
-        ({"kind": np.ones(2)}, "part 'kind' must have 3 elements"),
-        ({"slots": {"which": np.ones(12)}}, "part 'slots.which' must have 11 elements"),
-        ({"arguments": (np.ones(2), None)}, "part 'arguments.0' must be None"),
-        ({"kind": np.zeros(3)}, "no valid choice of part 'kind'"),
-        (np.ones(19), "part 'kind', part 'slots.flags'"),
-    ],
-)
-def test_a_mask_that_does_not_fit_names_the_part(mask, message):
-    with pytest.raises(ValueError, match=message):
-        build(make_env(2, WrongMask, mask=mask)).learn(64)
-
-
-def test_masks_are_required_only_where_a_part_can_be_masked():
-    with pytest.raises(ValueError, match="action_masking=True needs"):
-        build(make_env(action_space=spaces.Tuple((ASYMMETRIC,))), action_masking=True)
-
-
 # What is refused
 
 
@@ -360,131 +254,11 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step():
 
 
 def test_a_policy_by_itself_takes_such_spaces_and_refuses_gsde():
-    from sb3_ppo_plus.policies import MlpPolicy
-
     box = spaces.Box(-1, 1, (3,))
     policy = MlpPolicy(box, NESTED, lambda _: 1e-3)
     assert NESTED.contains(policy.predict(np.zeros(3, np.float32))[0])
     with pytest.raises(ValueError, match="use_sde=True needs a Box"):
         MlpPolicy(box, NESTED, lambda _: 1e-3, use_sde=True)
-
-
-# Faster, in parts, and saved
-
-
-@pytest.mark.usefixtures("replayed_after_a_while", "acts_eagerly")
-@EVERY_CASE
-def test_replayed_steps_have_the_bits_of_eager_ones(case, monkeypatch):
-    replayed = build(**case, ent_coef=0.01).learn(4 * 64)
-    assert replayed._execution.gradient_step.replays.n_replays > 0
-    from sb3_ppo_plus.fast import replays
-
-    monkeypatch.setattr(replays, "REPLAY_AFTER", 10**9)
-    eager = build(**case, ent_coef=0.01).learn(4 * 64)
-    assert eager._execution.gradient_step.replays.n_replays == 0
-    assert_same_numbers(replayed, eager)
-
-
-@EVERY_CASE
-@pytest.mark.filterwarnings("error:compile=True")
-def test_compiled_equals_eager_to_rounding(case):
-    models = [build(**case, compile=compile, ent_coef=0.01).learn(3 * 64) for compile in (False, True)]
-    for (name, expected), actual in zip(
-        models[0].policy.named_parameters(), models[1].policy.parameters(), strict=True
-    ):
-        th.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-    assert models[1]._execution.gradient_step.n_compilations > 0
-    assert models[1]._execution.compiled_actor.n_compilations > 0
-
-
-@EVERY_CASE
-def test_masked_and_compiled_equals_masked_and_eager(case):
-    given = {name: value for name, value in case.items() if name == "policy_kwargs"}
-    given["policy_kwargs"] = {**given.get("policy_kwargs", {})}
-    given["policy_kwargs"].pop("used_parts", None)
-    models = [
-        build(make_env(2, MaskedHybridToy), compile=compile, **given).learn(2 * 64) for compile in (False, True)
-    ]
-    for expected, actual in zip(*(model.policy.parameters() for model in models), strict=True):
-        th.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ["gaussian", "beta", "used parts"])
-def test_micro_batches_add_up_to_the_whole_minibatch(name):
-    # One step on all transitions. With parts, each draws its own random numbers
-    class Replay(BaseCallback):
-        def _on_step(self):
-            return True
-
-        def _on_rollout_end(self):
-            rollout.setdefault("buffer", copy.deepcopy(self.model.rollout_buffer))
-            for array in ("observations", "actions", "log_probs", "values", "advantages", "returns"):
-                setattr(self.model.rollout_buffer, array, getattr(rollout["buffer"], array).copy())
-            self.model.rollout_buffer._rollout = None
-
-    rollout = {}
-    case = CASES[name]
-    models = [
-        build(**case, n_epochs=1, batch_size=64, micro_batches=parts, ent_coef=0.01).learn(64, Replay())
-        for parts in (1, 2)
-    ]
-    for expected, actual in zip(*(model.policy.parameters() for model in models), strict=True):
-        th.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-4)
-
-
-@EVERY_CASE
-@pytest.mark.parametrize("trusted", [True, False])
-def test_a_saved_model_predicts_and_trains_as_before(case, trusted, tmp_path):
-    model = build(**case).learn(64)
-    model.save(tmp_path / "model.zip")
-    loaded = PPOPlus.load(tmp_path / "model.zip", device="cpu", trusted=trusted)
-    assert loaded.action_space == model.action_space
-    assert_same_bits(
-        {name: value for name, value in model.policy.state_dict().items()},
-        {name: value for name, value in loaded.policy.state_dict().items()},
-    )
-    assert loaded.policy_kwargs == model.policy_kwargs
-    one = np.array([0.1, -0.2, 0.9], np.float32)
-    for deterministic in (True, False):
-        th.manual_seed(2)
-        expected = model.predict(one, deterministic=deterministic)[0]
-        th.manual_seed(2)
-        assert_same_bits(loaded.predict(one, deterministic=deterministic)[0], expected)
-    env = make_env(action_space=case.get("action_space", NESTED))
-    PPOPlus.load(tmp_path / "model.zip", env=env, device="cpu", trusted=trusted).learn(64)
-
-
-@pytest.mark.parametrize("by", ["state", "replay"])
-@pytest.mark.parametrize("env_class", [HybridToy, MaskedHybridToy])
-@pytest.mark.parametrize("trusted", [True, False])
-def test_a_resumed_run_has_the_bits_of_one_without_interruption(by, env_class, trusted, tmp_path):
-    def env():
-        return make_env(env_class=env_class, wrapper_class=lambda env: ResumableEnv(env, by=by))
-
-    def model():
-        return build(env(), n_steps=8, batch_size=8)
-
-    whole = model().learn(96)
-    model().learn(96, [TrainingCheckpoint(1, tmp_path), StopAfter(48)])
-    resumed = PPOPlus.resume(tmp_path, env(), device="cpu", trusted=trusted)
-    assert resumed.num_timesteps == 48
-    resumed.continue_learning()
-    assert_same_bits(state_of(whole), state_of(resumed))
-
-
-def test_a_saved_policy_loads(tmp_path):
-    policy = build(**CASES["used parts"]).policy
-    policy.save(tmp_path / "policy.pt")
-    loaded = type(policy).load(tmp_path / "policy.pt", device="cpu")
-    one = np.zeros(3, np.float32)
-    assert_same_bits(loaded.predict(one, deterministic=True)[0], policy.predict(one, deterministic=True)[0])
-    assert loaded.used_parts == USED_PARTS
-
-
-def test_a_model_of_another_space_is_refused(tmp_path):
-    build().save(tmp_path / "model.zip")
-    with pytest.raises(ValueError, match="Action spaces do not match"):
-        PPOPlus.load(tmp_path / "model.zip", env=make_env(action_space=CHOOSING))
 
 
 @pytest.mark.parametrize("name", ["bf16", "target_kl", "separate"])
@@ -501,4 +275,3 @@ def test_other_settings_go_with_it(name):
 def test_the_cases_have_every_kind_of_part():
     kinds = {type(part.space) for space in (NESTED, CHOOSING) for part in FlatActionSpace(space).parts}
     assert kinds == {spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary}
-    assert hybrid_cases.USED_PARTS == USED_PARTS

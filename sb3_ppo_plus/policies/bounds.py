@@ -18,11 +18,10 @@ class AcceptsHybridActions(OnPolicyAlgorithm):
     In a subclass of both, it comes between PPO, which names the spaces of SB3, and the class that checks them.
     """
 
-    def __init__(
-        self, *args: Any, supported_action_spaces: tuple[type[spaces.Space[Any]], ...] | None = None, **kwargs: Any
-    ) -> None:
-        supported = None if supported_action_spaces is None else (*supported_action_spaces, *HYBRID_SPACES)
-        super().__init__(*args, supported_action_spaces=supported, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("supported_action_spaces") is not None:
+            kwargs["supported_action_spaces"] = (*kwargs["supported_action_spaces"], *HYBRID_SPACES)
+        super().__init__(*args, **kwargs)
 
 
 def clip_to_bounds(actions: np.ndarray, space: spaces.Box) -> np.ndarray:

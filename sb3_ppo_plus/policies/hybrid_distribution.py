@@ -84,7 +84,7 @@ class HybridDistribution(DiagGaussianDistribution):
         """The objects of ``torch.distributions`` of the parts; for a MultiDiscrete part a list of them."""
         return [part.distribution for part in self.parts]
 
-    @distribution.setter
+    @distribution.setter  # type: ignore[override]  # narrower than SB3's base
     def distribution(self, distribution: None) -> None:
         # SB3's constructor sets None
         assert distribution is None, "the distributions of hybrid actions cannot be replaced"
@@ -107,11 +107,12 @@ class HybridDistribution(DiagGaussianDistribution):
         log_stds: list[th.Tensor] = []
         self._n_log_stds = []
         for part in self.parts:
-            log_std: nn.Parameter | None = None
+            made: Any
             if isinstance(part, DiagGaussianDistribution):
-                net, log_std = part.proba_distribution_net(latent_dim, log_std_init)
+                made = part.proba_distribution_net(latent_dim, log_std_init)
             else:
-                net = part.proba_distribution_net(latent_dim)
+                made = part.proba_distribution_net(latent_dim), None
+            net, log_std = made
             nets.append(net)
             self._n_log_stds.append(0 if log_std is None else len(log_std))
             log_stds += [] if log_std is None else [log_std.detach()]
@@ -126,14 +127,15 @@ class HybridDistribution(DiagGaussianDistribution):
         :param log_std: log standard deviation of all parts that have one, shape (n,); None: no part has one
         :return: self
         """
-        log_stds = [None] * len(self.parts) if log_std is None else log_std.split(self._n_log_stds)
+        no_log_stds = [None] * len(self.parts)
+        log_stds: Sequence[Any] = no_log_stds if log_std is None else th.split(log_std, self._n_log_stds)
         # New parts each time, so that a copy of this object keeps its parts
         self.parts = [copy(part) for part in self.parts]
         for part, outputs, part_log_std in zip(self.parts, mean_actions, log_stds, strict=True):
             if self._follows_replaced_methods:
                 follow_replaced_methods(part)
             if isinstance(part, DiagGaussianDistribution):
-                part.proba_distribution(outputs, part_log_std)  # type: ignore[arg-type]  # Beta takes None
+                part.proba_distribution(outputs, part_log_std)
             else:
                 part.proba_distribution(action_logits=outputs)
         return self
@@ -146,7 +148,7 @@ class HybridDistribution(DiagGaussianDistribution):
         :raises ValueError: for masks of another size, or a MultiBinary part of a policy that was built without masks
         """
         given = th.as_tensor(masks).reshape(-1, sum(self._mask_sizes))
-        of_parts = given.split(self._mask_sizes, dim=1)
+        of_parts = th.split(given, self._mask_sizes, dim=1)
         for part, (path, space, _), part_masks in zip(self.parts, self._spaces.parts, of_parts, strict=True):
             if isinstance(space, spaces.Box):
                 continue

@@ -96,8 +96,8 @@ def _check_observations(
 def resolving_policy_kwargs(model: PlusModel) -> Iterator[None]:
     """While a model's policy and rollout buffer are built, have what they take in place of what the user gave.
 
-    These are classes in place of names in ``policy_kwargs``, and a :class:`FlatActionSpace` in place of a Tuple or Dict.
-    Afterwards they are as before: ``save`` writes and ``load`` compares names, and the environment's action space.
+    These are classes in place of names in ``policy_kwargs``, and a :class:`FlatActionSpace` in place of a Tuple or
+    Dict. Then they are as before: ``save`` writes and ``load`` compares names, and the action space of the environment.
 
     :param model: the model
     :raises ValueError: see :func:`resolve_policy_kwargs`

@@ -89,5 +89,5 @@ def _named(name: object, parts: Sequence[ActionPart], chooser: str, choosers: It
         )
     wrong = [parts[i].path for i in found if i in {*choosers}]
     if wrong:
-        raise ValueError(f"used_parts[{chooser!r}]: part {wrong[0]!r} chooses itself what is used, so it is always used")
+        raise ValueError(f"used_parts[{chooser!r}]: part {wrong[0]!r} chooses what is used, and is always used")
     return found

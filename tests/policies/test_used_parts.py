@@ -35,8 +35,8 @@ def test_a_part_that_two_choosers_name_is_used_if_both_use_it():
         ({"1.0": [[], []]}, "part '1.0' must be Discrete"),
         ({"0": [["1.0"], []]}, "must have 3 lists"),
         ({"0": [["1.0"], ["1.3"], []]}, r"used_parts\['0'\]: the action space has no part '1.3'"),
-        ({"0": [["2"], [], []], "2.aim": [["1"], []]}, "part '2.aim' chooses itself"),
-        ({"0": [["0"], [], []]}, "part '0' chooses itself"),
+        ({"0": [["2"], [], []], "2.aim": [["1"], []]}, "part '2.aim' chooses what is used"),
+        ({"0": [["0"], [], []]}, "part '0' chooses what is used"),
     ],
 )
 def test_what_does_not_fit_the_action_space_is_named(used_parts, message):
