@@ -58,7 +58,7 @@ class ActorCriticPlusPolicy(HybridPolicy):
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate as a function of progress_remaining
-    :param action_dist: distribution of Box actions: "gaussian" (SB3's, or gSDE with ``use_sde``), "squashed_gaussian"
+    :param action_dist: distribution of Box actions and parts: "gaussian" (SB3's, or gSDE with ``use_sde``), "squashed_gaussian"
         or "beta"
     :param action_dist_kwargs: keyword arguments of that distribution, e.g. ``{"deterministic": "mode"}`` for "beta"
     :param action_masking: True: the policy is built for masks. MultiBinary actions have sb3-contrib's distribution, and
@@ -66,7 +66,7 @@ class ActorCriticPlusPolicy(HybridPolicy):
     :param memory: a memory over time between the features and the heads: "lstm", "gru" or "gtrxl"; None: no memory
     :param memory_kwargs: see :class:`MemoryOptions`. The arguments of sb3-contrib's recurrent policies work too
     :param features_extractor_class: SB3's parameter; None: ``default_features_extractor_class``
-    :param kwargs: SB3's other parameters
+    :param kwargs: SB3's other parameters, and those of :class:`HybridPolicy`
     :raises ValueError: for a value that is not allowed, or an ``action_dist`` that does not fit the action space
     """
 
