@@ -58,8 +58,8 @@ class ActorCriticPlusPolicy(HybridPolicy):
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate as a function of progress_remaining
-    :param action_dist: distribution of Box actions and parts: "gaussian" (SB3's, or gSDE with ``use_sde``), "squashed_gaussian"
-        or "beta"
+    :param action_dist: distribution of Box actions and Box parts: "gaussian" (SB3's, or gSDE with ``use_sde``),
+        "squashed_gaussian" or "beta"
     :param action_dist_kwargs: keyword arguments of that distribution, e.g. ``{"deterministic": "mode"}`` for "beta"
     :param action_masking: True: the policy is built for masks. MultiBinary actions have sb3-contrib's distribution, and
         the observation key ``action_mask`` holds masks and is no feature. PPOPlus sets this
