@@ -33,7 +33,7 @@ from sb3_ppo_plus.masking.evaluation import MaskedPredictor, evaluate_with_masks
 from sb3_ppo_plus.masking.usage import MaskUse
 from sb3_ppo_plus.policies.actor_critic import PLUS_POLICY_OF, POLICY_ALIASES, MlpPolicy, predict_with_masks
 from sb3_ppo_plus.policies.bounded_distributions import explaining_infinite_bounds
-from sb3_ppo_plus.policies.bounds import env_actions
+from sb3_ppo_plus.policies.bounds import AcceptsHybridActions, env_actions
 from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, explaining_dict_keys, resolving_policy_kwargs
 from sb3_ppo_plus.policies.remembering import set_sequence_length
 from sb3_ppo_plus.resuming.resume import arguments_to_continue, load_checkpoint
@@ -49,7 +49,7 @@ from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.non_finite import check_epsilon, count_skipped_steps
 
 
-class PPOPlus(PPO):
+class PPOPlus(PPO, AcceptsHybridActions):
     """Proximal Policy Optimization (Schulman et al. 2017), bit for bit SB3's PPO by default.
 
     The parameters of SB3's PPO come first, with its names, order, meaning and defaults. The parameters below accept

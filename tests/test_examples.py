@@ -139,6 +139,19 @@ def test_continue_from_sb3(capsys):
     assert capsys.readouterr().out.splitlines()[-1].endswith("after 4096 steps")
 
 
+def test_hybrid_actions(capsys):
+    example = load_example("hybrid_actions")
+    env = example.Squeezed(example.Course())
+    env.reset(seed=0)
+    assert env.action(np.array([-1.0, 0.1, 0.2, 0.3, 0.4])) == {
+        "move": 0,
+        "length": {"walk": [0.1], "hop": [0.2], "leap": [0.3], "climb": [0.4]},
+    }
+    scores = example.main(timesteps=2_048, seeds=2)
+    assert all(len(of_seeds) == 2 and 0 <= min(of_seeds) <= 20 for of_seeds in scores.values())
+    assert "used parts   obstacles passed: " in capsys.readouterr().out
+
+
 def test_masked_puzzle(capsys):
     example = load_example("masked_puzzle")
     env = example.Queens(6)

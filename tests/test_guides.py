@@ -53,6 +53,7 @@ GAP = re.compile(r"\.\.\.|<[^>]*>")
 
 VECTOR = spaces.Box(-1, 1, (24,), np.float32)
 IMAGE = spaces.Box(0, 255, (7, 7, 3), np.uint8)
+PARAMETRISED = spaces.Dict({"kind": spaces.Discrete(2), "run": VECTOR, "kick": VECTOR})
 
 
 #: Pages whose blocks take long: W&B starts a process of its own
@@ -105,7 +106,8 @@ def test_the_policy_kwargs_that_are_named_build_a_policy(page, text):
         space = spaces.Dict({"image": IMAGE, "vector": VECTOR}) if '"image"' in text else IMAGE
     of_memory = "Lstm" if '"lstm_' in text else ""
     policy = f"{'MultiInput' if isinstance(space, spaces.Dict) else 'Mlp'}{of_memory}Policy"
-    env = make_vec_env(lambda: ToyEnv(observation_space=space))
+    actions = {"action_space": PARAMETRISED} if "used_parts" in text else {}
+    env = make_vec_env(lambda: ToyEnv(observation_space=space, **actions))
     PPOPlus(policy, env, n_steps=64, policy_kwargs=ast.literal_eval(text), device="cpu")
 
 

@@ -303,37 +303,58 @@ def _outcome(env: Any, operation: Any) -> dict[str, Any]:  # noqa: ANN401  # a R
     return copy.deepcopy(outcome)
 
 
-def _masks(env: Any, observation: Any) -> np.ndarray | None:  # noqa: ANN401  # a ResumableEnv, an observation
+def _masks(env: Any, observation: Any) -> Any:  # noqa: ANN401  # a ResumableEnv, an observation; masks may be a structure
     try:
         method = env.get_wrapper_attr("action_masks")
     except AttributeError:
         method = None
     if method is not None:
-        return np.array(method())
+        masks = method()
+        return masks if isinstance(masks, dict | tuple) else np.array(masks)
     return np.asarray(observation[MASK]) if isinstance(observation, dict) and MASK in observation else None
 
 
-def _random_actions(action_space: spaces.Space[Any]) -> Callable[[np.ndarray | None], Any]:
+def _random_actions(action_space: spaces.Space[Any]) -> Callable[[Any], Any]:
     """Return a function that draws a valid action. It uses none of the generators that training uses."""
     space = copy.deepcopy(action_space)
     space.seed(0)
     generator = np.random.default_rng(0)
+    return lambda masks: _masked(space, space.sample(), masks, generator)
 
-    def draw(masks: np.ndarray | None) -> Any:  # noqa: ANN401  # an action
-        action = space.sample()
-        sizes = _sizes(space)
-        if masks is None or masks.size != sum(sizes):
-            return action
-        parts = np.split(masks.reshape(-1) != 0, np.cumsum(sizes)[:-1])
-        chosen = [generator.choice(np.flatnonzero(part) if part.any() else part.size) for part in parts]
-        if isinstance(space, spaces.Discrete):
-            return type(action)(space.start + chosen[0])
-        return np.array(chosen, dtype=space.dtype).reshape(np.shape(action))
 
-    return draw
+def _masked(space: spaces.Space[Any], action: Any, masks: Any, generator: np.random.Generator) -> Any:  # noqa: ANN401  # any structure
+    """Return an action whose choices are valid: one array of masks, or masks in the structure of the space."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        members = dict(space.spaces.items() if isinstance(space, spaces.Dict) else enumerate(space.spaces))
+        chosen = {
+            key: _masked(member, action[key], mask, generator)
+            for (key, member), mask in zip(members.items(), _masks_of_members(members, masks), strict=True)
+        }
+        return chosen if isinstance(space, spaces.Dict) else tuple(chosen.values())
+    sizes = _sizes(space)
+    masks = np.concatenate([np.reshape(mask, -1) for mask in masks]) if isinstance(masks, tuple | list) else masks
+    if masks is None or not sizes or np.size(masks) != sum(sizes):
+        return action
+    parts = np.split(np.reshape(masks, -1) != 0, np.cumsum(sizes)[:-1])
+    choices = [generator.choice(np.flatnonzero(part) if part.any() else part.size) for part in parts]
+    if isinstance(space, spaces.Discrete):
+        return type(action)(space.start + choices[0])
+    return np.array(choices, dtype=space.dtype).reshape(np.shape(action))
+
+
+def _masks_of_members(members: dict[Any, spaces.Space[Any]], masks: Any) -> list[Any]:  # noqa: ANN401  # any structure
+    if isinstance(masks, dict):
+        return [masks.get(key) for key in members]
+    ends = np.cumsum([sum(_sizes(member)) for member in members.values()])
+    if isinstance(masks, np.ndarray) and masks.size == ends[-1]:
+        return np.split(masks.reshape(-1), ends[:-1])
+    return list(masks) if isinstance(masks, tuple | list) and len(masks) == len(members) else [None] * len(members)
 
 
 def _sizes(space: spaces.Space[Any]) -> list[int]:
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        members = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
+        return [size for member in members for size in _sizes(member)]
     if isinstance(space, spaces.Discrete):
         return [int(space.n)]
     if isinstance(space, spaces.MultiDiscrete):

@@ -21,6 +21,7 @@ from sb3_ppo_plus.policies.actor_critic import (
     MultiInputActorCriticPlusPolicy,
     has_own_methods,
 )
+from sb3_ppo_plus.policies.hybrid_distribution import PartNets, distributions_in
 from sb3_ppo_plus.torch_private import backward_hooks, contents_of, forward_hooks, has_function_modes
 
 KNOWN_POLICIES = (ActorCriticPlusPolicy, ActorCriticPlusCnnPolicy, MultiInputActorCriticPlusPolicy)
@@ -28,7 +29,7 @@ KNOWN_MODULES = (
     *(nn.Linear, nn.Conv2d, nn.Flatten, nn.Identity, nn.Sequential, nn.ModuleDict),
     *(nn.Tanh, nn.ReLU, nn.ELU, nn.GELU, nn.LeakyReLU, nn.SiLU, nn.Sigmoid, nn.Softplus),
     *(nn.Mish, nn.SELU, nn.CELU, nn.ReLU6, nn.Softsign, nn.Hardtanh, nn.Hardswish, nn.LayerNorm),
-    *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor),
+    *(FlattenExtractor, NatureCNN, CombinedExtractor, MlpExtractor, PartNets),
 )
 KNOWN_PACKAGES = ("sb3_ppo_plus.", "stable_baselines3.common.")
 
@@ -63,7 +64,7 @@ def has_known_parts(policy: ActorCriticPolicy) -> bool:
     return (
         type(policy) in KNOWN_POLICIES
         and policy.memory_options is None
-        and _is_known(type(policy.action_dist))
+        and all(_is_known(type(distribution)) for distribution in distributions_in(policy.action_dist))
         and has_known_modules(policy)
         and not any(has_own_methods(part) for part in policy.modules())
         and hindrance(policy) is None
@@ -83,7 +84,7 @@ def hindrance(policy: nn.Module) -> str | None:
 
     :param policy: the policy
     """
-    parts, action_dist = [*policy.modules()], getattr(policy, "action_dist", None)
+    parts, action_dists = [*policy.modules()], distributions_in(getattr(policy, "action_dist", None))
     forward, backward = forward_hooks(parts), backward_hooks(parts)
     if forward is None or backward is None or contents_of(policy) is None:
         return "this PyTorch does not show the hooks and parts of modules"
@@ -91,9 +92,9 @@ def hindrance(policy: nn.Module) -> str | None:
         return "a module has a hook, which a graph would not call"
     if has_function_modes():
         return "a TorchFunctionMode is on, which a graph would not call"
-    if action_dist is not None and has_own_methods(action_dist):
+    for action_dist in filter(has_own_methods, action_dists):
         return f"a method of the policy's {type(action_dist).__name__} was replaced, which a graph would not notice"
-    for kind in classes_of([*parts, action_dist]):
+    for kind in classes_of([*parts, *action_dists]):
         if is_patched(kind):
             return f"a method of the class {kind.__name__} was replaced, which a graph would not notice"
     return None
@@ -200,11 +201,12 @@ def python_state(policy: nn.Module) -> Hashable:
 
     :param policy: the policy
     """
-    action_dist = getattr(policy, "action_dist", None)
+    action_dists = distributions_in(getattr(policy, "action_dist", None))
     # The parts themselves, not their ids, which later objects may have again
     parts = tuple((part, type(part), *_settings(part)) for part in policy.modules())
-    code = tuple(map(_code_of, classes_of([*policy.modules(), action_dist])))
-    return parts, type(action_dist), tuple(distribution_settings(action_dist).items()), code
+    code = tuple(map(_code_of, classes_of([*policy.modules(), *action_dists])))
+    settings = tuple((type(action_dist), *distribution_settings(action_dist).items()) for action_dist in action_dists)
+    return parts, settings, code
 
 
 def distribution_settings(action_dist: object) -> dict[str, int | float | str]:

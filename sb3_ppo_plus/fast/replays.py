@@ -23,6 +23,8 @@ from sb3_ppo_plus.torch_private import has_accumulation_hooks, has_gradient_hook
 REPLAY_AFTER = 300
 # The first replays are checked. Not only the very first, because PyTorch optimises a graph after its first runs
 CHECKED_REPLAYS = 4
+# As many products that are added up, TorchScript joins into one
+JOINED_PRODUCTS = 4
 
 Replay = Callable[..., tuple[th.Tensor, ...]]
 
@@ -59,6 +61,7 @@ def make_replay(function: Callable[..., Any], inputs: Sequence[th.Tensor], polic
         node.replace_all_uses_with(node.args[0])
         graph.graph.erase_node(node)
     _keep_linear_layers_whole(graph.graph)
+    _keep_products_apart(graph.graph)
     graph.recompile()
     random_state = th.get_rng_state()
     try:
@@ -80,6 +83,18 @@ def _keep_linear_layers_whole(graph: th.fx.Graph) -> None:
         )
         if is_linear:
             node.target, node.args = th.ops.aten.linear.default, (inputs, transposed.args[0], bias)
+
+
+def _keep_products_apart(graph: th.fx.Graph) -> None:
+    """Write matrix products as operations that TorchScript does not join.
+
+    It joins four products or more that are added up into one, which rounds otherwise. Such a sum is the gradient of
+    what four layers share.
+    """
+    products = graph.find_nodes(op="call_function", target=th.ops.aten.mm.default)
+    added = [node for node in products if any(user.target is th.ops.aten.add.Tensor for user in node.users)]
+    for node in products if len(added) >= JOINED_PRODUCTS else []:
+        node.target = th.ops.aten.matmul.default
 
 
 @dataclass

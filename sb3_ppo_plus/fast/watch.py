@@ -17,6 +17,7 @@ from sb3_ppo_plus.fast.policy_changes import (
     classes_of,
     distribution_settings,
 )
+from sb3_ppo_plus.policies.hybrid_distribution import distributions_in
 from sb3_ppo_plus.torch_private import contents_of, forward_hooks, function_mode_counter, without_hooks_and_modes
 
 _METHODS_OF_MODULES = ("__call__", "forward")
@@ -115,7 +116,7 @@ def _methods_of_acting(policy: nn.Module, action_dist: object) -> dict[type, dic
     for names, owners in (
         (_METHODS_OF_MODULES, [*policy.modules()]),
         (METHODS_OF_ACTING, [policy]),
-        (_METHODS_OF_DISTRIBUTIONS, [action_dist]),
+        (_METHODS_OF_DISTRIBUTIONS, distributions_in(action_dist)),
     ):
         final = {*map(type, owners)}
         for kind in classes_of(owners):

@@ -14,6 +14,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
 from sb3_ppo_plus.envs.questions import has_attribute
 from sb3_ppo_plus.masking.usage import offers_masks
+from sb3_ppo_plus.policies.flat_actions import parts_of
+from sb3_ppo_plus.policies.mask_layout import flat_mask
 from sb3_ppo_plus.policies.masks import MASK_KEY, has_mask_key
 
 
@@ -55,7 +57,7 @@ class MaskedPredictor:
         """
         model, env = vars(self)["_model"], vars(self)["_env_with_masks"]
         if action_masks is None and not has_mask_key(env.observation_space):
-            action_masks = get_action_masks(env)
+            action_masks = get_action_masks(env) if not parts_of(env.action_space) else _masks_of_structures(env)
         elif action_masks is None and not getattr(model.policy, "has_mask_key", False):
             assert isinstance(observation, dict)
             action_masks = observation[MASK_KEY]
@@ -72,6 +74,12 @@ class MaskedPredictor:
 
     def __setattr__(self, name: str, value: object) -> None:
         setattr(vars(self)["_model"], name, value)
+
+
+def _masks_of_structures(env: GymEnv) -> Any:  # noqa: ANN401  # what the environments return
+    if isinstance(env, VecEnv):
+        return [flat_mask(env.action_space, mask) for mask in env.env_method(EXPECTED_METHOD_NAME)]
+    return env.get_wrapper_attr(EXPECTED_METHOD_NAME)()
 
 
 def evaluate_with_masks(callback: BaseCallback, model: Any) -> None:  # noqa: ANN401  # PPOPlus

@@ -6,6 +6,7 @@ under the key ``action_mask`` of Dict observations, as in PettingZoo and RLlib. 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -16,6 +17,7 @@ from sb3_contrib.common.maskable.utils import EXPECTED_METHOD_NAME
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
 
+from sb3_ppo_plus.policies.mask_layout import flat_mask, mask_names
 from sb3_ppo_plus.policies.masked_distributions import mask_sizes
 from sb3_ppo_plus.policies.masks import MASK_KEY, check_masks, has_mask_key
 
@@ -32,6 +34,8 @@ class ActionMaskSource:
         self._env = env
         self._envs = envs_of(env)
         self._sizes = mask_sizes(action_space)
+        self._names = mask_names(action_space)
+        self._action_space = action_space
         self._shape = (env.num_envs, sum(self._sizes))
         self._starts = np.cumsum([0, *self._sizes[:-1]])
         self._device = None if policy.device.type == "cpu" else policy.device
@@ -50,18 +54,20 @@ class ActionMaskSource:
             # A copy: the VecEnv may write its next observations into this array
             masks = np.array(observations[MASK_KEY])
         else:
-            masks = _stacked(self._ask_envs(), self._shape[1], step)
+            masks = _stacked(self._ask_envs(), self._shape[1], step, self._names)
         # This runs at each step, so valid masks pass by a few fast operations. Searching bytes is faster than all()
         if masks.dtype == np.bool_ and masks.shape == self._shape:
             has_choice = np.logical_or.reduceat(masks, self._starts, axis=1)
             if b"\0" not in has_choice.tobytes():
                 return masks
-        return check_masks(masks, self._sizes, step)
+        return check_masks(masks, self._sizes, step, self._names)
 
     def _ask_envs(self) -> list[Any]:
         if self._envs is None:
-            return self._env.env_method(EXPECTED_METHOD_NAME)
-        return [env.get_wrapper_attr(EXPECTED_METHOD_NAME)() for env in self._envs]
+            masks = self._env.env_method(EXPECTED_METHOD_NAME)
+        else:
+            masks = [env.get_wrapper_attr(EXPECTED_METHOD_NAME)() for env in self._envs]
+        return [flat_mask(self._action_space, mask) for mask in masks] if self._names else masks
 
     def context(self, masks: np.ndarray) -> dict[str, th.Tensor]:
         """Make the policy's keyword arguments.
@@ -88,7 +94,7 @@ def envs_of(env: VecEnv) -> list[gym.Env[Any, Any]] | None:
     return None
 
 
-def _stacked(given: list[Any], size: int, step: int) -> np.ndarray:
+def _stacked(given: list[Any], size: int, step: int, names: Sequence[str]) -> np.ndarray:
     try:
         masks = np.array(given)
     except ValueError:
@@ -98,8 +104,9 @@ def _stacked(given: list[Any], size: int, step: int) -> np.ndarray:
         return masks
     for index, mask in enumerate(given):
         if np.size(mask) != size:
+            of_names = f" for {', '.join(names)}" if names else ""
             raise ValueError(
-                f"action_masks() of env {index} must return the shape ({size},), got {np.shape(mask)} at step {step} "
-                "of the rollout"
+                f"action_masks() of env {index} must return the shape ({size},){of_names}, got {np.shape(mask)} at "
+                f"step {step} of the rollout"
             )
     return np.array([np.reshape(mask, size) for mask in given])

@@ -16,7 +16,8 @@ from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.envs.questions import has_attribute, wrappers_of
 from sb3_ppo_plus.masking.sources import ActionMaskSource, envs_of
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
-from sb3_ppo_plus.policies.masked_distributions import MASKABLE_SPACES, mask_sizes
+from sb3_ppo_plus.policies.flat_actions import parts_of
+from sb3_ppo_plus.policies.masked_distributions import can_be_masked, mask_sizes
 from sb3_ppo_plus.policies.masks import MASK_KEY, has_mask_key
 
 
@@ -26,7 +27,7 @@ def offers_masks(env: VecEnv, action_space: spaces.Space[Any]) -> bool:
     :param env: the outermost vectorised environment
     :param action_space: its action space
     """
-    if not isinstance(action_space, MASKABLE_SPACES):
+    if not can_be_masked(action_space):
         return False
     if has_mask_key(env.observation_space):
         return True
@@ -118,7 +119,9 @@ def obstacle_to_masks(model: PlusModel) -> Exception | None:
         return TypeError(f"{policy_class.__name__}'s forward and evaluate_actions lack action_masks")
     if buffer_class is None or not issubclass(buffer_class, PPOPlusRolloutBuffer):
         return TypeError(f"{buffer_class} stores no masks; subclass PPOPlusRolloutBuffer instead")
-    if isinstance(model.action_space, spaces.MultiBinary) and model._built_for_masks is False:
+    leaves = (model.action_space, *(part.space for part in parts_of(model.action_space)))
+    has_binary = any(isinstance(space, spaces.MultiBinary) for space in leaves)
+    if has_binary and model._built_for_masks is False:
         return ValueError("a model with MultiBinary actions that was built without masks has no logits for them")
     return None
 

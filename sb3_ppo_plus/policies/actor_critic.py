@@ -22,10 +22,8 @@ from sb3_contrib.common.recurrent.policies import (
 )
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.distributions import (
-    CategoricalDistribution,
     DiagGaussianDistribution,
     Distribution,
-    MultiCategoricalDistribution,
     StateDependentNoiseDistribution,
 )
 from stable_baselines3.common.policies import (
@@ -39,33 +37,36 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_ppo_plus.extractors import ImpalaCNN
-from sb3_ppo_plus.policies.bounded_distributions import BoundedDistribution, make_action_distribution
-from sb3_ppo_plus.policies.lean_distributions import LeanDiagGaussianDistribution, follow_replaced_methods
-from sb3_ppo_plus.policies.masked_distributions import apply_masks, make_maskable_distribution, mask_sizes
-from sb3_ppo_plus.policies.masks import check_masks, has_mask_key, split_off_mask, without_mask_key
+from sb3_ppo_plus.policies.bounded_distributions import BoundedDistribution
+from sb3_ppo_plus.policies.hybrid_distribution import choose_action_distribution
+from sb3_ppo_plus.policies.hybrid_policy import HybridPolicy
+from sb3_ppo_plus.policies.lean_distributions import follow_replaced_methods
+from sb3_ppo_plus.policies.mask_layout import masks_of_envs
+from sb3_ppo_plus.policies.masked_distributions import apply_masks
+from sb3_ppo_plus.policies.masks import has_mask_key, split_off_mask, without_mask_key
 from sb3_ppo_plus.policies.memory import State
 from sb3_ppo_plus.policies.net_arch import resolve_net_arch
-from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS, MemoryOptions, RememberingPolicy
+from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS, MemoryOptions
 from sb3_ppo_plus.policies.state_use import state_use_of
 
 MaybeMasks = th.Tensor | np.ndarray | None
 
 
-class ActorCriticPlusPolicy(RememberingPolicy):
+class ActorCriticPlusPolicy(HybridPolicy):
     """SB3's ``ActorCriticPolicy`` with more action distributions, and with heads that stay in float32 under autocast.
 
     :param observation_space: observation space
     :param action_space: action space
     :param lr_schedule: learning rate as a function of progress_remaining
-    :param action_dist: distribution of Box actions: "gaussian" (SB3's, or gSDE with ``use_sde``), "squashed_gaussian"
-        or "beta"
+    :param action_dist: distribution of Box actions and Box parts: "gaussian" (SB3's, or gSDE with ``use_sde``),
+        "squashed_gaussian" or "beta"
     :param action_dist_kwargs: keyword arguments of that distribution, e.g. ``{"deterministic": "mode"}`` for "beta"
     :param action_masking: True: the policy is built for masks. MultiBinary actions have sb3-contrib's distribution, and
         the observation key ``action_mask`` holds masks and is no feature. PPOPlus sets this
     :param memory: a memory over time between the features and the heads: "lstm", "gru" or "gtrxl"; None: no memory
     :param memory_kwargs: see :class:`MemoryOptions`. The arguments of sb3-contrib's recurrent policies work too
     :param features_extractor_class: SB3's parameter; None: ``default_features_extractor_class``
-    :param kwargs: SB3's other parameters
+    :param kwargs: SB3's other parameters, and those of :class:`HybridPolicy`
     :raises ValueError: for a value that is not allowed, or an ``action_dist`` that does not fit the action space
     """
 
@@ -114,15 +115,11 @@ class ActorCriticPlusPolicy(RememberingPolicy):
         self._build_memory(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        if self.action_dist_name != "gaussian" or self.action_dist_kwargs:
-            self.action_dist = make_action_distribution(
-                self.action_space, self.action_dist_name, self.action_dist_kwargs
-            )
-        if type(self.action_dist) is DiagGaussianDistribution:
-            self.action_dist = LeanDiagGaussianDistribution(self.action_dist.action_dim)
-        if self.action_masking or isinstance(self.action_dist, CategoricalDistribution | MultiCategoricalDistribution):
-            # Without masks it acts as SB3's distribution
-            self.action_dist = make_maskable_distribution(self.action_space)
+        self.action_dist = choose_action_distribution(
+            *(self.action_space, self.action_dist, self.action_dist_name, self.action_dist_kwargs),
+            takes_masks=self.action_masking,
+            used_parts=self.used_parts,
+        )
         super()._build(lr_schedule)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -309,8 +306,7 @@ class ActorCriticPlusPolicy(RememberingPolicy):
             state_use_of(self).note(observation, state, episode_start)
         self._predict_context = {"state": state, "episode_start": episode_start}
         if action_masks is not None:
-            masks = check_masks(np.asarray(action_masks), mask_sizes(self.action_space))
-            self._predict_context["action_masks"] = masks
+            self._predict_context["action_masks"] = masks_of_envs(self.action_space, action_masks)
         try:
             actions, _ = super().predict(observation, state, episode_start, deterministic)
             return actions, self._predict_context["state"]

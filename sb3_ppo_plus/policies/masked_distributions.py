@@ -7,6 +7,7 @@ sb3-contrib takes -1e8, which overflows in half precision; in float32 both give 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
 
+from sb3_ppo_plus.policies.flat_actions import parts_of
 from sb3_ppo_plus.policies.lean_distributions import LeanCategoricalDistribution, LeanMultiCategoricalDistribution
 
 MASKABLE_SPACES = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
@@ -96,7 +98,7 @@ def make_maskable_distribution(action_space: spaces.Space[Any]) -> MaskableDistr
     :return: the distribution, without masks as yet
     :raises ValueError: for any other space
     """
-    sizes = mask_sizes(action_space)
+    sizes = _sizes(action_space)
     if isinstance(action_space, spaces.Discrete):
         return MaskableCategoricalDistribution(sizes[0])
     if isinstance(action_space, spaces.MultiDiscrete):
@@ -107,10 +109,38 @@ def make_maskable_distribution(action_space: spaces.Space[Any]) -> MaskableDistr
 def mask_sizes(action_space: spaces.Space[Any]) -> list[int]:
     """Return the number of choices of each action. Their sum is the size of a mask.
 
-    :param action_space: Discrete, MultiDiscrete or MultiBinary of one dimension
-    :return: for Discrete [n], for MultiDiscrete nvec, for MultiBinary [2] * n, since 0 and 1 are masked separately
+    :param action_space: Discrete, MultiDiscrete or MultiBinary of one dimension; or a Tuple or Dict with such parts, of
+        any dimensions
+    :return: for Discrete [n], for MultiDiscrete nvec, for MultiBinary [2] * n, since 0 and 1 are masked separately. For
+        a Tuple or Dict those of its discrete parts, one after another
     :raises ValueError: for a space that cannot be masked
     """
+    parts = [flattened_choices(part.space) for part in parts_of(action_space)]
+    if any(isinstance(part, MASKABLE_SPACES) for part in parts):
+        return [n for part in parts if isinstance(part, MASKABLE_SPACES) for n in _sizes(part)]
+    return _sizes(action_space)
+
+
+def can_be_masked(action_space: spaces.Space[Any]) -> bool:
+    """Whether actions can be masked: they are discrete, or in a Tuple or Dict some parts are.
+
+    :param action_space: the action space
+    """
+    candidates = (action_space, *(part.space for part in parts_of(action_space)))
+    return any(isinstance(space, MASKABLE_SPACES) for space in candidates)
+
+
+def flattened_choices(space: spaces.Space[Any]) -> spaces.Space[Any]:
+    """Return a MultiDiscrete or MultiBinary with one dimension; any other space as it is.
+
+    :param space: the space
+    """
+    if isinstance(space, spaces.MultiDiscrete):
+        return spaces.MultiDiscrete(space.nvec.reshape(-1))
+    return spaces.MultiBinary(math.prod(space.shape)) if isinstance(space, spaces.MultiBinary) else space
+
+
+def _sizes(action_space: spaces.Space[Any]) -> list[int]:
     if isinstance(action_space, spaces.Discrete):
         return [int(action_space.n)]
     if isinstance(action_space, spaces.MultiDiscrete) and action_space.nvec.ndim == 1:
@@ -129,12 +159,13 @@ def apply_masks(distribution: Distribution, masks: th.Tensor | np.ndarray) -> No
     :param masks: True where an action is valid, see ``apply_masking`` of the distribution's class
     :raises ValueError: for a distribution that takes no masks, or masks of a wrong size
     """
-    if not isinstance(distribution, MaskableDistribution):
+    apply_masking = getattr(distribution, "apply_masking", None)
+    if apply_masking is None:
         raise ValueError(
             f"action_masks were given to a policy with a {type(distribution).__name__}, which takes none; allowed: "
             "Discrete and MultiDiscrete actions, and MultiBinary actions of a model with action_masking=True"
         )
-    distribution.apply_masking(masks)
+    apply_masking(masks)
 
 
 def _as_masks(masks: th.Tensor | np.ndarray, shape: th.Size, device: th.device) -> th.Tensor:

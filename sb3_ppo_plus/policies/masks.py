@@ -32,19 +32,23 @@ def split_off_mask(observations: PyTorchObs) -> tuple[PyTorchObs, th.Tensor]:
     return features, observations[MASK_KEY].flatten(1) != 0
 
 
-def check_masks(masks: np.ndarray, sizes: Sequence[int], step: int | None = None) -> np.ndarray:
+def check_masks(
+    masks: np.ndarray, sizes: Sequence[int], step: int | None = None, names: Sequence[str] = ()
+) -> np.ndarray:
     """Check masks of several environments.
 
     :param masks: shape (n_envs, sum of sizes), or of that many elements; bool, or numbers 0 and 1
     :param sizes: number of choices of each action, see :func:`mask_sizes`
     :param step: for the message: step of the rollout, None outside one
+    :param names: for the message: what each action is called; empty: it has a number
     :return: bool, shape (n_envs, sum of sizes)
     :raises ValueError: for another shape, other numbers, or where an action has no valid choice
     """
     when = "" if step is None else f" at step {step} of the rollout"
     size = sum(sizes)
     if masks.size == 0 or masks.size % size:
-        raise ValueError(f"action masks must have the shape (n_envs, {size}), got {masks.shape}{when}")
+        of_names = f" ({', '.join(f'{n} for {name}' for n, name in zip(sizes, names, strict=True))})" if names else ""
+        raise ValueError(f"action masks must have the shape (n_envs, {size}){of_names}, got {masks.shape}{when}")
     masks = masks.reshape(-1, size)
     if masks.dtype != np.bool_:
         is_bool = (masks == 0) | (masks == 1)
@@ -58,6 +62,6 @@ def check_masks(masks: np.ndarray, sizes: Sequence[int], step: int | None = None
         has_choice = np.logical_or.reduceat(masks, [0, *accumulate(sizes[:-1])], axis=1)
     if not has_choice.all():
         index, action = (int(position[0]) for position in np.nonzero(~has_choice))
-        which = "action" if len(sizes) == 1 else f"choice of action {action}"
+        which = "action" if len(sizes) == 1 else f"choice of {names[action] if names else f'action {action}'}"
         raise ValueError(f"the action mask of env {index} leaves no valid {which}{when}")
     return masks

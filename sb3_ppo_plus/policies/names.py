@@ -15,6 +15,7 @@ from sb3_ppo_plus.argument_checks import accepted_names, did_you_mean
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.extractors import resolve_features_extractor
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy, CnnLstmPolicy, MlpLstmPolicy
+from sb3_ppo_plus.policies.flat_actions import flat_action_space
 from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -60,7 +61,8 @@ def resolve_policy_kwargs(
                     f"{did_you_mean(name, POLICY_ARGUMENTS)}"
                 )
     if not issubclass(policy_class, ActorCriticPlusPolicy):
-        lacking = sorted({"action_dist", "action_dist_kwargs", "memory", "memory_kwargs"} & resolved.keys())
+        own = {"action_dist", "action_dist_kwargs", "memory", "memory_kwargs", "used_parts"}
+        lacking = sorted(own & resolved.keys())
         if lacking:
             raise TypeError(
                 f"policy_kwargs: {policy_class.__name__} has no {' or '.join(lacking)}; subclass "
@@ -92,20 +94,26 @@ def _check_observations(
 
 @contextmanager
 def resolving_policy_kwargs(model: PlusModel) -> Iterator[None]:
-    """Have classes in place of names in a model's ``policy_kwargs``, while its policy is built.
+    """While a model's policy and rollout buffer are built, have what they take in place of what the user gave.
 
-    Then they are as the user gave them: ``save`` writes and ``load`` compares names, not classes.
+    These are classes in place of names in ``policy_kwargs``, and a :class:`FlatActionSpace` in place of a Tuple or
+    Dict. Then they are as before: ``save`` writes and ``load`` compares names, and the action space of the environment.
 
     :param model: the model
     :raises ValueError: see :func:`resolve_policy_kwargs`
     :raises TypeError: see :func:`resolve_policy_kwargs`
     """
-    given = model.policy_kwargs
+    given, action_space = model.policy_kwargs, model.action_space
     model.policy_kwargs = resolve_policy_kwargs(model.policy_class, given, model.observation_space)
+    model.action_space = flat_action_space(action_space)
+    if model.action_space is not action_space and not issubclass(model.policy_class, ActorCriticPlusPolicy):
+        raise TypeError(
+            f"{model.policy_class.__name__} takes no Tuple or Dict actions; subclass sb3_ppo_plus.ActorCriticPlusPolicy"
+        )
     try:
         yield
     finally:
-        model.policy_kwargs = given
+        model.policy_kwargs, model.action_space = given, action_space
 
 
 @contextmanager

@@ -18,7 +18,7 @@ MAX_KEYS = 1000
 
 
 def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
-    """Turn a Box, Discrete, MultiDiscrete, MultiBinary or a Dict of these into JSON, without its random generator.
+    """Turn a Box, Discrete, MultiDiscrete, MultiBinary, or a Dict or Tuple of these, into JSON, without its generator.
 
     :param space: the space
     :raises ValueError: for another class or a subclass, and for a Dict whose keys are not all strings
@@ -37,6 +37,8 @@ def encode_space(space: spaces.Space[Any]) -> dict[str, Any]:
     elif type(space) is spaces.Dict and all(isinstance(key, str) for key in space.spaces):
         members = [[key, encode_space(member)] for key, member in space.spaces.items()]
         description = {"space": "Dict", "spaces": members}
+    elif type(space) is spaces.Tuple:
+        description = {"space": "Tuple", "spaces": [encode_space(member) for member in space.spaces]}
     else:
         raise ValueError(f"a space of {type(space)} has no description, only Gymnasium's own basic classes have one")
     if decode_space(description, "space") != space:
@@ -133,9 +135,21 @@ def _dict(description: dict[str, Any], name: str, max_elements: int) -> spaces.S
     return spaces.Dict(members)
 
 
+def _tuple(description: dict[str, Any], name: str, max_elements: int) -> spaces.Space[Any]:
+    entries = get(description, "spaces", list, name)
+    if len(entries) > MAX_KEYS:
+        raise UntrustedFileError(f"{name} has {len(entries)} members; at most {MAX_KEYS} are allowed")
+    members: list[spaces.Space[Any]] = []
+    for index, entry in enumerate(entries):
+        members.append(_decode(entry, f"{name}[{index}]", max_elements))
+        max_elements -= _n_elements(members[-1])
+    return spaces.Tuple(members)
+
+
 def _n_elements(space: spaces.Space[Any]) -> int:
-    if isinstance(space, spaces.Dict):
-        return sum(_n_elements(member) for member in space.spaces.values())
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        members = space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces
+        return sum(_n_elements(member) for member in members)
     return math.prod(space.shape or ())
 
 
@@ -153,4 +167,5 @@ _DECODERS = {
     "MultiDiscrete": _multi_discrete,
     "MultiBinary": _multi_binary,
     "Dict": _dict,
+    "Tuple": _tuple,
 }

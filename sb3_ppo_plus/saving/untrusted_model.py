@@ -254,8 +254,8 @@ def _check_buffer(model: PPO) -> None:
 
 
 def _bytes_of(space: spaces.Space[Any]) -> int:
-    if isinstance(space, spaces.Dict):
-        return sum(map(_bytes_of, space.spaces.values()))
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        return sum(map(_bytes_of, space.spaces.values() if isinstance(space, spaces.Dict) else space.spaces))
     # Python's integers have no largest one
     return math.prod(map(int, space.shape or ())) * (space.dtype or np.dtype(np.float32)).itemsize
 

@@ -27,6 +27,8 @@ SPACES = [
     spaces.Dict([("b", spaces.Discrete(2)), ("a", spaces.Box(0, 1, ()))]),
     spaces.Dict({"nested": spaces.Dict({"": spaces.MultiBinary(1)})}),
     spaces.Dict({}),
+    spaces.Tuple([spaces.Discrete(2), spaces.Box(-1, 1, (2,))]),
+    spaces.Dict({"a": spaces.Tuple([spaces.Tuple([]), spaces.Dict({"b": spaces.MultiBinary(1)})])}),
 ]
 
 
@@ -56,7 +58,7 @@ class OwnBox(spaces.Box):
     [
         OwnBox(-1, 1, (3,)),
         spaces.Text(5),
-        spaces.Tuple([spaces.Discrete(2)]),
+        spaces.Tuple([spaces.Discrete(2), spaces.Text(5)]),
         spaces.Dict({"a": spaces.Text(5)}),
         spaces.Graph(spaces.Box(0, 1, (1,)), None),
     ],
