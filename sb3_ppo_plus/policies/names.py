@@ -60,7 +60,8 @@ def resolve_policy_kwargs(
                     f"{did_you_mean(name, POLICY_ARGUMENTS)}"
                 )
     if not issubclass(policy_class, ActorCriticPlusPolicy):
-        lacking = sorted({"action_dist", "action_dist_kwargs", "memory", "memory_kwargs"} & resolved.keys())
+        own = {"action_dist", "action_dist_kwargs", "memory", "memory_kwargs", "actor_keys", "critic_keys"}
+        lacking = sorted(own & resolved.keys())
         if lacking:
             raise TypeError(
                 f"policy_kwargs: {policy_class.__name__} has no {' or '.join(lacking)}; subclass "

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.envs.fill_missing_keys import refuse_missing_keys
 from sb3_ppo_plus.envs.restarting_env import RestartCounter
 from sb3_ppo_plus.envs.worker_watch import WorkerWatch
 
@@ -37,7 +38,9 @@ class Run:
         """Return a context in which hanging and dead workers of the training environment are named, or started anew.
 
         :param model: the model; ``worker_timeout`` and ``restart_workers`` say what is done
+        :raises ValueError: for an environment that is not for training
         """
+        refuse_missing_keys(model.env)
         n_restarts = self.watch.n_restarts or 0
         self.watch = WorkerWatch(model.env, model.worker_timeout, model.restart_workers, model.seed, n_restarts)
         return self.watch

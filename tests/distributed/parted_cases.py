@@ -92,6 +92,11 @@ CASES = {
         lambda n: VecNormalize(toys(n, observation_space=spaces.Dict({"a": BOX, "b": BOX})), norm_obs_keys=["a"]),
         "MultiInputPolicy",
     ),
+    "asymmetric": Case(
+        lambda n: toys(n, observation_space=spaces.Dict({"a": BOX, "b": BOX, "hidden": BOX})),
+        "MultiInputLstmPolicy",
+        LSTM | {"actor_keys": ["a"], "critic_keys": ["a", "hidden"]},
+    ),
     "target_kl": Case(arguments={"target_kl": 0.003, "learning_rate": 0.01, "n_epochs": 4}),
     "schedules": Case(
         arguments={
