@@ -339,7 +339,7 @@ class PPOPlus(PPO):
         progress_bar = progress_bar and self._parts.ranks.rank == 0
         all_callbacks = self._current_run.callback = super()._init_callback(callback, progress_bar)
         first_rank.share_out_work(all_callbacks, self._parts.ranks)
-        self._current_run.watch.watch_evaluations(all_callbacks)
+        self._current_run.begin(self, all_callbacks)
         check_symmetry(self)
         evaluate_with_masks(all_callbacks, self)
         return all_callbacks

@@ -38,12 +38,21 @@ class Run:
         """Return a context in which hanging and dead workers of the training environment are named, or started anew.
 
         :param model: the model; ``worker_timeout`` and ``restart_workers`` say what is done
-        :raises ValueError: for an environment that is not for training
         """
-        refuse_missing_keys(model.env)
         n_restarts = self.watch.n_restarts or 0
         self.watch = WorkerWatch(model.env, model.worker_timeout, model.restart_workers, model.seed, n_restarts)
         return self.watch
+
+    def begin(self, model: PlusModel, callback: BaseCallback) -> None:
+        """Check that the environments are for training, and watch the workers of evaluations.
+
+        :param model: the model, whose environments were reset
+        :param callback: the callback that holds all others
+        :raises ValueError: for environments that lack what the critic sees
+        """
+        if getattr(model.policy, "head_keys", None) is not None:
+            refuse_missing_keys(model.env)
+        self.watch.watch_evaluations(callback)
 
     def wait_for_checkpoints(self) -> None:
         """Wait until ``last_checkpoint`` is the last one: callbacks may be writing one in the background."""

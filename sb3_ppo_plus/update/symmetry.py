@@ -25,6 +25,7 @@ Symmetry: TypeAlias = Callable[[Any, th.Tensor], tuple[Any, th.Tensor]]
 
 # How much a mirror image of a mirror image may differ, as a share of the largest number (or of 1)
 TOLERANCE = 1e-5
+_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 def check_symmetry(model: PlusModel) -> None:
@@ -63,6 +64,8 @@ def check_symmetry(model: PlusModel) -> None:
 def _obstacle(model: PlusModel) -> str | None:
     """Return why a model cannot use a symmetry; None: it can."""
     policy: Any = model.policy
+    if not isinstance(model.action_space, _SPACES):
+        return f"needs Box, Discrete, MultiDiscrete or MultiBinary actions, got {model.action_space}"
     if not isinstance(model.rollout_buffer, PPOPlusRolloutBuffer):
         buffer = type(model.rollout_buffer).__name__
         return f"needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, got {buffer}"
