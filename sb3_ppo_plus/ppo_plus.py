@@ -142,19 +142,17 @@ class PPOPlus(PPO):
         given = check_types(locals())
         self.critic_learning_rate, self.pessimistic_value_clip = critic_learning_rate, pessimistic_value_clip
         self.action_masking, self.amp, self.compile = action_masking, amp, compile
-        self.on_non_finite, self.max_skipped = on_non_finite, max_skipped
-        self.worker_timeout, self.restart_workers = worker_timeout, restart_workers
-        self.micro_batches, self.distributed, self._joins = micro_batches, distributed, _init_setup_model
+        self.on_non_finite, self.max_skipped, self.worker_timeout = on_non_finite, max_skipped, worker_timeout
+        self.restart_workers, self.micro_batches, self.distributed = restart_workers, micro_batches, distributed
         self.symmetry, self.symmetry_mode, self.symmetry_coef = symmetry, symmetry_mode, symmetry_coef
         given["device"] = training.device_of_process(distributed, device)
-        self._skipped_steps = self._skipped_in_a_row = self._n_iterations = 0
+        self._skipped_steps, self._skipped_in_a_row, self._n_iterations, self._tb_log_name = 0, 0, 0, "PPOPlus"
         self.last_checkpoint: str | None = None
         """Directory of the checkpoint that was last written or resumed."""
         self._log_interval: int | None = 1
-        self._tb_log_name, self._was_given_masks = "PPOPlus", False
         self._last_states: RNNStates | None = None
         self._built_for_masks: bool | None = None
-        self._current_run = Run()
+        self._current_run, self._joins, self._was_given_masks = Run(), _init_setup_model, False
         with explaining_infinite_bounds(self, policy_kwargs), training.counting_all_environments(distributed):
             super().__init__(**{name: given[name] for name in inspect.signature(PPO).parameters if name in given})
 
