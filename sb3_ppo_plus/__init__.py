@@ -2,6 +2,7 @@
 
 from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
+from sb3_ppo_plus.envs.fill_missing_keys import FillMissingKeys
 from sb3_ppo_plus.envs.restarting_env import RestartingEnv
 from sb3_ppo_plus.errors import (
     CheckpointError,
@@ -43,6 +44,7 @@ __all__ = [
     "Cosine",
     "DeadWorkerError",
     "Exponential",
+    "FillMissingKeys",
     "HangingWorkerError",
     "ImpalaCNN",
     "Linear",

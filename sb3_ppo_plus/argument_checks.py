@@ -16,6 +16,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import BasePolicy
 
 ON_NON_FINITE = ("raise", "skip")
+SYMMETRY_MODES = ("augment", "loss")
 MAX_SEED = 2**32 - 1
 # What users give to the constructor, and what belongs elsewhere
 _ELSEWHERE = {
@@ -65,6 +66,8 @@ _KINDS = {
     "worker_timeout": _Kind((Real, type(None)), "a number or None"),
     "restart_workers": _INTEGER,
     "micro_batches": _INTEGER,
+    "symmetry_mode": _Kind((str,), "a string"),
+    "symmetry_coef": _NUMBER,
 }
 
 
@@ -140,6 +143,9 @@ def check_ranges(algorithm: object) -> None:
         ("restart_workers", "at least 0", lambda value: value >= 0),
         ("micro_batches", "at least 1", lambda value: value >= 1),
         ("distributed", 'False, True or "exact"', lambda value: isinstance(value, bool) or value == "exact"),
+        ("symmetry", "None or a function", lambda value: value is None or callable(value)),
+        ("symmetry_mode", f"one of {SYMMETRY_MODES}", lambda value: value in SYMMETRY_MODES),
+        ("symmetry_coef", "finite and at least 0", lambda value: 0 <= value < math.inf),
         ("worker_timeout", "None or a finite number above 0", lambda value: value is None or 0 < value < math.inf),
         ("max_grad_norm", "at least 0", lambda value: value >= 0),
         ("target_kl", "None or above 0", lambda value: value is None or value > 0),

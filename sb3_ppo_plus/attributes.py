@@ -21,7 +21,7 @@ ARGUMENTS = (
     *("use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs", "_stats_window_size"),
     *("tensorboard_log", "verbose", "seed", "critic_learning_rate", "pessimistic_value_clip", "action_masking"),
     *("amp", "compile", "on_non_finite", "max_skipped", "worker_timeout", "restart_workers", "micro_batches"),
-    "distributed",
+    *("distributed", "symmetry", "symmetry_mode", "symmetry_coef"),
 )
 """The constructor's arguments, as given or as SB3 keeps them. Saved with the model, and in its plain description."""
 
@@ -109,6 +109,9 @@ class PlusModel(Protocol):
     rollout_buffer_class: type[RolloutBuffer] | None
     seed: int | None
     start_time: float
+    symmetry: Any
+    symmetry_coef: float
+    symmetry_mode: str
     target_kl: float | None
     tensorboard_log: str | None
     verbose: int

@@ -33,6 +33,7 @@ class RolloutBatch:
     :param context: further keyword arguments of the policy, such as action_masks: tensors of shape (batch, ...)
     :param states: a memory's states at the start of each sequence of the rollout, shape (n_layers, n_sequences, ...)
     :param sequence_of: index of the sequence of each transition of a rollout, int64, shape (batch,)
+    :param mirrored: mirror images of ``observations`` and ``actions``, by these names; empty: the model has no symmetry
     """
 
     observations: PyTorchObs
@@ -46,6 +47,7 @@ class RolloutBatch:
     context: dict[str, Any] = field(default_factory=dict)
     states: RNNStates | None = None
     sequence_of: th.Tensor | None = None
+    mirrored: dict[str, Any] = field(default_factory=dict)
 
     def by_field(self) -> dict[str, Any]:
         """Return the values of the fields, by name."""
@@ -72,6 +74,7 @@ class RolloutBatch:
             valid=None if self.valid is None else _rows(self.valid, indices),
             weights=None if self.weights is None else _rows(self.weights, indices),
             context={name: _rows(tensor, indices) for name, tensor in self.context.items()},
+            mirrored=tree_map(lambda part: _rows(part, indices), self.mirrored) if self.mirrored else {},
         )
 
     def _select_sequences(self, indices: th.Tensor) -> RolloutBatch:
@@ -190,6 +193,14 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         """
         # On the CPU, the tensors share the memory of the buffer's arrays
         self.rollout().old_log_prob[indices] = log_probs
+
+    def set_mirrored(self, observations: PyTorchObs, actions: th.Tensor) -> None:
+        """Keep the mirror images of the full buffer for its minibatches.
+
+        :param observations: of the shape and order of :meth:`rollout`
+        :param actions: stored actions, of the shape and order of :meth:`rollout`
+        """
+        self._rollout = replace(self.rollout(), mirrored={"observations": observations, "actions": actions})
 
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Estimate advantages by GAE(lambda) and returns by TD(lambda), as SB3's ``RolloutBuffer`` does.

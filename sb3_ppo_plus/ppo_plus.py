@@ -47,6 +47,7 @@ from sb3_ppo_plus.update.epochs import log_update, minibatches_of, run_epochs
 from sb3_ppo_plus.update.gradient_step import Objective, recompute_log_prob
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.non_finite import check_epsilon, count_skipped_steps
+from sb3_ppo_plus.update.symmetry import Symmetry, check_symmetry
 
 
 class PPOPlus(PPO, AcceptsHybridActions):
@@ -66,8 +67,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
     :param policy_kwargs: arguments of the policy, see :class:`ActorCriticPlusPolicy`. ``features_extractor_class``,
         ``activation_fn`` and ``optimizer_class`` may be registered names, ``net_arch`` "tiny", "small" or "medium"
     :param critic_learning_rate: learning rate of the parameters that only the critic uses; None: ``learning_rate``
-    :param pessimistic_value_clip: True: with ``clip_range_vf``, take the larger of the clipped and the unclipped error;
-        False: SB3's form, which a model saved by SB3 keeps
+    :param pessimistic_value_clip: with ``clip_range_vf``, the larger error counts, clipped or not; False: SB3's form
     :param action_masking: mask invalid actions. None: if actions are discrete, and every environment has a method
         ``action_masks()`` or the observations have a key ``action_mask``; True: an error if not; False: never
     :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA; False: none
@@ -77,14 +77,15 @@ class PPOPlus(PPO, AcceptsHybridActions):
     :param on_non_finite: if a loss or its gradient is NaN or infinite, no step is taken. "raise": an error names the
         term; "skip": training goes on, and ``train/skipped_steps`` counts such steps
     :param max_skipped: with "skip", how many steps may be skipped in a row before an error is raised
-    :param worker_timeout: seconds in which a worker of a SubprocVecEnv must answer during ``learn``, but at least 300
-        where it builds its environment; None: no limit
+    :param worker_timeout: seconds for a worker's answer in ``learn``, 300 or more to build its env; None: no limit
     :param restart_workers: how many hanging or dead workers of the training environment one ``learn`` may start anew
     :param micro_batches: add the gradient of a minibatch from so many parts, each of an equal share of the
         environments. They act and are evaluated one after another, which takes less memory. 1: SB3's minibatches
-    :param distributed: True: train with the other processes that torchrun or Ray Train has started. ``env`` holds the
-        environments of this process; ``batch_size`` and numbers of timesteps are of all. "exact": slower, with the bits
-        of one process that has all environments, and a micro-batch for each process
+    :param distributed: True: train with the other processes that torchrun or Ray Train has started. ``env`` is of this
+        process; ``batch_size`` and timesteps are of all. "exact": slower, with the bits of one with ``micro_batches``
+    :param symmetry: function of observations and actions, tensors in the env's units, that mirrors both; None: none
+    :param symmetry_mode: "augment": mirror images are further data of an update; "loss": a term that wants symmetry
+    :param symmetry_coef: weight of that term
     :raises ValueError: for a value that is not allowed, before the first environment step
     :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
     """
@@ -134,23 +135,24 @@ class PPOPlus(PPO, AcceptsHybridActions):
         restart_workers: int = 0,
         micro_batches: int = 1,
         distributed: bool | str = False,
+        symmetry: Symmetry | None = None,
+        symmetry_mode: str = "augment",
+        symmetry_coef: float = 1.0,
     ) -> None:
         given = check_types(locals())
         self.critic_learning_rate, self.pessimistic_value_clip = critic_learning_rate, pessimistic_value_clip
         self.action_masking, self.amp, self.compile = action_masking, amp, compile
-        self.on_non_finite, self.max_skipped = on_non_finite, max_skipped
-        self.worker_timeout, self.restart_workers = worker_timeout, restart_workers
-        self.micro_batches, self.distributed, self._joins = micro_batches, distributed, _init_setup_model
+        self.on_non_finite, self.max_skipped, self.worker_timeout = on_non_finite, max_skipped, worker_timeout
+        self.restart_workers, self.micro_batches, self.distributed = restart_workers, micro_batches, distributed
+        self.symmetry, self.symmetry_mode, self.symmetry_coef = symmetry, symmetry_mode, symmetry_coef
         given["device"] = training.device_of_process(distributed, device)
-        self._skipped_steps = self._skipped_in_a_row = 0
+        self._skipped_steps, self._skipped_in_a_row, self._n_iterations, self._tb_log_name = 0, 0, 0, "PPOPlus"
         self.last_checkpoint: str | None = None
         """Directory of the checkpoint that was last written or resumed."""
         self._log_interval: int | None = 1
-        self._n_iterations, self._tb_log_name = 0, "PPOPlus"
         self._last_states: RNNStates | None = None
         self._built_for_masks: bool | None = None
-        self._was_given_masks = False
-        self._current_run = Run()
+        self._current_run, self._joins, self._was_given_masks = Run(), _init_setup_model, False
         with explaining_infinite_bounds(self, policy_kwargs), training.counting_all_environments(distributed):
             super().__init__(**{name: given[name] for name in inspect.signature(PPO).parameters if name in given})
 
@@ -225,8 +227,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
             rollout_buffer.add(*last, *((context,) if context else ()))  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
             n_steps += 1
             self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
-            self._last_episode_starts = dones
-            self._last_states = actor.states
+            self._last_episode_starts, self._last_states = dones, actor.states
         if not self._parts.meeting.end_rollout(self):
             return False
         rollout_values.finish(rollout_buffer)
@@ -285,8 +286,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
     ) -> Self:
         """Load the newest valid checkpoint of a run. :meth:`continue_learning` then finishes the run.
 
-        A damaged checkpoint is skipped with a warning. ``model.zip`` is unpickled unless you pass
-        ``trusted=False`` (an argument of :meth:`load`).
+        A damaged checkpoint is skipped with a warning. ``model.zip`` is unpickled, except with ``trusted=False``.
 
         :param save_path: the ``save_path`` of :class:`TrainingCheckpoint`, or the directory of one checkpoint
         :param env: as many environments as before, with the same wrappers. An environment without
@@ -337,9 +337,9 @@ class PPOPlus(PPO, AcceptsHybridActions):
         progress_bar = progress_bar and self._parts.ranks.rank == 0
         all_callbacks = self._current_run.callback = super()._init_callback(callback, progress_bar)
         first_rank.share_out_work(all_callbacks, self._parts.ranks)
-        self._current_run.watch.watch_evaluations(all_callbacks)
-        if self.env is not None and self._mask_use.decide(self.env, self):
-            evaluate_with_masks(all_callbacks, self)
+        self._current_run.begin(self, all_callbacks)
+        check_symmetry(self)
+        evaluate_with_masks(all_callbacks, self)
         return all_callbacks
 
     def predict(
@@ -402,9 +402,8 @@ class PPOPlus(PPO, AcceptsHybridActions):
         :param load_path_or_dict: file that PPOPlus or SB3's PPO saved, or state dicts that :meth:`get_parameters` gave
         :raises UntrustedFileError: a ValueError, for a file that is damaged or hostile
         """
-        parameters = load_path_or_dict
-        if not isinstance(parameters, dict):
-            parameters = read_parameters(parameters, device, self)
+        given = load_path_or_dict
+        parameters = given if isinstance(given, dict) else read_parameters(given, device, self)
         super().set_parameters(self._coefficients.to_present_groups(self, parameters), exact_match, device)
 
     @classmethod

@@ -10,6 +10,7 @@ from types import ModuleType
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch as th
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -168,6 +169,37 @@ def test_masked_puzzle(capsys):
     shares = example.main(timesteps=2_048)
     assert shares.keys() == {"with masks", "without"}
     assert capsys.readouterr().out.count("of the boards are full") == 2
+
+
+def test_asymmetric_critic(capsys):
+    example = load_example("asymmetric_critic")
+    assert list(example.Boat(has_current=False).reset(seed=0)[0]) == ["boat"]
+    returns = example.main(timesteps=2_048, n_seeds=1, file=Path("figure.png"))
+    assert returns.keys() == example.CRITICS.keys() and all(np.isfinite(each).all() for each in returns.values())
+    assert Path("figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "critic sees the current" in capsys.readouterr().out
+
+
+def test_symmetry(capsys):
+    example = load_example("symmetry")
+    env = example.Rower()
+    env.reset(seed=0)
+    boat, action = env.observe(), np.array([0.3, -0.8])
+    mirrored, actions = example.mirror(*(th.as_tensor(part[None]) for part in (boat, action)))
+    env.heading, env.turning, env.offset = -env.heading, -env.turning, -env.offset
+    env.angles, env.rates = env.angles[::-1], env.rates[::-1]
+    np.testing.assert_allclose(env.observe(), mirrored[0], atol=1e-6)
+    # The mirrored boat goes where the mirror image of the boat goes
+    ahead = env.step(actions[0].numpy())
+    env.reset(seed=0)
+    observation, reward, *_ = env.step(action)
+    then, _ = example.mirror(th.as_tensor(observation[None]), actions)
+    np.testing.assert_allclose(ahead[0], then[0], atol=1e-6)
+    assert ahead[1] == pytest.approx(reward)
+    needed = example.main(timesteps=4_096, n_seeds=1, file=Path("figure.png"))
+    assert needed == {"without symmetry": [np.inf], "with symmetry": [np.inf]}
+    assert Path("figure.png").read_bytes().startswith(b"\x89PNG")
+    assert "mean return at the end" in capsys.readouterr().out
 
 
 def test_load_untrusted(capsys):

@@ -104,6 +104,8 @@ def test_the_policy_kwargs_that_are_named_build_a_policy(page, text):
     space = VECTOR
     if "impala_cnn" in text:
         space = spaces.Dict({"image": IMAGE, "vector": VECTOR}) if '"image"' in text else IMAGE
+    if "actor_keys" in text:
+        space = spaces.Dict({"hidden": VECTOR, "vector": VECTOR})
     of_memory = "Lstm" if '"lstm_' in text else ""
     policy = f"{'MultiInput' if isinstance(space, spaces.Dict) else 'Mlp'}{of_memory}Policy"
     actions = {"action_space": PARAMETRISED} if "used_parts" in text else {}

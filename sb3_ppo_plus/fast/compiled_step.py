@@ -230,6 +230,8 @@ class CompiledGradientStep(ReplayedGradientStep):
         return (
             objective.normalize_advantage,
             objective.pessimistic_value_clip,
+            objective.symmetry_mode,
+            objective.symmetry_coef,
             objective.coefficients.clip_range_vf is None,
             objective.kl_limit is None,
             objective.amp_dtype,

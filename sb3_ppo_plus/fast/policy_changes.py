@@ -44,6 +44,8 @@ METHODS_OF_ACTING = (
     "get_distribution",
     "predict_values",
     "value_and_distribution",
+    "_actor_features",
+    "_critic_features",
     "_distribution_and_state",
     "_evaluate",
     "_get_action_dist_from_latent",

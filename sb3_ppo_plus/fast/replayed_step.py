@@ -104,6 +104,8 @@ class ReplayedGradientStep(GradientStep):
         key = (
             objective.normalize_advantage,
             objective.pessimistic_value_clip,
+            objective.symmetry_mode,
+            objective.symmetry_coef,
             coefficients.ent_coef == 0.0,
             spec,
             layout_of(inputs),

@@ -83,13 +83,15 @@ def _masks_of_structures(env: GymEnv) -> Any:  # noqa: ANN401  # what the enviro
 
 
 def evaluate_with_masks(callback: BaseCallback, model: Any) -> None:  # noqa: ANN401  # PPOPlus
-    """Let every ``EvalCallback`` predict with the masks of its environment, if it offers any.
+    """If a model uses masks, let every ``EvalCallback`` predict with those of its environment, if it offers any.
 
     sb3-contrib's ``MaskableEvalCallback`` asks for masks by itself.
 
     :param callback: the callback of ``learn``, with all callbacks inside it
     :param model: the model that is trained
     """
+    if model.env is None or not model._mask_use.decide(model.env, model):
+        return
     for child in iterate_callbacks(callback):
         if not isinstance(child, EvalCallback) or isinstance(child, MaskableEvalCallback):
             continue

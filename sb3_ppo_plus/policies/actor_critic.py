@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
@@ -29,7 +30,6 @@ from stable_baselines3.common.distributions import (
 from stable_baselines3.common.policies import (
     ActorCriticCnnPolicy,
     ActorCriticPolicy,
-    BaseModel,
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
@@ -37,13 +37,14 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, Combine
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from sb3_ppo_plus.extractors import ImpalaCNN
+from sb3_ppo_plus.policies.asymmetric import HeadKeys, sharing_of
 from sb3_ppo_plus.policies.bounded_distributions import BoundedDistribution
 from sb3_ppo_plus.policies.hybrid_distribution import choose_action_distribution
 from sb3_ppo_plus.policies.hybrid_policy import HybridPolicy
 from sb3_ppo_plus.policies.lean_distributions import follow_replaced_methods
 from sb3_ppo_plus.policies.mask_layout import masks_of_envs
 from sb3_ppo_plus.policies.masked_distributions import apply_masks
-from sb3_ppo_plus.policies.masks import has_mask_key, split_off_mask, without_mask_key
+from sb3_ppo_plus.policies.masks import has_mask_key, split_off_mask
 from sb3_ppo_plus.policies.memory import State
 from sb3_ppo_plus.policies.net_arch import resolve_net_arch
 from sb3_ppo_plus.policies.remembering import CONTRIB_KWARGS, MemoryOptions
@@ -65,6 +66,8 @@ class ActorCriticPlusPolicy(HybridPolicy):
         the observation key ``action_mask`` holds masks and is no feature. PPOPlus sets this
     :param memory: a memory over time between the features and the heads: "lstm", "gru" or "gtrxl"; None: no memory
     :param memory_kwargs: see :class:`MemoryOptions`. The arguments of sb3-contrib's recurrent policies work too
+    :param actor_keys: the keys of Dict observations that the actor sees; None: all. See :class:`AsymmetricPolicy`
+    :param critic_keys: the keys of Dict observations that the critic sees; None: all
     :param features_extractor_class: SB3's parameter; None: ``default_features_extractor_class``
     :param kwargs: SB3's other parameters, and those of :class:`HybridPolicy`
     :raises ValueError: for a value that is not allowed, or an ``action_dist`` that does not fit the action space
@@ -84,6 +87,8 @@ class ActorCriticPlusPolicy(HybridPolicy):
         action_masking: bool = False,
         memory: str | None = None,
         memory_kwargs: dict[str, Any] | None = None,
+        actor_keys: Sequence[str] | None = None,
+        critic_keys: Sequence[str] | None = None,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -93,6 +98,8 @@ class ActorCriticPlusPolicy(HybridPolicy):
         self.memory_options = MemoryOptions.resolve(memory or self.default_memory, memory_kwargs, contrib_kwargs)
         self.action_masking = action_masking
         self.has_mask_key = action_masking and has_mask_key(observation_space)
+        self.head_keys = HeadKeys.resolve(observation_space, actor_keys, critic_keys, has_mask_key=self.has_mask_key)
+        kwargs |= sharing_of(self.head_keys, kwargs)
         self._predict_context: dict[str, Any] = {}
         extractor_class = features_extractor_class or self.default_features_extractor_class
         if issubclass(extractor_class, ImpalaCNN):
@@ -129,12 +136,6 @@ class ActorCriticPlusPolicy(HybridPolicy):
             "action_dist_kwargs": self.action_dist_kwargs,
             "action_masking": self.action_masking,
         }
-
-    def make_features_extractor(self) -> BaseFeaturesExtractor:
-        """Create an extractor of the observations without the mask."""
-        if not self.has_mask_key:
-            return super().make_features_extractor()
-        return self.features_extractor_class(without_mask_key(self.observation_space), **self.features_extractor_kwargs)
 
     @property
     def squash_output(self) -> bool:
@@ -262,8 +263,7 @@ class ActorCriticPlusPolicy(HybridPolicy):
         self, obs: PyTorchObs, action_masks: MaybeMasks, state: State | None, episode_starts: th.Tensor | None
     ) -> tuple[Distribution, State]:
         obs, action_masks = self._split_off_mask(obs, action_masks)
-        features = BaseModel.extract_features(self, obs, self.pi_features_extractor)
-        latent, state = self._remember_actor(features, state, episode_starts)
+        latent, state = self._remember_actor(self._actor_features(obs), state, episode_starts)
         return self._masked_distribution(self.mlp_extractor.forward_actor(latent), action_masks), state
 
     def predict_values(
@@ -276,10 +276,9 @@ class ActorCriticPlusPolicy(HybridPolicy):
         :param episode_starts: True where the states are reset before the step, shape (batch,); None: nowhere
         """
         obs, _ = self._split_off_mask(obs, None)
-        if self.memory_options is None:
-            return super().predict_values(obs)
-        features = BaseModel.extract_features(self, obs, self.vf_features_extractor)
-        latent, _ = self._remember_critic(features, states, episode_starts)
+        latent = self._critic_features(obs)
+        if self.memory_options is not None:
+            latent, _ = self._remember_critic(latent, states, episode_starts)
         values: th.Tensor = self.value_net(self.mlp_extractor.forward_critic(latent))
         return values
 
@@ -300,8 +299,9 @@ class ActorCriticPlusPolicy(HybridPolicy):
         :param deterministic: choose the most probable actions instead of samples
         :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
         :return: the actions, and the state after them; without a memory, ``state`` itself
-        :raises ValueError: for masks of a wrong size or without a valid action, or a state of a wrong shape
+        :raises ValueError: for masks or a state that do not fit, or an observation without a key that the actor sees
         """
+        observation = self._for_actor(observation)
         if self.memory_options is not None:
             state_use_of(self).note(observation, state, episode_start)
         self._predict_context = {"state": state, "episode_start": episode_start}

@@ -61,7 +61,8 @@ def resolve_policy_kwargs(
                     f"{did_you_mean(name, POLICY_ARGUMENTS)}"
                 )
     if not issubclass(policy_class, ActorCriticPlusPolicy):
-        own = {"action_dist", "action_dist_kwargs", "memory", "memory_kwargs", "used_parts"}
+        own = {"action_dist", "action_dist_kwargs", "memory", "memory_kwargs"}
+        own |= {"used_parts", "actor_keys", "critic_keys"}
         lacking = sorted(own & resolved.keys())
         if lacking:
             raise TypeError(

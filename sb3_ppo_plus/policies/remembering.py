@@ -17,6 +17,7 @@ from torch import nn
 
 from sb3_ppo_plus.argument_checks import did_you_mean, is_integer
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+from sb3_ppo_plus.policies.asymmetric import AsymmetricPolicy
 from sb3_ppo_plus.policies.gtrxl import GTrXLMemory
 from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, Memory, State
 
@@ -189,7 +190,7 @@ def set_sequence_length(rollout_buffer: RolloutBuffer, policy: ActorCriticPolicy
     )
 
 
-class RememberingPolicy(ActorCriticPolicy):
+class RememberingPolicy(AsymmetricPolicy):
     """SB3's ``ActorCriticPolicy`` with a memory between the features and the heads, if ``memory_options`` is set.
 
     With an LSTM, the modules have the names and shapes of sb3-contrib's RecurrentActorCriticPolicy.
@@ -222,13 +223,18 @@ class RememberingPolicy(ActorCriticPolicy):
         if options is None:
             return
         if options.shared and not self.share_features_extractor:
+            keys = self.head_keys
+            if keys is not None and keys.actor != keys.critic:
+                raise ValueError(
+                    f"memory_kwargs: shared={options.shared!r} needs heads that see the same keys, got {keys.described}"
+                )
             raise ValueError(f"memory_kwargs: shared={options.shared!r} needs share_features_extractor=True, got False")
         setattr(self, f"{options.kind}_actor", options.make(self.features_dim))
         if not options.shared:
             if options.critic:
-                setattr(self, f"{options.kind}_critic", options.make(self.features_dim))
+                setattr(self, f"{options.kind}_critic", options.make(self.critic_features_dim))
             else:
-                self.critic = nn.Linear(self.features_dim, options.output_dim)
+                self.critic = nn.Linear(self.critic_features_dim, options.output_dim)
         kwargs = dict(self.optimizer_kwargs)
         if self.optimizer_class in (th.optim.Adam, th.optim.AdamW) and not {"fused", "foreach"} & kwargs.keys():
             # A memory has many parameters, and a step that is not fused goes over them about ten times

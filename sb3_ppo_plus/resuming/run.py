@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.envs.fill_missing_keys import refuse_missing_keys
 from sb3_ppo_plus.envs.restarting_env import RestartCounter
 from sb3_ppo_plus.envs.worker_watch import WorkerWatch
 
@@ -41,6 +42,17 @@ class Run:
         n_restarts = self.watch.n_restarts or 0
         self.watch = WorkerWatch(model.env, model.worker_timeout, model.restart_workers, model.seed, n_restarts)
         return self.watch
+
+    def begin(self, model: PlusModel, callback: BaseCallback) -> None:
+        """Check that the environments are for training, and watch the workers of evaluations.
+
+        :param model: the model, whose environments were reset
+        :param callback: the callback that holds all others
+        :raises ValueError: for environments that lack what the critic sees
+        """
+        if getattr(model.policy, "head_keys", None) is not None:
+            refuse_missing_keys(model.env)
+        self.watch.watch_evaluations(callback)
 
     def wait_for_checkpoints(self) -> None:
         """Wait until ``last_checkpoint`` is the last one: callbacks may be writing one in the background."""

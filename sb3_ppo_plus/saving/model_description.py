@@ -32,7 +32,10 @@ FORMAT = "sb3_ppo_plus.model/1"
 # Arguments that are not described: policy has its own entry, the others belong to the machine that loads
 LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 # Arguments that version 0.1 does not have, and their defaults. These are left out, so that it loads what it can
-DEFAULTS_OF_LATER_ARGUMENTS = {"worker_timeout": None, "restart_workers": 0, "micro_batches": 1, "distributed": False}
+DEFAULTS_OF_LATER_ARGUMENTS = {
+    **{"worker_timeout": None, "restart_workers": 0, "micro_batches": 1, "distributed": False},
+    **{"symmetry": None, "symmetry_mode": "augment", "symmetry_coef": 1.0},
+}
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
 ROLLOUT_BUFFERS: dict[str, type[RolloutBuffer]] = {
     "RolloutBuffer": RolloutBuffer,

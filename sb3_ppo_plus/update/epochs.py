@@ -18,6 +18,7 @@ from sb3_ppo_plus.update.gradient_step import AnyMinibatch, GradientStep, Object
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
 from sb3_ppo_plus.update.parted_rollout import Moments, PartedRollout, moments_of_all
+from sb3_ppo_plus.update.symmetry import add_mirrored
 
 MakeMinibatches: TypeAlias = Callable[[], Iterator[AnyMinibatch]]
 
@@ -29,6 +30,7 @@ def minibatches_of(model: PlusModel, parts: Parts) -> MakeMinibatches:
     :param parts: the parts of the minibatches
     :raises ValueError: if there are parts, and the rollout buffer is not one of ours
     """
+    add_mirrored(model)
     buffer, batch_size = model.rollout_buffer, model.batch_size
     if parts.is_whole:
         return lambda: minibatches(buffer, batch_size)

@@ -19,6 +19,7 @@ from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
 from sb3_ppo_plus.update.parted_gradients import sum_of_parts
 from sb3_ppo_plus.update.parted_rollout import PartedMinibatch
+from sb3_ppo_plus.update.symmetry import mean_of, with_mirror_loss, with_mirrored
 
 # The numbers of a larger policy do not fit the caches. Copying its gradients takes more time than flat steps save
 MAX_FLAT_ON_CPU = 2**20
@@ -71,6 +72,8 @@ class Objective:
     :param max_grad_norm: a gradient with a larger norm is scaled down to this norm
     :param kl_limit: no step is taken if approx_kl is larger; None: no limit
     :param amp_dtype: dtype of autocast for the policy's forward pass; None: no autocast. The loss is always float32
+    :param symmetry_mode: what minibatches with mirror images are for, "augment" or "loss"
+    :param symmetry_coef: weight of the term that "loss" adds
     """
 
     coefficients: LossCoefficients
@@ -79,6 +82,8 @@ class Objective:
     max_grad_norm: float
     kl_limit: float | None
     amp_dtype: th.dtype | None
+    symmetry_mode: str = "augment"
+    symmetry_coef: float = 1.0
 
     @classmethod
     def of_update(cls, model: PlusModel, coefficients: LossCoefficients, parts: Parts) -> Self:
@@ -95,19 +100,24 @@ class Objective:
             max_grad_norm=model.max_grad_norm,
             kl_limit=None if model.target_kl is None else 1.5 * model.target_kl,
             amp_dtype=resolve_amp(model.amp, model.device),
+            symmetry_mode=model.symmetry_mode,
+            symmetry_coef=model.symmetry_coef,
         )
 
     def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
         """Return values, log-probabilities and entropies (or None) of a minibatch, each of shape (batch,).
 
+        Those of mirror images follow, if the minibatch has some.
+
         :param policy: the policy
         :param batch: the minibatch
         """
+        observations, actions = with_mirrored(batch) if batch.mirrored else (batch.observations, batch.actions)
         if self.amp_dtype is None:
-            values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
+            values, log_prob, entropy = policy.evaluate_actions(observations, actions, **batch.context)
             return values.flatten(), log_prob, entropy
         with th.autocast(batch.actions.device.type, dtype=self.amp_dtype):
-            values, log_prob, entropy = policy.evaluate_actions(batch.observations, batch.actions, **batch.context)
+            values, log_prob, entropy = policy.evaluate_actions(observations, actions, **batch.context)
         return values.flatten().float(), log_prob.float(), None if entropy is None else entropy.float()
 
     def loss(
@@ -122,6 +132,22 @@ class Objective:
         :param evaluation: what :meth:`evaluate` returned for it
         :param coefficients: used instead of the objective's; None: the objective's
         """
+        if not batch.mirrored:
+            return self._loss(batch, evaluation, coefficients)
+        n = len(batch.actions)
+        values, log_prob, entropy = evaluation
+        terms = self._loss(batch, (values[:n], log_prob[:n], None if entropy is None else entropy[:n]), coefficients)
+        if self.symmetry_mode == "loss":
+            return with_mirror_loss(terms, batch, log_prob[:n], log_prob[n:], self.symmetry_coef)
+        of_images = values[n:], log_prob[n:], None if entropy is None else entropy[n:]
+        return mean_of(terms, self._loss(batch, of_images, coefficients))
+
+    def _loss(
+        self,
+        batch: RolloutBatch,
+        evaluation: tuple[th.Tensor, th.Tensor, th.Tensor | None],
+        coefficients: LossCoefficients | None,
+    ) -> LossTerms:
         values, log_prob, entropy = evaluation
         return ppo_loss(
             batch,

@@ -57,6 +57,10 @@ class Case:
         return PPOPlus(self.policy, self.make_env(n_envs), **given)
 
 
+def both_negative(observations: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    return -observations, -actions
+
+
 LSTM = {"lstm_hidden_size": 8, "memory_kwargs": {"sequence_length": 8}}
 CASES = {
     "mlp": Case(),
@@ -91,6 +95,14 @@ CASES = {
     "vec_normalize of a dict": Case(
         lambda n: VecNormalize(toys(n, observation_space=spaces.Dict({"a": BOX, "b": BOX})), norm_obs_keys=["a"]),
         "MultiInputPolicy",
+    ),
+    "asymmetric": Case(
+        lambda n: toys(n, observation_space=spaces.Dict({"a": BOX, "b": BOX, "hidden": BOX})),
+        "MultiInputLstmPolicy",
+        LSTM | {"actor_keys": ["a"], "critic_keys": ["a", "hidden"]},
+    ),
+    "symmetry": Case(
+        lambda n: VecNormalize(toys(n, action_space=spaces.Box(-1, 1, (2,)))), arguments={"symmetry": both_negative}
     ),
     "target_kl": Case(arguments={"target_kl": 0.003, "learning_rate": 0.01, "n_epochs": 4}),
     "schedules": Case(
