@@ -38,14 +38,17 @@ class Still(gym.Env):
         return np.zeros(8, np.float32), 0.0, False, False, {}
 
 
+State = tuple[np.ndarray, ...] | None
+
+
 class Predicts(Protocol):
     def predict(
-        self, observation: np.ndarray, state: Any, episode_start: np.ndarray, deterministic: bool
-    ) -> tuple[Any, Any]: ...
+        self, observation: np.ndarray, state: State, episode_start: np.ndarray, deterministic: bool
+    ) -> tuple[np.ndarray, State]: ...
 
 
 def by_predict(model: Predicts) -> Callable[[np.ndarray], None]:
-    state: Any = None
+    state: State = None
     start = np.zeros(1, bool)
 
     def act(observation: np.ndarray) -> None:

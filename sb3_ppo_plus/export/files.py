@@ -7,6 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -62,8 +63,9 @@ def as_onnx(program: ExportedProgram, graph: PolicyGraph) -> bytes:
     :raises ValueError: if ONNX lacks an operation
     """
     try:
-        import onnx
-        import onnxscript  # noqa: F401  # PyTorch's exporter needs it
+        onnx = import_module("onnx")
+        # PyTorch's exporter needs it
+        import_module("onnxscript")
     except ImportError as error:
         raise ImportError(_MISSING) from error
     with naming_the_part(graph, "torch.onnx.export"), _quiet(), th.no_grad():
@@ -89,8 +91,6 @@ def as_onnx(program: ExportedProgram, graph: PolicyGraph) -> bytes:
 
 def _tidy(model: Any, graph: PolicyGraph) -> None:  # noqa: ANN401  # onnx's ModelProto
     """Name the number of observations, make masks optional, and remove lines and paths of source files."""
-    from onnx import numpy_helper
-
     # Sizes inside the graph have names of PyTorch's, and whoever runs the graph finds them anyway
     del model.graph.value_info[:]
     model.doc_string = model.graph.doc_string = ""
@@ -110,7 +110,7 @@ def _tidy(model: Any, graph: PolicyGraph) -> None:  # noqa: ANN401  # onnx's Mod
         if spec.optional:
             # An initializer with an input's name is its default
             default = np.ones(spec.shape_for(1), np.dtype(spec.dtype))
-            model.graph.initializer.append(numpy_helper.from_array(default, spec.name))
+            model.graph.initializer.append(import_module("onnx.numpy_helper").from_array(default, spec.name))
 
 
 def _name_batch(value: Any, spec: TensorSpec) -> None:  # noqa: ANN401  # onnx's ValueInfoProto

@@ -50,6 +50,7 @@ class PolicyGraph(nn.Module):
         self.head: Head = make_head(policy)
         self.keys = tuple(parts)
         self.parts = nn.ModuleList(parts.values())
+        self.spaces = [part.space for part in parts.values()]
         self.observation_space = policy.observation_space
         self.normalize_images = policy.normalize_images
         self.has_mask_key = policy.has_mask_key
@@ -71,14 +72,14 @@ class PolicyGraph(nn.Module):
     def _specs(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
         names = _observation_names(self.keys)
         inputs = [
-            TensorSpec(name, "observation", _dtype_of(part.space), (BATCH, *(part.space.shape or ())), key=key)
-            for key, name, part in zip(self.keys, names, self.parts, strict=True)
+            TensorSpec(name, "observation", _dtype_of(space), (BATCH, *(space.shape or ())), key=key)
+            for key, name, space in zip(self.keys, names, self.spaces, strict=True)
         ]
         if isinstance(self.head, CategoricalHead) and not self.has_mask_key:
             inputs.append(
                 TensorSpec("action_masks", "action_masks", "bool", (BATCH, sum(self.head.sizes)), optional=True)
             )
-        action_dtype = self.head(th.zeros(1, self.head.action_net.in_features), None, {}).numpy().dtype.name
+        action_dtype = self.head(th.zeros(1, self.head.latent_dim), None, {}).numpy().dtype.name
         outputs = [TensorSpec("action", "action", action_dtype, (BATCH, *self.head.action_shape))]
         if self.memory is not None:
             for name, part in zip(self.state_names, self.memory.initial_state(1), strict=True):

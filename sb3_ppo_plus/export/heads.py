@@ -73,6 +73,7 @@ class Head(nn.Module):
         super().__init__()
         self.action_net = deepcopy(policy.action_net)
         self.action_shape = policy.action_space.shape or ()
+        self.latent_dim: int = policy.mlp_extractor.latent_dim_pi
 
     @property
     def noises(self) -> tuple[Noise, ...]:

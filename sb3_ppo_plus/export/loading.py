@@ -7,6 +7,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ class ExportedPolicy:
             inputs[spec.name] = np.ascontiguousarray(part, dtype=spec.dtype)
         starts = np.zeros(batch, bool) if episode_start is None else np.asarray(episode_start, bool).reshape(-1)
         if len(starts) != batch:
-            raise ValueError(f"episode_start must have the shape ({batch},), got {np.shape(episode_start)}")
+            raise ValueError(f"episode_start must have the shape ({batch},), got {starts.shape}")
         inputs[self._others["episode_start"][0].name] = starts
 
     def _put_noise(self, inputs: dict[str, np.ndarray], deterministic: bool | None, batch: int) -> None:
@@ -231,7 +232,7 @@ def open_onnx(
     :raises UntrustedFileError: if it is refused
     """
     try:
-        import onnxruntime
+        onnxruntime = import_module("onnxruntime")
     except ImportError as error:
         raise ImportError(_MISSING) from error
     check_onnx(content, inputs, outputs, any_operation=trusted)

@@ -148,7 +148,7 @@ def parts_of(space: spaces.Space[Any]) -> dict[str | None, spaces.Space[Any]]:
 
     :param space: the space; one that is no Dict has the single key None
     """
-    return dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
+    return {key: part for key, part in space.spaces.items()} if isinstance(space, spaces.Dict) else {None: space}
 
 
 def observation_parts(
@@ -180,7 +180,10 @@ def space_before_wrappers(
         key: _part_before_wrappers(part, None if raw is None else raw.get(key), key in transposed)
         for key, part in parts_of(policy_space).items()
     }
-    return spaces.Dict(list(found.items())) if isinstance(policy_space, spaces.Dict) else found[None]  # type: ignore[misc]  # the keys of a Dict are no None
+    if not isinstance(policy_space, spaces.Dict):
+        return found[None]
+    # A sequence of pairs keeps its order
+    return spaces.Dict([(str(key), part) for key, part in found.items()])
 
 
 def _transposed_keys(env: VecEnv | None) -> set[str | None]:
@@ -199,9 +202,8 @@ def _part_before_wrappers(
         return part
     layouts = [part]
     if len(part.shape) == 3:
-        channels_last = spaces.Box(
-            *(np.moveaxis(bound, 0, -1) for bound in (part.low, part.high)), dtype=part.dtype.type
-        )  # type: ignore[arg-type]  # a dtype's type
+        last = [np.moveaxis(bound, 0, -1) for bound in (part.low, part.high)]
+        channels_last = spaces.Box(last[0], last[1], dtype=part.low.dtype.type)
         layouts = [channels_last, part] if is_transposed else [part, channels_last]
     if not isinstance(raw, spaces.Box):
         return layouts[0]
@@ -212,7 +214,7 @@ def _part_before_wrappers(
                 np.repeat(bound, frames.number, axis=frames.axis) if bound.ndim else bound
                 for bound in (raw.low, raw.high)
             )
-            return spaces.Box(low, high, layout.shape, raw.dtype.type)  # type: ignore[arg-type]  # a dtype's type
+            return spaces.Box(low, high, layout.shape, raw.low.dtype.type)
     return layouts[0]
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from typing import Any
-
-import numpy as np
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.export.contract import TensorSpec
@@ -85,7 +84,7 @@ OPERATIONS = frozenset(
         *("Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Unsqueeze", "Where", "Xor"),
     }
 )
-"""The operations that a file may have: those of PPOPlus's own policies, and of common layers. None has a graph inside."""
+"""The operations that a file may have: of PPOPlus's policies, and of common layers. None has a graph inside."""
 
 
 def check_onnx(
@@ -99,10 +98,8 @@ def check_onnx(
     :param any_operation: whether any operation is allowed, of any size; weights must be in the file nevertheless
     :raises UntrustedFileError: if it is refused
     """
-    import onnx
-
     try:
-        model = onnx.ModelProto.FromString(content)
+        model = import_module("onnx").ModelProto.FromString(content)
     except Exception as error:
         # protobuf has errors of its own in each of its implementations
         raise UntrustedFileError(f"{_NAME} is no ONNX file: {error}") from error
@@ -130,15 +127,14 @@ def check_onnx(
 
 def _check_tensors(model: Any) -> None:  # noqa: ANN401  # onnx's ModelProto
     """Check that all weights are in the file, with as many bytes as their shapes tell."""
-    from onnx import TensorProto, numpy_helper
-
+    external, to_array = import_module("onnx").TensorProto.EXTERNAL, import_module("onnx.numpy_helper").to_array
     for tensor in _tensors(model):
-        if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
+        if tensor.data_location == external or tensor.external_data:
             raise UntrustedFileError(f"{_NAME}: the tensor {short(tensor.name)} is in another file")
         if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > MAX_ELEMENTS:
             raise UntrustedFileError(f"{_NAME}: the tensor {short(tensor.name)} has more than {MAX_ELEMENTS} elements")
         try:
-            n_elements = numpy_helper.to_array(tensor).size
+            n_elements = to_array(tensor).size
         except Exception as error:
             # ValueError, KeyError, TypeError, as the data or the dtype does not fit
             raise UntrustedFileError(f"{_NAME}: the tensor {short(tensor.name)} is damaged: {error}") from error
@@ -174,13 +170,12 @@ def _tensors(model: Any) -> Iterator[Any]:  # noqa: ANN401  # onnx's ModelProto
 
 def _check_ends(values: Any, specs: Sequence[TensorSpec], which: str) -> None:  # noqa: ANN401  # onnx's ValueInfoProto
     """Check that inputs or outputs are those of the contract."""
-    from onnx import helper
-
+    dtype_of = import_module("onnx.helper").tensor_dtype_to_np_dtype
     found = []
     for value in values:
         tensor = value.type.tensor_type
         try:
-            dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+            dtype = dtype_of(tensor.elem_type).name
         except (KeyError, ValueError, TypeError):
             dtype = ""
         sizes = [size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim]
@@ -196,8 +191,7 @@ def _check_ends(values: Any, specs: Sequence[TensorSpec], which: str) -> None:  
 
 def _check_sizes(model: Any) -> None:  # noqa: ANN401  # onnx's ModelProto
     """Check that for one observation all tensors have sizes that are known, and not too large."""
-    import onnx
-
+    onnx = import_module("onnx")
     one = onnx.ModelProto()
     one.CopyFrom(model)
     del one.graph.value_info[:]
@@ -229,7 +223,7 @@ def _check_sizes(model: Any) -> None:  # noqa: ANN401  # onnx's ModelProto
                     f"{_NAME}: the size of {short(name)} ({node.op_type}) is not known before it runs. "
                     "load_exported(path, trusted=True) allows any size"
                 )
-            total += int(np.prod(sizes, dtype=object)) if sizes else 1
+            total += math.prod(size or 0 for size in sizes)
     if total > MAX_ELEMENTS:
         raise UntrustedFileError(
             f"{_NAME} makes {total} numbers for one observation; at most {MAX_ELEMENTS} are allowed"

@@ -213,7 +213,7 @@ def _node(node: object) -> dict[str, Any]:
     if target not in OPERATIONS:
         raise UntrustedFileError(
             f"{_NAME} has the operation {short(target)}, which is not in the closed list of "
-            "sb3_ppo_plus.export.untrusted_pt2. load_exported(path, trusted=True) runs any operation, and the file's code"
+            "sb3_ppo_plus.export.untrusted_pt2. load_exported(path, trusted=True) runs any, and the file's code"
         )
     arguments = []
     for entry in get(node, "inputs", list, where):

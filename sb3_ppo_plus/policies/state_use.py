@@ -55,7 +55,8 @@ class StateUse:
 
 def warn_of_graph_without_state() -> None:
     """Warn where PyTorch traces one step of a policy whose state nobody has given, as ``torch.onnx.export`` does."""
-    if th.compiler.is_exporting() or th.jit.is_tracing():
+    is_traced = th.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch leaves it untyped
+    if is_traced or th.compiler.is_exporting():
         warnings.warn(
             "a graph of one step is made of a policy with a memory, without the memory's state: each of the graph's "
             'actions is that of an episode\'s first step. sb3_ppo_plus.export_policy(model, "policy.onnx") writes a '

@@ -134,7 +134,7 @@ class MaskedPendulumView(PendulumView):
 
 
 def make_envs(case, n_envs=N_ENVS, seed=0):
-    """Two equal vectorised environments: as the model sees them, and without a normaliser. And the normaliser or None."""
+    """Two equal vectorised environments, as the model sees them and without a normaliser; the normaliser or None."""
     kind, _, _ = NETWORKS[case.network]
     if kind == "image" and case.is_normalized:
         # VecNormalize makes numbers of pixels, and SB3 then takes the channels to be first
