@@ -67,10 +67,10 @@ def export_policy(
     env: VecEnv | None = getattr(model, "env", None)
     normalize = normalizer_of(vec_normalize)
     _warn_of_missing_normalizer(model, normalize)
-    space = space_before_wrappers(policy.observation_space, env, normalize)
-    if observation_space is not None:
-        check_observation_space(observation_space, policy.observation_space)
-        space = observation_space
+    space = observation_space
+    if space is None:
+        space = space_before_wrappers(policy.observation_space, env, normalize)
+    check_observation_space(space, policy.observation_space)
     graph = PolicyGraph(policy, observation_parts(space, policy.observation_space, normalize), deterministic)
     rng = np.random.default_rng(0)
     program = trace(graph, draw_inputs(graph, normalize, _TEST_BATCH, rng))

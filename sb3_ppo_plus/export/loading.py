@@ -17,7 +17,7 @@ from gymnasium import spaces
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.export.contract import Contract, TensorSpec, contract_path, read_contract
 from sb3_ppo_plus.export.untrusted_onnx import check_onnx
-from sb3_ppo_plus.export.untrusted_pt2 import without_code
+from sb3_ppo_plus.export.untrusted_pt2 import check_sizes, without_code
 from sb3_ppo_plus.policies.masks import MASK_KEY
 from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 
@@ -211,7 +211,24 @@ def load_exported(
         run = open_onnx(content, contract.inputs, contract.outputs, trusted=trusted, num_threads=num_threads)
     else:
         run = open_pt2(content, contract.inputs, contract.outputs, trusted=trusted)
+    _try(run, contract, path)
     return ExportedPolicy(contract, run, seed)
+
+
+def _try(run: Runner, contract: Contract, path: Path) -> None:
+    """Run the test vector, to know that the file can run, and gives what the contract says."""
+    try:
+        outputs = run(contract.test_inputs)
+    except Exception as error:
+        # Both runtimes raise a dozen types of errors
+        raise UntrustedFileError(f"{path} cannot run: {type(error).__name__}: {error}") from error
+    for spec in contract.outputs:
+        given, expected = outputs[spec.name], contract.test_outputs[spec.name]
+        if given.dtype != expected.dtype or given.shape != expected.shape:
+            raise UntrustedFileError(
+                f"{path}: {spec.name} must be {expected.dtype} of the shape {expected.shape} for the contract's test "
+                f"vector, got {given.dtype} of the shape {given.shape}"
+            )
 
 
 def open_onnx(
@@ -275,6 +292,8 @@ def open_pt2(
     except Exception as error:
         # PyTorch raises a dozen types of errors for damaged files
         raise UntrustedFileError(f"torch.export.load cannot read the file: {type(error).__name__}: {error}") from error
+    if not trusted:
+        check_sizes(module, {spec.name: th.as_tensor(np.zeros(spec.shape_for(1), spec.dtype)) for spec in inputs})
     names = [spec.name for spec in outputs]
     defaults = [spec for spec in inputs if spec.optional]
 
