@@ -47,18 +47,19 @@ class Predicts(Protocol):
     ) -> tuple[np.ndarray, State]: ...
 
 
-def by_predict(model: Predicts) -> Callable[[np.ndarray], None]:
+def by_predict(model: Predicts) -> Callable[[np.ndarray], np.ndarray]:
     state: State = None
     start = np.zeros(1, bool)
 
-    def act(observation: np.ndarray) -> None:
+    def act(observation: np.ndarray) -> np.ndarray:
         nonlocal state
-        _, state = model.predict(observation, state, start, True)
+        action, state = model.predict(observation, state, start, True)
+        return action
 
     return act
 
 
-def by_session(path: Path) -> Callable[[np.ndarray], None]:
+def by_session(path: Path) -> Callable[[np.ndarray], np.ndarray]:
     """Call onnxruntime alone, as examples/exported_policy.py does."""
     contract = json.loads(Path(f"{path}.json").read_text())
     options = onnxruntime.SessionOptions()
@@ -71,14 +72,18 @@ def by_session(path: Path) -> Callable[[np.ndarray], None]:
     names = [entry["name"] for entry in contract["outputs"]]
     states = [name.removeprefix("next_") for name in names[1:]]
 
-    def act(observation: np.ndarray) -> None:
+    def act(observation: np.ndarray) -> np.ndarray:
         inputs["observation"] = observation
-        inputs.update(zip(states, session.run(names, inputs)[1:], strict=True))
+        action, *after = session.run(names, inputs)
+        inputs.update(zip(states, after, strict=True))
+        return action
 
     return act
 
 
-def median_microseconds(ways: dict[str, Callable[[np.ndarray], None]], calls: int, rounds: int) -> dict[str, float]:
+def median_microseconds(
+    ways: dict[str, Callable[[np.ndarray], np.ndarray]], calls: int, rounds: int
+) -> dict[str, float]:
     rng = np.random.default_rng(0)
     observations = rng.standard_normal((calls, 1, 8), np.float32)
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -191,7 +191,8 @@ def disturb(model, scale=0.3):
                 parameter += (
                     scale * th.randn(parameter.shape, generator=generator) / max(1.0, parameter[0].numel() ** 0.5)
                 )
-        model.policy.action_net.weight *= 3.0
+        # The gaps of logits must change more than their biases do
+        model.policy.action_net.weight *= 3.0 if isinstance(model.action_space, spaces.Box) else 10.0
 
 
 class Difference(NamedTuple):
