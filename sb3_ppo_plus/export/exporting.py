@@ -64,12 +64,11 @@ def export_policy(
         raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}, got {str(path)!r}")
     policy: Any = getattr(model, "policy", model)
     check_policy(policy)
-    env: VecEnv | None = getattr(model, "env", None)
     normalize = normalizer_of(vec_normalize)
     _warn_of_missing_normalizer(model, normalize)
     space = observation_space
     if space is None:
-        space = space_before_wrappers(policy.observation_space, env, normalize)
+        space = space_before_wrappers(policy.observation_space, getattr(model, "env", None), normalize)
     check_observation_space(space, policy.observation_space)
     graph = PolicyGraph(policy, observation_parts(space, policy.observation_space, normalize), deterministic)
     rng = np.random.default_rng(0)
