@@ -18,7 +18,8 @@ from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.export.contract import Contract, TensorSpec, contract_path, read_contract
 from sb3_ppo_plus.export.untrusted_onnx import check_onnx
 from sb3_ppo_plus.export.untrusted_pt2 import check_sizes, without_code
-from sb3_ppo_plus.policies.masks import MASK_KEY
+from sb3_ppo_plus.policies.masked_distributions import mask_sizes
+from sb3_ppo_plus.policies.masks import MASK_KEY, check_masks
 from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 
 MAX_BYTES = 2**31
@@ -124,7 +125,10 @@ class ExportedPolicy:
                 if not isinstance(observation, dict) or spec.key not in observation:
                     raise ValueError(f"observation must be a dict with the key {spec.key!r}, got {type(observation)}")
                 given = observation[spec.key]
-            array = np.asarray(given, dtype=spec.dtype)
+            array = np.asarray(given)
+            if array.dtype.kind not in "biu" and np.dtype(spec.dtype).kind in "biu":
+                raise ValueError(f"observation must be of integers ({spec.dtype}), got {array.dtype}")
+            array = array.astype(spec.dtype, copy=False)
             has_batch = array.ndim == len(spec.shape)
             if index == 0:
                 is_batch, batch = has_batch, len(array) if has_batch else 1
@@ -142,11 +146,10 @@ class ExportedPolicy:
         specs = [*self._others["action_masks"], *(spec for spec in self._observations if spec.key == MASK_KEY)]
         if not specs:
             raise ValueError("action_masks were given to a policy that takes none")
-        spec, masks = specs[0], np.asarray(action_masks)
-        shape = spec.shape_for(batch)
-        if masks.size != np.prod(shape):
-            raise ValueError(f"action_masks must have the shape {shape}, got {masks.shape}")
-        inputs[spec.name] = np.ascontiguousarray((masks != 0).reshape(shape).astype(spec.dtype))
+        spec, masks = specs[0], check_masks(np.asarray(action_masks), mask_sizes(self.action_space))
+        if len(masks) != batch:
+            raise ValueError(f"action_masks must be those of {batch} environment(s), got {np.shape(action_masks)}")
+        inputs[spec.name] = np.ascontiguousarray(masks.reshape(spec.shape_for(batch)).astype(spec.dtype))
 
     def _put_state(
         self,

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch as th
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 
 from sb3_ppo_plus.errors import UntrustedFileError
@@ -135,11 +134,14 @@ def check_sizes(module: th.nn.Module, inputs: Mapping[str, th.Tensor]) -> None:
 
     :param module: the graph
     :param inputs: for one observation, by name
-    :raises UntrustedFileError: if it makes too many numbers, or cannot run
+    :raises UntrustedFileError: if it makes too many numbers, or cannot run, or PyTorch has no fake tensors any more
     """
     assert isinstance(module, GraphModule)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     try:
+        # A private module of PyTorch's
+        from torch._subclasses.fake_tensor import FakeTensorMode
+
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
         with mode:
             _Sizes(module).run({name: mode.from_tensor(tensor) for name, tensor in inputs.items()})
     except UntrustedFileError:

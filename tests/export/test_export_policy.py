@@ -138,6 +138,30 @@ def test_frames_that_pad_a_stack_stay_zero(tmp_path):
         np.testing.assert_allclose(policy.predict(stack.reshape(-1))[0], expected, atol=1e-5)
 
 
+def test_predict_of_an_export_names_what_does_not_fit(tmp_path):
+    model = disturbed(make_masked_env(observation_space=IMAGE), "CnnLstmPolicy")
+    policy = load_exported(export_policy(model, tmp_path / "policy.pt2"))
+    image = IMAGE.sample()
+    action, state = policy.predict(image)
+    assert action.shape == () and [part.shape for part in state] == [(1, 1, 256)] * 2
+    for arguments, message in (
+        ({"observation": image / 255.0}, "integers"),
+        ({"observation": image[1:]}, "must have the shape"),
+        ({"observation": image, "state": state[:1]}, "state must be None or"),
+        ({"observation": np.stack([image] * 3), "state": state}, "3 environment"),
+        ({"observation": image, "episode_start": [True, False]}, "episode_start"),
+        ({"observation": image, "action_masks": np.zeros(5, bool)}, "no valid action"),
+        ({"observation": image, "action_masks": np.ones(4, bool)}, "shape"),
+        ({"observation": image, "deterministic": False}, "deterministic=False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            policy.predict(**arguments)
+    with pytest.raises(ValueError, match="missing"):
+        policy.run({})
+    with pytest.raises(ValueError, match="is no input"):
+        policy.run({"obs": image})
+
+
 def test_a_missing_normalizer_is_a_warning(tmp_path):
     model = disturbed(VecNormalize(make_env()))
     with pytest.warns(UserWarning, match="leaves out"):
