@@ -34,7 +34,7 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(INSTALL) -e ".[zoo,plot,track,ray,site,box2d,mujoco,dev]"
+	$(INSTALL) -e ".[zoo,plot,export,track,ray,site,box2d,mujoco,dev]"
 	@touch $@
 
 $(VENV)/.site: $(VENV)/.torch pyproject.toml

@@ -14,6 +14,7 @@ from sb3_ppo_plus.errors import (
     UntrustedFileError,
     WrapperStackError,
 )
+from sb3_ppo_plus.export.exporting import export_policy
 from sb3_ppo_plus.extractors import ImpalaCNN, MultiInputExtractor, TransformerExtractor
 from sb3_ppo_plus.policies import (
     ActorCriticPlusCnnPolicy,
@@ -69,6 +70,7 @@ __all__ = [
     "WarmupCosine",
     "WrapperStackError",
     "best_checkpoint",
+    "export_policy",
     "latest_checkpoint",
     "load_vec_normalize",
     "make_schedule",

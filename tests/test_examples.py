@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +12,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_ppo_plus import PPOPlus, export_policy
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -66,6 +71,37 @@ def test_ray_train(monkeypatch, capsys):
     finally:
         ray.shutdown()
     assert "mean return -" in capsys.readouterr().out
+
+
+WITHOUT_TRAINING = """
+import runpy, sys
+for name in ("torch", "stable_baselines3", "sb3_ppo_plus"):
+    sys.modules[name] = None
+sys.argv = ["exported_policy.py", "policy.onnx", "--env", "Pendulum-v1", "--episodes", "2"]
+runpy.run_path(PATH, run_name="__main__")
+"""
+
+
+def test_exported_policy():
+    """It acts as the model does, with memory and normaliser, in a process that cannot import PyTorch or PPOPlus."""
+    env = VecNormalize(make_vec_env("Pendulum-v1", n_envs=2, seed=0))
+    settings = {"n_steps": 64, "batch_size": 32, "seed": 0, "device": "cpu"}
+    model = PPOPlus("MlpPolicy", env, policy_kwargs={"memory": "gru", "memory_kwargs": {"hidden_size": 16}}, **settings)
+    model.learn(256)
+    export_policy(model, "policy.onnx", env)
+    code = f"PATH = {str(EXAMPLES / 'exported_policy.py')!r}{WITHOUT_TRAINING}"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert float(re.search(r"test vector: (\S+)", output)[1]) < 1e-5
+    expected = []
+    for episode in range(2):
+        pendulum, state, total, done = gym.make("Pendulum-v1"), None, 0.0, False
+        observation, _ = pendulum.reset(seed=episode)
+        while not done:
+            action, state = model.predict(env.normalize_obs(observation), state, deterministic=True)
+            observation, reward, _, done, _ = pendulum.step(action)
+            total += float(reward)
+        expected.append(total)
+    np.testing.assert_allclose(json.loads(re.search(r"episodes: (.*)", output)[1]), expected, rtol=1e-2)
 
 
 @pytest.mark.filterwarnings("ignore:the run is finished")

@@ -16,13 +16,25 @@ MODULES = {
     for path in FILES
 }
 MAY_IMPORT = {
-    "zoo": {"ppo_plus", "masking", "saving", "resuming", "env_states", "untrusted", "envs", "distributed", "ground"},
+    "zoo": {
+        "ppo_plus",
+        "export",
+        "masking",
+        "saving",
+        "resuming",
+        "env_states",
+        "untrusted",
+        "envs",
+        "distributed",
+        "ground",
+    },
     "ppo_plus": {
         *("fast", "masking", "saving", "resuming", "rollout", "policies", "update", "envs", "distributed", "ground")
     },
     "fast": {"rollout", "policies", "update", "distributed", "ground"},
     "masking": {"policies", "envs", "ground"},
     "saving": {"policies", "untrusted", "ground"},
+    "export": {"policies", "saving", "untrusted", "envs", "ground"},
     "resuming": {"env_states", "saving", "untrusted", "envs", "distributed", "ground"},
     "env_states": {"untrusted", "envs", "ground"},
     "rollout": {"policies", "envs", "distributed", "ground"},

@@ -20,6 +20,7 @@ from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.policies.asymmetric import AsymmetricPolicy
 from sb3_ppo_plus.policies.gtrxl import GTrXLMemory
 from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, Memory, State
+from sb3_ppo_plus.policies.state_use import warn_of_graph_without_state
 
 MEMORIES: dict[str, type[Any]] = {"lstm": LSTMMemory, "gru": GRUMemory, "gtrxl": GTrXLMemory}
 _SIZES = ("hidden_size", "n_layers")
@@ -332,6 +333,7 @@ def _pass_through(
     :return: outputs, float32, shape (batch, output_dim), and the state after a step; after sequences, an empty tuple
     """
     if state is None:
+        warn_of_graph_without_state()
         state = memory.initial_state(len(features))
     n_sequences = state[0].shape[1]
     if episode_starts is None:

@@ -1,4 +1,4 @@
-"""Whether ``predict`` of a policy with a memory is given the state that it returned."""
+"""Whether the state of a policy's memory is lost: between calls of ``predict``, or in a graph of one step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import torch as th
 from torch import nn
 
 _NEVER = object()
@@ -50,6 +51,18 @@ class StateUse:
                 # Of who calls the model's predict
                 stacklevel=5,
             )
+
+
+def warn_of_graph_without_state() -> None:
+    """Warn where PyTorch traces one step of a policy whose state nobody has given, as ``torch.onnx.export`` does."""
+    is_traced = th.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # torch leaves it untyped
+    if is_traced or th.compiler.is_exporting():
+        warnings.warn(
+            "a graph of one step is made of a policy with a memory, without the memory's state: each of the graph's "
+            'actions is that of an episode\'s first step. sb3_ppo_plus.export_policy(model, "policy.onnx") writes a '
+            "graph that takes and gives the state",
+            stacklevel=2,
+        )
 
 
 def state_use_of(policy: nn.Module) -> StateUse:

@@ -28,6 +28,7 @@ _OWN_COMMANDS: dict[str, tuple[str, str]] = {
     "record": ("sb3_ppo_plus.zoo.record", "record videos of a run's models"),
     "benchmark": ("sb3_ppo_plus.zoo.benchmark", "evaluate all runs of a log folder into one table"),
     "report": ("sb3_ppo_plus.zoo.report", "compare runs by their learning curves, as PNG and HTML"),
+    "export": ("sb3_ppo_plus.zoo.export", "write a run's policy as ONNX or for PyTorch"),
     "push": ("sb3_ppo_plus.zoo.push", "put a run on the Hugging Face Hub"),
     "pull": ("sb3_ppo_plus.zoo.pull", "get a run from the Hugging Face Hub, without trust"),
 }

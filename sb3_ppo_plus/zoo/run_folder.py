@@ -1,6 +1,6 @@
 """One run in a log folder of the RL Zoo: its model and its environment, with trust and without.
 
-``record``, ``benchmark`` and ``push`` act with models, and share what is here.
+``record``, ``benchmark`` and ``push`` act with models, ``export`` writes them; they share what is here.
 """
 
 from __future__ import annotations

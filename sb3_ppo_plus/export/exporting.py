@@ -1,0 +1,193 @@
+"""Exports a policy: from the observation in the environment's units to the action in the environment's units."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+
+from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.export.contract import Contract, contract_path
+from sb3_ppo_plus.export.files import OPSET, as_onnx, as_pt2, trace
+from sb3_ppo_plus.export.graph import PolicyGraph, check_policy
+from sb3_ppo_plus.export.loading import Runner, open_onnx, open_pt2
+from sb3_ppo_plus.export.observations import (
+    check_observation_space,
+    normalizer_of,
+    observation_parts,
+    space_before_wrappers,
+    statistics_of,
+)
+from sb3_ppo_plus.export.trial import TOLERANCE, answer_of_predict, draw_inputs, largest_error, margins_of
+from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+
+SUFFIXES = (".onnx", ".pt2")
+_TRIAL_STEPS, _TRIAL_BATCH, _TEST_BATCH = 3, 4, 2
+
+
+def export_policy(
+    model: PlusModel | ActorCriticPlusPolicy,
+    path: str | os.PathLike[str],
+    vec_normalize: VecEnv | None = None,
+    deterministic: bool = True,
+    *,
+    observation_space: spaces.Space[Any] | None = None,
+) -> Path:
+    """Write a policy as ONNX or for ``torch.export.load``, and its contract beside it.
+
+    The file takes observations in the environment's units and gives actions in its units, inside its bounds. Everything
+    between is in it: the normaliser, images' scaling and order of channels, one-hot vectors, the memory, whose state
+    goes in and comes out, and masks. What was written is run, and compared with ``model.predict``.
+
+    :param model: the model, or its policy
+    :param path: the file; its suffix is ".onnx" (opset 18; needs onnx, onnxscript and onnxruntime) or ".pt2"
+    :param vec_normalize: the VecNormalize of training, or a VecEnv with it inside; None: observations come normalised,
+        or the policy was trained without
+    :param deterministic: True: the actions of ``predict(..., deterministic=True)``. False: the file takes random
+        numbers as further inputs, and gives a sample
+    :param observation_space: what the environment gives: the policy's own space, or with the channels of images last.
+        None: as in the model's environments, and if it has none, the policy's own
+    :return: ``path``
+    :raises ValueError: for a part of the policy that is not known, or a file whose actions are not those of ``predict``
+    :raises TypeError: for a ``vec_normalize`` of another class
+    :raises ImportError: if a package of the extra ``export`` is missing
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}, got {str(path)!r}")
+    policy: Any = getattr(model, "policy", model)
+    check_policy(policy)
+    normalize = normalizer_of(vec_normalize)
+    _warn_of_missing_normalizer(model, normalize)
+    space = observation_space
+    if space is None:
+        space = space_before_wrappers(policy.observation_space, getattr(model, "env", None), normalize)
+    check_observation_space(space, policy.observation_space)
+    graph = PolicyGraph(policy, observation_parts(space, policy.observation_space, normalize), deterministic)
+    rng = np.random.default_rng(0)
+    program = trace(graph, draw_inputs(graph, normalize, _TEST_BATCH, rng))
+    content = as_onnx(program, graph) if path.suffix == ".onnx" else as_pt2(program, graph)
+    open_file = open_onnx if path.suffix == ".onnx" else open_pt2
+    runner = open_file(content, graph.inputs, graph.outputs, trusted=True)
+    test_inputs, test_outputs = _try(runner, policy, graph, normalize, rng)
+    contract = Contract(
+        inputs=tuple(graph.inputs),
+        outputs=tuple(graph.outputs),
+        observation_space=space,
+        action_space=policy.action_space,
+        deterministic=deterministic,
+        normalizer=_describe_normalizer(normalize, graph),
+        versions=_versions(path.suffix),
+        sha256=hashlib.sha256(content).hexdigest(),
+        test_inputs=test_inputs,
+        test_outputs=test_outputs,
+    )
+    _write(contract_path(path), contract.as_json().encode())
+    _write(path, content)
+    return path
+
+
+def _warn_of_missing_normalizer(model: object, normalize: VecNormalize | None) -> None:
+    of_model: VecNormalize | None = getattr(model, "_vec_normalize_env", None)
+    if normalize is None and of_model is not None and of_model.norm_obs:
+        warnings.warn(
+            "export_policy: the model's environments have a VecNormalize, which the export leaves out: it will need "
+            "normalised observations. vec_normalize=model.get_vec_normalize_env() includes it",
+            stacklevel=3,
+        )
+
+
+def _try(
+    runner: Runner,
+    policy: ActorCriticPlusPolicy,
+    graph: PolicyGraph,
+    normalize: VecNormalize | None,
+    rng: np.random.Generator,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Compare what was written with ``predict`` over some steps, and return a test vector.
+
+    :raises ValueError: if they differ
+    """
+    was_training = policy.training
+    try:
+        for batch in (1, _TRIAL_BATCH, _TEST_BATCH):
+            states: dict[str, np.ndarray] = {}
+            for _ in range(_TRIAL_STEPS if graph.memory is not None else 1):
+                inputs = {**draw_inputs(graph, normalize, batch, rng), **states}
+                outputs = runner(inputs)
+                _compare(outputs, inputs, policy, graph, normalize)
+                states = {f"state_{name}": outputs[f"next_state_{name}"] for name in graph.state_names}
+                if graph.noises:
+                    neutral = {noise.name: noise.neutral for noise in graph.noises}
+                    if None not in neutral.values():
+                        still = {name: np.full_like(inputs[name], value) for name, value in neutral.items()}
+                        _compare(runner({**inputs, **still}), inputs, policy, graph, normalize, is_neutral=True)
+    finally:
+        policy.set_training_mode(was_training)
+    return inputs, outputs
+
+
+def _compare(
+    outputs: dict[str, np.ndarray],
+    inputs: dict[str, np.ndarray],
+    policy: ActorCriticPlusPolicy,
+    graph: PolicyGraph,
+    normalize: VecNormalize | None,
+    is_neutral: bool = False,
+) -> None:
+    margins = margins_of(graph, inputs)
+    expected, after = answer_of_predict(policy, graph, normalize, inputs)
+    if graph.noises and not is_neutral:
+        # Samples are compared with PyTorch's for the same noise
+        with th.no_grad():
+            expected = graph({name: th.as_tensor(array) for name, array in inputs.items()})["action"].numpy()
+        margins = None if margins is None else np.full_like(margins, np.inf)
+    error = largest_error(outputs["action"], expected, policy.action_space, margins)
+    for name, part in zip(graph.state_names, after, strict=True):
+        difference = np.abs(outputs[f"next_state_{name}"] - part).max()
+        error = max(error, float(difference / max(1.0, np.abs(part).max())))
+    # NaN too is an error
+    if not error <= TOLERANCE:
+        raise ValueError(
+            f"export_policy: the exported {type(policy).__name__} differs from predict by {error:.3g} of the range of "
+            "actions. One of its parts does not compute the same in a graph, such as a features extractor with "
+            f"branches in Python: {type(graph.features_extractor).__name__}"
+        )
+
+
+def _describe_normalizer(normalize: VecNormalize | None, graph: PolicyGraph) -> dict[str, Any] | None:
+    keys = [key for key in graph.keys if statistics_of(normalize, key) is not None]
+    if normalize is None or not keys:
+        return None
+    clip = float(normalize.clip_obs)
+    return {
+        "keys": None if keys == [None] else keys,
+        "clip_obs": clip if np.isfinite(clip) else None,
+        "epsilon": float(normalize.epsilon),
+    }
+
+
+def _versions(suffix: str) -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {"torch": str(th.__version__)}
+    names = ["sb3-ppo-plus", *(["onnx", "onnxscript"] if suffix == ".onnx" else [])]
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "unknown"
+    return {**versions, **({"opset": str(OPSET)} if suffix == ".onnx" else {})}
+
+
+def _write(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_bytes(content)
+    os.replace(unfinished, path)

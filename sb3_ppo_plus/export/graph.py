@@ -1,0 +1,221 @@
+"""A policy as one module: from named tensors in the environment's units to named tensors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import preprocess_obs
+from stable_baselines3.common.torch_layers import MlpExtractor
+from torch import nn
+
+from sb3_ppo_plus.export.contract import BATCH, TensorSpec
+from sb3_ppo_plus.export.heads import BernoulliHead, CategoricalHead, Head, make_head
+from sb3_ppo_plus.export.observations import ObservationPart
+from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+from sb3_ppo_plus.policies.masks import MASK_KEY
+from sb3_ppo_plus.policies.memory import Memory, State
+
+# What decides which actions predict gives: a subclass that overrides one of these may act in another way
+_METHODS_OF_PREDICT = (
+    *("predict", "_predict", "_distribution_and_state", "extract_features", "obs_to_tensor", "preprocess_obs"),
+    *("_split_off_mask", "_remember_actor", "_get_action_dist_from_latent", "_masked_distribution", "_check_state"),
+    *("unscale_action", "squash_output", "actor_memory", "set_training_mode"),
+)
+_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+_STATE_NAMES = {"lstm": ("hidden", "cell"), "gru": ("hidden",), "gtrxl": ("memory", "n_remembered")}
+
+
+class PolicyGraph(nn.Module):
+    """The part of a policy that chooses actions, with everything around it. It is a copy, on the CPU.
+
+    :param policy: the policy
+    :param parts: what converts each array of an observation, by key; see :class:`ObservationPart`
+    :param deterministic: False: random numbers are inputs
+    :raises ValueError: for a part of the policy that is not known
+    """
+
+    def __init__(
+        self, policy: ActorCriticPlusPolicy, parts: Mapping[str | None, ObservationPart], deterministic: bool
+    ) -> None:
+        super().__init__()
+        check_policy(policy)
+        self.head: Head = make_head(policy)
+        self.keys = tuple(parts)
+        self.parts = nn.ModuleList(parts.values())
+        self.spaces = [part.space for part in parts.values()]
+        self.observation_space = policy.observation_space
+        self.normalize_images = policy.normalize_images
+        self.has_mask_key = policy.has_mask_key
+        self.features_extractor = deepcopy(policy.pi_features_extractor)
+        memory: Any = policy.actor_memory
+        self.memory: Any = deepcopy(memory)
+        # The critic's layers stay behind, if the parts of actor and critic are apart
+        is_known = type(policy.mlp_extractor) is MlpExtractor
+        mlp: Any = policy.mlp_extractor
+        self.mlp: nn.Module = deepcopy(mlp.policy_net if is_known else _ActorOf(mlp))
+        self.noises = () if deterministic else self.head.noises
+        self.state_names = _STATE_NAMES[policy.memory_options.kind] if policy.memory_options else ()
+        self.cpu().eval().requires_grad_(False)
+        for tensor in (*self.parameters(), *self.buffers()):
+            # A parameter may be a part of a larger tensor, which would be written as a whole
+            tensor.data = tensor.data.contiguous().clone()
+        self.inputs, self.outputs = self._specs()
+
+    def _specs(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
+        names = _observation_names(self.keys)
+        inputs = [
+            TensorSpec(name, "observation", _dtype_of(space), (BATCH, *(space.shape or ())), key=key)
+            for key, name, space in zip(self.keys, names, self.spaces, strict=True)
+        ]
+        if isinstance(self.head, CategoricalHead) and not self.has_mask_key:
+            inputs.append(
+                TensorSpec("action_masks", "action_masks", "bool", (BATCH, sum(self.head.sizes)), optional=True)
+            )
+        action_dtype = self.head(th.zeros(1, self.head.latent_dim), None, {}).numpy().dtype.name
+        outputs = [TensorSpec("action", "action", action_dtype, (BATCH, *self.head.action_shape))]
+        if self.memory is not None:
+            for name, part in zip(self.state_names, self.memory.initial_state(1), strict=True):
+                shape = (part.shape[0], BATCH, *part.shape[2:])
+                inputs.append(TensorSpec(f"state_{name}", "state", "float32", shape))
+                outputs.append(TensorSpec(f"next_state_{name}", "state", "float32", shape))
+            inputs.append(TensorSpec("episode_start", "episode_start", "bool", (BATCH,)))
+        for noise in self.noises:
+            spec = TensorSpec(noise.name, "noise", "float32", (BATCH, *noise.shape))
+            inputs.append(spec._replace(distribution=noise.distribution, neutral=noise.neutral))
+        return inputs, outputs
+
+    def forward(self, inputs: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
+        """Choose actions.
+
+        :param inputs: a tensor for each of ``self.inputs``, by name; ``action_masks`` may be absent
+        :return: a tensor for each of ``self.outputs``, by name
+        """
+        latent, masks, state = self._latent(inputs)
+        actions = self.head(latent, masks, {noise.name: inputs[noise.name] for noise in self.noises})
+        return {
+            "action": actions,
+            **{f"next_state_{name}": part for name, part in zip(self.state_names, state, strict=True)},
+        }
+
+    def margins(self, inputs: dict[str, th.Tensor]) -> th.Tensor | None:
+        """Return by how much the chosen logits exceed the second ones, without noise.
+
+        :param inputs: see :meth:`forward`
+        :return: the smallest excess of all parts of an action, shape (batch,); None for actions of a Box
+        """
+        if not isinstance(self.head, CategoricalHead | BernoulliHead):
+            return None
+        latent, masks, _ = self._latent(inputs)
+        excesses = [th.full((len(latent),), th.inf)]
+        for logits in self.head.logits(latent, masks):
+            if logits.shape[1] > 1:
+                top = logits.double().topk(2, dim=1).values
+                excesses.append((top[:, 0] - top[:, 1]).float())
+        return th.stack(excesses).amin(dim=0)
+
+    def _latent(self, inputs: dict[str, th.Tensor]) -> tuple[th.Tensor, th.Tensor | None, State]:
+        observations: Any = {}
+        for key, part, spec in zip(self.keys, self.parts, self.inputs, strict=False):
+            observations[key] = part(inputs[spec.name])
+        masks = inputs.get("action_masks")
+        if self.has_mask_key:
+            masks = observations.pop(MASK_KEY).flatten(1) != 0
+        if None in observations:
+            observations = observations[None]
+        observations = preprocess_obs(observations, self.observation_space, normalize_images=self.normalize_images)
+        latent: th.Tensor = self.features_extractor(observations)
+        state: State = ()
+        if self.memory is not None:
+            memory: Memory = self.memory
+            before = tuple(inputs[f"state_{name}"] for name in self.state_names)
+            latent, state = memory.step(latent.float(), before, inputs["episode_start"])
+        return self.mlp(latent).float(), masks, state
+
+
+class _ActorOf(nn.Module):
+    """The actor's way through a user's own ``mlp_extractor``."""
+
+    def __init__(self, mlp_extractor: Any) -> None:  # noqa: ANN401  # what a user has built
+        super().__init__()
+        self.mlp_extractor = mlp_extractor
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        latent: th.Tensor = self.mlp_extractor.forward_actor(features)
+        return latent
+
+
+def check_policy(policy: BasePolicy) -> None:
+    """Check that the exporter knows what a policy does.
+
+    :param policy: the policy
+    :raises ValueError: for another class, an overridden method or an action space that is not known; it names the part
+    """
+    kind = type(policy)
+    if not isinstance(policy, ActorCriticPlusPolicy):
+        raise ValueError(
+            f"export_policy needs a policy of PPOPlus, got {kind.__name__}; PPOPlus.load reads what SB3's PPO has saved"
+        )
+    own = [
+        name
+        for name in _METHODS_OF_PREDICT
+        if getattr(kind, name, None) is not getattr(ActorCriticPlusPolicy, name, None) or name in vars(policy)
+    ]
+    if own:
+        raise ValueError(
+            f"export_policy does not know the method {own[0]} of {kind.__name__}: it knows "
+            f"{ActorCriticPlusPolicy.__name__}.{own[0]}, which it replaces"
+        )
+    if type(policy.action_space) not in _SPACES:
+        raise ValueError(
+            f"export_policy does not know the action space {policy.action_space}; known: "
+            f"{', '.join(known.__name__ for known in _SPACES)}"
+        )
+    memory: Any = policy.actor_memory
+    if policy.memory_options is not None and policy.memory_options.kind not in _STATE_NAMES:
+        raise ValueError(
+            f"export_policy does not know the memory {type(memory).__name__}; known: {', '.join(_STATE_NAMES)}"
+        )
+
+
+def _observation_names(keys: Iterable[str | None]) -> list[str]:
+    """Return the names of inputs: identifiers, as ONNX asks for, and each different."""
+    names: list[str] = []
+    for key in keys:
+        name = "observation" if key is None else re.sub(r"\W", "_", f"observation_{key}", flags=re.ASCII)
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _dtype_of(space: spaces.Space[Any]) -> str:
+    return np.dtype(space.dtype or np.float32).name
+
+
+@contextmanager
+def naming_the_part(graph: PolicyGraph, step: str) -> Iterator[None]:
+    """Say which parts of users' own a policy has, where PyTorch cannot export it.
+
+    :param graph: the policy
+    :param step: what is tried
+    :raises ValueError: instead of PyTorch's error
+    """
+    try:
+        yield
+    except Exception as error:
+        # PyTorch's exporter raises many types of errors
+        own = {
+            f"{type(module).__module__}.{type(module).__name__}"
+            for module in graph.modules()
+            if type(module).__module__.partition(".")[0] not in ("torch", "sb3_ppo_plus", "stable_baselines3")
+        }
+        parts = f"; parts that are not PPOPlus's: {', '.join(sorted(own))}" if own else ""
+        raise ValueError(f"export_policy: {step} failed{parts}: {type(error).__name__}: {error}") from error
