@@ -68,9 +68,9 @@ def export_policy(
     _warn_of_missing_normalizer(model, normalize)
     space = observation_space
     if space is None:
-        space = space_before_wrappers(policy.observation_space, getattr(model, "env", None), normalize)
-    check_observation_space(space, policy.observation_space)
-    graph = PolicyGraph(policy, observation_parts(space, policy.observation_space, normalize), deterministic)
+        space = space_before_wrappers(policy.actor_space, getattr(model, "env", None), normalize)
+    check_observation_space(space, policy.actor_space)
+    graph = PolicyGraph(policy, observation_parts(space, policy.actor_space, normalize), deterministic)
     rng = np.random.default_rng(0)
     program = trace(graph, draw_inputs(graph, normalize, _TEST_BATCH, rng))
     content = as_onnx(program, graph) if path.suffix == ".onnx" else as_pt2(program, graph)

@@ -51,7 +51,7 @@ class PolicyGraph(nn.Module):
         self.keys = tuple(parts)
         self.parts = nn.ModuleList(parts.values())
         self.spaces = [part.space for part in parts.values()]
-        self.observation_space = policy.observation_space
+        self.observation_space = policy.actor_space
         self.normalize_images = policy.normalize_images
         self.has_mask_key = policy.has_mask_key
         self.features_extractor = deepcopy(policy.pi_features_extractor)

@@ -345,3 +345,14 @@ def make_cartpole():
     env = gym.make("CartPole-v1")
     env.reset(seed=3)
     return env
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".pt2"])
+def test_the_export_of_an_actor_that_sees_some_keys_asks_for_these_alone(suffix, tmp_path):
+    space = spaces.Dict({name: spaces.Box(-1, 1, (3,)) for name in ("seen", "hidden")})
+    env = make_vec_env(lambda: ToyEnv(observation_space=space), 2)
+    model = PPOPlus("MultiInputPolicy", env, n_steps=8, policy_kwargs={"actor_keys": ["seen"]}, device="cpu")
+    exported = load_exported(export_policy(model, tmp_path / f"policy{suffix}"))
+    assert list(exported.observation_space.spaces) == ["seen"]
+    observations = {"seen": env.reset()["seen"]}
+    np.testing.assert_allclose(exported.predict(observations)[0], model.predict(observations, deterministic=True)[0])
