@@ -1,8 +1,9 @@
 """The private attributes and functions of PyTorch that the package uses, and what it does without them.
 
 PyTorch may rename or drop these at any time. None of them is necessary: each function here says what it does if they
-are gone. That may cost speed, but never changes a bit of the result. One more is used elsewhere: the experimental
-``make_fx``, in ``fast/tracing.py``. Without it tracing fails, and everything runs eagerly.
+are gone. That may cost speed, but never changes a bit of the result; ``.pt2`` files are then not read without trust.
+One more is used elsewhere: the experimental ``make_fx``, in ``fast/tracing.py``. Without it tracing fails, and
+everything runs eagerly.
 """
 
 from __future__ import annotations
@@ -306,3 +307,24 @@ def forget_group(group: object) -> None:
         if isinstance(defaults, tuple) and any(value is group for value in defaults):
             # As they are where the module is imported first
             function.__defaults__ = tuple(None if value is group else value for value in defaults)
+
+
+def shapes_only() -> Any:  # noqa: ANN401  # a context, which is a private class of PyTorch's
+    """Return a context in which operations compute shapes and no numbers, for tensors of its ``from_tensor``.
+
+    :raises ImportError: if it is gone
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def structure_of(tree: Any) -> str:  # noqa: ANN401  # dicts, lists and tuples
+    """Return the structure of a tree, as text of a ``.pt2`` file.
+
+    :raises ImportError: if what writes it is gone
+    """
+    from torch.utils import _pytree
+
+    text: str = _pytree.treespec_dumps(_pytree.tree_structure(tree))
+    return text

@@ -226,8 +226,8 @@ class ProcessRanks(Ranks):
 def _wait_awake(work: Any) -> None:  # noqa: ANN401  # a Work, whose type is not public
     """Wait a little without falling asleep, and let whatever else wants to run go first.
 
-    A message between two processes of a machine takes less time than waking up: a minibatch's sum of 40 KB took 0.3 ms
-    with it and 0.1 ms without, on a virtual machine.
+    A message between two processes of a machine takes less time than waking up: 80 minibatches of a small network took
+    170 ms so, in place of 220 ms, on a virtual machine.
     """
     until = time.perf_counter() + SECONDS_AWAKE
     while hasattr(os, "sched_yield") and not work.is_completed() and time.perf_counter() < until:

@@ -18,6 +18,7 @@ import torch as th
 from torch.fx import GraphModule, Interpreter, Node
 
 from sb3_ppo_plus.errors import UntrustedFileError
+from sb3_ppo_plus.torch_private import shapes_only, structure_of
 from sb3_ppo_plus.untrusted.safe_zip import read_members
 from sb3_ppo_plus.untrusted.strict_json import Limits, decode_shape, get, parse, short
 
@@ -138,10 +139,7 @@ def check_sizes(module: th.nn.Module, inputs: Mapping[str, th.Tensor]) -> None:
     """
     assert isinstance(module, GraphModule)
     try:
-        # A private module of PyTorch's
-        from torch._subclasses.fake_tensor import FakeTensorMode
-
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        mode = shapes_only()
         with mode:
             _Sizes(module).run({name: mode.from_tensor(tensor) for name, tensor in inputs.items()})
     except UntrustedFileError:
@@ -237,15 +235,15 @@ def _program(program: object, inputs: Sequence[str], outputs: Sequence[str]) -> 
 
 def _call(inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, Any]:
     """Say that a dict goes in and a dict comes out, whatever the file says."""
-    from torch.utils import _pytree as pytree
-
-    in_spec = pytree.tree_structure(((dict.fromkeys(inputs, 0),), {}))
-    out_spec = pytree.tree_structure(dict.fromkeys(outputs, 0))
+    try:
+        in_spec, out_spec = structure_of(((dict.fromkeys(inputs, 0),), {})), structure_of(dict.fromkeys(outputs, 0))
+    except ImportError as error:
+        raise UntrustedFileError(f"{_NAME} cannot be read without trust by this PyTorch: {error}") from error
     signature = {
         "inputs": [],
         "outputs": [],
-        "in_spec": pytree.treespec_dumps(in_spec),
-        "out_spec": pytree.treespec_dumps(out_spec),
+        "in_spec": in_spec,
+        "out_spec": out_spec,
         "forward_arg_names": ["inputs"],
     }
     return {"fqn": "", "signature": signature}
