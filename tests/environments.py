@@ -70,6 +70,14 @@ class ToyEnv(gym.Env):
         return self.observation, reward, terminated, not terminated and self.n_steps >= self.max_steps, {}
 
 
+def draw_masks(np_random, sizes):
+    """Random masks of some sizes, each with at least one valid choice."""
+    masks = [np_random.random(size) < 0.5 for size in sizes]
+    for mask in masks:
+        mask[np_random.integers(len(mask))] = True
+    return masks
+
+
 class MaskedEnv(ToyEnv):
     """ToyEnv with other random valid actions at each step, which refuses all others.
 
@@ -93,9 +101,7 @@ class MaskedEnv(ToyEnv):
         return result
 
     def _draw_masks(self):
-        self.masks = [self.np_random.random(size) < 0.5 for size in self.sizes]
-        for mask in self.masks:
-            mask[self.np_random.integers(len(mask))] = True
+        self.masks = draw_masks(self.np_random, self.sizes)
 
     def action_masks(self):
         return np.concatenate(self.masks)

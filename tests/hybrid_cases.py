@@ -4,7 +4,7 @@ import models
 import numpy as np
 import pytest
 import torch as th
-from environments import ASYMMETRIC, SMALL_NET, ToyEnv
+from environments import ASYMMETRIC, SMALL_NET, ToyEnv, draw_masks
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import SubprocVecEnv
@@ -85,9 +85,7 @@ class MaskedHybridToy(HybridToy):
         return result
 
     def _draw_masks(self):
-        self.masks = [self.np_random.random(size) < 0.5 for size in self.sizes]
-        for mask in self.masks:
-            mask[self.np_random.integers(len(mask))] = True
+        self.masks = draw_masks(self.np_random, self.sizes)
 
     def action_masks(self):
         mask = np.concatenate(self.masks)

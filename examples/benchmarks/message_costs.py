@@ -19,18 +19,17 @@ import argparse
 import json
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch as th
 import torch.distributed as dist
+from scaling import figures_of
 
 from sb3_ppo_plus.distributed.process_group import MAX_GATHERED_BYTES, ProcessRanks
 
@@ -96,18 +95,7 @@ def median_seconds(send: Callable[[], object], seconds: float) -> float:
 
 def measured(n_processes: int, seconds: float) -> dict[str, float]:
     """Return the seconds of each kind and size of message between processes of this machine."""
-    with tempfile.TemporaryDirectory() as folder:
-        context = get_context("spawn")
-        processes = [
-            context.Process(target=time_messages, args=(n_processes, rank, seconds, folder))
-            for rank in range(n_processes)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-        figures: dict[str, float] = json.loads(Path(folder, "figures.json").read_text())
-    return figures
+    return figures_of(n_processes, lambda rank, folder: (n_processes, rank, seconds, folder), time_messages)
 
 
 def on_paper(network: Network, n_processes: int, message: str) -> float:

@@ -195,12 +195,16 @@ def wait_for_all(size: int, rank: int, folder: Path) -> None:
 
 def run_group(name: str, size: int, scaling: str, distributed: bool | str, seconds: float) -> dict[str, float]:
     """Measure a group of processes; return the figures of the first."""
+    return figures_of(size, lambda rank, folder: (name, size, rank, scaling, distributed, seconds, folder), measure)
+
+
+def figures_of(
+    size: int, arguments: Callable[[int, str], tuple[Any, ...]], measure: Callable[..., None]
+) -> dict[str, float]:
+    """Run a function in new processes; return what the first one has written into figures.json of their folder."""
     with tempfile.TemporaryDirectory() as folder:
         context = get_context("spawn")
-        processes = [
-            context.Process(target=measure, args=(name, size, rank, scaling, distributed, seconds, folder))
-            for rank in range(size)
-        ]
+        processes = [context.Process(target=measure, args=arguments(rank, folder)) for rank in range(size)]
         for process in processes:
             process.start()
         for process in processes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.distributed.meeting import Meeting
 from sb3_ppo_plus.distributed.random_streams import RandomStream
-from sb3_ppo_plus.distributed.ranks import Ranks
+from sb3_ppo_plus.distributed.ranks import Ranks, sum_in_order
 
 GSDE_NOISE = ("exploration_mat", "exploration_matrices")
 
@@ -155,8 +155,8 @@ class Parts:
         :param vectors: a vector of each part of this process, in their order
         """
         if self.ranks.size > 1 and self.is_exact:
-            return _sum_in_order(self.ranks.gather(th.stack(list(vectors))).flatten(0, 1))
-        return self.ranks.sum(_sum_in_order(vectors))
+            return sum_in_order(self.ranks.gather(th.stack(list(vectors))).flatten(0, 1))
+        return self.ranks.sum(sum_in_order(vectors))
 
     def gather(self, tables: list[np.ndarray]) -> np.ndarray:
         """Return a table of each part of all processes, in their order.
@@ -218,11 +218,3 @@ class Parts:
             self._gsde_noise = [
                 {name: tensor.to(self._device) for name, tensor in noise.items()} for noise in state["parts"]["gsde"]
             ]
-
-
-def _sum_in_order(vectors: Iterable[th.Tensor]) -> th.Tensor:
-    remaining: Iterator[th.Tensor] = iter(vectors)
-    total = next(remaining)
-    for vector in remaining:
-        total = total + vector
-    return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch as th
@@ -17,6 +18,18 @@ def of_all_processes(error: Error) -> Error:
     """
     vars(error)["is_of_all_processes"] = True
     return error
+
+
+def sum_in_order(vectors: Iterable[th.Tensor]) -> th.Tensor:
+    """Add tensors one after another, which gives the same bits everywhere.
+
+    :param vectors: at least one tensor, all of one shape
+    """
+    remaining: Iterator[th.Tensor] = iter(vectors)
+    total = next(remaining)
+    for vector in remaining:
+        total = total + vector
+    return total
 
 
 class Ranks:

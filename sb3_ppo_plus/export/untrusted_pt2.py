@@ -278,22 +278,22 @@ def _argument(argument: object) -> dict[str, Any]:
     return {kind: _ARGUMENTS[kind](value)}
 
 
-def _identifier(value: object) -> str:
-    if not isinstance(value, str) or not _IDENTIFIER.fullmatch(value):
-        raise UntrustedFileError(f"{_NAME}: {short(value)} is no name")
+def _matching(value: object, pattern: re.Pattern[str], what: str) -> str:
+    if not isinstance(value, str) or not pattern.fullmatch(value):
+        raise UntrustedFileError(f"{_NAME}: {short(value)} is no {what}")
     return value
+
+
+def _identifier(value: object) -> str:
+    return _matching(value, _IDENTIFIER, "name")
 
 
 def _path(value: object) -> str:
-    if not isinstance(value, str) or not _PATH.fullmatch(value):
-        raise UntrustedFileError(f"{_NAME}: {short(value)} is no name of a parameter")
-    return value
+    return _matching(value, _PATH, "name of a parameter")
 
 
-def _symbol_name(value: str) -> str:
-    if not _SYMBOL_NAME.fullmatch(value):
-        raise UntrustedFileError(f"{_NAME}: {short(value)} is no name of a size")
-    return value
+def _symbol_name(value: object) -> str:
+    return _matching(value, _SYMBOL_NAME, "name of a size")
 
 
 def _integer(value: object) -> int:
