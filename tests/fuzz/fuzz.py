@@ -19,9 +19,10 @@ import atheris
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-READERS = ("untrusted", "saving", "resuming", "env_states")
+READERS = ("untrusted", "saving", "resuming", "env_states", "export")
 
 with atheris.instrument_imports(include=[f"sb3_ppo_plus.{name}" for name in READERS]):
+    import sb3_ppo_plus.export
     import sb3_ppo_plus.resuming.resume
     import sb3_ppo_plus.saving.untrusted_model
 with atheris.instrument_imports(include=["sb3_ppo_plus.zoo", "yaml", "pickletools", "zipfile"]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import shutil
@@ -28,9 +29,12 @@ from sb3_ppo_plus import (
     TrainingCheckpoint,
     UntrustedFileError,
     WrapperStackError,
+    export_policy,
     load_vec_normalize,
     save_vec_normalize,
 )
+from sb3_ppo_plus.export.contract import contract_path, read_contract
+from sb3_ppo_plus.export.loading import load_exported
 from sb3_ppo_plus.resuming.checkpoint_directory import MANIFEST, _sealed, read_checkpoint, write_checkpoint
 from sb3_ppo_plus.untrusted.safe_zip import read_members
 from sb3_ppo_plus.untrusted.tensor_file import load_tensors
@@ -270,6 +274,54 @@ def file_of_checkpoint(name: str) -> Callable[[], list[bytes]]:
     return lambda: [(checkpoint() / name).read_bytes()]
 
 
+# Exported policies
+
+
+@cache
+def exported(suffix: str) -> Path:
+    """Export a policy with a memory and masks, which has inputs and outputs of all roles."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PPOPlus(
+            "MlpPolicy",
+            make_env(action_space=spaces.MultiDiscrete([2, 3])),
+            n_steps=8,
+            batch_size=8,
+            policy_kwargs=SMALL_NET | {"memory": "gru", "memory_kwargs": {"hidden_size": 4}},
+            device="cpu",
+        )
+    return export_policy(model, folder() / f"policy{suffix}", deterministic=False)
+
+
+def read_exported_contract(content: bytes) -> object:
+    path = folder() / "foreign.onnx.json"
+    path.write_bytes(content)
+    return read_contract(path)
+
+
+def read_onnx(content: bytes) -> object:
+    return load_foreign(".onnx", content)
+
+
+def read_program(content: bytes) -> object:
+    members = unzipped(exported(".pt2").read_bytes())
+    return load_foreign(".pt2", zipped(members | {program_name(): content}))
+
+
+def load_foreign(suffix: str, content: bytes) -> object:
+    """Load bytes as an exported policy, whose contract has their hash."""
+    path = folder() / f"foreign{suffix}"
+    contract = json.loads(contract_path(exported(suffix)).read_bytes())
+    contract["sha256"] = hashlib.sha256(content).hexdigest()
+    contract_path(path).write_text(json.dumps(contract))
+    path.write_bytes(content)
+    return load_exported(path)
+
+
+def program_name() -> str:
+    return next(name for name in unzipped(exported(".pt2").read_bytes()) if name.endswith("models/model.json"))
+
+
 JSON_ERRORS = (UntrustedFileError,)
 RESUME_ERRORS = (CheckpointError, WrapperStackError)
 TARGETS = {
@@ -287,6 +339,16 @@ TARGETS = {
     "manifest": Target(read_manifest, file_of_checkpoint(MANIFEST), (CheckpointError,), is_json=True),
     "state": Target(read_state, file_of_checkpoint("training_state.json"), RESUME_ERRORS, is_json=True),
     "arrays": Target(read_arrays, file_of_checkpoint("training_state.bin"), RESUME_ERRORS),
+    "contract": Target(
+        read_exported_contract,
+        lambda: [contract_path(exported(suffix)).read_bytes() for suffix in (".onnx", ".pt2")],
+        JSON_ERRORS,
+        is_json=True,
+    ),
+    "onnx": Target(read_onnx, lambda: [exported(".onnx").read_bytes()], JSON_ERRORS),
+    "program": Target(
+        read_program, lambda: [unzipped(exported(".pt2").read_bytes())[program_name()]], JSON_ERRORS, is_json=True
+    ),
 }
 
 
