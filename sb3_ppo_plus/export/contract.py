@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_ppo_plus.errors import UntrustedFileError
+from sb3_ppo_plus.policies.flat_actions import parts_of
 from sb3_ppo_plus.saving.described_spaces import decode_space, encode_space
 from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 from sb3_ppo_plus.untrusted.strict_json import (
@@ -40,7 +43,8 @@ class TensorSpec(NamedTuple):
     :param role: one of ``INPUT_ROLES``, or of ``OUTPUT_ROLES``
     :param dtype: NumPy's name of its dtype
     :param shape: sizes; the one that is the number of observations is "batch"
-    :param key: key in a Dict observation; None: the observation is no Dict, or this is none
+    :param key: key in a Dict observation, or path of a part of a Tuple or Dict action, such as "1.angle"; None: the
+        space is neither, or this is neither
     :param optional: whether the input may be left out; masks, which are then True everywhere
     :param distribution: of noise, one of ``DISTRIBUTIONS``
     :param neutral: the noise with which the action is the deterministic one; None: there is none
@@ -117,6 +121,11 @@ class Contract:
         """
         return tuple(spec for spec in self.inputs if spec.role == role)
 
+    @property
+    def actions(self) -> tuple[TensorSpec, ...]:
+        """The outputs that are the action, or its parts in the order of the action space."""
+        return tuple(spec for spec in self.outputs if spec.role == "action")
+
     def as_json(self) -> str:
         """Return the text of the file."""
         content = {
@@ -136,6 +145,21 @@ class Contract:
             },
         }
         return json.dumps(content, indent=1, allow_nan=False)
+
+
+def names_of_tensors(kind: str, keys: Iterable[str | None]) -> list[str]:
+    """Return names of inputs or outputs: identifiers, as ONNX asks for, and each different.
+
+    :param kind: what they are, such as "observation"
+    :param keys: key of each; None: the name is ``kind``
+    """
+    names: list[str] = []
+    for key in keys:
+        name = kind if key is None else re.sub(r"\W", "_", f"{kind}_{key}", flags=re.ASCII)
+        while name in names:
+            name += "_"
+        names.append(name)
+    return names
 
 
 def contract_path(path: Path) -> Path:
@@ -180,7 +204,7 @@ def read_contract(path: Path) -> Contract:
 
 def _encode_spec(spec: TensorSpec) -> dict[str, Any]:
     always = {"name": spec.name, "role": spec.role, "dtype": spec.dtype, "shape": list(spec.shape)}
-    if spec.role == "observation":
+    if spec.role in ("observation", "action"):
         return {**always, "key": spec.key}
     if spec.role == "action_masks":
         return {**always, "optional": spec.optional}
@@ -210,7 +234,7 @@ def _decode_spec(entry: object, roles: tuple[str, ...], name: str) -> TensorSpec
         raise UntrustedFileError(f"{name}: shape must hold {BATCH!r} once, got {short(shape)}")
     decode_shape([size for size in shape if size != BATCH], name)
     spec = TensorSpec(get(entry, "name", str, name), role, dtype, tuple(shape))
-    if role == "observation":
+    if role in ("observation", "action"):
         return spec._replace(key=get(entry, "key", (str, type(None)), name))
     if role == "action_masks":
         return spec._replace(optional=get(entry, "optional", bool, name))
@@ -251,9 +275,8 @@ def _check_roles(contract: Contract, name: str) -> None:
         raise UntrustedFileError(f"{name}: action_masks may occur once, and episode_start once, with a state")
     if bool(n_of["noise"]) == contract.deterministic:
         raise UntrustedFileError(f"{name}: a deterministic policy has no noise, and every other one has")
-    actions = [spec for spec in contract.outputs if spec.role == "action"]
-    if len(actions) != 1 or actions[0].shape != (BATCH, *(contract.action_space.shape or ())):
-        raise UntrustedFileError(f"{name}: there must be one action, with the shape of the action space")
+    if [(spec.key, spec.shape) for spec in contract.actions] != _shapes_of_actions(contract.action_space, name):
+        raise UntrustedFileError(f"{name}: there must be an action for each part of the action space, with its shape")
     space = contract.observation_space
     known: dict[Any, spaces.Space[Any]] = dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
     for spec in contract.with_role("observation"):
@@ -261,3 +284,14 @@ def _check_roles(contract: Contract, name: str) -> None:
             raise UntrustedFileError(f"{name}: the input {short(spec.name)} does not fit the observation space")
     if n_of["observation"] == 0:
         raise UntrustedFileError(f"{name}: there must be an observation")
+
+
+def _shapes_of_actions(action_space: spaces.Space[Any], name: str) -> list[tuple[str | None, tuple[int | str, ...]]]:
+    """Return the path of each part of an action space, None if there is one part only, and its outputs' shape."""
+    try:
+        parts = parts_of(action_space)
+    except ValueError as error:
+        raise UntrustedFileError(f"{name}: action_space: {error}") from error
+    return [(part.path, (BATCH, *(part.space.shape or ()))) for part in parts] or [
+        (None, (BATCH, *(action_space.shape or ())))
+    ]

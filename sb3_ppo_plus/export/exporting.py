@@ -27,6 +27,7 @@ from sb3_ppo_plus.export.observations import (
 )
 from sb3_ppo_plus.export.trial import TOLERANCE, answer_of_predict, draw_inputs, largest_error, margins_of
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+from sb3_ppo_plus.policies.flat_actions import space_of_env
 
 SUFFIXES = (".onnx", ".pt2")
 _TRIAL_STEPS, _TRIAL_BATCH, _TEST_BATCH = 3, 4, 2
@@ -81,7 +82,7 @@ def export_policy(
         inputs=tuple(graph.inputs),
         outputs=tuple(graph.outputs),
         observation_space=space,
-        action_space=policy.action_space,
+        action_space=space_of_env(policy.action_space),
         deterministic=deterministic,
         normalizer=_describe_normalizer(normalize, graph),
         versions=_versions(path.suffix),
@@ -124,11 +125,10 @@ def _try(
                 outputs = runner(inputs)
                 _compare(outputs, inputs, policy, graph, normalize)
                 states = {f"state_{name}": outputs[f"next_state_{name}"] for name in graph.state_names}
-                if graph.noises:
-                    neutral = {noise.name: noise.neutral for noise in graph.noises}
-                    if None not in neutral.values():
-                        still = {name: np.full_like(inputs[name], value) for name, value in neutral.items()}
-                        _compare(runner({**inputs, **still}), inputs, policy, graph, normalize, is_neutral=True)
+                neutral = {spec.name: spec.neutral for spec in graph.inputs if spec.role == "noise"}
+                if neutral and None not in neutral.values():
+                    still = {name: np.full_like(inputs[name], value) for name, value in neutral.items()}
+                    _compare(runner({**inputs, **still}), inputs, policy, graph, normalize, is_neutral=True)
     finally:
         policy.set_training_mode(was_training)
     return inputs, outputs
@@ -144,12 +144,13 @@ def _compare(
 ) -> None:
     margins = margins_of(graph, inputs)
     expected, after = answer_of_predict(policy, graph, normalize, inputs)
-    if graph.noises and not is_neutral:
+    if any(spec.role == "noise" for spec in graph.inputs) and not is_neutral:
         # Samples are compared with PyTorch's for the same noise
         with th.no_grad():
-            expected = graph({name: th.as_tensor(array) for name, array in inputs.items()})["action"].numpy()
-        margins = None if margins is None else np.full_like(margins, np.inf)
-    error = largest_error(outputs["action"], expected, policy.action_space, margins)
+            answer = graph({name: th.as_tensor(array) for name, array in inputs.items()})
+        expected = {name: answer[name].numpy() for name in graph.heads.names}
+        margins = {name: None if margin is None else np.full_like(margin, np.inf) for name, margin in margins.items()}
+    error = largest_error(outputs, expected, graph, margins)
     for name, part in zip(graph.state_names, after, strict=True):
         difference = np.abs(outputs[f"next_state_{name}"] - part).max()
         error = max(error, float(difference / max(1.0, np.abs(part).max())))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
@@ -16,10 +15,11 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import MlpExtractor
 from torch import nn
 
-from sb3_ppo_plus.export.contract import BATCH, TensorSpec
-from sb3_ppo_plus.export.heads import BernoulliHead, CategoricalHead, Head, make_head
+from sb3_ppo_plus.export.action_heads import ActionHeads
+from sb3_ppo_plus.export.contract import BATCH, TensorSpec, names_of_tensors
 from sb3_ppo_plus.export.observations import ObservationPart
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+from sb3_ppo_plus.policies.flat_actions import FlatActionSpace
 from sb3_ppo_plus.policies.masks import MASK_KEY
 from sb3_ppo_plus.policies.memory import Memory, State
 
@@ -29,7 +29,7 @@ _METHODS_OF_PREDICT = (
     *("_split_off_mask", "_remember_actor", "_get_action_dist_from_latent", "_masked_distribution", "_check_state"),
     *("unscale_action", "squash_output", "actor_memory", "set_training_mode"),
 )
-_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, FlatActionSpace)
 _STATE_NAMES = {"lstm": ("hidden", "cell"), "gru": ("hidden",), "gtrxl": ("memory", "n_remembered")}
 
 
@@ -47,7 +47,7 @@ class PolicyGraph(nn.Module):
     ) -> None:
         super().__init__()
         check_policy(policy)
-        self.head: Head = make_head(policy)
+        self.heads = ActionHeads(policy, deterministic)
         self.keys = tuple(parts)
         self.parts = nn.ModuleList(parts.values())
         self.spaces = [part.space for part in parts.values()]
@@ -61,7 +61,6 @@ class PolicyGraph(nn.Module):
         is_known = type(policy.mlp_extractor) is MlpExtractor
         mlp: Any = policy.mlp_extractor
         self.mlp: nn.Module = deepcopy(mlp.policy_net if is_known else _ActorOf(mlp))
-        self.noises = () if deterministic else self.head.noises
         self.state_names = _STATE_NAMES[policy.memory_options.kind] if policy.memory_options else ()
         self.cpu().eval().requires_grad_(False)
         for tensor in (*self.parameters(), *self.buffers()):
@@ -70,26 +69,22 @@ class PolicyGraph(nn.Module):
         self.inputs, self.outputs = self._specs()
 
     def _specs(self) -> tuple[list[TensorSpec], list[TensorSpec]]:
-        names = _observation_names(self.keys)
+        names = names_of_tensors("observation", self.keys)
         inputs = [
             TensorSpec(name, "observation", _dtype_of(space), (BATCH, *(space.shape or ())), key=key)
             for key, name, space in zip(self.keys, names, self.spaces, strict=True)
         ]
-        if isinstance(self.head, CategoricalHead) and not self.has_mask_key:
-            inputs.append(
-                TensorSpec("action_masks", "action_masks", "bool", (BATCH, sum(self.head.sizes)), optional=True)
-            )
-        action_dtype = self.head(th.zeros(1, self.head.latent_dim), None, {}).numpy().dtype.name
-        outputs = [TensorSpec("action", "action", action_dtype, (BATCH, *self.head.action_shape))]
+        mask_size = sum(map(sum, self.heads.mask_sizes))
+        if mask_size and not self.has_mask_key:
+            inputs.append(TensorSpec("action_masks", "action_masks", "bool", (BATCH, mask_size), optional=True))
+        outputs = self.heads.specs()
         if self.memory is not None:
             for name, part in zip(self.state_names, self.memory.initial_state(1), strict=True):
                 shape = (part.shape[0], BATCH, *part.shape[2:])
                 inputs.append(TensorSpec(f"state_{name}", "state", "float32", shape))
                 outputs.append(TensorSpec(f"next_state_{name}", "state", "float32", shape))
             inputs.append(TensorSpec("episode_start", "episode_start", "bool", (BATCH,)))
-        for noise in self.noises:
-            spec = TensorSpec(noise.name, "noise", "float32", (BATCH, *noise.shape))
-            inputs.append(spec._replace(distribution=noise.distribution, neutral=noise.neutral))
+        inputs += self.heads.noise_specs()
         return inputs, outputs
 
     def forward(self, inputs: dict[str, th.Tensor]) -> dict[str, th.Tensor]:
@@ -99,27 +94,18 @@ class PolicyGraph(nn.Module):
         :return: a tensor for each of ``self.outputs``, by name
         """
         latent, masks, state = self._latent(inputs)
-        actions = self.head(latent, masks, {noise.name: inputs[noise.name] for noise in self.noises})
         return {
-            "action": actions,
+            **self.heads(latent, masks, inputs),
             **{f"next_state_{name}": part for name, part in zip(self.state_names, state, strict=True)},
         }
 
-    def margins(self, inputs: dict[str, th.Tensor]) -> th.Tensor | None:
-        """Return by how much the chosen logits exceed the second ones, without noise.
+    def margins(self, inputs: dict[str, th.Tensor]) -> dict[str, th.Tensor | None]:
+        """Return by how much the chosen logits exceed the second ones, see :meth:`ActionHeads.margins`.
 
         :param inputs: see :meth:`forward`
-        :return: the smallest excess of all parts of an action, shape (batch,); None for actions of a Box
         """
-        if not isinstance(self.head, CategoricalHead | BernoulliHead):
-            return None
         latent, masks, _ = self._latent(inputs)
-        excesses = [th.full((len(latent),), th.inf)]
-        for logits in self.head.logits(latent, masks):
-            if logits.shape[1] > 1:
-                top = logits.double().topk(2, dim=1).values
-                excesses.append((top[:, 0] - top[:, 1]).float())
-        return th.stack(excesses).amin(dim=0)
+        return self.heads.margins(latent, masks)
 
     def _latent(self, inputs: dict[str, th.Tensor]) -> tuple[th.Tensor, th.Tensor | None, State]:
         observations: Any = {}
@@ -183,17 +169,6 @@ def check_policy(policy: BasePolicy) -> None:
         raise ValueError(
             f"export_policy does not know the memory {type(memory).__name__}; known: {', '.join(_STATE_NAMES)}"
         )
-
-
-def _observation_names(keys: Iterable[str | None]) -> list[str]:
-    """Return the names of inputs: identifiers, as ONNX asks for, and each different."""
-    names: list[str] = []
-    for key in keys:
-        name = "observation" if key is None else re.sub(r"\W", "_", f"observation_{key}", flags=re.ASCII)
-        while name in names:
-            name += "_"
-        names.append(name)
-    return names
 
 
 def _dtype_of(space: spaces.Space[Any]) -> str:

@@ -20,7 +20,7 @@ from stable_baselines3.common.distributions import (
 )
 from torch import nn
 
-from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+from sb3_ppo_plus.export.action_layers import ActionLayer
 from sb3_ppo_plus.policies.bounded_distributions import (
     BETA_EPSILON,
     BETA_MAX_CONCENTRATION,
@@ -38,6 +38,7 @@ from sb3_ppo_plus.policies.masked_distributions import (
     MaskableBernoulliDistribution,
     MaskableCategoricalDistribution,
     MaskableMultiCategoricalDistribution,
+    flattened_choices,
     mask_sizes,
 )
 
@@ -64,16 +65,14 @@ class Noise:
 class Head(nn.Module):
     """Turns the policy's last hidden layer into actions.
 
-    :param policy: the policy
+    :param layer: the policy's last layer
     """
 
-    takes_masks = False
-
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
+    def __init__(self, layer: ActionLayer) -> None:
         super().__init__()
-        self.action_net = deepcopy(policy.action_net)
-        self.action_shape = policy.action_space.shape or ()
-        self.latent_dim: int = policy.mlp_extractor.latent_dim_pi
+        self.action_net = deepcopy(layer.net)
+        self.action_shape = layer.space.shape or ()
+        self.latent_dim = layer.latent_dim
 
     @property
     def noises(self) -> tuple[Noise, ...]:
@@ -94,18 +93,22 @@ class Head(nn.Module):
 class BoxHead(Head):
     """Actions of a Box.
 
-    :param policy: the policy
+    :param layer: the policy's last layer
     """
 
     low: th.Tensor
     high: th.Tensor
 
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__(policy)
-        space = policy.action_space
+    def __init__(self, layer: ActionLayer) -> None:
+        super().__init__(layer)
+        space = layer.space
         assert isinstance(space, spaces.Box)
         # The dtype to which NumPy clips float32 actions
-        self.dtype = th.as_tensor(np.zeros(0, np.result_type(np.float32, space.dtype or np.float32))).dtype
+        self.dtype = _torch_dtype(np.result_type(np.float32, space.dtype))
+        # A part of a hybrid action has the dtype of its space, as ``HybridDistribution.to_env`` gives it
+        self.part_dtype = None if layer.path is None else _torch_dtype(space.dtype)
+        if self.part_dtype is not None:
+            self.dtype = th.float64
         self.register_buffer("low", th.as_tensor(space.low).to(self.dtype))
         self.register_buffer("high", th.as_tensor(space.high).to(self.dtype))
 
@@ -119,7 +122,12 @@ class BoxHead(Head):
 
         :param actions: in the environment's units, shape (batch, action_dim)
         """
-        return th.clamp(actions.to(self.dtype).reshape(-1, *self.action_shape), self.low, self.high)
+        actions = actions.to(self.dtype).reshape(-1, *self.action_shape)
+        if self.part_dtype is None:
+            return th.clamp(actions, self.low, self.high)
+        if not self.part_dtype.is_floating_point:
+            actions = actions.round()
+        return th.clamp(actions, self.low, self.high).to(self.part_dtype)
 
     def between_bounds(self, fraction: th.Tensor) -> th.Tensor:
         """Map [0, 1] to the bounds, as ``BoundedDistribution.to_bounds`` does.
@@ -133,14 +141,15 @@ class BoxHead(Head):
 class GaussianHead(BoxHead):
     """SB3's diagonal Gaussian: the mean, clipped.
 
-    :param policy: the policy
+    :param layer: the policy's last layer
     """
 
     std: th.Tensor
 
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__(policy)
-        self.register_buffer("std", self.standard_deviation(policy.log_std.detach().cpu()))
+    def __init__(self, layer: ActionLayer) -> None:
+        super().__init__(layer)
+        assert layer.log_std is not None
+        self.register_buffer("std", self.standard_deviation(layer.log_std.cpu()))
 
     def standard_deviation(self, log_std: th.Tensor) -> th.Tensor:
         """Return the standard deviations, shape (action_dim,)."""
@@ -171,17 +180,18 @@ class SquashedGaussianHead(GaussianHead):
 class StateDependentNoiseHead(BoxHead):
     """gSDE: the mean, or with noise the mean plus latent features times a matrix of random numbers.
 
-    :param policy: the policy
+    :param layer: the policy's last layer
     """
 
     std: th.Tensor
 
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__(policy)
-        distribution = policy.action_dist
+    def __init__(self, layer: ActionLayer) -> None:
+        super().__init__(layer)
+        distribution = layer.distribution
         assert isinstance(distribution, StateDependentNoiseDistribution)
+        assert layer.log_std is not None
         self.is_squashed = distribution.bijector is not None
-        self.register_buffer("std", distribution.get_std(policy.log_std.detach()).cpu().clone())
+        self.register_buffer("std", distribution.get_std(layer.log_std).cpu().clone())
 
     @property
     def noises(self) -> tuple[Noise, ...]:
@@ -202,14 +212,14 @@ class StateDependentNoiseHead(BoxHead):
 class BetaHead(BoxHead):
     """Beta: mean or mode, or with noise a sample.
 
-    :param policy: the policy
+    :param layer: the policy's last layer
     """
 
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__(policy)
-        assert isinstance(policy.action_dist, BetaDistribution)
-        self.deterministic = policy.action_dist.deterministic
-        self.action_dim = policy.action_dist.action_dim
+    def __init__(self, layer: ActionLayer) -> None:
+        super().__init__(layer)
+        assert isinstance(layer.distribution, BetaDistribution)
+        self.deterministic = layer.distribution.deterministic
+        self.action_dim = layer.distribution.action_dim
 
     @property
     def noises(self) -> tuple[Noise, ...]:
@@ -256,16 +266,19 @@ def _gamma(shape: th.Tensor, normal: th.Tensor, uniform: th.Tensor) -> th.Tensor
 class CategoricalHead(Head):
     """Discrete, MultiDiscrete and maskable MultiBinary actions: the most probable choices, or with noise samples.
 
-    :param policy: the policy
+    :param layer: the policy's last layer
     """
 
-    takes_masks = True
+    start: th.Tensor
 
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__(policy)
-        space = policy.action_space
-        self.sizes = mask_sizes(space)
-        self.dtype = th.as_tensor(np.zeros(0, space.dtype)).dtype
+    def __init__(self, layer: ActionLayer) -> None:
+        super().__init__(layer)
+        self.sizes = mask_sizes(flattened_choices(layer.space))
+        self.dtype = _torch_dtype(layer.space.dtype)
+        # SB3 counts the choices of a space that is no part of another from 0
+        start = 0 if layer.path is None else getattr(layer.space, "start", 0)
+        self.counts_from_zero = not np.any(start)
+        self.register_buffer("start", th.as_tensor(np.asarray(start, np.int64)))
 
     @property
     def noises(self) -> tuple[Noise, ...]:
@@ -286,18 +299,19 @@ class CategoricalHead(Head):
             gumbels = th.split(noise["noise"], self.sizes, dim=1)
             parts = tuple(part + gumbel for part, gumbel in zip(parts, gumbels, strict=True))
         choices = th.stack([part.argmax(dim=1) for part in parts], dim=1)
-        return choices.reshape(-1, *self.action_shape).to(self.dtype)
+        choices = choices.reshape(-1, *self.action_shape)
+        return (choices if self.counts_from_zero else choices + self.start).to(self.dtype)
 
 
 class BernoulliHead(Head):
     """SB3's MultiBinary actions: 1 where it is more probable than 0, or with noise samples.
 
-    :param policy: the policy
+    :param layer: the policy's last layer
     """
 
-    def __init__(self, policy: ActorCriticPlusPolicy) -> None:
-        super().__init__(policy)
-        self.dtype = th.as_tensor(np.zeros(0, policy.action_space.dtype)).dtype
+    def __init__(self, layer: ActionLayer) -> None:
+        super().__init__(layer)
+        self.dtype = _torch_dtype(layer.space.dtype)
 
     @property
     def noises(self) -> tuple[Noise, ...]:
@@ -334,31 +348,21 @@ HEADS: dict[type[Distribution], type[Head]] = {
 """The head of each action distribution that can be exported."""
 
 
-def make_head(policy: ActorCriticPlusPolicy) -> Head:
-    """Build the head of a policy.
+def make_head(layer: ActionLayer) -> Head:
+    """Build the head of a layer.
 
-    :param policy: the policy
+    :param layer: the layer
     :raises ValueError: for an action distribution that is not known
     """
-    kind = type(policy.action_dist)
+    kind = type(layer.distribution)
     if kind not in HEADS:
+        where = "" if layer.path is None else f" of the part {layer.path!r}"
         raise ValueError(
-            f"export_policy does not know the action distribution {kind.__name__} of {type(policy).__name__}; known: "
+            f"export_policy does not know the action distribution {kind.__name__}{where}; known: "
             f"{', '.join(known.__name__ for known in HEADS)}. Enter a Head for it in sb3_ppo_plus.export.heads.HEADS"
         )
-    return HEADS[kind](policy)
+    return HEADS[kind](layer)
 
 
-def action_range(space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
-    """Return the range of each action dimension, by which errors are measured.
-
-    :param space: the action space
-    :param actions: some actions, shape (n, *action shape)
-    :return: high - low of a Box; where it is infinite, twice the largest of the actions, and at least 1
-    """
-    if not isinstance(space, spaces.Box):
-        return np.ones(space.shape or ())
-    with np.errstate(over="ignore"):
-        width = space.high.astype(np.float64) - space.low.astype(np.float64)
-    largest = np.abs(actions.astype(np.float64)).max(axis=0, initial=0.5)
-    return np.where(np.isfinite(width), width, 2.0 * largest)
+def _torch_dtype(dtype: np.dtype[Any] | type[Any] | None) -> th.dtype:
+    return th.as_tensor(np.zeros(0, dtype)).dtype

@@ -18,8 +18,9 @@ from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.export.contract import Contract, TensorSpec, contract_path, read_contract
 from sb3_ppo_plus.export.untrusted_onnx import check_onnx
 from sb3_ppo_plus.export.untrusted_pt2 import check_sizes, without_code
-from sb3_ppo_plus.policies.masked_distributions import mask_sizes
-from sb3_ppo_plus.policies.masks import MASK_KEY, check_masks
+from sb3_ppo_plus.policies.flat_actions import FlatActionSpace, flat_action_space
+from sb3_ppo_plus.policies.mask_layout import masks_of_envs
+from sb3_ppo_plus.policies.masks import MASK_KEY
 from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 
 MAX_BYTES = 2**31
@@ -46,7 +47,9 @@ class ExportedPolicy:
         self._states = contract.with_role("state")
         self._next_states = [spec.name for spec in contract.outputs if spec.role == "state"]
         self._others = {role: contract.with_role(role) for role in ("action_masks", "episode_start", "noise")}
-        (self._action,) = (spec.name for spec in contract.outputs if spec.role == "action")
+        # None: the action space is no Tuple or Dict
+        flat = flat_action_space(self.action_space)
+        self._structure = flat if isinstance(flat, FlatActionSpace) else None
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the file once.
@@ -79,8 +82,8 @@ class ExportedPolicy:
         state: tuple[np.ndarray, ...] | None = None,
         episode_start: np.ndarray | None = None,
         deterministic: bool | None = None,
-        action_masks: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        action_masks: Any = None,  # noqa: ANN401  # an array, or the structure of a hybrid action space
+    ) -> tuple[Any, tuple[np.ndarray, ...] | None]:
         """Choose actions in the environment's units, as SB3's ``predict`` does.
 
         :param observation: in the environment's units, of one environment or of n_envs
@@ -89,8 +92,9 @@ class ExportedPolicy:
         :param deterministic: None: as the policy was exported. True is also possible for a stochastic export, but for
             one of a Beta policy
         :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are,
-            or the observation holds them
-        :return: the actions, and the state after them; without a memory, ``state`` itself
+            or the observation holds them. For a Tuple or Dict, the structures that the model's ``predict`` takes too
+        :return: the actions, and the state after them; without a memory, ``state`` itself. For a Tuple or Dict action
+            space, the actions of a batch are a list of structures
         :raises ValueError: for arrays that do not fit, or for ``deterministic`` that the file cannot do
         """
         inputs, batch, is_batch = self._observation_inputs(observation)
@@ -100,9 +104,10 @@ class ExportedPolicy:
             self._put_state(inputs, state, episode_start, batch)
         self._put_noise(inputs, deterministic, batch)
         outputs = self._run(inputs)
-        actions = outputs[self._action]
         if self._states:
             state = tuple(outputs[name] for name in self._next_states)
+        of_parts = [outputs[spec.name] for spec in self.contract.actions]
+        actions: Any = of_parts[0] if self._structure is None else self._structure.structures(of_parts)
         return (actions if is_batch else actions[0]), state
 
     def largest_error_of_test(self) -> float:
@@ -111,8 +116,11 @@ class ExportedPolicy:
         :return: the largest difference of an action from the contract's; 0 or near it if this machine computes the same
         """
         outputs = self._run(self.contract.test_inputs)
-        expected = self.contract.test_outputs[self._action].astype(np.float64)
-        return float(np.abs(outputs[self._action].astype(np.float64) - expected).max(initial=0.0))
+        differences = [
+            np.abs(outputs[spec.name].astype(np.float64) - self.contract.test_outputs[spec.name].astype(np.float64))
+            for spec in self.contract.actions
+        ]
+        return float(max(difference.max(initial=0.0) for difference in differences))
 
     def _observation_inputs(
         self, observation: np.ndarray | dict[str, np.ndarray]
@@ -142,13 +150,13 @@ class ExportedPolicy:
             inputs[spec.name] = np.ascontiguousarray(array)
         return inputs, batch, is_batch
 
-    def _put_masks(self, inputs: dict[str, np.ndarray], action_masks: np.ndarray, batch: int) -> None:
+    def _put_masks(self, inputs: dict[str, np.ndarray], action_masks: Any, batch: int) -> None:  # noqa: ANN401  # see predict
         specs = [*self._others["action_masks"], *(spec for spec in self._observations if spec.key == MASK_KEY)]
         if not specs:
             raise ValueError("action_masks were given to a policy that takes none")
-        spec, masks = specs[0], check_masks(np.asarray(action_masks), mask_sizes(self.action_space))
+        spec, masks = specs[0], masks_of_envs(self.action_space, action_masks)
         if len(masks) != batch:
-            raise ValueError(f"action_masks must be those of {batch} environment(s), got {np.shape(action_masks)}")
+            raise ValueError(f"action_masks must be those of {batch} environment(s), got those of {len(masks)}")
         inputs[spec.name] = np.ascontiguousarray(masks.reshape(spec.shape_for(batch)).astype(spec.dtype))
 
     def _put_state(
@@ -195,7 +203,7 @@ def load_exported(
 
     :param path: the file, ".onnx" (needs onnx and onnxruntime) or ".pt2"; the contract lies beside it
     :param trusted: True: the file may have any operation, also those of your own networks that the closed lists of
-        ``untrusted_onnx`` and ``untrusted_pt2`` lack; a .pt2 file is then read by PyTorch, which runs code in it
+        ``operations`` lack; a .pt2 file is then read by PyTorch, which runs code in it
     :param seed: seed of the noise of a stochastic export
     :param num_threads: threads of onnxruntime. One is fastest for small networks
     :raises UntrustedFileError: a ValueError, for a file that is damaged, hostile, or not that of the contract

@@ -12,9 +12,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_plus.export.contract import TensorSpec
 from sb3_ppo_plus.export.graph import PolicyGraph
-from sb3_ppo_plus.export.heads import action_range
 from sb3_ppo_plus.export.observations import ObservationPart, as_policy_reads, statistics_of
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+from sb3_ppo_plus.policies.flat_actions import FlatActionSpace
 from sb3_ppo_plus.policies.masks import MASK_KEY
 
 TOLERANCE = 1e-5
@@ -55,7 +55,7 @@ def draw_inputs(
 
 
 def _draw_masks(spec: TensorSpec, graph: PolicyGraph, batch: int, rng: np.random.Generator) -> np.ndarray:
-    sizes: Any = graph.head.sizes
+    sizes = [size for of_head in graph.heads.mask_sizes for size in of_head]
     masks = rng.random((batch, sum(sizes))) < 0.5
     begin = 0
     for size in sizes:
@@ -97,14 +97,14 @@ def answer_of_predict(
     graph: PolicyGraph,
     normalize: VecNormalize | None,
     inputs: Mapping[str, np.ndarray],
-) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+) -> tuple[dict[str, np.ndarray], tuple[np.ndarray, ...]]:
     """Ask the policy's own ``predict`` for the deterministic actions, with the normaliser's own arithmetic before it.
 
     :param policy: the policy
     :param graph: its graph, which says what the inputs are
     :param normalize: the normaliser
     :param inputs: an array for each input
-    :return: the actions, and the state of the memory after them
+    :return: the actions by the names of outputs, and the state of the memory after them
     """
     arrays: dict[Any, np.ndarray] = {spec.key: inputs[spec.name] for spec in graph.inputs if spec.role == "observation"}
     parts: Any = dict(zip(graph.keys, graph.parts, strict=True))
@@ -117,33 +117,61 @@ def answer_of_predict(
         deterministic=True,
         action_masks=inputs.get("action_masks"),
     )
-    return actions, after or ()
+    space = policy.action_space
+    of_parts: list[Any] = [actions]
+    if isinstance(space, FlatActionSpace):
+        of_envs = [space.values(action) for action in actions]
+        of_parts = [np.stack(values) for values in zip(*of_envs, strict=True)]
+    return dict(zip(graph.heads.names, of_parts, strict=True)), after or ()
 
 
 def largest_error(
-    actions: np.ndarray, expected: np.ndarray, space: spaces.Space[Any], margins: np.ndarray | None
+    actions: Mapping[str, np.ndarray],
+    expected: Mapping[str, np.ndarray],
+    graph: PolicyGraph,
+    margins: Mapping[str, np.ndarray | None],
 ) -> float:
     """Compare actions.
 
-    :param actions: some actions, shape (n, *action shape)
+    :param actions: some actions, by the names of outputs, shape (n, *action shape)
     :param expected: what they should be
-    :param space: the action space
+    :param graph: the graph
     :param margins: by how much the logits of discrete actions exceed the second ones, shape (n,); None for a Box.
         Actions whose margin is below ``MIN_MARGIN`` do not count
     :return: the largest difference, as a part of the action range; for discrete actions 1 if any differs
     """
-    difference = np.abs(actions.astype(np.float64) - expected.astype(np.float64)) / action_range(space, expected)
-    if margins is not None:
-        difference = (difference[margins >= MIN_MARGIN] > 0).astype(np.float64)
-    return float(difference.max(initial=0.0))
+    largest = 0.0
+    for name, space in zip(graph.heads.names, graph.heads.spaces, strict=True):
+        ours, theirs, margin = actions[name].astype(np.float64), expected[name].astype(np.float64), margins[name]
+        difference = np.abs(ours - theirs) / action_range(space, theirs)
+        if margin is not None:
+            difference = (difference[margin >= MIN_MARGIN] > 0).astype(np.float64)
+        # np.maximum keeps NaN
+        largest = np.maximum(largest, difference.max(initial=0.0))
+    return float(largest)
 
 
-def margins_of(graph: PolicyGraph, inputs: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """Return the margins of a graph's discrete actions, see :meth:`PolicyGraph.margins`.
+def action_range(space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:
+    """Return the range of each action dimension, by which errors are measured.
+
+    :param space: the action space, or a part of it
+    :param actions: some actions, shape (n, *action shape)
+    :return: high - low of a Box; where it is infinite, twice the largest of the actions, and at least 1
+    """
+    if not isinstance(space, spaces.Box):
+        return np.ones(space.shape or ())
+    with np.errstate(over="ignore"):
+        width = space.high.astype(np.float64) - space.low.astype(np.float64)
+    largest = np.abs(actions.astype(np.float64)).max(axis=0, initial=0.5)
+    return np.where(np.isfinite(width), width, 2.0 * largest)
+
+
+def margins_of(graph: PolicyGraph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray | None]:
+    """Return the margins of a graph's discrete actions by the names of outputs, see :meth:`PolicyGraph.margins`.
 
     :param graph: the graph
     :param inputs: an array for each input
     """
     with th.no_grad():
         margins = graph.margins({name: th.as_tensor(array) for name, array in inputs.items()})
-    return None if margins is None else margins.numpy()
+    return {name: None if margin is None else margin.numpy() for name, margin in margins.items()}

@@ -13,6 +13,7 @@ from typing import Any
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.export.contract import TensorSpec
+from sb3_ppo_plus.export.operations import ONNX_OPERATIONS
 from sb3_ppo_plus.untrusted.strict_json import short
 
 MAX_NODES = 20_000
@@ -20,71 +21,6 @@ MAX_NODES = 20_000
 MAX_ELEMENTS = 2**26
 OPSETS = range(18, 26)
 _NAME = "the .onnx file"
-
-OPERATIONS = frozenset(
-    {
-        *(
-            "Abs",
-            "Add",
-            "And",
-            "ArgMax",
-            "AveragePool",
-            "BatchNormalization",
-            "Cast",
-            "CastLike",
-            "Ceil",
-            "Celu",
-            "Clip",
-        ),
-        *(
-            "Concat",
-            "Constant",
-            "ConstantOfShape",
-            "Conv",
-            "Cos",
-            "CumSum",
-            "Div",
-            "Elu",
-            "Equal",
-            "Erf",
-            "Exp",
-            "Expand",
-        ),
-        *("Flatten", "Floor", "Gather", "GatherElements", "GatherND", "Gelu", "Gemm", "GlobalAveragePool", "Greater"),
-        *("GreaterOrEqual", "GroupNormalization", "HardSigmoid", "HardSwish", "Identity", "IsInf", "IsNaN"),
-        *(
-            "LayerNormalization",
-            "LeakyRelu",
-            "Less",
-            "LessOrEqual",
-            "Log",
-            "LogSoftmax",
-            "MatMul",
-            "Max",
-            "MaxPool",
-            "Min",
-        ),
-        *(
-            "Mish",
-            "Mod",
-            "Mul",
-            "Neg",
-            "Not",
-            "OneHot",
-            "Or",
-            "PRelu",
-            "Pad",
-            "Pow",
-            "Range",
-            "Reciprocal",
-            "ReduceMax",
-        ),
-        *("ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Round", "ScatterElements", "ScatterND", "Selu"),
-        *("Shape", "Sigmoid", "Sign", "Sin", "Size", "Slice", "Softmax", "Softplus", "Softsign", "Split", "Sqrt"),
-        *("Squeeze", "Sub", "Sum", "Tanh", "Tile", "Transpose", "Unsqueeze", "Where", "Xor"),
-    }
-)
-"""The operations that a file may have: of PPOPlus's policies, and of common layers. None has a graph inside."""
 
 
 def check_onnx(
@@ -117,10 +53,10 @@ def check_onnx(
     if len(graph.node) > MAX_NODES:
         raise UntrustedFileError(f"{_NAME} has {len(graph.node)} operations; at most {MAX_NODES} are allowed")
     for node in graph.node:
-        if node.domain or node.op_type not in OPERATIONS:
+        if node.domain or node.op_type not in ONNX_OPERATIONS:
             raise UntrustedFileError(
                 f"{_NAME} has the operation {short(node.op_type)}, which is not in the closed list of "
-                "sb3_ppo_plus.export.untrusted_onnx. load_exported(path, trusted=True) allows any operation"
+                "sb3_ppo_plus.export.operations. load_exported(path, trusted=True) allows any operation"
             )
     _check_sizes(model)
 

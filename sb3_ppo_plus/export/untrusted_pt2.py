@@ -18,6 +18,7 @@ import torch as th
 from torch.fx import GraphModule, Interpreter, Node
 
 from sb3_ppo_plus.errors import UntrustedFileError
+from sb3_ppo_plus.export.operations import PT2_OPERATIONS
 from sb3_ppo_plus.torch_private import shapes_only, structure_of
 from sb3_ppo_plus.untrusted.safe_zip import read_members
 from sb3_ppo_plus.untrusted.strict_json import Limits, decode_shape, get, parse, short
@@ -44,36 +45,6 @@ _MEMBER = re.compile(
 )
 _PAYLOADS = {"weights": re.compile(r"weight_\d{1,6}", re.ASCII), "constants": re.compile(r"tensor_\d{1,6}", re.ASCII)}
 
-OPERATIONS = frozenset(
-    f"torch.ops.aten.{name}"
-    for name in (
-        *("abs.default", "add.Scalar", "add.Tensor", "alias.default", "all.dim", "amax.default", "amin.default"),
-        *("any.dim", "arange.default", "arange.start", "argmax.default", "bitwise_and.Tensor", "bitwise_not.default"),
-        *("bitwise_or.Tensor", "bmm.default", "cat.default", "chunk.default", "clamp.Tensor", "clamp.default"),
-        *("clamp_min.default", "clamp_max.default", "clip.default", "clone.default", "contiguous.default"),
-        *("conv1d.default", "conv2d.default", "conv2d.padding", "cos.default", "cumsum.default", "detach.default"),
-        *("detach_.default", "div.Scalar", "div.Tensor", "dropout.default", "elu.default", "eq.Scalar", "eq.Tensor"),
-        *("exp.default", "expand.default", "expm1.default", "flatten.using_ints", "flip.default", "gather.default"),
-        *("ge.Scalar", "ge.Tensor", "gelu.default", "gru_cell.default", "gt.Scalar", "gt.Tensor", "hardtanh.default"),
-        *("layer_norm.default", "le.Scalar", "le.Tensor", "leaky_relu.default", "lift_fresh_copy.default"),
-        *("linear.default", "log.default", "log1p.default", "log_softmax.int", "logical_and.default"),
-        *("logical_not.default", "logical_or.default", "lstm_cell.default", "lt.Scalar", "lt.Tensor"),
-        *("masked_fill.Scalar", "matmul.default", "max_pool2d.default", "maximum.default", "mean.default", "mean.dim"),
-        *("minimum.default", "mish.default", "movedim.int", "mul.Scalar", "mul.Tensor", "ne.Scalar", "ne.Tensor"),
-        *("neg.default", "new_zeros.default", "one_hot.default", "ones_like.default", "pad.default"),
-        *("permute.default", "pow.Tensor_Scalar", "reciprocal.default", "relu.default", "reshape.default"),
-        *("rsqrt.default", "rsub.Scalar", "scaled_dot_product_attention.default", "select.int", "selu.default"),
-        *("sigmoid.default", "sign.default", "silu.default", "sin.default", "slice.Tensor", "softmax.int"),
-        *("softplus.default", "split.Tensor", "split_with_sizes.default", "sqrt.default", "squeeze.dim"),
-        *("stack.default", "sub.Scalar", "sub.Tensor", "sum.default", "sum.dim_IntList", "sym_size.int"),
-        *("tanh.default", "to.dtype", "to.dtype_layout", "transpose.int", "unbind.int", "unfold.default"),
-        *("unflatten.int", "unsafe_chunk.default", "unsqueeze.default", "view.default", "where.ScalarOther"),
-        *("where.ScalarSelf", "where.self", "zeros.default", "zeros_like.default", "full.default", "full_like.default"),
-        *("__and__.Tensor", "__or__.Tensor", "_assert_tensor_metadata.default", "adaptive_avg_pool2d.default"),
-        *("avg_pool2d.default", "batch_norm.default", "group_norm.default", "celu.default", "scatter.value"),
-    )
-)
-"""The operations that a file may have: those of PPOPlus's own policies, and of common layers."""
 
 _DTYPE_OF_NUMBER = {
     **{1: th.uint8, 2: th.int8, 3: th.int16, 4: th.int32, 5: th.int64, 6: th.float16, 7: th.float32, 8: th.float64},
@@ -252,10 +223,10 @@ def _call(inputs: Sequence[str], outputs: Sequence[str]) -> dict[str, Any]:
 def _node(node: object) -> dict[str, Any]:
     target = get(node, "target", str, f"{_NAME}: operation")
     where = f"{_NAME}: {short(target)}"
-    if target not in OPERATIONS:
+    if target not in PT2_OPERATIONS:
         raise UntrustedFileError(
             f"{_NAME} has the operation {short(target)}, which is not in the closed list of "
-            "sb3_ppo_plus.export.untrusted_pt2. load_exported(path, trusted=True) runs any, and the file's code"
+            "sb3_ppo_plus.export.operations. load_exported(path, trusted=True) runs any, and the file's code"
         )
     arguments = []
     for entry in get(node, "inputs", list, where):

@@ -75,13 +75,20 @@ class FlatActionSpace(spaces.Box):
         of_envs = zip(*map(_rows, self.parts, of_parts), strict=True)
         return [_filled(self._skeleton, values) for values in of_envs]
 
+    def values(self, action: Structure) -> list[np.ndarray]:
+        """Return the values of all parts of one action, in order.
+
+        :param action: an action of the environment
+        """
+        return [np.asarray(value) for value in _values(self.structure, action)]
+
     def row(self, action: Structure) -> np.ndarray:
         """Return the row of one action. The numbers of Box parts are those in the env's units.
 
         :param action: an action of the environment
         :return: float32, shape (n_columns,)
         """
-        numbers = [np.asarray(value).reshape(-1) for value in _values(self.structure, action)]
+        numbers = [value.reshape(-1) for value in self.values(action)]
         starts = [np.asarray(getattr(part.space, "start", 0)).reshape(-1) for part in self.parts]
         return np.concatenate([value - start for value, start in zip(numbers, starts, strict=True)], dtype=np.float32)
 
@@ -93,6 +100,14 @@ def flat_action_space(action_space: spaces.Space[Any]) -> spaces.Space[Any]:
     :raises ValueError: see :class:`FlatActionSpace`
     """
     return FlatActionSpace(action_space) if isinstance(action_space, HYBRID_SPACES) else action_space
+
+
+def space_of_env(action_space: spaces.Space[Any]) -> spaces.Space[Any]:
+    """Return the action space of the environment, of which :func:`flat_action_space` was made.
+
+    :param action_space: the action space of a policy
+    """
+    return action_space.structure if isinstance(action_space, FlatActionSpace) else action_space
 
 
 def parts_of(action_space: spaces.Space[Any]) -> tuple[ActionPart, ...]:

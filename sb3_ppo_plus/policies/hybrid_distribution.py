@@ -127,8 +127,7 @@ class HybridDistribution(DiagGaussianDistribution):
         :param log_std: log standard deviation of all parts that have one, shape (n,); None: no part has one
         :return: self
         """
-        no_log_stds = [None] * len(self.parts)
-        log_stds: Sequence[Any] = no_log_stds if log_std is None else th.split(log_std, self._n_log_stds)
+        log_stds: Sequence[Any] = self.log_stds_of_parts(log_std)
         # New parts each time, so that a copy of this object keeps its parts
         self.parts = [copy(part) for part in self.parts]
         for part, outputs, part_log_std in zip(self.parts, mean_actions, log_stds, strict=True):
@@ -139,6 +138,13 @@ class HybridDistribution(DiagGaussianDistribution):
             else:
                 part.proba_distribution(action_logits=outputs)
         return self
+
+    def log_stds_of_parts(self, log_std: th.Tensor | None) -> Sequence[th.Tensor | None]:
+        """Return the log standard deviations of each part; of a part that has none, None or an empty tensor.
+
+        :param log_std: those of all parts, shape (n,); None: no part has one
+        """
+        return [None] * len(self.parts) if log_std is None else th.split(log_std, self._n_log_stds)
 
     def apply_masking(self, masks: th.Tensor | np.ndarray) -> None:
         """Give the invalid choices probability 0. Choices that earlier masks forbade stay invalid.

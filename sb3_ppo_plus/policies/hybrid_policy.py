@@ -8,7 +8,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.type_aliases import Schedule
 
-from sb3_ppo_plus.policies.flat_actions import FlatActionSpace, flat_action_space
+from sb3_ppo_plus.policies.flat_actions import FlatActionSpace, flat_action_space, space_of_env
 from sb3_ppo_plus.policies.hybrid_distribution import HybridDistribution
 from sb3_ppo_plus.policies.remembering import RememberingPolicy
 from sb3_ppo_plus.policies.used_parts import UsedParts
@@ -44,9 +44,7 @@ class HybridPolicy(RememberingPolicy):
         super().__init__(observation_space, action_space, lr_schedule, **kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        space = self.action_space
-        structure = space.structure if isinstance(space, FlatActionSpace) else space
-        parameters = {**super()._get_constructor_parameters(), "action_space": structure}
+        parameters = {**super()._get_constructor_parameters(), "action_space": space_of_env(self.action_space)}
         return parameters if self.used_parts is None else {**parameters, "used_parts": self.used_parts}
 
     def predict(

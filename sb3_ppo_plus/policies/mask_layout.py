@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from sb3_ppo_plus.argument_checks import did_you_mean
-from sb3_ppo_plus.policies.flat_actions import HYBRID_SPACES, FlatActionSpace, parts_of, subspaces
+from sb3_ppo_plus.policies.flat_actions import HYBRID_SPACES, parts_of, space_of_env, subspaces
 from sb3_ppo_plus.policies.masked_distributions import flattened_choices, mask_sizes
 from sb3_ppo_plus.policies.masks import check_masks
 
@@ -54,11 +54,9 @@ def flat_mask(action_space: spaces.Space[Any], mask: Any) -> np.ndarray:  # noqa
     :return: shape (mask size,); an array's shape is not checked
     :raises ValueError: for another structure, or a mask of the wrong size for a part; the error names its path
     """
-    if isinstance(action_space, FlatActionSpace):
-        action_space = action_space.structure
     if isinstance(mask, np.ndarray) or not isinstance(mask, tuple | list | Mapping) or _is_flat(mask):
         return np.asarray(mask)
-    return np.concatenate([*_masks_of_parts(action_space, mask, ())])
+    return np.concatenate([*_masks_of_parts(space_of_env(action_space), mask, ())])
 
 
 def _is_flat(mask: Any) -> bool:  # noqa: ANN401  # an array or structure

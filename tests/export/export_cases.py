@@ -8,14 +8,27 @@ import torch as th
 from gymnasium import spaces
 from gymnasium.envs.classic_control import PendulumEnv
 from sb3_contrib.common.recurrent.type_aliases import RNNStates
+from stable_baselines3.common.distributions import BernoulliDistribution
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_plus import PPOPlus
-from sb3_ppo_plus.policies.masked_distributions import mask_sizes
+from sb3_ppo_plus.policies.flat_actions import FlatActionSpace
+from sb3_ppo_plus.policies.masked_distributions import flattened_choices, mask_sizes
 
 SIZE, N_ENVS, N_FRAMES = 36, 4, 4
 BOX = spaces.Box(np.array([-0.5, 2.0], np.float32), np.array([3.0, 2.5], np.float32))
 BETA = {"action_dist": "beta"}
+HYBRID_OF_FLOATS = spaces.Tuple(
+    [
+        spaces.Discrete(3, start=2),
+        spaces.Dict({"near": BOX, "far away": spaces.Box(-1.0, 4.0, (), np.float64)}),
+        spaces.MultiDiscrete([[2, 3], [4, 2]]),
+        spaces.Box(-2.0, 1.0, (2, 1), np.float16),
+    ]
+)
+HYBRID = spaces.Dict(
+    {"first": HYBRID_OF_FLOATS, "bits": spaces.MultiBinary(2), "steps": spaces.Box(-3, 4, (2,), np.int64)}
+)
 #: Action space, arguments of the policy and of the model
 DISTRIBUTIONS = {
     "gaussian": (BOX, {}, {}),
@@ -27,8 +40,11 @@ DISTRIBUTIONS = {
     "discrete": (spaces.Discrete(5), {}, {}),
     "multi_discrete": (spaces.MultiDiscrete([3, 2, 4]), {}, {}),
     "multi_binary": (spaces.MultiBinary(3), {}, {}),
+    "hybrid": (HYBRID, {}, {}),
+    "hybrid_beta": (HYBRID_OF_FLOATS, BETA, {}),
 }
-DISCRETE = ("discrete", "multi_discrete", "multi_binary")
+#: Those whose actions, or parts of them, can be masked
+MASKABLE = ("discrete", "multi_discrete", "multi_binary", "hybrid", "hybrid_beta")
 #: Kind of observations, policy, its arguments
 NETWORKS = {
     "mlp": ("vector", "MlpPolicy", {}),
@@ -66,8 +82,43 @@ ALL_CASES = [
     for distribution in DISTRIBUTIONS
     for network in NETWORKS
     for is_normalized in (False, True)
-    for is_masked in ((False, True) if distribution in DISCRETE else (False,))
+    for is_masked in ((False, True) if distribution in MASKABLE else (False,))
 ]
+
+
+class PartOfActions(NamedTuple):
+    """The actions of several environments, or one part of them.
+
+    :param actions: shape (n_envs, *shape of the part)
+    :param low: the lowest values
+    :param high: the highest values
+    :param is_box: whether they are those of a Box
+    """
+
+    actions: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+    is_box: bool
+
+
+def parts_of_actions(space, actions):
+    """The parts of actions: as many as a Tuple or Dict has, or one."""
+    if isinstance(space, spaces.Tuple | spaces.Dict):
+        flat = FlatActionSpace(space)
+        of_envs = [flat.values(action) for action in actions]
+        return [
+            _part(part.space, np.stack(values))
+            for part, values in zip(flat.parts, zip(*of_envs, strict=True), strict=True)
+        ]
+    return [_part(space, np.asarray(actions))]
+
+
+def _part(space, actions):
+    if isinstance(space, spaces.Box):
+        return PartOfActions(actions.astype(np.float64), np.float64(space.low), np.float64(space.high), True)
+    start = np.asarray(getattr(space, "start", 0))
+    n_choices = np.reshape(mask_sizes(flattened_choices(space)), space.shape)
+    return PartOfActions(actions.astype(np.float64), start, start + n_choices - 1, False)
 
 
 class PendulumView(gym.Env):
@@ -96,12 +147,9 @@ class PendulumView(gym.Env):
 
     def step(self, action):
         assert self.action_space.contains(action), f"{action!r} is outside {self.action_space}"
-        low, high = (
-            (self.action_space.low, self.action_space.high)
-            if isinstance(self.action_space, spaces.Box)
-            else (0, np.array(mask_sizes(self.action_space)) - 1)
-        )
-        torque = 4.0 * np.mean((np.asarray(action) - low) / (high - low)) - 2.0
+        parts = parts_of_actions(self.action_space, [action])
+        fractions = [np.mean((part.actions[0] - part.low) / (part.high - part.low)) for part in parts]
+        torque = 4.0 * np.mean(fractions) - 2.0
         observation, reward, _, _, info = self.pendulum.step(np.array([torque], np.float32))
         self.n_steps += 1
         return self._view(observation), float(reward), False, self.n_steps >= 40, info
@@ -191,8 +239,10 @@ def disturb(model, scale=0.3):
                 parameter += (
                     scale * th.randn(parameter.shape, generator=generator) / max(1.0, parameter[0].numel() ** 0.5)
                 )
-        # The gaps of logits must change more than their biases do
-        model.policy.action_net.weight *= 3.0 if isinstance(model.action_space, spaces.Box) else 10.0
+        nets = model.policy.action_net
+        for net in nets if isinstance(nets, th.nn.ModuleList) else [nets]:
+            # The gaps of logits must change more than their biases do
+            net.weight *= 3.0 if isinstance(model.action_space, spaces.Box) else 10.0
 
 
 class Difference(NamedTuple):
@@ -230,43 +280,54 @@ def differences(case, model, seen, raw, exports, n_steps):
         masks = np.stack(seen.env_method("action_masks")) if case.is_masked else None
         gaps.append(gaps_of(model.policy, observations, masks, state, starts))
         actions, next_state = model.predict(observations, state, starts, True, action_masks=masks)
-        distinct |= {action.tobytes() for action in actions}
+        parts = parts_of_actions(model.action_space, actions)
+        distinct |= {tuple(part.actions[env].tobytes() for part in parts) for env in range(len(actions))}
         for name, export in exports.items():
             given, states[name] = export.predict(raw_observations, states[name], starts, action_masks=masks)
-            difference = np.abs(given.astype(np.float64) - actions)
-            if isinstance(model.action_space, spaces.Box):
-                difference /= model.action_space.high - model.action_space.low
-            found[name].append(difference.reshape(len(actions), -1).max(axis=1))
+            found[name].append(_errors(parts, parts_of_actions(model.action_space, given)))
         taken, _ = model.predict(observations, state, starts, False, action_masks=masks)
-        taken = taken if isinstance(model.action_space, spaces.Box) else taken.astype(model.action_space.dtype)
+        if isinstance(model.action_space, spaces.Discrete | spaces.MultiDiscrete | spaces.MultiBinary):
+            taken = taken.astype(model.action_space.dtype)
         state = next_state
         observations, _, starts, _ = seen.step(taken)
         raw_observations = raw.step(taken)[0]
     gap = np.concatenate(gaps)
     results = {}
     for name, errors in found.items():
-        error = np.concatenate(errors)
-        is_box = isinstance(model.action_space, spaces.Box)
-        others = 0 if is_box else int((error[gap > 1e-4] > 0).sum())
-        results[name] = Difference(
-            len(error), float(error.max()) if is_box else 0.0, others, int((gap <= 1e-4).sum()), len(distinct)
-        )
+        of_boxes, are_other = (np.concatenate(column) for column in zip(*errors, strict=True))
+        n_other = int(are_other[gap > 1e-4].sum())
+        results[name] = Difference(len(gap), float(of_boxes.max()), n_other, int((gap <= 1e-4).sum()), len(distinct))
     return results
+
+
+def _errors(expected, given):
+    """For each environment: largest difference of its Box parts, in parts of their range; whether a choice differs."""
+    n_envs = len(expected[0].actions)
+    of_boxes, are_other = np.zeros(n_envs), np.zeros(n_envs, bool)
+    for part, other in zip(expected, given, strict=True):
+        difference = np.abs(part.actions - other.actions)
+        if part.is_box:
+            of_boxes = np.maximum(of_boxes, (difference / (part.high - part.low)).reshape(n_envs, -1).max(axis=1))
+        else:
+            are_other |= difference.reshape(n_envs, -1).any(axis=1)
+    return of_boxes, are_other
 
 
 def gaps_of(policy, observations, masks, state, starts):
     """By how much the most probable choices' logits exceed the second ones, for each observation."""
-    if isinstance(policy.action_space, spaces.Box):
-        return np.full(len(starts), np.inf)
     tensors, _ = policy.obs_to_tensor(observations)
     states = RNNStates(tuple(map(th.as_tensor, state)), ()) if state is not None else None
     with th.no_grad():
         distribution = policy.get_distribution(tensors, masks, states, th.as_tensor(starts))
+    return th.stack([th.full((len(starts),), th.inf), *_gaps_in(distribution)]).amin(dim=0).numpy()
+
+
+def _gaps_in(distribution):
     if hasattr(distribution, "parts"):
-        logits = [part.logits for part in distribution.parts]
-    elif hasattr(distribution, "logits"):
-        logits = [distribution.logits]
-    else:
-        return distribution.distribution.logits.abs().amin(dim=1).numpy()
-    tops = [part.double().topk(2, dim=1).values for part in logits]
-    return th.stack([top[:, 0] - top[:, 1] for top in tops]).amin(dim=0).numpy()
+        return [gap for part in distribution.parts for gap in _gaps_in(part)]
+    if isinstance(distribution, BernoulliDistribution):
+        return [distribution.distribution.logits.abs().amin(dim=1)]
+    if not hasattr(distribution, "logits"):
+        return []
+    top = distribution.logits.double().topk(2, dim=1).values
+    return [top[:, 0] - top[:, 1]]

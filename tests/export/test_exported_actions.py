@@ -21,6 +21,8 @@ CASES = [
     Case("multi_binary", "mlp"),
     Case("multi_binary", "lstm", is_masked=True),
     Case("discrete", "dict"),
+    Case("hybrid", "mlp", is_normalized=True),
+    Case("hybrid_beta", "gru", is_masked=True),
 ]
 
 

@@ -50,7 +50,7 @@ def _keep_file(kind: str, path: Any, *_: object) -> None:
         keep(kind, Path(path).read_bytes())
 
 
-def _keep_checkpoint(save_path: Any, follows_links: bool = True) -> None:
+def _keep_checkpoint(save_path: Any, follows_links: bool = True, *_: object) -> None:
     for folder in [Path(save_path)] if not follows_links else []:
         members = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
         file = io.BytesIO()
