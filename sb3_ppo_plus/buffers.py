@@ -86,7 +86,7 @@ class RolloutBatch:
         if self.weights is not None:
             # Padding holds some transition of the process. Where it began an episode would decide how sequences are cut
             context["episode_starts"] = context["episode_starts"] & (flat >= 0)
-        return replace(batch, valid=None if self.valid is None else flat >= 0, context=context)
+        return replace(batch, valid=None if batch.valid is None else batch.valid & (flat >= 0), context=context)
 
 
 def _rows(tensor: th.Tensor, indices: th.Tensor | slice) -> th.Tensor:
@@ -122,10 +122,11 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     context: dict[str, np.ndarray]
     """The policy's further arguments, shape (buffer_size, n_envs, ...). Empty until the buffer is full."""
     states: list[RNNStates]
+    _valid: np.ndarray | None = None
 
     def reset(self) -> None:
         """Empty the buffer."""
-        self._rollout = None
+        self._rollout = self._valid = None
         self.context = {}
         self._contexts: list[dict[str, th.Tensor]] = []
         self.states = []
@@ -202,6 +203,18 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         """
         self._rollout = replace(self.rollout(), mirrored={"observations": observations, "actions": actions})
 
+    def set_valid(self, valid: np.ndarray) -> None:
+        """Say which rows of the full buffer are transitions; without it, all are.
+
+        :param valid: shape (buffer_size, n_envs)
+        """
+        self._valid, self._rollout = valid, None
+
+    @property
+    def valid(self) -> np.ndarray | None:
+        """Which rows are transitions, in the order of ``values`` and ``returns``; None: all are."""
+        return None if self._valid is None else self._flat_context(self._valid).reshape(self.values.shape)
+
     def compute_returns_and_advantage(self, last_values: th.Tensor, dones: np.ndarray) -> None:
         """Estimate advantages by GAE(lambda) and returns by TD(lambda), as SB3's ``RolloutBuffer`` does.
 
@@ -235,6 +248,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
                 old_log_prob=self.to_torch(self.log_probs.reshape(-1), copy=False),
                 advantages=self.to_torch(self.advantages.reshape(-1), copy=False),
                 returns=self.to_torch(self.returns.reshape(-1), copy=False),
+                valid=None if self._valid is None else self.to_torch(self._flat_context(self._valid), copy=False),
                 context={
                     name: self.to_torch(self._flat_context(array), copy=False) for name, array in self.context.items()
                 },
@@ -247,10 +261,12 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         episode_starts = self._flat_context(self.episode_starts.reshape(self.buffer_size, self.n_envs))
         steps, envs = np.mgrid[: self.buffer_size, : self.n_envs]
         sequences = self._flat_context(steps // self.sequence_length * self.n_envs + envs)
-        is_padded = self.buffer_size % self.sequence_length > 0
+        valid = rollout.valid
+        if valid is None and self.buffer_size % self.sequence_length > 0:
+            valid = th.ones_like(rollout.old_values, dtype=th.bool)
         return replace(
             rollout,
-            valid=th.ones_like(rollout.old_values, dtype=th.bool) if is_padded else None,
+            valid=valid,
             context={**rollout.context, "episode_starts": self.to_torch(episode_starts, copy=False) > 0},
             states=tree_map(lambda *parts: th.cat(parts, dim=1), *self.states),
             sequence_of=self.to_torch(sequences, copy=False),

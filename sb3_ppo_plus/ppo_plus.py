@@ -28,16 +28,19 @@ from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
 from sb3_ppo_plus.distributed import first_rank, training
 from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
+from sb3_ppo_plus.envs.vector_envs import AcceptsVectorEnvs
 from sb3_ppo_plus.fast.execution import Execution, check_execution
-from sb3_ppo_plus.masking.evaluation import MaskedPredictor, evaluate_with_masks, evaluate_without_masks
+from sb3_ppo_plus.masking.evaluation import evaluate_with_masks, evaluate_without_masks
+from sb3_ppo_plus.masking.predicting import PredictsWithMasks
 from sb3_ppo_plus.masking.usage import MaskUse
-from sb3_ppo_plus.policies.actor_critic import PLUS_POLICY_OF, POLICY_ALIASES, MlpPolicy, predict_with_masks
+from sb3_ppo_plus.policies.actor_critic import PLUS_POLICY_OF, POLICY_ALIASES, MlpPolicy
 from sb3_ppo_plus.policies.bounded_distributions import explaining_infinite_bounds
 from sb3_ppo_plus.policies.bounds import AcceptsHybridActions, env_actions
 from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, explaining_dict_keys, resolving_policy_kwargs
 from sb3_ppo_plus.policies.remembering import set_sequence_length
 from sb3_ppo_plus.resuming.resume import arguments_to_continue, load_checkpoint
 from sb3_ppo_plus.resuming.run import Run
+from sb3_ppo_plus.rollout.reset_rows import ResetRows
 from sb3_ppo_plus.rollout.values import RolloutValues
 from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_named_by_package, write_model
 from sb3_ppo_plus.saving.plain_file import is_without_pickles
@@ -50,7 +53,7 @@ from sb3_ppo_plus.update.non_finite import check_epsilon, count_skipped_steps
 from sb3_ppo_plus.update.symmetry import Symmetry, check_symmetry
 
 
-class PPOPlus(PPO, AcceptsHybridActions):
+class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
     """Proximal Policy Optimization (Schulman et al. 2017), bit for bit SB3's PPO by default.
 
     The parameters of SB3's PPO come first, with its names, order, meaning and defaults. The parameters below accept
@@ -200,6 +203,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
         context: dict[str, th.Tensor] = {}
         check_output = EnvOutputCheck(env)
         rollout_values = RolloutValues(actor, check_output)
+        reset_rows = ResetRows(env, rollout_buffer, is_whole=self._parts.is_whole)
         check_output(self._last_obs, None, n_steps)
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
@@ -215,7 +219,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
             clipped_actions = env_actions(self.policy, self.action_space, actions)
             new_obs, rewards, dones, infos = env.step(clipped_actions)
             check_output(new_obs, rewards, n_steps)
-            self.num_timesteps += env.num_envs * self._parts.ranks.size
+            self.num_timesteps += reset_rows.count_transitions() * self._parts.ranks.size
             # Callbacks read these variables by the names that they have in SB3 and sb3-contrib
             callback.update_locals(locals())
             if not self._parts.meeting.goes_on(self, callback.on_step()):
@@ -231,6 +235,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
         if not self._parts.meeting.end_rollout(self):
             return False
         rollout_values.finish(rollout_buffer)
+        reset_rows.finish(rollout_buffer)
         values = actor.last_values(obs_as_tensor(self._last_obs, self.device), dones)  # type: ignore[arg-type]  # not None in a rollout
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
@@ -341,38 +346,6 @@ class PPOPlus(PPO, AcceptsHybridActions):
         check_symmetry(self)
         evaluate_with_masks(all_callbacks, self)
         return all_callbacks
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-        action_masks: np.ndarray | None = None,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """Choose actions; the other parameters are those of SB3's ``predict``.
-
-        :param action_masks: True where an action is valid, shape (n_envs, mask size) or (mask size,); None: all are
-        :raises ValueError: for masks of a wrong size or without a valid action
-        :raises TypeError: for a policy class that takes no masks
-        """
-        if action_masks is not None:
-            return predict_with_masks(self.policy, observation, state, episode_start, deterministic, action_masks)
-        self._mask_use.warn_of_no_masks(self)
-        return super().predict(observation, state, episode_start, deterministic)
-
-    @property
-    def needs_masks(self) -> bool:
-        """Whether the model was trained with masks that the observations do not hold."""
-        return self._was_given_masks and not getattr(self.policy, "has_mask_key", False)
-
-    def masked(self, env: GymEnv) -> MaskedPredictor:
-        """Return this model with a ``predict`` that asks ``env`` for masks, as for SB3's ``evaluate_policy``.
-
-        :param env: the environment in which the model acts: a VecEnv, or a single environment
-        :raises ValueError: if it has neither a method ``action_masks()`` nor masks in its observations
-        """
-        return MaskedPredictor(self, env)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)

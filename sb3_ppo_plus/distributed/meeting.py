@@ -11,7 +11,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.distributed.agreement import digest, on_cpu, refuse_differences, settings_of
 from sb3_ppo_plus.distributed.ranks import Ranks
-from sb3_ppo_plus.distributed.shared_statistics import SharedStatistics, statistics_of
+from sb3_ppo_plus.distributed.shared_statistics import SharedStatistics
+from sb3_ppo_plus.envs.replaced_statistics import statistics_of
 
 
 class _Message(NamedTuple):

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.running_mean_std import RunningMeanStd
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.distributed.ranks import Ranks
-from sb3_ppo_plus.envs.questions import wrappers_of
+from sb3_ppo_plus.envs.replaced_statistics import ReplacedStatistics, replaced_statistics, statistics_of
 
 
-class SharedStatistics(RunningMeanStd):
+class SharedStatistics(ReplacedStatistics):
     """A running mean and variance that takes what the environments of all processes give.
-
-    Copies of it, and what is pickled of it, are SB3's ``RunningMeanStd``.
 
     :param own: the statistics so far, the same in all processes
     :param ranks: the processes
@@ -27,7 +25,7 @@ class SharedStatistics(RunningMeanStd):
     """
 
     def __init__(self, own: RunningMeanStd, ranks: Ranks, *, at_each_step: bool) -> None:
-        self.mean, self.var, self.count = own.mean, own.var, own.count
+        super().__init__(own)
         self._ranks = ranks
         self._at_each_step = at_each_step
         self._begin()
@@ -36,12 +34,6 @@ class SharedStatistics(RunningMeanStd):
         self._before = self.copy()
         # What has come since then
         self._own_part = RunningMeanStd(epsilon=0.0, shape=np.shape(self.mean))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return RunningMeanStd, (), vars(self.copy())
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> RunningMeanStd:
-        return self.copy()
 
     def update(self, arr: np.ndarray) -> None:
         """Take a batch of values, see :meth:`RunningMeanStd.update`.
@@ -72,23 +64,6 @@ class SharedStatistics(RunningMeanStd):
         self._begin()
 
 
-def normalizers_of(env: VecEnv | None) -> list[VecNormalize]:
-    """Return the wrappers of vectorised environments that normalise.
-
-    :param env: the outermost one
-    """
-    return [wrapper for wrapper in wrappers_of(env) if isinstance(wrapper, VecNormalize)]
-
-
-def statistics_of(env: VecEnv | None) -> list[RunningMeanStd]:
-    """Return all statistics of an environment's normalisers, in a fixed order."""
-    found: list[RunningMeanStd] = []
-    for normalizer in normalizers_of(env):
-        for statistics in _statistics_in(normalizer).values():
-            found += statistics.values() if isinstance(statistics, dict) else [statistics]
-    return found
-
-
 @contextmanager
 def sharing_statistics(env: VecEnv | None, ranks: Ranks, *, at_each_step: bool) -> Iterator[None]:
     """Let the normalisers of an environment share their statistics with those of the other processes.
@@ -105,44 +80,5 @@ def sharing_statistics(env: VecEnv | None, ranks: Ranks, *, at_each_step: bool) 
     first = ranks.gather_objects([(each.mean, each.var, each.count) for each in statistics_of(env)], "statistics")[0]
     for own, (mean, var, count) in zip(statistics_of(env), first, strict=True):
         own.mean, own.var, own.count = mean, var, count
-    with _replaced(env, lambda own: SharedStatistics(own, ranks, at_each_step=at_each_step)):
+    with replaced_statistics(env, lambda name, own: SharedStatistics(own, ranks, at_each_step=at_each_step)):
         yield
-
-
-@contextmanager
-def unshared_statistics(env: VecEnv) -> Iterator[None]:
-    """Have SB3's own statistics in the normalisers of an environment, to copy them.
-
-    :param env: the outermost vectorised environment
-    """
-    before = [(normalizer, _statistics_in(normalizer)) for normalizer in normalizers_of(env)]
-    _replace(env, lambda own: own.copy() if isinstance(own, SharedStatistics) else own)
-    try:
-        yield
-    finally:
-        for normalizer, statistics in before:
-            vars(normalizer).update(statistics)
-
-
-@contextmanager
-def _replaced(env: VecEnv | None, make: Callable[[RunningMeanStd], RunningMeanStd]) -> Iterator[None]:
-    """Replace all statistics of an environment's normalisers. Afterwards, they are copies of what is there then."""
-    _replace(env, make)
-    try:
-        yield
-    finally:
-        _replace(env, RunningMeanStd.copy)
-
-
-def _statistics_in(normalizer: VecNormalize) -> dict[str, Any]:
-    """Return the attributes that hold statistics. A normaliser of rewards alone has none of observations."""
-    return {name: vars(normalizer)[name] for name in ("obs_rms", "ret_rms") if name in vars(normalizer)}
-
-
-def _replace(env: VecEnv | None, make: Callable[[RunningMeanStd], RunningMeanStd]) -> None:
-    for normalizer in normalizers_of(env):
-        for name, statistics in _statistics_in(normalizer).items():
-            if isinstance(statistics, dict):
-                vars(normalizer)[name] = {key: make(each) for key, each in statistics.items()}
-            else:
-                vars(normalizer)[name] = make(statistics)

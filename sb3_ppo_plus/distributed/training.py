@@ -25,6 +25,7 @@ from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.distributed.process_group import is_launched, join, rank_of_launch
 from sb3_ppo_plus.distributed.ranks import Ranks
 from sb3_ppo_plus.distributed.shared_statistics import sharing_statistics
+from sb3_ppo_plus.envs.batched_vec_env import statistics_of_transitions
 from sb3_ppo_plus.envs.questions import base_of
 
 OF_FILES = (HumanOutputFormat, JSONOutputFormat, CSVOutputFormat, TensorBoardOutputFormat)
@@ -139,7 +140,8 @@ def training_together(
     parts: Parts = model._parts
     ranks = parts.ranks
     if ranks.size == 1:
-        yield
+        with statistics_of_transitions(model.env):
+            yield
         return
     try:
         others = {

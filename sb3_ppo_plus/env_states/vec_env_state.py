@@ -15,6 +15,7 @@ from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
 from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
 from sb3_ppo_plus.env_states.untrusted_state import may_replace, set_state_without_trust
 from sb3_ppo_plus.env_states.worker_episodes import episode_states, set_episode_states
+from sb3_ppo_plus.envs.batched_vec_env import BatchedVecEnv
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of, wrappers_of
 from sb3_ppo_plus.envs.restarting_remote import known_episodes
 from sb3_ppo_plus.envs.watched_remote import STEPS_OF_PROOF, time_for_proof
@@ -47,6 +48,7 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
     """
     unsaved = [] if unsaved is None else unsaved
     base = base_of(env)
+    saver = _saver(base)
     stack = _gymnasium_stack(env)
     outside = _outside_of_methods(stack)
     state: VecEnvState = {
@@ -55,9 +57,11 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
         # Until the first reset, which uses them
         "seeds": [None if seed is None else int(seed) for seed in getattr(base, "_seeds", ())],
         "stack": stack,
-        "vec_env": base.get_resume_state() if saves_itself(base) else None,
+        "vec_env": saver.get_resume_state() if saves_itself(saver) else None,
         **_state_of_envs(base, outside),
     }
+    if isinstance(base, BatchedVecEnv):
+        state["episodes"] = base.running_episodes()
     if state["envs"] is not None and stack and len(outside) < len(stack[0]):
         unknown = [name for name in outside if name not in WRAPPER_ATTRIBUTES]
         unsaved.extend(f"{name} is outside ResumableEnv: put ResumableEnv outermost" for name in unknown)
@@ -65,6 +69,11 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
         reasons = filter(None, base.env_method("why_not_resumable"))
         unsaved.extend(f"environments are not saved, and begin anew at a resume: {reason}" for reason in reasons)
     return state
+
+
+def _saver(base: Any) -> Any:  # noqa: ANN401  # a VecEnv, or what one of another package wraps
+    """Return what may save all environments by itself: the VecEnv, or the environment of ``gymnasium.vector`` in it."""
+    return base.env.unwrapped if isinstance(base, BatchedVecEnv) else base
 
 
 def _state_of_envs(base: Any, outside: list[str]) -> VecEnvState:  # noqa: ANN401  # a VecEnv, or what one of another package wraps
@@ -120,6 +129,8 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
     if goes_on:
         # Checkpoints of earlier versions do not have it
         left_out += set_episode_states(base_of(env), state.get("workers", []), trusted)
+        if isinstance(base_of(env), BatchedVecEnv):
+            base_of(env).set_running_episodes(state.get("episodes", {}))
     for name, values in state["attributes"].items():
         if name not in _KNOWN_ATTRIBUTES:
             raise ValueError(f"{name} is no state of an environment's wrapper")
@@ -150,9 +161,10 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
 def _set_envs(env: VecEnv, state: VecEnvState, trusted: bool, left_out: list[str], differences: list[str]) -> bool:
     """Put back the states of the environments. Return whether their episodes go on."""
     base = base_of(env)
-    if state["vec_env"] is not None and saves_itself(base):
+    saver = _saver(base)
+    if state["vec_env"] is not None and saves_itself(saver):
         env.reset()
-        base.set_resume_state(state["vec_env"])
+        saver.set_resume_state(state["vec_env"])
         return True
     if state["envs"] is None or not _envs_are_resumable(base):
         return False

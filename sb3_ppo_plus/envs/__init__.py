@@ -1,1 +1,5 @@
-"""Environments: restarts, dead workers, masks from infos, checks of their output and of their wrappers."""
+"""Environments: in batches, restarts, dead workers, masks from infos, checks of their output and of their wrappers."""
+
+from sb3_ppo_plus.envs.vector_envs import as_vec_env
+
+__all__ = ["as_vec_env"]

@@ -16,7 +16,6 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_no
 
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.distributed.parts import GSDE_NOISE, Parts
-from sb3_ppo_plus.distributed.shared_statistics import unshared_statistics
 from sb3_ppo_plus.env_states.generator_state import (
     global_generator_states,
     set_global_generator_states,
@@ -26,6 +25,7 @@ from sb3_ppo_plus.env_states.generator_state import (
 from sb3_ppo_plus.env_states.plain_state import Json, PlainStateReader, PlainStateWriter, place_of_odd_value
 from sb3_ppo_plus.env_states.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
 from sb3_ppo_plus.envs.questions import base_of
+from sb3_ppo_plus.envs.replaced_statistics import own_statistics
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
 from sb3_ppo_plus.resuming.checkpoint_directory import NORMALIZER_FILE
@@ -112,7 +112,7 @@ def take_snapshot(
 
 def _env_state(env: VecEnv, unsaved: list[str] | None) -> dict[str, Any]:
     # Between two updates, statistics are the same in all processes
-    with unshared_statistics(env):
+    with own_statistics(env):
         return vec_env_state(env, unsaved)
 
 

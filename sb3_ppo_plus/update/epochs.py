@@ -83,7 +83,11 @@ def _run_epoch(
 def _explained_variance(buffer: RolloutBuffer, parts: Parts) -> float:
     """Return SB3's ``explained_variance`` of the value predictions, over all processes."""
     if parts.is_whole:
-        return explained_variance(buffer.values.flatten(), buffer.returns.flatten())
+        values, returns = buffer.values.flatten(), buffer.returns.flatten()
+        valid = getattr(buffer, "valid", None)
+        if valid is not None:
+            values, returns = values[valid.flatten()], returns[valid.flatten()]
+        return explained_variance(values, returns)
     assert isinstance(buffer, PPOPlusRolloutBuffer)
     of_parts = [buffer.indices_of_part(part, parts.n_here) for part in range(parts.n_here)]
     moments = []

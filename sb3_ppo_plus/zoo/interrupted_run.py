@@ -39,7 +39,7 @@ ARGUMENTS: dict[str, tuple[type, ...]] = {
 #: Hyperparameters on which environments and callbacks depend. The model itself is in the checkpoint
 HYPERPARAMS = (
     *("n_envs", "normalize", "gamma", "env_wrapper", "vec_env_wrapper", "frame_stack", "env_kwargs"),
-    *("monitor_kwargs", "callback", "distributed"),
+    *("monitor_kwargs", "callback", "distributed", "vectorized"),
 )
 #: Packages of environments that a log folder may have imported
 GYM_PACKAGES = frozenset(

@@ -22,6 +22,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore
 
 from sb3_ppo_plus.distributed.agreement import done_by_all
 from sb3_ppo_plus.distributed.process_group import is_launched
+from sb3_ppo_plus.envs.questions import has_attribute
 from sb3_ppo_plus.errors import CheckpointError, UntrustedFileError
 from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resuming.resume import load_checkpoint
@@ -31,6 +32,7 @@ from sb3_ppo_plus.zoo.parser import ZooParser, argparse_with
 from sb3_ppo_plus.zoo.processes import working_together
 from sb3_ppo_plus.zoo.registration import register, with_members
 from sb3_ppo_plus.zoo.train import CheckpointedExperiment
+from sb3_ppo_plus.zoo.vectorized import take_key
 
 # Lines above the rows of a monitor.csv
 N_HEADER_LINES = 2
@@ -63,7 +65,9 @@ class ResumedExperiment(CheckpointedExperiment):
 
     def read_hyperparameters(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the run's hyperparameters, in place of what the hyperparameter file holds today."""
-        return dict(self.run.hyperparams), dict(self.run.hyperparams)
+        hyperparams = dict(self.run.hyperparams)
+        self.vectorized = take_key(hyperparams, self.env_name.gym_id)
+        return hyperparams, dict(self.run.hyperparams)
 
     def create_envs(self, n_envs: int, eval_env: bool = False, no_log: bool = False) -> VecEnv:
         """Create environments, whose monitor files go on.
@@ -181,7 +185,9 @@ class ResumedExperiment(CheckpointedExperiment):
         :param checkpoint: the callback, whose training begins
         """
         env = checkpoint.training_env
-        for index, returns in enumerate(env.get_attr("episode_returns"), env.num_envs * self.ranks.rank):
+        # An environment with vector code of its own has no monitors
+        of_monitors = env.get_attr("episode_returns") if has_attribute(env, "episode_returns") else []
+        for index, returns in enumerate(of_monitors, env.num_envs * self.ranks.rank):
             cut_monitor_file(self.folder / f"{index}.monitor.csv", len(returns))
         logs = self.run.description["logs"]
         if logs is not None and self.ranks.rank == 0 and not (self.folder / logs).is_dir():

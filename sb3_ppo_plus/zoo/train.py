@@ -32,6 +32,7 @@ from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
 from sb3_ppo_plus.zoo.interrupted_run import CHECKPOINTS, DESCRIPTION, FORMAT, how_to_go_on
 from sb3_ppo_plus.zoo.processes import add_distributed, ranks_of_run, still_joined
 from sb3_ppo_plus.zoo.registration import with_members
+from sb3_ppo_plus.zoo.vectorized import take_key, vector_class
 
 EnvWrapper = Callable[[gym.Env[Any, Any]], gym.Env[Any, Any]]
 
@@ -118,6 +119,7 @@ class CheckpointedExperiment(ExperimentManager):
             of_trial = self.load_trial(self.storage, self.study_name, 0)
             self.custom_hyperparams = of_trial | (self.custom_hyperparams or {})
         hyperparams, saved = super().read_hyperparameters()
+        self.vectorized = take_key(hyperparams, self.env_name.gym_id)
         add_distributed(hyperparams)
         return hyperparams, OrderedDict(sorted(hyperparams.items())) if "distributed" in hyperparams else saved
 
@@ -183,15 +185,17 @@ class CheckpointedExperiment(ExperimentManager):
                 return self._create_envs(n_envs, eval_env, no_log)
         return self._create_envs(n_envs, eval_env, no_log)
 
-    def _create_envs(self, *arguments: Any) -> VecEnv:
-        if not self.is_checkpointed:
-            return super().create_envs(*arguments)
-        wrapper = self.env_wrapper
-        self.env_wrapper = functools.partial(_resumable, wrapper)
+    def _create_envs(self, n_envs: int, eval_env: bool, no_log: bool) -> VecEnv:
+        wrapper, vec_env_class = self.env_wrapper, self.vec_env_class
+        if self.is_checkpointed:
+            self.env_wrapper = functools.partial(_resumable, wrapper)
+        if self.vectorized and not eval_env:
+            # SB3's make_vec_env calls it as it would call a class
+            self.vec_env_class: Any = vector_class(self.env_name.gym_id, self.env_kwargs)
         try:
-            return super().create_envs(*arguments)
+            return super().create_envs(n_envs, eval_env, no_log)
         finally:
-            self.env_wrapper = wrapper
+            self.env_wrapper, self.vec_env_class = wrapper, vec_env_class
 
     def _save_config(self, saved_hyperparams: dict[str, Any]) -> None:
         """Save the arguments, in the first process.
