@@ -243,7 +243,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             actions = self.to_torch(self._flat(self.actions).astype(np.float32, copy=False), copy=False)
             rollout = RolloutBatch(
                 observations=self._observation_tensors(),
-                actions=_as_policy_takes(actions, self.action_space),
+                actions=as_policy_takes(actions, self.action_space),
                 old_values=self.to_torch(self.values.reshape(-1), copy=False),
                 old_log_prob=self.to_torch(self.log_probs.reshape(-1), copy=False),
                 advantages=self.to_torch(self.advantages.reshape(-1), copy=False),
@@ -422,7 +422,7 @@ def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
     for samples in buffer.get(batch_size):
         batch = RolloutBatch(
             observations=samples.observations,
-            actions=_as_policy_takes(samples.actions, buffer.action_space),
+            actions=as_policy_takes(samples.actions, buffer.action_space),
             old_values=samples.old_values,
             old_log_prob=samples.old_log_prob,
             advantages=samples.advantages,
@@ -431,6 +431,10 @@ def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
         yield Minibatch(batch)
 
 
-def _as_policy_takes(actions: th.Tensor, action_space: spaces.Space[Any]) -> th.Tensor:
-    """Give the buffer's actions the type and shape in which SB3's ``PPO.train`` hands them to the policy."""
+def as_policy_takes(actions: th.Tensor, action_space: spaces.Space[Any]) -> th.Tensor:
+    """Give the buffer's actions the type and shape in which SB3's ``PPO.train`` hands them to the policy.
+
+    :param actions: stored actions, shape (batch, action dim)
+    :param action_space: the action space
+    """
     return actions.long().flatten() if isinstance(action_space, spaces.Discrete) else actions

@@ -18,7 +18,6 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback
-from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus import attributes
@@ -27,7 +26,6 @@ from sb3_ppo_plus.buffers import plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
 from sb3_ppo_plus.distributed import first_rank, training
 from sb3_ppo_plus.envs.frames import check_frames
-from sb3_ppo_plus.envs.output_check import EnvOutputCheck
 from sb3_ppo_plus.envs.vector_envs import AcceptsVectorEnvs
 from sb3_ppo_plus.fast.execution import Execution, check_execution
 from sb3_ppo_plus.masking.evaluation import evaluate_with_masks, evaluate_without_masks
@@ -35,13 +33,14 @@ from sb3_ppo_plus.masking.predicting import PredictsWithMasks
 from sb3_ppo_plus.masking.usage import MaskUse
 from sb3_ppo_plus.policies.actor_critic import PLUS_POLICY_OF, POLICY_ALIASES, MlpPolicy
 from sb3_ppo_plus.policies.bounded_distributions import explaining_infinite_bounds
-from sb3_ppo_plus.policies.bounds import AcceptsHybridActions, env_actions
+from sb3_ppo_plus.policies.bounds import AcceptsHybridActions
 from sb3_ppo_plus.policies.names import POLICY_ARGUMENTS, explaining_dict_keys, resolving_policy_kwargs
 from sb3_ppo_plus.policies.remembering import set_sequence_length
 from sb3_ppo_plus.resuming.resume import arguments_to_continue, load_checkpoint
 from sb3_ppo_plus.resuming.run import Run
 from sb3_ppo_plus.rollout.reset_rows import ResetRows
-from sb3_ppo_plus.rollout.values import RolloutValues
+from sb3_ppo_plus.rollout.steps import steps_of
+from sb3_ppo_plus.rollout.tensor_buffer import fit_buffer
 from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_named_by_package, write_model
 from sb3_ppo_plus.saving.plain_file import is_without_pickles
 from sb3_ppo_plus.saving.untrusted_model import load_without_trust, read_parameters
@@ -177,6 +176,7 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
             with explaining_dict_keys(self.observation_space):
                 super()._setup_model()
         self._coefficients.groups(self)
+        fit_buffer(self, self.env)
         self._execution = Execution.of_model(self)
         set_sequence_length(self.rollout_buffer, self.policy, self._parts.size_of(self.batch_size))
         check_frames(self.env, self.policy, is_new=self.num_timesteps == 0)
@@ -201,42 +201,43 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
         mask_source = self._mask_use.source(env, self)
         action_masks: np.ndarray | None = None
         context: dict[str, th.Tensor] = {}
-        check_output = EnvOutputCheck(env)
-        rollout_values = RolloutValues(actor, check_output)
+        steps = steps_of(self, env, rollout_buffer)
+        check_output, rollout_values = steps.check_output, steps.values_of(actor)
         reset_rows = ResetRows(env, rollout_buffer, is_whole=self._parts.is_whole)
         check_output(self._last_obs, None, n_steps)
         while n_steps < n_rollout_steps:
             if self.use_sde and self.sde_sample_freq > 0 and n_steps % self.sde_sample_freq == 0:
                 self._parts.reset_noise(self.policy, env.num_envs)
-            obs_tensor = obs_as_tensor(self._last_obs, self.device)  # type: ignore[arg-type]  # not None in a rollout
+            obs_tensor = steps.tensors(self._last_obs)
             if mask_source is not None:
                 action_masks = mask_source.ask(self._last_obs, n_steps)
                 context = mask_source.context(action_masks)
             if actor.states is not None:
                 rollout_buffer.add_states(actor.states)  # type: ignore[attr-defined]  # a memory needs a buffer of ours
             chosen, values, log_probs = actor.act(obs_tensor, self._last_episode_starts, context)
-            actions = chosen.cpu().numpy()
-            clipped_actions = env_actions(self.policy, self.action_space, actions)
-            new_obs, rewards, dones, infos = env.step(clipped_actions)
+            actions, clipped_actions = steps.actions(self.policy, chosen)
+            new_obs, rewards, dones, infos = steps.step(clipped_actions)
             check_output(new_obs, rewards, n_steps)
             self.num_timesteps += reset_rows.count_transitions() * self._parts.ranks.size
             # Callbacks read these variables by the names that they have in SB3 and sb3-contrib
             callback.update_locals(locals())
             if not self._parts.meeting.goes_on(self, callback.on_step()):
+                steps.end()
                 return False
             actor = rollout_values.actor_of(self.policy)
-            self._parts.meeting.note_episodes(self, infos, dones)
+            steps.note_episodes(infos, dones)
             rollout_values.bootstrap_timeouts(rewards, dones, infos, n_steps, self.gamma)
             last = (self._last_obs, actions, rewards, self._last_episode_starts, values, log_probs)
             rollout_buffer.add(*last, *((context,) if context else ()))  # type: ignore[arg-type]  # SB3 declares neither Dict observations nor None
             n_steps += 1
-            self._last_obs = new_obs  # type: ignore[assignment]  # SB3's VecEnvObs includes tuples, which it refuses
-            self._last_episode_starts, self._last_states = dones, actor.states
+            self._last_obs, self._last_episode_starts = steps.kept(new_obs, dones)
+            self._last_states = actor.states
+        steps.end()
         if not self._parts.meeting.end_rollout(self):
             return False
         rollout_values.finish(rollout_buffer)
         reset_rows.finish(rollout_buffer)
-        values = actor.last_values(obs_as_tensor(self._last_obs, self.device), dones)  # type: ignore[arg-type]  # not None in a rollout
+        values = actor.last_values(steps.tensors(self._last_obs), dones)
         rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
         self.logger.record("time/rollout_seconds", time.perf_counter() - started)
         self._current_run.log_restarts(env, self.logger)
@@ -314,6 +315,7 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
 
     def _learn(self, *arguments: Any) -> Self:
         check_epsilon(self.policy)
+        fit_buffer(self, self.env)
         self._current_run.was_asked_to_stop = False
         self._join()
         try:

@@ -49,6 +49,11 @@ def test_demo(capsys):
     assert not stale.exists(), "an earlier run's episodes would be in the curve"
 
 
+def test_torch_envs():
+    # test_torch_envs.py compares them with Gymnasium's
+    assert load_example("torch_envs").main(timesteps=20_000, n_envs=16, compile=False, device="cpu") > 30
+
+
 def test_drop_in():
     assert load_example("drop_in").main(timesteps=2_048) is True
 

@@ -93,6 +93,11 @@ class CompiledActor(RolloutActor):
         """Whether no graph will be compiled any more."""
         return self._graphs.has_given_up
 
+    @property
+    def may_change(self) -> bool:
+        """See :attr:`RolloutActor.may_change`."""
+        return self.users_code.may_run
+
     def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Notice what has changed since the last rollout."""
         self._buffer = rollout_buffer

@@ -49,6 +49,11 @@ class ReplayedActor(RolloutActor):
         # All else belongs to one rollout and one process
         return ReplayedActor, (self.policy, self.users_code)
 
+    @property
+    def may_change(self) -> bool:
+        """See :attr:`RolloutActor.may_change`."""
+        return self.users_code.may_run
+
     def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Notice what has changed since the last rollout."""
         self._n_changes = 0

@@ -30,6 +30,11 @@ class RolloutActor:
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
 
+    @property
+    def may_change(self) -> bool:
+        """Whether a callback may change the policy during the rollout."""
+        return True
+
     def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Notice what has changed since the last rollout.
 
@@ -94,6 +99,14 @@ class RolloutActor:
         """
         return predict_values(self.policy, observations)
 
+    def values_of(self, observations: PyTorchObs) -> th.Tensor:
+        """Predict the values of many observations, in few large batches, if :attr:`may_change` is False.
+
+        :param observations: shape (batch, *observation shape), or a dict of them
+        :return: shape (batch,)
+        """
+        return _values_in_chunks(observations, self.policy.predict_values)
+
     def end_rollout(self) -> None:
         """Release what belongs to the rollout."""
 
@@ -121,15 +134,15 @@ def predict_values(
     predict = predict or policy.predict_values
     tensors = [policy.obs_to_tensor(observation)[0] for observation in observations]
     together: PyTorchObs = tree_map(lambda *parts: th.cat(parts), tensors[0], *tensors[1:])
-    chunks = _chunks(together, len(tensors))
-    values = [predict(tree_map(lambda part, i=i: part[i], together)).flatten() for i in chunks]
-    predictions: np.ndarray = th.cat(values).cpu().numpy()
+    predictions: np.ndarray = _values_in_chunks(together, predict).cpu().numpy()
     return predictions
 
 
-def _chunks(observations: PyTorchObs, n_observations: int) -> tuple[th.Tensor, ...]:
-    indices = th.arange(n_observations, device=leaves_of(observations)[0].device)
-    return th.split(indices, rows_of_chunk(observations))
+@th.no_grad()
+def _values_in_chunks(observations: PyTorchObs, predict: Callable[[PyTorchObs], th.Tensor]) -> th.Tensor:
+    first = leaves_of(observations)[0]
+    chunks = th.split(th.arange(len(first), device=first.device), rows_of_chunk(observations))
+    return th.cat([predict(tree_map(lambda part, i=i: part[i], observations)).flatten() for i in chunks])
 
 
 def rows_of_chunk(observations: PyTorchObs) -> int:

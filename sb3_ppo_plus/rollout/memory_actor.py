@@ -61,7 +61,11 @@ class MemoryActor(RolloutActor):
 
     def _context(self, episode_starts: np.ndarray | None) -> dict[str, Any]:
         assert episode_starts is not None
-        starts = th.as_tensor(np.asarray(episode_starts, dtype=np.bool_), device=self.policy.device)
+        if isinstance(episode_starts, th.Tensor):
+            # Of environments on a device
+            starts = episode_starts.to(self.policy.device)
+        else:
+            starts = th.as_tensor(np.asarray(episode_starts, dtype=np.bool_), device=self.policy.device)
         return {"states": self.states, "episode_starts": starts}
 
 

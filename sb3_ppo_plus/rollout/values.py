@@ -76,7 +76,16 @@ class RolloutValues:
         if evaluation is not None:
             assert isinstance(rollout_buffer, PPOPlusRolloutBuffer)
             rollout_buffer.set_evaluation(*evaluation)
-        if self._observations:
-            values = self._first_actor.terminal_values(self._observations, self._indices)
-            rollout_buffer.rewards[self._steps, self._indices] += np.array(self._gammas, values.dtype) * values
+        self._add_to_rewards(rollout_buffer)
         self._first_actor.end_rollout()
+
+    def _add_to_rewards(self, rollout_buffer: RolloutBuffer) -> None:
+        """Add the values of the timeouts that have waited for the end of the rollout."""
+        if self._observations:
+            rollout_buffer.rewards[self._steps, self._indices] += self._values_of_observations()
+
+    def _values_of_observations(self) -> np.ndarray:
+        """Return the discounted values of the terminal observations that have waited, shape (number of them,)."""
+        values = self._first_actor.terminal_values(self._observations, self._indices)
+        discounted: np.ndarray = np.array(self._gammas, values.dtype) * values
+        return discounted
