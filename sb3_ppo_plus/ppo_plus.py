@@ -199,9 +199,9 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
         callback.on_rollout_start()
         actor = self._execution.actor_for(self, rollout_buffer, callback)
         mask_source = self._mask_use.source(env, self)
-        action_masks: np.ndarray | None = None
+        action_masks: np.ndarray | th.Tensor | None = None
         context: dict[str, th.Tensor] = {}
-        steps = steps_of(self, env, rollout_buffer)
+        steps = steps_of(self, env, rollout_buffer, mask_source)
         check_output, rollout_values = steps.check_output, steps.values_of(actor)
         reset_rows = ResetRows(env, rollout_buffer, is_whole=self._parts.is_whole)
         check_output(self._last_obs, None, n_steps)

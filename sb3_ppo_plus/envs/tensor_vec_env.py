@@ -18,6 +18,9 @@ from sb3_ppo_plus.envs.tensor_episodes import StepInfos, TensorEpisodes
 
 Observations: TypeAlias = th.Tensor | dict[str, th.Tensor]
 
+FREE_TO_READ = {"cpu"}
+"""Types of devices whose tensors can be read without waiting, because operations are done when they return."""
+
 _SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -255,6 +258,14 @@ class TensorVecEnv(VecEnv):
 
     def _n_of(self, indices: VecEnvIndices) -> int:
         return len(list(self._get_indices(indices)))
+
+
+def is_free_to_wait(device: th.device) -> bool:
+    """Whether reading a tensor takes no time.
+
+    :param device: where the tensor is
+    """
+    return device.type in FREE_TO_READ
 
 
 def arrays_of(observations: Any) -> Any:  # noqa: ANN401  # array or dict

@@ -28,7 +28,7 @@ from sb3_ppo_plus.fast.policy_changes import (
 from sb3_ppo_plus.fast.users_code import UsersCode
 from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
-from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of, predict_values, rows_of_chunk
+from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of, predict_values, rows_of_chunk, values_in_chunks
 from sb3_ppo_plus.torch_private import versions_of
 from sb3_ppo_plus.trees import tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.tensor_places import tensor_places
@@ -94,9 +94,10 @@ class CompiledActor(RolloutActor):
         return self._graphs.has_given_up
 
     @property
-    def may_change(self) -> bool:
-        """See :attr:`RolloutActor.may_change`."""
-        return self.users_code.may_run
+    def defers_timeouts(self) -> bool:
+        """Whether a change would be noticed, see :attr:`RolloutActor.defers_timeouts`."""
+        self._follow_changes()
+        return self._defers
 
     def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Notice what has changed since the last rollout."""
@@ -215,8 +216,15 @@ class CompiledActor(RolloutActor):
 
     def terminal_values(self, observations: list[Any], indices: list[int]) -> np.ndarray:
         """Predict the values of timeouts, with the policy that took the steps."""
-        predict = partial(self._call_with_policy_at_start, _predict_values) if self._has_changed else None
-        return predict_values(self.policy, observations, predict)
+        return predict_values(self.policy, observations, self._predict())
+
+    def values_of(self, observations: PyTorchObs) -> th.Tensor:
+        """Predict values with the policy that took the steps, see :meth:`RolloutActor.values_of`."""
+        return values_in_chunks(observations, self._predict())
+
+    def _predict(self) -> Callable[[PyTorchObs], th.Tensor]:
+        is_other = self._has_changed
+        return partial(self._call_with_policy_at_start, _predict_values) if is_other else self.policy.predict_values
 
     def end_rollout(self) -> None:
         """Release the copies of the policy's parameters, and notice what has changed during the rollout."""

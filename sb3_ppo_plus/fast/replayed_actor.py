@@ -50,9 +50,9 @@ class ReplayedActor(RolloutActor):
         return ReplayedActor, (self.policy, self.users_code)
 
     @property
-    def may_change(self) -> bool:
-        """See :attr:`RolloutActor.may_change`."""
-        return self.users_code.may_run
+    def defers_timeouts(self) -> bool:
+        """Whether nothing may change the policy during the rollout, see :attr:`RolloutActor.defers_timeouts`."""
+        return not self.users_code.may_run
 
     def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Notice what has changed since the last rollout."""

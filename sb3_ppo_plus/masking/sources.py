@@ -55,6 +55,9 @@ class ActionMaskSource:
             masks = np.array(observations[MASK_KEY])
         else:
             masks = _stacked(self._ask_envs(), self._shape[1], step, self._names)
+        return self._checked(masks, step)
+
+    def _checked(self, masks: np.ndarray, step: int) -> np.ndarray:
         # This runs at each step, so valid masks pass by a few fast operations. Searching bytes is faster than all()
         if masks.dtype == np.bool_ and masks.shape == self._shape:
             has_choice = np.logical_or.reduceat(masks, self._starts, axis=1)

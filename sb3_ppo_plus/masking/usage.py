@@ -14,7 +14,9 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.envs.questions import has_attribute, wrappers_of
+from sb3_ppo_plus.envs.tensor_vec_env import TensorVecEnv
 from sb3_ppo_plus.masking.sources import ActionMaskSource, envs_of
+from sb3_ppo_plus.masking.tensor_source import TensorMaskSource
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.policies.flat_actions import parts_of
 from sb3_ppo_plus.policies.masked_distributions import can_be_masked, mask_sizes
@@ -170,6 +172,8 @@ class MaskUse:
         if not self.decide(env, model):
             return None
         model._was_given_masks = True
+        if isinstance(env, TensorVecEnv):
+            return TensorMaskSource(env, model.action_space, model.policy)
         return ActionMaskSource(env, model.action_space, model.policy)
 
     def warn_of_no_masks(self, model: PlusModel) -> None:

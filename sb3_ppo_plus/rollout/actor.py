@@ -31,9 +31,9 @@ class RolloutActor:
         self.policy = policy
 
     @property
-    def may_change(self) -> bool:
-        """Whether a callback may change the policy during the rollout."""
-        return True
+    def defers_timeouts(self) -> bool:
+        """Whether :meth:`values_of` gives, after the rollout, the values that observations of this step have now."""
+        return False
 
     def begin_rollout(self, rollout_buffer: RolloutBuffer | None = None) -> None:
         """Notice what has changed since the last rollout.
@@ -100,12 +100,12 @@ class RolloutActor:
         return predict_values(self.policy, observations)
 
     def values_of(self, observations: PyTorchObs) -> th.Tensor:
-        """Predict the values of many observations, in few large batches, if :attr:`may_change` is False.
+        """Predict the values of many observations, in few large batches.
 
         :param observations: shape (batch, *observation shape), or a dict of them
         :return: shape (batch,)
         """
-        return _values_in_chunks(observations, self.policy.predict_values)
+        return values_in_chunks(observations, self.policy.predict_values)
 
     def end_rollout(self) -> None:
         """Release what belongs to the rollout."""
@@ -134,12 +134,18 @@ def predict_values(
     predict = predict or policy.predict_values
     tensors = [policy.obs_to_tensor(observation)[0] for observation in observations]
     together: PyTorchObs = tree_map(lambda *parts: th.cat(parts), tensors[0], *tensors[1:])
-    predictions: np.ndarray = _values_in_chunks(together, predict).cpu().numpy()
+    predictions: np.ndarray = values_in_chunks(together, predict).cpu().numpy()
     return predictions
 
 
 @th.no_grad()
-def _values_in_chunks(observations: PyTorchObs, predict: Callable[[PyTorchObs], th.Tensor]) -> th.Tensor:
+def values_in_chunks(observations: PyTorchObs, predict: Callable[[PyTorchObs], th.Tensor]) -> th.Tensor:
+    """Predict the values of many observations, in few large batches.
+
+    :param observations: shape (batch, *observation shape), or a dict of them
+    :param predict: predicts the values of a batch
+    :return: shape (batch,)
+    """
     first = leaves_of(observations)[0]
     chunks = th.split(th.arange(len(first), device=first.device), rows_of_chunk(observations))
     return th.cat([predict(tree_map(lambda part, i=i: part[i], observations)).flatten() for i in chunks])

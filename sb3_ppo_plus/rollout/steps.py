@@ -14,10 +14,10 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
 from sb3_ppo_plus.envs.tensor_episodes import Dones, StepInfos, together_on_cpu
-from sb3_ppo_plus.envs.tensor_vec_env import TensorVecEnv
+from sb3_ppo_plus.envs.tensor_vec_env import TensorVecEnv, is_free_to_wait
 from sb3_ppo_plus.policies.bounds import env_actions
 from sb3_ppo_plus.rollout.actor import RolloutActor
-from sb3_ppo_plus.rollout.tensor_actions import TensorActions, is_free_to_wait
+from sb3_ppo_plus.rollout.tensor_actions import TensorActions
 from sb3_ppo_plus.rollout.tensor_buffer import TensorRolloutBuffer
 from sb3_ppo_plus.rollout.tensor_values import TensorOutputCheck, TensorRolloutValues
 from sb3_ppo_plus.rollout.values import RolloutValues
@@ -95,9 +95,17 @@ class TensorSteps(ArraySteps):
     :param model: the model
     :param env: the training environment
     :param rollout_buffer: the rollout buffer
+    :param mask_source: source of the rollout's masks, a TensorMaskSource, or None
     """
 
-    def __init__(self, model: PlusModel, env: TensorVecEnv, rollout_buffer: TensorRolloutBuffer) -> None:
+    def __init__(
+        self,
+        model: PlusModel,
+        env: TensorVecEnv,
+        rollout_buffer: TensorRolloutBuffer,
+        mask_source: Any,  # noqa: ANN401  # of a folder that this one may not import
+    ) -> None:
+        self._mask_source = mask_source
         self._model, self._tensor_env, self._buffer = model, env, rollout_buffer
         self._actions = TensorActions(model.action_space, env.device)
         self._waits_are_free = is_free_to_wait(env.device)
@@ -150,6 +158,8 @@ class TensorSteps(ArraySteps):
         self._later = []
         model = self._model
         self.check_output.check_rollout(model._last_obs)
+        if self._mask_source is not None:
+            self._mask_source.finish()
         model._last_obs = tree_map(as_array, model._last_obs)
         model._last_episode_starts = as_array(model._last_episode_starts)
 
@@ -162,14 +172,15 @@ def as_array(tensor: Any) -> Any:  # noqa: ANN401  # tensor or array
     return tensor.clone().cpu().numpy() if isinstance(tensor, th.Tensor) else tensor
 
 
-def steps_of(model: PlusModel, env: VecEnv, rollout_buffer: RolloutBuffer) -> ArraySteps:
+def steps_of(model: PlusModel, env: VecEnv, rollout_buffer: RolloutBuffer, mask_source: Any) -> ArraySteps:  # noqa: ANN401  # or None
     """Return how a rollout steps its environment.
 
     :param model: the model
     :param env: the training environment
     :param rollout_buffer: the rollout buffer
+    :param mask_source: source of the rollout's masks, or None
     """
     if isinstance(rollout_buffer, TensorRolloutBuffer):
         assert isinstance(env, TensorVecEnv)
-        return TensorSteps(model, env, rollout_buffer)
+        return TensorSteps(model, env, rollout_buffer, mask_source)
     return ArraySteps(model, env)

@@ -9,20 +9,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 
+from sb3_ppo_plus.envs.tensor_vec_env import is_free_to_wait
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.policies.bounded_distributions import BoundedDistribution
 from sb3_ppo_plus.policies.bounds import env_actions
 
 # Those that are linear where the distribution is not one of bounded actions
 _LINEAR_METHODS = (BasePolicy.unscale_action, ActorCriticPlusPolicy.unscale_action)
-
-
-def is_free_to_wait(device: th.device) -> bool:
-    """Whether reading a tensor takes no time, because operations are done when they return.
-
-    :param device: where the tensor is
-    """
-    return device.type == "cpu"
 
 
 class TensorActions:

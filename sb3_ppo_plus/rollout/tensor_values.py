@@ -64,7 +64,8 @@ class TensorOutputCheck(EnvOutputCheck):
 class TensorRolloutValues(RolloutValues):
     """Bootstraps timeouts: on the CPU as :class:`RolloutValues`, elsewhere in one batch after the rollout.
 
-    There, the values are computed at each step if the policy has a memory, or if a callback may change it.
+    There, they are computed at each step where the actor says so: with a memory, and if a callback may change the
+    policy without being noticed.
 
     :param actor: the actor of the rollout
     :param check_output: refuses terminal observations that are not finite
@@ -73,14 +74,14 @@ class TensorRolloutValues(RolloutValues):
 
     def __init__(self, actor: RolloutActor, check_output: EnvOutputCheck, *, waits_are_free: bool) -> None:
         super().__init__(actor, check_output)
-        self._waits = waits_are_free or actor.may_change or actor.states is not None
+        self._waits_are_free = waits_are_free
         self._waiting: list[tuple[int, th.Tensor, Any, float]] = []
         self._n_numbers = 0
         self._found: list[tuple[th.Tensor, th.Tensor, th.Tensor, Any]] = []
 
     def bootstrap_timeouts(self, rewards: Any, dones: Any, infos: Any, step: int, gamma: float) -> None:  # noqa: ANN401  # tensors, StepInfos
         """Add to rewards the values of truncated episodes, see :meth:`RolloutValues.bootstrap_timeouts`."""
-        if not self._waits:
+        if not self._waits_are_free and self._actor.defers_timeouts:
             self._keep(infos, step, gamma)
         elif bool(infos.timeouts.any()):
             # On the CPU this is the memory of the tensor
@@ -129,7 +130,7 @@ class TensorRolloutValues(RolloutValues):
 
     def _check_found(self, observations: Any, steps: th.Tensor, envs: th.Tensor) -> None:  # noqa: ANN401  # tensor or dict
         for tensor in leaves_of(observations):
-            is_odd = ~th.isfinite(tensor).flatten(1).all(dim=1)
+            is_odd = ~th.isfinite(tensor.reshape(len(tensor), -1)).all(dim=1)
             if bool(is_odd.any()):
                 row = int(is_odd.nonzero()[0])
                 observation = tree_map(lambda part, row=row: part[row].cpu().numpy(), observations)
