@@ -74,13 +74,12 @@ class TorchEnv(TensorVecEnv):
         return TensorStep(self.observe(self.state), rewards.float(), terminated, truncated, final)
 
     def get_resume_state(self) -> dict[str, Any]:
-        """Return the state of all episodes, and of the generator."""
-        return {"state": self.state, "n_steps": self.n_steps, "generator": self.generator.get_state()}
+        """Return the state of all episodes."""
+        return {"state": self.state, "n_steps": self.n_steps}
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned."""
         self.state, self.n_steps = (state[name].to(self.device) for name in ("state", "n_steps"))
-        self.generator.set_state(state["generator"])
 
 
 class TorchCartPole(TorchEnv):

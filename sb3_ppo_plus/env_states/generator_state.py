@@ -132,6 +132,21 @@ def check_torch_states(states: list[th.Tensor]) -> None:
             raise ValueError(f"a state of a CUDA generator has {N_CUDA_BYTES} bytes")
 
 
+def set_torch_generator(generator: th.Generator, state: Any) -> None:  # noqa: ANN401  # may be hostile
+    """Put back the state of a generator of PyTorch.
+
+    :param generator: the generator
+    :param state: what its ``get_state`` has returned
+    :raises ValueError: for anything else
+    """
+    if generator.device.type == "cpu":
+        generator.set_state(_checked_torch(state))
+    elif isinstance(state, th.Tensor) and state.dtype is th.uint8 and state.shape == generator.get_state().shape:
+        generator.set_state(state.cpu())
+    else:
+        raise ValueError(f"the state of a generator on {generator.device} must be bytes of its size, got {state!r:.80}")
+
+
 def _checked_torch(state: th.Tensor) -> th.Tensor:
     """Refuse a position and a number of draws left that together lead out of PyTorch's memory, which it reads then."""
     if not isinstance(state, th.Tensor):

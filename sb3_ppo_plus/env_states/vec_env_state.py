@@ -10,6 +10,7 @@ from typing import Any
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper, VecNormalize
 
 from sb3_ppo_plus.env_states.episode_recorder import EpisodeRecorder, is_new, n_replayed_steps, saved_name
+from sb3_ppo_plus.env_states.generator_state import set_torch_generator
 from sb3_ppo_plus.env_states.object_attributes import saves_itself
 from sb3_ppo_plus.env_states.object_state import object_state, set_object_state
 from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
@@ -18,6 +19,7 @@ from sb3_ppo_plus.env_states.worker_episodes import episode_states, set_episode_
 from sb3_ppo_plus.envs.batched_vec_env import BatchedVecEnv
 from sb3_ppo_plus.envs.questions import base_of, has_attribute, names_of, wrappers_of
 from sb3_ppo_plus.envs.restarting_remote import known_episodes
+from sb3_ppo_plus.envs.tensor_vec_env import TensorVecEnv
 from sb3_ppo_plus.envs.watched_remote import STEPS_OF_PROOF, time_for_proof
 from sb3_ppo_plus.errors import PlainStateError, ReplayError, WrapperStackError
 
@@ -62,6 +64,8 @@ def vec_env_state(env: VecEnv, unsaved: list[str] | None = None) -> VecEnvState:
     }
     if isinstance(base, BatchedVecEnv):
         state["episodes"] = base.running_episodes()
+    elif isinstance(base, TensorVecEnv):
+        state |= {"episodes": base.episodes.state(), "generator": base.generator.get_state()}
     if state["envs"] is not None and stack and len(outside) < len(stack[0]):
         unknown = [name for name in outside if name not in WRAPPER_ATTRIBUTES]
         unsaved.extend(f"{name} is outside ResumableEnv: put ResumableEnv outermost" for name in unknown)
@@ -131,6 +135,9 @@ def set_vec_env_state(env: VecEnv, state: VecEnvState, trusted: bool = True) -> 
         left_out += set_episode_states(base_of(env), state.get("workers", []), trusted)
         if isinstance(base_of(env), BatchedVecEnv):
             base_of(env).set_running_episodes(state.get("episodes", {}))
+        elif isinstance(base_of(env), TensorVecEnv):
+            base_of(env).episodes.set_state(state.get("episodes", {}))
+            set_torch_generator(base_of(env).generator, state.get("generator"))
     for name, values in state["attributes"].items():
         if name not in _KNOWN_ATTRIBUTES:
             raise ValueError(f"{name} is no state of an environment's wrapper")
@@ -256,6 +263,9 @@ def _wrapper_state(wrapper: VecEnvWrapper, unsaved: list[str]) -> Any:  # noqa: 
 
 
 def _envs_are_resumable(base: Any) -> bool:  # noqa: ANN401  # a VecEnv, or what one of another package wraps
+    if isinstance(base, TensorVecEnv):
+        # It has methods for all environments together
+        return False
     return has_attribute(base, "get_resume_state") and has_attribute(base, "set_resume_state")
 
 

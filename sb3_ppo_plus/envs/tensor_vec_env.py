@@ -56,7 +56,8 @@ class TensorVecEnv(VecEnv):
     before. Random numbers should come from ``self.generator``, which :meth:`seed` seeds.
 
     For action masks, add a method ``action_masks()`` that returns bool of shape (n_envs, mask size). To go on exactly
-    after a kill, add ``get_resume_state()``, which returns plain values and tensors, and ``set_resume_state(state)``.
+    after a kill, add ``get_resume_state()``, which returns plain values and tensors, and ``set_resume_state(state)``;
+    ``self.generator`` and the counts of episodes are saved without them.
 
     :param num_envs: number of environments
     :param observation_space: of a single environment: Box, Discrete, MultiDiscrete, MultiBinary, or a Dict of these

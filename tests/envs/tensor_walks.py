@@ -85,18 +85,22 @@ class TensorWalk(TensorVecEnv):
             self.shown.copy_(observation)
         return self.shown
 
-    def get_resume_state(self):
-        return {name: getattr(self, name) for name in ("n_episodes", "place", "left")}
-
-    def set_resume_state(self, state):
-        vars(self).update(state)
-
 
 class MaskedTensorWalk(TensorWalk):
     """A walk that may not go on far away."""
 
     def action_masks(self):
         return self._masks()
+
+
+class SavedTensorWalk(MaskedTensorWalk):
+    """A walk that can be put back where it was."""
+
+    def get_resume_state(self):
+        return {name: getattr(self, name) for name in ("n_episodes", "place", "left")}
+
+    def set_resume_state(self, state):
+        vars(self).update(state)
 
 
 class SingleWalk(gym.Env):
