@@ -1,6 +1,7 @@
 """Environments: in batches, restarts, dead workers, masks from infos, checks of their output and of their wrappers."""
 
 from sb3_ppo_plus.envs.tensor_vec_env import TensorStep, TensorVecEnv
+from sb3_ppo_plus.envs.tensor_vec_normalize import TensorVecNormalize
 from sb3_ppo_plus.envs.vector_envs import as_vec_env
 
-__all__ = ["TensorStep", "TensorVecEnv", "as_vec_env"]
+__all__ = ["TensorStep", "TensorVecEnv", "TensorVecNormalize", "as_vec_env"]
