@@ -26,7 +26,7 @@ from sb3_ppo_plus.buffers import plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
 from sb3_ppo_plus.distributed import first_rank, training
 from sb3_ppo_plus.envs.frames import check_frames
-from sb3_ppo_plus.envs.vector_envs import AcceptsVectorEnvs
+from sb3_ppo_plus.envs.vector_envs import AcceptsVectorEnvs, device_for
 from sb3_ppo_plus.fast.execution import Execution, check_execution
 from sb3_ppo_plus.masking.evaluation import evaluate_with_masks, evaluate_without_masks
 from sb3_ppo_plus.masking.predicting import PredictsWithMasks
@@ -147,7 +147,7 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
         self.on_non_finite, self.max_skipped, self.worker_timeout = on_non_finite, max_skipped, worker_timeout
         self.restart_workers, self.micro_batches, self.distributed = restart_workers, micro_batches, distributed
         self.symmetry, self.symmetry_mode, self.symmetry_coef = symmetry, symmetry_mode, symmetry_coef
-        given["device"] = training.device_of_process(distributed, device)
+        given["device"] = training.device_of_process(distributed, device_for(env, device))
         self._skipped_steps, self._skipped_in_a_row, self._n_iterations, self._tb_log_name = 0, 0, 0, "PPOPlus"
         self.last_checkpoint: str | None = None
         """Directory of the checkpoint that was last written or resumed."""

@@ -34,7 +34,9 @@ class TensorOutputCheck(EnvOutputCheck):
     def __call__(self, observations: Any, rewards: Any, step: int) -> None:  # noqa: ANN401  # tensors, arrays, or a dict
         """Check what a step has returned, see :meth:`EnvOutputCheck.__call__`."""
         if self._waits_are_free:
-            super().__call__(tree_map(np.asarray, observations), None if rewards is None else rewards.numpy(), step)
+            super().__call__(
+                tree_map(np.asarray, observations), None if rewards is None else rewards.cpu().numpy(), step
+            )
 
     def check_rollout(self, last_observations: Any) -> None:  # noqa: ANN401  # tensors, arrays, or a dict
         """Check all steps of a rollout, unless each was checked.

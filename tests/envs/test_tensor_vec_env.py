@@ -13,6 +13,7 @@ from tensor_walks import N_ENVS, SETTINGS, Plain, SingleWalk, TensorWalk, assert
 
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.envs import as_vec_env
+from sb3_ppo_plus.envs.vector_envs import device_for
 from sb3_ppo_plus.rollout.tensor_buffer import TensorRolloutBuffer
 
 
@@ -142,6 +143,37 @@ def test_a_model_may_change_between_tensors_and_arrays_and_be_saved(tmp_path):
         loaded = PPOPlus.load(tmp_path / "model", TensorWalk(), device="cpu", trusted=trusted).learn(96)
         assert_same_training(loaded, PPOPlus.load(tmp_path / "model", singles(), device="cpu").learn(96))
         assert type(loaded.rollout_buffer) is TensorRolloutBuffer
+
+
+def test_images_with_channels_last_are_used_through_arrays_with_a_warning():
+    class Images(TensorWalk):
+        def _observation(self):
+            return th.zeros(self.num_envs, 36, 36, 3, dtype=th.uint8)
+
+    settings = {**SETTINGS, "n_steps": 4, "batch_size": 12, "n_epochs": 1}
+    with pytest.warns(UserWarning, match="<Images> is used through arrays"):
+        model = PPOPlus("CnnPolicy", Images(observation_space=spaces.Box(0, 255, (36, 36, 3), np.uint8)), **settings)
+    assert type(model.learn(12).rollout_buffer) is not TensorRolloutBuffer
+
+
+def test_images_with_channels_first_have_the_bits_of_the_array_methods():
+    class Images(TensorWalk):
+        def _observation(self):
+            dark = (self.place.abs() * 20).to(th.uint8)[:, None, None, None].expand(-1, 3, 36, 36)
+            return dark.clone()
+
+    def trained(wrap):
+        env = wrap(Images(observation_space=spaces.Box(0, 255, (3, 36, 36), np.uint8)))
+        return PPOPlus("CnnPolicy", env, **{**SETTINGS, "n_epochs": 1}).learn(96)
+
+    assert_same_training(trained(lambda env: env), trained(Plain))
+
+
+def test_a_model_is_where_its_environment_is():
+    env = TensorWalk()
+    assert device_for(env, "auto") == th.device("cpu") == env.device
+    assert device_for(env, "cuda") == "cuda"
+    assert device_for(singles(), "auto") == "auto"
 
 
 def test_the_seed_decides_what_an_environment_draws():
