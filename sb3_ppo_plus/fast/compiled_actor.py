@@ -59,6 +59,8 @@ class CompiledActor(RolloutActor):
     :param users_code: decides whether each step looks for new methods, hooks and settings
     """
 
+    batches_timeouts = True
+
     def __init__(
         self,
         policy: ActorCriticPlusPolicy,

@@ -27,6 +27,9 @@ class RolloutActor:
     states: RNNStates | None = None
     """States of the policy's memory after the last step; None: the policy has no memory."""
 
+    batches_timeouts = False
+    """Whether values of timeouts are predicted in a batch on the CPU too, where SB3 predicts one at a time."""
+
     def __init__(self, policy: ActorCriticPolicy) -> None:
         self.policy = policy
 

@@ -64,9 +64,9 @@ class TensorOutputCheck(EnvOutputCheck):
 
 
 class TensorRolloutValues(RolloutValues):
-    """Bootstraps timeouts: on the CPU as :class:`RolloutValues`, elsewhere in one batch after the rollout.
+    """Bootstraps timeouts: eagerly on the CPU as :class:`RolloutValues`, else in one batch after the rollout.
 
-    There, they are computed at each step where the actor says so: with a memory, and if a callback may change the
+    Elsewhere, they are computed at each step where the actor says so: with a memory, and if a callback may change the
     policy without being noticed.
 
     :param actor: the actor of the rollout
@@ -83,9 +83,11 @@ class TensorRolloutValues(RolloutValues):
 
     def bootstrap_timeouts(self, rewards: Any, dones: Any, infos: Any, step: int, gamma: float) -> None:  # noqa: ANN401  # tensors, StepInfos
         """Add to rewards the values of truncated episodes, see :meth:`RolloutValues.bootstrap_timeouts`."""
-        if not self._waits_are_free and self._actor.defers_timeouts:
+        if self._waits_are_free and not bool(infos.timeouts.any()):
+            return
+        if (self._actor.batches_timeouts or not self._waits_are_free) and self._actor.defers_timeouts:
             self._keep(infos, step, gamma)
-        elif bool(infos.timeouts.any()):
+        elif self._waits_are_free or bool(infos.timeouts.any()):
             # On the CPU this is the memory of the tensor
             array = rewards.cpu().numpy()
             super().bootstrap_timeouts(array, infos.dones.cpu().numpy(), infos, step, gamma)
@@ -102,7 +104,7 @@ class TensorRolloutValues(RolloutValues):
         observations = tree_map(th.clone, infos.final_observations)
         self._waiting.append((step, infos.timeouts, observations, gamma))
         self._n_numbers += sum(leaf.numel() for leaf in leaves_of(observations))
-        if self._n_numbers > MOST_WAITING:
+        if self._waits_are_free or self._n_numbers > MOST_WAITING:
             self._find()
 
     def _find(self) -> None:
@@ -124,11 +126,12 @@ class TensorRolloutValues(RolloutValues):
             amounts = self._values_of_observations()
             steps, envs = (th.tensor(each, device=device) for each in (self._steps, self._indices))
             rollout_buffer.add_to_rewards(steps, envs, th.from_numpy(amounts).to(device))
-        for steps, envs, gammas, observations in self._found:
-            on_device = tree_map(lambda tensor: tensor.to(device), observations)
-            self._check_found(on_device, steps, envs)
-            values = self._first_actor.values_of(on_device)
-            rollout_buffer.add_to_rewards(steps.to(device), envs.to(device), gammas.to(device) * values)
+        if self._found:
+            # In one batch, as the values of observations in arrays
+            first, *others = self._found
+            steps, envs, gammas, observations = tree_map(lambda *parts: th.cat(parts).to(device), first, *others)
+            self._check_found(observations, steps, envs)
+            rollout_buffer.add_to_rewards(steps, envs, gammas * self._first_actor.values_of(observations))
 
     def _check_found(self, observations: Any, steps: th.Tensor, envs: th.Tensor) -> None:  # noqa: ANN401  # tensor or dict
         for tensor in leaves_of(observations):
