@@ -87,10 +87,14 @@ class TensorWalk(TensorVecEnv):
 
 
 class MaskedTensorWalk(TensorWalk):
-    """A walk that may not go on far away."""
+    """A walk that may not go on far away. It writes each mask into the tensor of the first one."""
+
+    masks = None
 
     def action_masks(self):
-        return self._masks()
+        masks = self._masks()
+        self.masks = masks if self.masks is None else self.masks.copy_(masks)
+        return self.masks
 
 
 class SavedTensorWalk(MaskedTensorWalk):

@@ -204,14 +204,13 @@ def test_masks_without_a_valid_action_are_refused(device, kind, monkeypatch):
     if device != "cpu":
         monkeypatch.setattr(tensor_vec_env, "FREE_TO_READ", set())
 
-    class NoChoice(TensorWalk):
+    class NoChoice(MaskedTensorWalk if kind == "method" else TensorWalk):
         def _masks(self):
             masks = super()._masks()
-            masks[1] &= self.n_episodes[1] == 1
+            # In one step alone
+            masks[1] &= (self.n_episodes[1] != 2) | (self.left[1] != 3)
             return masks
 
-    if kind == "method":
-        NoChoice.action_masks = lambda self: self._masks()
     policy, arguments = ("MultiInputPolicy", MASK_KEY) if kind == "key" else ("MlpPolicy", {})
     with pytest.raises(ValueError, match="action mask of env 1 leaves no valid action at step"):
         PPOPlus(policy, NoChoice(**arguments), **SETTINGS).learn(64)
