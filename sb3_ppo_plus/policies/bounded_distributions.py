@@ -54,6 +54,14 @@ class BoundedDistribution(DiagGaussianDistribution):
         :return: float64, in the shape of ``actions``
         """
 
+    def to_unit_interval_on_device(self, actions: th.Tensor) -> th.Tensor:
+        """Do the work of :meth:`to_unit_interval` on tensors; without a method of a subclass, by way of an array.
+
+        :param actions: stored actions, any shape
+        :return: in the shape of ``actions``
+        """
+        return th.from_numpy(self.to_unit_interval(actions.cpu().numpy())).to(actions.device)
+
     def to_bounds(self, actions: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
         """Map stored actions to the environment's units.
 
@@ -157,6 +165,10 @@ class SquashedGaussianDistribution(BoundedDistribution):
         """
         return 0.5 * (1.0 + np.tanh(actions.astype(np.float64)))
 
+    def to_unit_interval_on_device(self, actions: th.Tensor) -> th.Tensor:
+        """Map u to (1 + tanh(u)) / 2, see :meth:`BoundedDistribution.to_unit_interval_on_device`."""
+        return 0.5 * (1.0 + actions.double().tanh())
+
 
 class BetaDistribution(BoundedDistribution):
     """Independent Beta distributions with alpha, beta = 1 + softplus(net outputs); the stored action is x in (0, 1).
@@ -244,6 +256,10 @@ class BetaDistribution(BoundedDistribution):
         :return: float64, in the shape of ``actions``
         """
         return np.clip(actions.astype(np.float64), 0.0, 1.0)
+
+    def to_unit_interval_on_device(self, actions: th.Tensor) -> th.Tensor:
+        """Return x, clipped to [0, 1], see :meth:`BoundedDistribution.to_unit_interval_on_device`."""
+        return actions.double().clamp(0.0, 1.0)
 
 
 def _at_least_float32(tensor: th.Tensor) -> th.Tensor:

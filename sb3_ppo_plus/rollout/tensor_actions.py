@@ -14,8 +14,7 @@ from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.policies.bounded_distributions import BoundedDistribution
 from sb3_ppo_plus.policies.bounds import env_actions
 
-# Those that are linear where the distribution is not one of bounded actions
-_LINEAR_METHODS = (BasePolicy.unscale_action, ActorCriticPlusPolicy.unscale_action)
+_KNOWN_METHODS = (BasePolicy.unscale_action, ActorCriticPlusPolicy.unscale_action)
 
 
 class TensorActions:
@@ -42,17 +41,18 @@ class TensorActions:
         """
         if not isinstance(self._space, spaces.Box):
             return actions
-        is_linear = _is_linear(policy)
-        if self._is_on_host or not is_linear:
+        if self._is_on_host or not _is_known(policy):
             return th.from_numpy(env_actions(policy, self._space, actions.cpu().numpy())).to(self._device)
-        if policy.squash_output:
+        distribution: Any = getattr(policy, "action_dist", None)
+        if isinstance(distribution, BoundedDistribution):
+            # As BoundedDistribution.to_bounds
+            fraction = distribution.to_unit_interval_on_device(actions)
+            actions = (self._low * (1.0 - fraction) + self._high * fraction).to(self._low.dtype)
+        elif policy.squash_output:
             actions = self._low + (0.5 * (actions + 1.0) * (self._high - self._low))
         return th.minimum(th.maximum(actions, self._low), self._high)
 
 
-def _is_linear(policy: BasePolicy) -> bool:
-    """Whether actions are stored in the env's units, or scaled to [-1, 1]."""
-    if not policy.squash_output:
-        return True
-    is_known = type(policy).unscale_action in _LINEAR_METHODS and "unscale_action" not in vars(policy)
-    return is_known and not isinstance(getattr(policy, "action_dist", None), BoundedDistribution)
+def _is_known(policy: BasePolicy) -> bool:
+    """Whether the policy has no method of a user's own that changes actions, which takes arrays."""
+    return type(policy).unscale_action in _KNOWN_METHODS and "unscale_action" not in vars(policy)
