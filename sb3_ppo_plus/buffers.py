@@ -122,6 +122,8 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     context: dict[str, np.ndarray]
     """The policy's further arguments, shape (buffer_size, n_envs, ...). Empty until the buffer is full."""
     states: list[RNNStates]
+    originals: Any = None
+    """``OriginalObservations``, to which each step is added; None: nobody needs them."""
     _valid: np.ndarray | None = None
 
     def reset(self) -> None:
@@ -162,6 +164,8 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             self.log_probs[self.pos] = log_prob.cpu().numpy().reshape(-1)
         if context:
             self._contexts.append(context)
+        if self.originals is not None:
+            self.originals.add(self.pos)
         self.pos += 1
         self.full = self.pos == self.buffer_size
         if self.full and self._contexts:
@@ -194,6 +198,11 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         """
         # On the CPU, the tensors share the memory of the buffer's arrays
         self.rollout().old_log_prob[indices] = log_probs
+
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return number of the step and index of the environment of each row of :meth:`rollout`, int64."""
+        steps, envs = np.mgrid[: self.buffer_size, : self.n_envs]
+        return self._flat_context(steps), self._flat_context(envs)
 
     def set_mirrored(self, observations: PyTorchObs, actions: th.Tensor) -> None:
         """Keep the mirror images of the full buffer for its minibatches.
@@ -259,8 +268,8 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     def _with_sequences(self, rollout: RolloutBatch) -> RolloutBatch:
         assert self.sequence_length is not None
         episode_starts = self._flat_context(self.episode_starts.reshape(self.buffer_size, self.n_envs))
-        steps, envs = np.mgrid[: self.buffer_size, : self.n_envs]
-        sequences = self._flat_context(steps // self.sequence_length * self.n_envs + envs)
+        steps, envs = self.places()
+        sequences = steps // self.sequence_length * self.n_envs + envs
         valid = rollout.valid
         if valid is None and self.buffer_size % self.sequence_length > 0:
             valid = th.ones_like(rollout.old_values, dtype=th.bool)

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "env_states": {"untrusted", "envs", "ground"},
     "rollout": {"policies", "envs", "distributed", "ground"},
     "policies": {"ground"},
-    "update": {"distributed", "ground"},
+    "update": {"distributed", "envs", "ground"},
     "envs": {"ground"},
     "distributed": {"envs", "ground"},
     "untrusted": {"ground"},

@@ -79,7 +79,7 @@ def shared_out(states: list[TrainingState], ranks: Ranks, n_envs: int) -> Traini
             f"{ranks.size}"
         )
     envs = slice(n_envs * ranks.rank, n_envs * (ranks.rank + 1))
-    state = {name: value for name, value in states[0].items() if name != "parts"}
+    state = {name: value for name, value in states[0].items() if name not in ("parts", "original_observations")}
     attributes = [each["attributes"] for each in states]
     state["attributes"] = {
         **attributes[0],
