@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "fast": {"rollout", "policies", "update", "distributed", "ground"},
     "masking": {"policies", "envs", "ground"},
     "saving": {"policies", "untrusted", "ground"},
-    "export": {"policies", "saving", "untrusted", "envs", "ground"},
+    "export": {"masking", "policies", "saving", "untrusted", "envs", "ground"},
     "resuming": {"env_states", "saving", "untrusted", "envs", "distributed", "ground"},
     "env_states": {"untrusted", "envs", "ground"},
     "rollout": {"policies", "envs", "distributed", "ground"},

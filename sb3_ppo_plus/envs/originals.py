@@ -106,10 +106,23 @@ class OriginalObservations:
         :return: float32, except for keys that are not normalised
         """
         found = dict(_by_key(observations))
-        clip, epsilon = self.normalize.clip_obs, self.normalize.epsilon
         for key, (mean, var) in moments.items():
-            found[key] = np.clip((found[key] - mean) / np.sqrt(var + epsilon), -clip, clip).astype(np.float32)
+            found[key] = as_normalized(self.normalize, found[key], mean, var)
         return found if isinstance(observations, dict) else found[None]
+
+
+def as_normalized(normalize: VecNormalize, observations: np.ndarray, mean: np.ndarray, var: np.ndarray) -> np.ndarray:
+    """Normalise an array by the arithmetic of VecNormalize, whose public method knows only its present statistics.
+
+    :param normalize: the normaliser, for its bounds
+    :param observations: in the env's units, shape (batch, ...)
+    :param mean: means, which are broadcast to the observations
+    :param var: variances, likewise
+    :return: float32
+    """
+    clip = normalize.clip_obs
+    normalized: np.ndarray = np.clip((observations - mean) / np.sqrt(var + normalize.epsilon), -clip, clip)
+    return normalized.astype(np.float32)
 
 
 def moments_of(normalize: VecNormalize) -> Moments:
