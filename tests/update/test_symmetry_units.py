@@ -7,7 +7,6 @@ from environments import make_env
 from gymnasium import spaces
 from mirrors import ACTIONS, Recorder, identity, mirror
 from models import build
-from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.vec_env import VecCheckNan, VecEnvWrapper, VecFrameStack, VecMonitor, VecNormalize
 
@@ -68,30 +67,66 @@ def test_a_rollout_that_a_callback_has_ended_does_not_shift_observations():
 KEYS_OF_BOXES = spaces.Dict({"normalized": spaces.Box(-5, 9, (3,)), "plain": spaces.Box(-1, 1, (2,))})
 
 
-@pytest.mark.parametrize("steps_by_get", [False, True])
+def negative(observations, actions):
+    if isinstance(observations, dict):
+        return {key: -part for key, part in observations.items()}, -actions
+    return -observations, -actions
+
+
+class KeepsStatistics(BaseCallback):
+    """Keeps the statistics with which the observations before each step of the last rollout were normalised."""
+
+    def __init__(self, reads_minibatches):
+        super().__init__()
+        self.reads_minibatches, self.last = reads_minibatches, None
+
+    def _now(self):
+        rms = self.training_env.obs_rms
+        rms = rms["normalized"] if isinstance(rms, dict) else rms
+        return np.copy(rms.mean), np.copy(rms.var)
+
+    def _on_training_start(self):
+        self.last = self._now()
+
+    def _on_rollout_start(self):
+        self.moments = []
+
+    def _on_step(self):
+        self.moments.append(self.last)
+        self.last = self._now()
+        return True
+
+    def _on_rollout_end(self):
+        if self.reads_minibatches:
+            # SB3's get puts the rows of the buffer into another order
+            next(self.model.rollout_buffer.get(8))
+
+    def of_rows(self):
+        n_envs = self.training_env.num_envs
+        mean, var = (np.stack(part) for part in zip(*self.moments, strict=True))
+        if self.reads_minibatches:
+            return np.tile(mean, (n_envs, 1)), np.tile(var, (n_envs, 1))
+        return np.repeat(mean, n_envs, axis=0), np.repeat(var, n_envs, axis=0)
+
+
+@pytest.mark.parametrize("reads_minibatches", [False, True])
 @pytest.mark.parametrize("space", [KEYS_OF_BOXES["normalized"], KEYS_OF_BOXES], ids=["box", "dict"])
-def test_mirror_images_are_normalized_as_the_observations_of_their_own_step(space, steps_by_get):
-    class ReadsMinibatches(BaseCallback):
-        """SB3's get puts the rows of the buffer into another order."""
-
-        def _on_step(self):
-            return True
-
-        def _on_rollout_end(self):
-            if steps_by_get:
-                next(RolloutBuffer.get(self.model.rollout_buffer, 8), None)
-
-    keys = ["normalized"] if isinstance(space, spaces.Dict) else None
-    policy = "MlpPolicy" if keys is None else "MultiInputPolicy"
-    env = VecNormalize(make_env(2, observation_space=space, action_space=ACTIONS), norm_obs_keys=keys, clip_obs=1.0)
-    callback = ReadsMinibatches() if keys is None else None
-    model = build(env, policy, symmetry=identity).learn(128, callback)
-    rollout = model.rollout_buffer.rollout()
-    mirrored = rollout.mirrored["observations"]
-    for key in (None,) if keys is None else ("normalized", "plain"):
-        stored, images = (part if key is None else part[key] for part in (rollout.observations, mirrored))
-        th.testing.assert_close(images, stored, rtol=0, atol=2e-6)
-        assert key == "plain" or (stored.abs() == 1.0).float().mean() > 0.1, "nothing is clipped"
+def test_mirror_images_are_normalized_as_the_observations_of_their_own_step(space, reads_minibatches):
+    recorder, is_dict = Recorder(negative), isinstance(space, spaces.Dict)
+    env = make_env(2, observation_space=space, action_space=ACTIONS)
+    env = VecNormalize(env, norm_obs_keys=["normalized"] if is_dict else None, clip_obs=1.0)
+    callback = KeepsStatistics(reads_minibatches)
+    model = build(env, "MultiInputPolicy" if is_dict else "MlpPolicy", symmetry=recorder).learn(128, callback)
+    rollout, raw = model.rollout_buffer.rollout(), recorder.calls[-1][0]
+    images, stored = rollout.mirrored["observations"], rollout.observations
+    if is_dict:
+        assert th.equal(images["plain"], -stored["plain"])
+        images, stored, raw = images["normalized"], stored["normalized"], raw["normalized"]
+    mean, var = callback.of_rows()
+    for numbers, observations in ((raw.numpy(), stored), (-raw.numpy(), images)):
+        expected = np.clip((numbers - mean) / np.sqrt(var + env.epsilon), -1, 1)
+        np.testing.assert_allclose(observations, expected, rtol=0, atol=2e-6)
+        assert (np.abs(expected) == 1).mean() > 0.1, "nothing is clipped"
 
 
 def test_without_a_normalizer_or_a_symmetry_nothing_is_followed():
