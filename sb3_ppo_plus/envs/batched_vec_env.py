@@ -59,8 +59,9 @@ class BatchedVecEnv(VecEnv):
         self._actions: Any = None
         self._is_envpool = _is_envpool(env)
         self._is_batch_of_structures = isinstance(env.single_action_space, spaces.Tuple | spaces.Dict)
-        # Of Gymnasium's own, copy=True gives new arrays at each step. What others do is not known
-        self._gives_copies = getattr(env.unwrapped, "copy", False) is True
+        # Of Gymnasium's own, copy=True gives new arrays at each step. What wrappers do is not known
+        inner = _inside_statistics(env)
+        self._gives_copies = type(inner) in (SyncVectorEnv, AsyncVectorEnv) and inner.copy is True
         _check_spaces(env)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._shapes = [
@@ -317,11 +318,16 @@ def _can_reset_some(env: VectorEnv[Any, Any, Any]) -> bool:
     """Whether single environments can be reset although they would do so by themselves in the next step."""
     if _is_envpool(env):
         return True
-    while type(env) is RecordEpisodeStatistics:
-        # Other wrappers may count the observations of all environments again
-        env = env.env
+    # Other wrappers may count the observations of all environments again
+    inner = _inside_statistics(env)
     # Without shared memory, workers of AsyncVectorEnv would reset once more
-    return type(env) is SyncVectorEnv or (type(env) is AsyncVectorEnv and env.shared_memory)
+    return type(inner) is SyncVectorEnv or (type(inner) is AsyncVectorEnv and inner.shared_memory)
+
+
+def _inside_statistics(env: VectorEnv[Any, Any, Any]) -> Any:  # noqa: ANN401  # a VectorEnv, of which some have further attributes
+    while type(env) is RecordEpisodeStatistics:
+        env = env.env
+    return env
 
 
 def _is_envpool(env: VectorEnv[Any, Any, Any]) -> bool:
