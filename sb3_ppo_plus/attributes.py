@@ -21,7 +21,7 @@ ARGUMENTS = (
     *("use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs", "_stats_window_size"),
     *("tensorboard_log", "verbose", "seed", "critic_learning_rate", "pessimistic_value_clip", "action_masking"),
     *("amp", "compile", "on_non_finite", "max_skipped", "worker_timeout", "restart_workers", "micro_batches"),
-    *("distributed", "symmetry", "symmetry_mode", "symmetry_coef"),
+    *("distributed", "symmetry", "symmetry_mode", "symmetry_coef", "caps_temporal", "caps_spatial", "caps_sigma"),
 )
 """The constructor's arguments, as given or as SB3 keeps them. Saved with the model, and in its plain description."""
 
@@ -78,6 +78,9 @@ class PlusModel(Protocol):
     action_space: spaces.Space[Any]
     amp: bool | str
     batch_size: int
+    caps_sigma: float
+    caps_spatial: float
+    caps_temporal: float
     clip_range: Any
     clip_range_vf: Any
     compile: bool | dict[str, Any]

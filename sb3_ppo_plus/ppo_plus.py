@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_plus import attributes
 from sb3_ppo_plus.argument_checks import check_ranges, check_types, helps_with_keywords
 from sb3_ppo_plus.buffers import plus_buffer_class
-from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
+from sb3_ppo_plus.callback_hooks import notify_update_end
 from sb3_ppo_plus.distributed import first_rank, training
 from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.output_check import EnvOutputCheck
@@ -43,11 +43,11 @@ from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_nam
 from sb3_ppo_plus.saving.plain_file import is_without_pickles
 from sb3_ppo_plus.saving.untrusted_model import load_without_trust, read_parameters
 from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
-from sb3_ppo_plus.update.epochs import log_update, minibatches_of, run_epochs
+from sb3_ppo_plus.update.epochs import check_extras, log_update, minibatches_of, run_epochs
 from sb3_ppo_plus.update.gradient_step import Objective, recompute_log_prob
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.non_finite import check_epsilon, count_skipped_steps
-from sb3_ppo_plus.update.symmetry import Symmetry, check_symmetry
+from sb3_ppo_plus.update.symmetry import Symmetry
 
 
 class PPOPlus(PPO, AcceptsHybridActions):
@@ -71,21 +71,22 @@ class PPOPlus(PPO, AcceptsHybridActions):
     :param action_masking: mask invalid actions. None: if actions are discrete, and every environment has a method
         ``action_masks()`` or the observations have a key ``action_mask``; True: an error if not; False: never
     :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA; False: none
-    :param compile: True, or a dict of torch.compile's options: compiled code, which is faster and differs by float32
-        rounding only. With a memory, only the gradient step of "gtrxl" is compiled. On CUDA, what is compiled is
-        replayed as CUDA graphs, but not with ``{"triton.cudagraphs": False}``
+    :param compile: True, or a dict of torch.compile's options: faster, and equal up to float32 rounding. With a memory,
+        only the step of "gtrxl" is compiled. On CUDA, as CUDA graphs, but not with ``{"triton.cudagraphs": False}``
     :param on_non_finite: if a loss or its gradient is NaN or infinite, no step is taken. "raise": an error names the
         term; "skip": training goes on, and ``train/skipped_steps`` counts such steps
     :param max_skipped: with "skip", how many steps may be skipped in a row before an error is raised
     :param worker_timeout: seconds for a worker's answer in ``learn``, 300 or more to build its env; None: no limit
     :param restart_workers: how many hanging or dead workers of the training environment one ``learn`` may start anew
-    :param micro_batches: add the gradient of a minibatch from so many parts, each of an equal share of the
-        environments. They act and are evaluated one after another, which takes less memory. 1: SB3's minibatches
+    :param micro_batches: number of shares of the environments that act and are evaluated in turn, in less memory
     :param distributed: True: train with the other processes that torchrun or Ray Train has started. ``env`` is of this
         process; ``batch_size`` and timesteps are of all. "exact": slower, with the bits of one with ``micro_batches``
     :param symmetry: function of observations and actions, tensors in the env's units, that mirrors both; None: none
     :param symmetry_mode: "augment": mirror images are further data of an update; "loss": a term that wants symmetry
     :param symmetry_coef: weight of that term
+    :param caps_temporal: weight of a term that wants similar actions in successive steps (CAPS)
+    :param caps_spatial: weight of a term that wants similar actions at observations with Gaussian noise (CAPS)
+    :param caps_sigma: standard deviation of that noise, in the units in which the policy is given observations
     :raises ValueError: for a value that is not allowed, before the first environment step
     :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
     """
@@ -138,6 +139,9 @@ class PPOPlus(PPO, AcceptsHybridActions):
         symmetry: Symmetry | None = None,
         symmetry_mode: str = "augment",
         symmetry_coef: float = 1.0,
+        caps_temporal: float = 0.0,
+        caps_spatial: float = 0.0,
+        caps_sigma: float = 0.1,
     ) -> None:
         given = check_types(locals())
         self.critic_learning_rate, self.pessimistic_value_clip = critic_learning_rate, pessimistic_value_clip
@@ -145,6 +149,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
         self.on_non_finite, self.max_skipped, self.worker_timeout = on_non_finite, max_skipped, worker_timeout
         self.restart_workers, self.micro_batches, self.distributed = restart_workers, micro_batches, distributed
         self.symmetry, self.symmetry_mode, self.symmetry_coef = symmetry, symmetry_mode, symmetry_coef
+        self.caps_temporal, self.caps_spatial, self.caps_sigma = caps_temporal, caps_spatial, caps_sigma
         given["device"] = training.device_of_process(distributed, device)
         self._skipped_steps, self._skipped_in_a_row, self._n_iterations, self._tb_log_name = 0, 0, 0, "PPOPlus"
         self.last_checkpoint: str | None = None
@@ -315,10 +320,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
             with self._current_run.watching_workers(self), training.training_together(self, *arguments):
                 return super().learn(*arguments)
         finally:
-            callback, self._current_run.callback = self._current_run.callback, None
-            if callback is not None:
-                first_rank.take_work_back(callback)
-                notify_learn_end(callback, lambda: evaluate_without_masks(callback, self))
+            self._current_run.end(lambda callback: evaluate_without_masks(callback, self))
 
     def _join(self) -> None:
         """Divide environments, and join the other processes: a model that was loaded does so when it trains."""
@@ -338,7 +340,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
         all_callbacks = self._current_run.callback = super()._init_callback(callback, progress_bar)
         first_rank.share_out_work(all_callbacks, self._parts.ranks)
         self._current_run.begin(self, all_callbacks)
-        check_symmetry(self)
+        check_extras(self)
         evaluate_with_masks(all_callbacks, self)
         return all_callbacks
 

@@ -232,6 +232,7 @@ class CompiledGradientStep(ReplayedGradientStep):
             objective.pessimistic_value_clip,
             objective.symmetry_mode,
             objective.symmetry_coef,
+            objective.smoothness,
             objective.coefficients.clip_range_vf is None,
             objective.kl_limit is None,
             objective.amp_dtype,

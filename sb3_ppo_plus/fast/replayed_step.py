@@ -106,6 +106,7 @@ class ReplayedGradientStep(GradientStep):
             objective.pessimistic_value_clip,
             objective.symmetry_mode,
             objective.symmetry_coef,
+            objective.smoothness,
             coefficients.ent_coef == 0.0,
             spec,
             layout_of(inputs),

@@ -30,7 +30,10 @@ class LossCoefficients(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """The loss of one minibatch and its logged metrics: 0-dim tensors. Only ``loss`` carries a gradient."""
+    """The loss of one minibatch and its logged metrics: 0-dim tensors. Only ``loss`` carries a gradient.
+
+    ``caps_temporal`` and ``caps_spatial`` are 0 without :class:`sb3_ppo_plus.update.smoothness.Smoothness`.
+    """
 
     loss: th.Tensor
     policy_loss: th.Tensor
@@ -39,6 +42,8 @@ class LossTerms(NamedTuple):
     approx_kl: th.Tensor
     clip_fraction: th.Tensor
     value_clip_fraction: th.Tensor
+    caps_temporal: th.Tensor
+    caps_spatial: th.Tensor
 
 
 def _clamp(x: th.Tensor, low: float | th.Tensor, high: float | th.Tensor) -> th.Tensor:
@@ -218,12 +223,12 @@ def ppo_loss(
     with th.no_grad():
         approx_kl = approximate_kl(log_ratio, valid, weights)
         clip_fraction = masked_mean((th.abs(ratio - 1) > clip_range).float(), valid, weights)
-        value_clip_fraction = th.zeros_like(clip_fraction)
+        value_clip_fraction = nothing = th.zeros_like(clip_fraction)
         if clip_range_vf is not None:
             is_clipped = th.abs(values - batch.old_values) > clip_range_vf
             value_clip_fraction = masked_mean(is_clipped.float(), valid, weights)
     terms = policy_term.detach(), value_term.detach(), entropy_term.detach()
-    return LossTerms(loss, *terms, approx_kl, clip_fraction, value_clip_fraction)
+    return LossTerms(loss, *terms, approx_kl, clip_fraction, value_clip_fraction, nothing, nothing)
 
 
 # Names of a minibatch's metrics, in the order of the tensor that holds them
