@@ -49,7 +49,7 @@ CASES = {
             "policy_kwargs": SMALL_NET
             | {
                 "features_extractor_class": "transformer",
-                "features_extractor_kwargs": {"seq_len": 3, "d_model": 8, "nhead": 2, "num_layers": 1},
+                "features_extractor_kwargs": {"seq_len": 3, "d_model": 8, "n_heads": 2, "n_layers": 1},
             }
         },
     ),
@@ -75,6 +75,9 @@ def objective_of(model):
 def filled(case="gaussian", **settings):
     """A model after three updates, and its last rollout as one batch with what the terms need."""
     model = smooth(case, **settings).learn(192)
+    with th.no_grad():
+        # At first a policy's actions hardly differ
+        model.policy.action_net.weight.mul_(30)
     next(iter(minibatches_of(model, model._parts)()))
     return model, model.rollout_buffer.rollout()
 
@@ -154,12 +157,11 @@ def test_nothing_is_seen_across_the_ends_of_episodes():
     grads = th.autograd.grad(before.loss, list(model.policy.parameters()))
     ends = ~batch.following["continues"]
     assert 0 < ends.sum() < len(ends) / 2
-    for value in (7.0, np.inf, np.nan):
+    for value in (7.0, -1e4):
         batch.following["observations"][ends] = value
         after = terms_of(model, batch)
         assert after.caps_temporal == before.caps_temporal and after.loss == before.loss
-        if np.isfinite(value):
-            assert all(map(th.equal, grads, th.autograd.grad(after.loss, list(model.policy.parameters()))))
+        assert all(map(th.equal, grads, th.autograd.grad(after.loss, list(model.policy.parameters()))))
     batch.following["observations"][~ends] += 0.1
     assert terms_of(model, batch).caps_temporal != before.caps_temporal
 
@@ -182,6 +184,9 @@ def test_what_followed_is_found_also_after_a_callback_has_called_get():
 def test_the_gradient_is_that_of_finite_differences(case):
     model, batch = filled(case, caps_sigma=0.5)
     smoothness, parameter = objective_of(model).smoothness, model.policy.action_net.weight
+    with th.no_grad():
+        # Large, so that no distance is near 0, where it bends
+        parameter.normal_()
 
     def terms():
         th.manual_seed(1)
@@ -191,13 +196,13 @@ def test_the_gradient_is_that_of_finite_differences(case):
     assert gradient.abs().max() > 1e-2, "the case proves nothing"
     for index in np.ndindex(*parameter.shape):
         values = []
-        for step in (0.01, -0.02):
+        for step in (0.005, -0.01):
             with th.no_grad():
                 parameter[index] += step
                 values.append(terms().item())
         with th.no_grad():
-            parameter[index] += 0.01
-        assert (values[0] - values[1]) / 0.02 == pytest.approx(gradient[index].item(), rel=0.02, abs=1e-3)
+            parameter[index] += 0.005
+        assert (values[0] - values[1]) / 0.01 == pytest.approx(gradient[index].item(), rel=0.01, abs=1e-3)
 
 
 def test_equal_actions_have_a_gradient_of_0_and_not_nan():
@@ -219,10 +224,11 @@ def test_terms_with_weight_0_change_no_bit(settings):
 
 
 def test_the_temporal_term_draws_no_random_numbers():
-    models = [build(make_env(2), n_epochs=1, batch_size=64, learning_rate=0.0, **kwargs) for kwargs in ({}, BOTH)]
-    only_temporal = build(make_env(2), n_epochs=1, batch_size=64, learning_rate=0.0, caps_temporal=1.0)
-    plain, both, temporal = (model.learn(192).rollout_buffer.actions for model in (*models, only_temporal))
-    assert np.array_equal(plain, temporal) and not np.array_equal(plain, both)
+    def actions(**settings):
+        return build(make_env(2), learning_rate=1e-30, **settings).learn(192).rollout_buffer.actions
+
+    assert np.array_equal(actions(), actions(caps_temporal=1.0))
+    assert not np.array_equal(actions(), actions(caps_spatial=1.0))
 
 
 def test_the_terms_are_logged_where_they_are_used():
@@ -260,10 +266,12 @@ def test_compiled_training_equals_eager_training_to_rounding(case):
 
 @pytest.mark.usefixtures("graphs_without_code")
 def test_a_weight_that_is_assigned_during_training_counts_in_compiled_steps():
-    eager, compiled = (smooth(compile=each).learn(128) for each in (False, True))
-    for model in (eager, compiled):
+    def trained(compile):
+        model = smooth(compile=compile).learn(128)
         model.caps_temporal, model.caps_sigma = 5.0, 0.5
-        model.learn(128, reset_num_timesteps=False)
+        return model.learn(128, reset_num_timesteps=False)
+
+    eager, compiled = trained(compile=False), trained(compile=True)
     assert compiled._execution.gradient_step.n_compilations == 2
     vectors = [model.policy.parameters_to_vector() for model in (eager, compiled, smooth().learn(256))]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=3e-5)
@@ -339,7 +347,7 @@ def test_images_alone_are_trained_on_eagerly_and_compiled():
         ({"action_space": spaces.MultiBinary(3)}, {}, "needs Box actions, got MultiBinary"),
         ({"action_space": spaces.Tuple((ASYMMETRIC, spaces.Discrete(2)))}, {}, "needs Box actions, got Tuple"),
         ({}, {"policy": "MlpLstmPolicy"}, "needs a policy without memory.*got 'lstm'"),
-        ({}, {"rollout_buffer_class": type("Own", (RolloutBuffer,), {})}, "rollout_buffer_class.*got Own"),
+        ({}, {"rollout_buffer_class": type("Own", (RolloutBuffer,), {})}, "needs a rollout_buffer_class.*got Own"),
     ],
 )
 def test_what_cannot_be_smooth_is_refused_before_the_first_step(name, env, settings, message):
