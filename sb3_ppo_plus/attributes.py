@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -68,6 +69,16 @@ TRAINING_STATE = tuple(sorted((*COUNTERS, *PROGRESS, *PROGRESS_OF_LEARN)))
 
 NOT_SAVED = (*PROGRESS_OF_LEARN, *RUNTIME)
 """The attributes that ``save`` leaves out."""
+
+
+class Optionals:
+    """The types of attributes that are None at first."""
+
+    last_checkpoint: str | None
+    """Directory of the checkpoint that was last written or resumed."""
+    _built_for_masks: bool | None
+    _last_states: RNNStates | None
+    _log_interval: int | None
 
 
 class PlusModel(Protocol):

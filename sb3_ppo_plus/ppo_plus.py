@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch as th
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -50,7 +49,7 @@ from sb3_ppo_plus.update.non_finite import check_epsilon, count_skipped_steps
 from sb3_ppo_plus.update.symmetry import Symmetry
 
 
-class PPOPlus(PPO, AcceptsHybridActions):
+class PPOPlus(PPO, AcceptsHybridActions, attributes.Optionals):
     """Proximal Policy Optimization (Schulman et al. 2017), bit for bit SB3's PPO by default.
 
     The parameters of SB3's PPO come first, with its names, order, meaning and defaults. The parameters below accept
@@ -71,14 +70,16 @@ class PPOPlus(PPO, AcceptsHybridActions):
     :param action_masking: mask invalid actions. None: if actions are discrete, and every environment has a method
         ``action_masks()`` or the observations have a key ``action_mask``; True: an error if not; False: never
     :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA; False: none
-    :param compile: True, or a dict of torch.compile's options: faster, and equal up to float32 rounding. With a memory,
-        only the step of "gtrxl" is compiled. On CUDA, as CUDA graphs, but not with ``{"triton.cudagraphs": False}``
+    :param compile: True, or a dict of torch.compile's options: compiled code, which is faster and differs by float32
+        rounding only. With a memory, only the gradient step of "gtrxl" is compiled. On CUDA, what is compiled is
+        replayed as CUDA graphs, but not with ``{"triton.cudagraphs": False}``
     :param on_non_finite: if a loss or its gradient is NaN or infinite, no step is taken. "raise": an error names the
         term; "skip": training goes on, and ``train/skipped_steps`` counts such steps
     :param max_skipped: with "skip", how many steps may be skipped in a row before an error is raised
     :param worker_timeout: seconds for a worker's answer in ``learn``, 300 or more to build its env; None: no limit
     :param restart_workers: how many hanging or dead workers of the training environment one ``learn`` may start anew
-    :param micro_batches: number of shares of the environments that act and are evaluated in turn, in less memory
+    :param micro_batches: add the gradient of a minibatch from so many parts, each of an equal share of the
+        environments. They act and are evaluated one after another, which takes less memory. 1: SB3's minibatches
     :param distributed: True: train with the other processes that torchrun or Ray Train has started. ``env`` is of this
         process; ``batch_size`` and timesteps are of all. "exact": slower, with the bits of one with ``micro_batches``
     :param symmetry: function of observations and actions, tensors in the env's units, that mirrors both; None: none
@@ -152,11 +153,7 @@ class PPOPlus(PPO, AcceptsHybridActions):
         self.caps_temporal, self.caps_spatial, self.caps_sigma = caps_temporal, caps_spatial, caps_sigma
         given["device"] = training.device_of_process(distributed, device)
         self._skipped_steps, self._skipped_in_a_row, self._n_iterations, self._tb_log_name = 0, 0, 0, "PPOPlus"
-        self.last_checkpoint: str | None = None
-        """Directory of the checkpoint that was last written or resumed."""
-        self._log_interval: int | None = 1
-        self._last_states: RNNStates | None = None
-        self._built_for_masks: bool | None = None
+        self._log_interval, self._last_states, self._built_for_masks, self.last_checkpoint = 1, None, None, None
         self._current_run, self._joins, self._was_given_masks = Run(), _init_setup_model, False
         with explaining_infinite_bounds(self, policy_kwargs), training.counting_all_environments(distributed):
             super().__init__(**{name: given[name] for name in inspect.signature(PPO).parameters if name in given})
