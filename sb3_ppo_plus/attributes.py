@@ -90,8 +90,8 @@ class PlusModel(Protocol):
     amp: bool | str
     batch_size: int
     caps_sigma: float
-    caps_spatial: float
-    caps_temporal: float
+    caps_spatial: Any
+    caps_temporal: Any
     clip_range: Any
     clip_range_vf: Any
     compile: bool | dict[str, Any]

@@ -85,7 +85,8 @@ class PPOPlus(PPO, AcceptsHybridActions, attributes.Optionals):
     :param symmetry: function of observations and actions, tensors in the env's units, that mirrors both; None: none
     :param symmetry_mode: "augment": mirror images are further data of an update; "loss": a term that wants symmetry
     :param symmetry_coef: weight of that term
-    :param caps_temporal: weight of a term that wants similar actions in successive steps (CAPS)
+    :param caps_temporal: weight of a term that wants similar actions in successive steps (CAPS), in any form
+        that ``learning_rate`` may have; so is the next
     :param caps_spatial: weight of a term that wants similar actions at observations with Gaussian noise (CAPS)
     :param caps_sigma: standard deviation of that noise, in the units in which the policy is given observations
     :raises ValueError: for a value that is not allowed, before the first environment step
@@ -140,8 +141,8 @@ class PPOPlus(PPO, AcceptsHybridActions, attributes.Optionals):
         symmetry: Symmetry | None = None,
         symmetry_mode: str = "augment",
         symmetry_coef: float = 1.0,
-        caps_temporal: float = 0.0,
-        caps_spatial: float = 0.0,
+        caps_temporal: Coefficient = 0.0,
+        caps_spatial: Coefficient = 0.0,
         caps_sigma: float = 0.1,
     ) -> None:
         given = check_types(locals())

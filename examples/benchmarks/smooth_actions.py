@@ -1,11 +1,11 @@
 """How much smoother the terms caps_temporal and caps_spatial make actions, and what they cost.
 
-    python examples/benchmarks/smooth_actions.py Pendulum-v1 --weights 0.05 0 0.1 --seeds 100000 200000
+    python examples/benchmarks/smooth_actions.py Pendulum-v1 --weights lin_0_3 0 0.1 --seeds 100000 200000
 
 trains each seed with the parameters of zoo_hyperparams/ppo_plus.yml (compiled), first without the terms, then with each
-of the given weights: temporal, spatial, sigma. It scores the final policy (deterministic, 20 episodes whose starts are
-the same for all), and prints a JSON line with the return and the mean change |a[t] - a[t-1]| of the action per step and
-dimension, in the environment's units. The ratios are to the same seed's run without the terms.
+of the given weights: temporal and spatial (numbers or schedules), sigma. It scores the final policy (deterministic, 20
+episodes whose starts are the same for all), and prints a JSON line with the return and the mean change |a[t] - a[t-1]|
+of the action per step and dimension, in the environment's units. Ratios are to the same seed's run without the terms.
 """
 
 import argparse
@@ -25,6 +25,14 @@ from sb3_ppo_plus.zoo import hyperparams_file
 NAMES = ("caps_temporal", "caps_spatial", "caps_sigma")
 
 
+def number_or_schedule(text: str) -> float | str:
+    """Read a weight."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def score(model: PPOPlus, env: Any, n_episodes: int) -> tuple[float, float]:  # noqa: ANN401  # a VecEnv of one
     """Return the mean return of the deterministic policy, and the mean change of its action per step."""
     returns, changes = [], []
@@ -41,7 +49,7 @@ def score(model: PPOPlus, env: Any, n_episodes: int) -> tuple[float, float]:  # 
     return float(np.mean(returns)), float(np.mean(changes))
 
 
-def run(env_id: str, seed: int, weights: tuple[float, ...], steps: int | None, n_episodes: int) -> dict[str, Any]:
+def run(env_id: str, seed: int, weights: tuple[float | str, ...], steps: int | None, n_episodes: int) -> dict[str, Any]:
     """Train one seed and score its final policy."""
     entry = yaml.safe_load(hyperparams_file().read_text(encoding="utf-8"))[env_id]
     n_timesteps = steps or int(entry["n_timesteps"])
@@ -65,7 +73,7 @@ def run(env_id: str, seed: int, weights: tuple[float, ...], steps: int | None, n
 
 
 def compare(
-    env_id: str, seed: int, all_weights: list[tuple[float, ...]], steps: int | None, n_episodes: int
+    env_id: str, seed: int, all_weights: list[tuple[float | str, ...]], steps: int | None, n_episodes: int
 ) -> list[dict[str, Any]]:
     """Run one seed without the terms and with each of the weights."""
     results = []
@@ -84,7 +92,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("env", help="Gymnasium id with an entry in ppo_plus.yml")
     parser.add_argument(
-        "--weights", type=float, nargs=3, action="append", required=True, metavar=("TEMPORAL", "SPATIAL", "SIGMA")
+        "--weights",
+        type=number_or_schedule,
+        nargs=3,
+        action="append",
+        required=True,
+        metavar=("TEMPORAL", "SPATIAL", "SIGMA"),
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[100_000 * k for k in range(1, 6)])
     parser.add_argument("--steps", type=int, help="instead of the file's n_timesteps")

@@ -306,7 +306,12 @@ class _StepFunction:
         objective, scalars, fixed = self._objective, inputs["scalars"], inputs["fixed"]
         batch = RolloutBatch(**inputs["rollout"]).select(indices)
         coefficients = LossCoefficients(
-            scalars["clip_range"], scalars.get("clip_range_vf"), scalars["ent_coef"], scalars["vf_coef"]
+            scalars["clip_range"],
+            scalars.get("clip_range_vf"),
+            scalars["ent_coef"],
+            scalars["vf_coef"],
+            scalars.get("caps_temporal"),
+            scalars.get("caps_spatial"),
         )
 
         def loss(flat: list[th.Tensor]) -> tuple[th.Tensor, th.Tensor]:

@@ -14,11 +14,12 @@ from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, minibatches
 from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.update.argument_validation import without_argument_validation
+from sb3_ppo_plus.update.coefficients import OPTIONAL_TERMS, terms_in_use
 from sb3_ppo_plus.update.gradient_step import AnyMinibatch, GradientStep, Objective
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
 from sb3_ppo_plus.update.parted_rollout import Moments, PartedRollout, moments_of_all
-from sb3_ppo_plus.update.smoothness import add_following, check_smoothness, terms_in_use
+from sb3_ppo_plus.update.smoothness import add_following, check_smoothness
 from sb3_ppo_plus.update.symmetry import add_mirrored, check_symmetry
 
 MakeMinibatches: TypeAlias = Callable[[], Iterator[AnyMinibatch]]
@@ -130,4 +131,5 @@ def log_update(model: PlusModel, history: UpdateHistory, coefficients: LossCoeff
     logger.record("train/n_updates", model._n_updates, exclude="tensorboard")
     for name, value in coefficients._asdict().items():
         if value is not None:
-            logger.record(f"train/{name}", value)
+            # The terms themselves are logged by the names of their weights
+            logger.record(f"train/{name}_coef" if name in OPTIONAL_TERMS else f"train/{name}", value)

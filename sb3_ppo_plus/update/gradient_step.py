@@ -156,7 +156,7 @@ class Objective:
         terms = self._with_images(batch, (values, log_prob, entropy), coefficients)
         if self.smoothness is None or smooth is None:
             return terms
-        return self.smoothness.add_to(terms, batch, smooth)
+        return self.smoothness.add_to(terms, batch, smooth, coefficients or self.coefficients)
 
     def _with_images(
         self,

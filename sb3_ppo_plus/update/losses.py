@@ -21,12 +21,16 @@ class LossCoefficients(NamedTuple):
     :param clip_range_vf: clipping range of the value prediction, in units of the return; None: no clipping
     :param ent_coef: weight of the entropy bonus, >= 0
     :param vf_coef: weight of the value loss, >= 0
+    :param caps_temporal: weight of a term of :class:`sb3_ppo_plus.update.smoothness.Smoothness`, >= 0; None: no term
+    :param caps_spatial: weight of its other term, >= 0; None: no term
     """
 
     clip_range: float | th.Tensor
     clip_range_vf: float | th.Tensor | None
     ent_coef: float | th.Tensor
     vf_coef: float | th.Tensor
+    caps_temporal: float | th.Tensor | None = None
+    caps_spatial: float | th.Tensor | None = None
 
 
 class LossTerms(NamedTuple):
@@ -196,7 +200,7 @@ def ppo_loss(
     :param pessimistic_value_clip: see :func:`value_loss`
     """
     valid, weights = batch.valid, batch.weights
-    clip_range, clip_range_vf, ent_coef, vf_coef = coefficients
+    clip_range, clip_range_vf, ent_coef, vf_coef = coefficients[:4]
     advantages = normalize_advantages(batch.advantages, valid) if normalize_advantage else batch.advantages
     log_ratio = log_prob - batch.old_log_prob
     if valid is not None:

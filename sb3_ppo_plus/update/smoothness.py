@@ -19,19 +19,10 @@ from stable_baselines3.common.utils import obs_as_tensor
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
 from sb3_ppo_plus.trees import tree_map
-from sb3_ppo_plus.update.losses import LossTerms, masked_mean
+from sb3_ppo_plus.update.coefficients import terms_in_use
+from sb3_ppo_plus.update.losses import LossCoefficients, LossTerms, masked_mean
 
-TERMS = ("caps_temporal", "caps_spatial")
-"""The arguments with the weights of the terms. The terms have the same names in the log."""
 _WHITE = 255.0
-
-
-def terms_in_use(model: PlusModel) -> list[str]:
-    """Return the names of the terms whose weight is not 0.
-
-    :param model: the model
-    """
-    return [name for name in TERMS if getattr(model, name) > 0]
 
 
 def check_smoothness(model: PlusModel) -> None:
@@ -77,7 +68,7 @@ def add_following(model: PlusModel) -> None:
 
     :param model: the model, with a full rollout buffer
     """
-    if not model.caps_temporal > 0:
+    if "caps_temporal" not in terms_in_use(model):
         return
     buffer = model.rollout_buffer
     assert isinstance(buffer, PPOPlusRolloutBuffer)
@@ -112,9 +103,9 @@ class Smoothness:
     - squashed Gaussian: tanh of the mean, which is stored before the tanh.
     - Beta: 2 x - 1, where the stored action x is the mean or mode in (0, 1).
 
-    :param temporal: weight of the distance between actions at an observation and at the one that followed. It is 0
-        after the last step of an episode
-    :param spatial: weight of the distance between actions at an observation and at this one with Gaussian noise
+    :param temporal: has the distance between actions at an observation and at the one that followed. It is 0 after the
+        last step of an episode
+    :param spatial: has the distance between actions at an observation and at this one with Gaussian noise
     :param sigma: standard deviation of that noise, in the units in which the policy is given observations, thus after
         VecNormalize. Images that the policy divides by 255 get 255 times as much, neither rounded nor clipped. The
         parts of a Dict that are no Box get none
@@ -122,8 +113,8 @@ class Smoothness:
         they are in these units
     """
 
-    temporal: float
-    spatial: float
+    temporal: bool
+    spatial: bool
     sigma: float
     scales: tuple[float, ...] = ()
 
@@ -133,8 +124,8 @@ class Smoothness:
 
         :param model: the model
         """
-        space = model.action_space
-        if not terms_in_use(model) or not isinstance(space, spaces.Box):
+        terms, space = terms_in_use(model), model.action_space
+        if not terms or not isinstance(space, spaces.Box):
             return None
         half = 0.5 * (space.high.astype(np.float64) - space.low).reshape(-1)
         # A dimension with one allowed value has no range
@@ -143,7 +134,7 @@ class Smoothness:
             scales = ()
         elif len(set(scales)) == 1:
             scales = scales[:1] if scales[0] != 1.0 else ()
-        return cls(float(model.caps_temporal), float(model.caps_spatial), float(model.caps_sigma), scales)
+        return cls("caps_temporal" in terms, "caps_spatial" in terms, float(model.caps_sigma), scales)
 
     def actions(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> th.Tensor:
         """Return the deterministic actions of a minibatch, then those at following and at perturbed observations.
@@ -155,9 +146,9 @@ class Smoothness:
         :return: float32, in the units of :class:`Smoothness`, shape (k * batch, action dim) for 1 + k terms
         """
         observations = [batch.observations]
-        if self.temporal > 0:
+        if self.temporal:
             observations.append(batch.following["observations"])
-        if self.spatial > 0:
+        if self.spatial:
             observations.append(self._perturbed(policy, batch.observations))
         distribution: Any = policy.get_distribution(tree_map(lambda *parts: th.cat(parts), *observations))
         if hasattr(distribution, "normalized_mode"):
@@ -181,26 +172,27 @@ class Smoothness:
             return {key: perturb(part, space[key]) for key, part in observations.items()}
         return perturb(observations, space)
 
-    def add_to(self, terms: LossTerms, batch: RolloutBatch, actions: th.Tensor) -> LossTerms:
+    def add_to(
+        self, terms: LossTerms, batch: RolloutBatch, actions: th.Tensor, coefficients: LossCoefficients
+    ) -> LossTerms:
         """Add the terms to the loss of a minibatch.
 
         :param terms: the loss
         :param batch: the minibatch
         :param actions: what :meth:`actions` has returned for it
+        :param coefficients: has the weights of the terms
         """
-        means = dict(self._means(batch, actions))
-        loss = terms.loss
-        for weight, name in zip((self.temporal, self.spatial), TERMS, strict=True):
-            if name in means:
-                loss = loss + weight * means[name]
-        return terms._replace(loss=loss, **{name: mean.detach() for name, mean in means.items()})
+        for name, mean in self._means(batch, actions):
+            loss = terms.loss + getattr(coefficients, name) * mean
+            terms = terms._replace(loss=loss, **{name: mean.detach()})
+        return terms
 
     def _means(self, batch: RolloutBatch, actions: th.Tensor) -> Iterator[tuple[str, th.Tensor]]:
         now, *others = th.split(actions, len(batch.actions))
-        if self.temporal > 0:
+        if self.temporal:
             change = th.where(batch.following["continues"].unsqueeze(1), others[0] - now, 0.0)
             yield "caps_temporal", masked_mean(_length(change), batch.valid, batch.weights)
-        if self.spatial > 0:
+        if self.spatial:
             yield "caps_spatial", masked_mean(_length(others[-1] - now), batch.valid, batch.weights)
 
 

@@ -8,6 +8,7 @@ from gymnasium import spaces
 from interrupted_runs import StopAfter, make_envs
 from models import build
 from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
 from states import assert_same_training
@@ -272,10 +273,37 @@ def test_a_weight_that_is_assigned_during_training_counts_in_compiled_steps():
         return model.learn(128, reset_num_timesteps=False)
 
     eager, compiled = trained(compile=False), trained(compile=True)
+    # For another sigma. Weights are inputs
     assert compiled._execution.gradient_step.n_compilations == 2
     vectors = [model.policy.parameters_to_vector() for model in (eager, compiled, smooth().learn(256))]
     np.testing.assert_allclose(vectors[0], vectors[1], atol=3e-5)
     assert np.abs(vectors[0] - vectors[2]).max() > 1e-3
+
+
+@pytest.mark.usefixtures("graphs_without_code")
+@pytest.mark.parametrize("compile", [False, True])
+def test_weights_follow_schedules(compile):
+    schedule = {"caps_temporal": "lin_0_3", "caps_spatial": lambda progress: 2.0 * progress}
+    model = build(make_env(2), compile=compile, **schedule)
+    logs = logs_of_updates(model, 256)
+    assert [log["train/caps_temporal_coef"] for log in logs] == pytest.approx([0.75, 1.5, 2.25, 3.0])
+    assert [log["train/caps_spatial_coef"] for log in logs] == pytest.approx([1.5, 1.0, 0.5, 0.0])
+    assert all(log["train/caps_temporal"] > 0 for log in logs)
+    if compile:
+        assert model._execution.gradient_step.n_compilations == 1
+    # By hand, one update after another
+    steps = build(make_env(2), compile=compile, caps_temporal=0.75, caps_spatial=1.5)
+
+    class Assign(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            done = steps.num_timesteps / 256
+            steps.caps_temporal, steps.caps_spatial = 3.0 * done, max(2.0 * (1 - done), 1e-300)
+
+    steps.learn(256, Assign())
+    assert np.array_equal(model.policy.parameters_to_vector(), steps.policy.parameters_to_vector())
 
 
 @pytest.mark.parametrize("case", ["gaussian", "beta", "dict"])
@@ -379,12 +407,12 @@ def test_a_distribution_of_ones_own_needs_a_mode_in_units_of_the_bounds(monkeypa
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"caps_temporal": -1.0}, ValueError, r"caps_temporal must be finite and at least 0, got -1\.0"),
-        ({"caps_spatial": float("inf")}, ValueError, "caps_spatial must be finite and at least 0, got inf"),
-        ({"caps_spatial": float("nan")}, ValueError, "caps_spatial must be finite and at least 0, got nan"),
+        ({"caps_temporal": -1.0}, ValueError, r"caps_temporal must be finite and at least 0 throughout, got -1\.0"),
+        ({"caps_spatial": float("inf")}, ValueError, "caps_spatial must be a finite number.*got inf"),
+        ({"caps_spatial": float("nan")}, ValueError, "caps_spatial must be a finite number.*got nan"),
         ({"caps_sigma": 0}, ValueError, "caps_sigma must be finite and above 0, got 0"),
-        ({"caps_temporal": "lin_1.0"}, TypeError, "caps_temporal must be a number, got 'lin_1.0'"),
-        ({"caps_spatial": True}, TypeError, "caps_spatial must be a number, got True"),
+        ({"caps_temporal": "line_1.0"}, ValueError, "caps_temporal.*line_1.0"),
+        ({"caps_spatial": True}, TypeError, "caps_spatial must be a number of at least 0.*got True"),
         ({"caps_sigma": None}, TypeError, "caps_sigma must be a number, got None"),
         ({"caps_temporall": 1.0}, TypeError, "did you mean 'caps_temporal'"),
     ],
