@@ -4,8 +4,8 @@
 
 trains each seed with the parameters of zoo_hyperparams/ppo_plus.yml (compiled), first without the terms, then with each
 of the given weights: temporal and spatial (numbers or schedules), sigma. It scores the final policy (deterministic, 20
-episodes whose starts are the same for all), and prints a JSON line with the return and the mean change |a[t] - a[t-1]|
-of the action per step and dimension, in the environment's units. Ratios are to the same seed's run without the terms.
+episodes whose starts are the same for all), and prints a JSON line with the return and the changes |a[t] - a[t-1]| of
+the action per step and dimension, in the environment's units. Ratios are to the same seed's run without the terms.
 """
 
 import argparse
@@ -33,8 +33,8 @@ def number_or_schedule(text: str) -> float | str:
         return text
 
 
-def score(model: PPOPlus, env: Any, n_episodes: int) -> tuple[float, float]:  # noqa: ANN401  # a VecEnv of one
-    """Return the mean return of the deterministic policy, and the mean change of its action per step."""
+def score(model: PPOPlus, env: Any, n_episodes: int) -> dict[str, float]:  # noqa: ANN401  # a VecEnv of one
+    """Return the mean return of the deterministic policy, and mean, root mean square, largest change of its action."""
     returns, changes = [], []
     observation = env.reset()
     for _ in range(n_episodes):
@@ -43,10 +43,12 @@ def score(model: PPOPlus, env: Any, n_episodes: int) -> tuple[float, float]:  # 
             actions, _ = model.predict(observation, deterministic=True)
             observation, rewards, dones, _ = env.step(actions)
             if before is not None:
-                changes.append(np.abs(actions - before).mean())
+                changes.append(np.abs(actions - before).reshape(-1))
             total, done, before = total + float(rewards[0]), bool(dones[0]), actions
         returns.append(total)
-    return float(np.mean(returns)), float(np.mean(changes))
+    of_steps = np.array(changes)
+    sizes = {"change": of_steps.mean(), "rms_change": np.sqrt((of_steps**2).mean()), "largest_change": of_steps.max()}
+    return {"return": round(float(np.mean(returns)), 1), **{name: round(float(x), 4) for name, x in sizes.items()}}
 
 
 def run(env_id: str, seed: int, weights: tuple[float | str, ...], steps: int | None, n_episodes: int) -> dict[str, Any]:
@@ -60,14 +62,13 @@ def run(env_id: str, seed: int, weights: tuple[float | str, ...], steps: int | N
     started = time.perf_counter()
     model.learn(n_timesteps)
     seconds = time.perf_counter() - started
-    mean_return, change = score(model, envs.for_evaluation(env), n_episodes)
+    scores = score(model, envs.for_evaluation(env), n_episodes)
     return {
         "env": env_id,
         "seed": seed,
         "steps": model.num_timesteps,
         **terms,
-        "return": round(mean_return, 1),
-        "change": round(change, 4),
+        **scores,
         "secs": round(seconds, 1),
     }
 
