@@ -34,6 +34,8 @@ class RolloutBatch:
     :param states: a memory's states at the start of each sequence of the rollout, shape (n_layers, n_sequences, ...)
     :param sequence_of: index of the sequence of each transition of a rollout, int64, shape (batch,)
     :param mirrored: mirror images of ``observations`` and ``actions``, by these names; empty: the model has no symmetry
+    :param following: ``observations`` one step later, and ``continues``: whether they belong to the same episode, bool
+        of shape (batch,); empty: the loss does not need them
     """
 
     observations: PyTorchObs
@@ -48,6 +50,7 @@ class RolloutBatch:
     states: RNNStates | None = None
     sequence_of: th.Tensor | None = None
     mirrored: dict[str, Any] = field(default_factory=dict)
+    following: dict[str, Any] = field(default_factory=dict)
 
     def by_field(self) -> dict[str, Any]:
         """Return the values of the fields, by name."""
@@ -75,6 +78,7 @@ class RolloutBatch:
             weights=None if self.weights is None else _rows(self.weights, indices),
             context={name: _rows(tensor, indices) for name, tensor in self.context.items()},
             mirrored=tree_map(lambda part: _rows(part, indices), self.mirrored) if self.mirrored else {},
+            following=tree_map(lambda part: _rows(part, indices), self.following) if self.following else {},
         )
 
     def _select_sequences(self, indices: th.Tensor) -> RolloutBatch:
@@ -202,6 +206,14 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         :param actions: stored actions, of the shape and order of :meth:`rollout`
         """
         self._rollout = replace(self.rollout(), mirrored={"observations": observations, "actions": actions})
+
+    def set_following(self, observations: PyTorchObs, continues: th.Tensor) -> None:
+        """Keep for the minibatches of the full buffer what followed its steps.
+
+        :param observations: one step later, of the shape and order of :meth:`rollout`
+        :param continues: whether these belong to the same episode, bool, shape (number of transitions,)
+        """
+        self._rollout = replace(self.rollout(), following={"observations": observations, "continues": continues})
 
     def set_valid(self, valid: np.ndarray) -> None:
         """Say which rows of the full buffer are transitions; without it, all are.
