@@ -34,6 +34,8 @@ class RolloutBatch:
     :param states: a memory's states at the start of each sequence of the rollout, shape (n_layers, n_sequences, ...)
     :param sequence_of: index of the sequence of each transition of a rollout, int64, shape (batch,)
     :param mirrored: mirror images of ``observations`` and ``actions``, by these names; empty: the model has no symmetry
+    :param following: ``observations`` one step later, and ``continues``: whether they belong to the same episode, bool
+        of shape (batch,); empty: the loss does not need them
     """
 
     observations: PyTorchObs
@@ -48,6 +50,7 @@ class RolloutBatch:
     states: RNNStates | None = None
     sequence_of: th.Tensor | None = None
     mirrored: dict[str, Any] = field(default_factory=dict)
+    following: dict[str, Any] = field(default_factory=dict)
 
     def by_field(self) -> dict[str, Any]:
         """Return the values of the fields, by name."""
@@ -75,6 +78,7 @@ class RolloutBatch:
             weights=None if self.weights is None else _rows(self.weights, indices),
             context={name: _rows(tensor, indices) for name, tensor in self.context.items()},
             mirrored=tree_map(lambda part: _rows(part, indices), self.mirrored) if self.mirrored else {},
+            following=tree_map(lambda part: _rows(part, indices), self.following) if self.following else {},
         )
 
     def _select_sequences(self, indices: th.Tensor) -> RolloutBatch:
@@ -122,8 +126,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     context: dict[str, np.ndarray]
     """The policy's further arguments, shape (buffer_size, n_envs, ...). Empty until the buffer is full."""
     states: list[RNNStates]
-    originals: Any = None
-    """``OriginalObservations``, to which each step is added; None: nobody needs them."""
+    originals: Any = None  # OriginalObservations, to which each step is added; None: nobody needs them
     _valid: np.ndarray | None = None
 
     def reset(self) -> None:
@@ -199,11 +202,6 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         # On the CPU, the tensors share the memory of the buffer's arrays
         self.rollout().old_log_prob[indices] = log_probs
 
-    def places(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return number of the step and index of the environment of each row of :meth:`rollout`, int64."""
-        steps, envs = np.mgrid[: self.buffer_size, : self.n_envs]
-        return self._flat_context(steps), self._flat_context(envs)
-
     def set_mirrored(self, observations: PyTorchObs, actions: th.Tensor) -> None:
         """Keep the mirror images of the full buffer for its minibatches.
 
@@ -211,6 +209,14 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         :param actions: stored actions, of the shape and order of :meth:`rollout`
         """
         self._rollout = replace(self.rollout(), mirrored={"observations": observations, "actions": actions})
+
+    def set_following(self, observations: PyTorchObs, continues: th.Tensor) -> None:
+        """Keep for the minibatches of the full buffer what followed its steps.
+
+        :param observations: one step later, of the shape and order of :meth:`rollout`
+        :param continues: whether these belong to the same episode, bool, shape (number of transitions,)
+        """
+        self._rollout = replace(self.rollout(), following={"observations": observations, "continues": continues})
 
     def set_valid(self, valid: np.ndarray) -> None:
         """Say which rows of the full buffer are transitions; without it, all are.
@@ -268,8 +274,8 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     def _with_sequences(self, rollout: RolloutBatch) -> RolloutBatch:
         assert self.sequence_length is not None
         episode_starts = self._flat_context(self.episode_starts.reshape(self.buffer_size, self.n_envs))
-        steps, envs = self.places()
-        sequences = steps // self.sequence_length * self.n_envs + envs
+        steps, envs = np.mgrid[: self.buffer_size, : self.n_envs]
+        sequences = self._flat_context(steps // self.sequence_length * self.n_envs + envs)
         valid = rollout.valid
         if valid is None and self.buffer_size % self.sequence_length > 0:
             valid = th.ones_like(rollout.old_values, dtype=th.bool)
@@ -348,10 +354,9 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         return in_order.reshape(-1, *array.shape[2:])
 
     def narrows(self, observations: PyTorchObs) -> bool:
-        """Whether the buffer's arrays cannot store these observations exactly.
+        """Whether the buffer's arrays lose digits of these observations, as SB3's do; float32 holds all that matters.
 
-        The arrays have the observation space's dtype. For example, VecNormalize makes floats of uint8 observations, and
-        the arrays lose their fractions; so do SB3's. float32 holds all that matters, as the policy computes in it.
+        They have the observation space's dtype, for example uint8, of which VecNormalize makes floats.
 
         :param observations: the observations that the policy is given
         """

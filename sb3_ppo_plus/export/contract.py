@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from gymnasium import spaces
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.policies.flat_actions import parts_of
+from sb3_ppo_plus.policies.masked_distributions import can_be_masked, mask_sizes
 from sb3_ppo_plus.saving.described_spaces import decode_space, encode_space
 from sb3_ppo_plus.untrusted.regular_files import read_regular_file
 from sb3_ppo_plus.untrusted.strict_json import (
@@ -34,6 +36,11 @@ INPUT_ROLES = ("observation", "action_masks", "state", "episode_start", "noise")
 OUTPUT_ROLES = ("action", "state")
 DISTRIBUTIONS = ("standard_normal", "gumbel", "uniform")
 MAX_TENSORS = 1000
+MAX_NUMBERS = 2**24
+"""In all inputs and outputs for one observation."""
+N_TEST_ROWS = 2
+"""Observations of a test vector."""
+_DTYPES = {"action_masks": "bool", "state": "float32", "episode_start": "bool", "noise": "float32"}
 
 
 class TensorSpec(NamedTuple):
@@ -277,6 +284,7 @@ def _check_roles(contract: Contract, name: str) -> None:
         raise UntrustedFileError(f"{name}: a deterministic policy has no noise, and every other one has")
     if [(spec.key, spec.shape) for spec in contract.actions] != _shapes_of_actions(contract.action_space, name):
         raise UntrustedFileError(f"{name}: there must be an action for each part of the action space, with its shape")
+    _check_inputs(contract, name)
     space = contract.observation_space
     known: dict[Any, spaces.Space[Any]] = dict(space.spaces) if isinstance(space, spaces.Dict) else {None: space}
     for spec in contract.with_role("observation"):
@@ -284,6 +292,25 @@ def _check_roles(contract: Contract, name: str) -> None:
             raise UntrustedFileError(f"{name}: the input {short(spec.name)} does not fit the observation space")
     if n_of["observation"] == 0:
         raise UntrustedFileError(f"{name}: there must be an observation")
+
+
+def _check_inputs(contract: Contract, name: str) -> None:
+    """Check what must hold for the arrays of each role, and that there are not too many numbers."""
+    for spec in (*contract.inputs, *contract.outputs):
+        dtype = _DTYPES.get(spec.role, spec.dtype)
+        if spec.dtype != dtype or (spec.role == "episode_start" and spec.shape != (BATCH,)):
+            raise UntrustedFileError(f"{name}: {short(spec.name)} must be {dtype}, and episode_start one for each row")
+    for spec in contract.with_role("action_masks"):
+        size = sum(mask_sizes(contract.action_space)) if can_be_masked(contract.action_space) else 0
+        if spec.shape != (BATCH, size):
+            raise UntrustedFileError(f"{name}: action_masks must have the shape ({BATCH!r}, {size})")
+    n_numbers = sum(math.prod(spec.shape_for(1)) for spec in (*contract.inputs, *contract.outputs))
+    if n_numbers > MAX_NUMBERS:
+        raise UntrustedFileError(f"{name} has {n_numbers} numbers for one observation; at most {MAX_NUMBERS}")
+    arrays = {**contract.test_inputs, **contract.test_outputs}
+    rows = {arrays[spec.name].shape[spec.batch_axis] for spec in (*contract.inputs, *contract.outputs)}
+    if rows - {N_TEST_ROWS}:
+        raise UntrustedFileError(f"{name}: test must have {N_TEST_ROWS} observations, got {short(sorted(rows))}")
 
 
 def _shapes_of_actions(action_space: spaces.Space[Any], name: str) -> list[tuple[str | None, tuple[int | str, ...]]]:

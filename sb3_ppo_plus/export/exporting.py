@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.envs.questions import innermost_normalizer
 from sb3_ppo_plus.export.checks import check_keys, check_path, check_wrappers, normalizer_of, policy_of
-from sb3_ppo_plus.export.contract import Contract, contract_path
+from sb3_ppo_plus.export.contract import N_TEST_ROWS, Contract, contract_path
 from sb3_ppo_plus.export.files import OPSET, as_onnx, as_pt2, trace
 from sb3_ppo_plus.export.graph import PolicyGraph, check_policy, users_parts
 from sb3_ppo_plus.export.loading import Runner, open_onnx, open_pt2
@@ -30,7 +30,7 @@ from sb3_ppo_plus.export.trial import TOLERANCE, answer_of_predict, draw_inputs,
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.policies.flat_actions import space_of_env
 
-_TRIAL_STEPS, _TRIAL_BATCH, _TEST_BATCH = 3, 4, 2
+_TRIAL_STEPS, _TRIAL_BATCH = 3, 4
 
 
 def export_policy(
@@ -70,7 +70,7 @@ def export_policy(
     check_observation_space(space, policy.actor_space)
     graph = PolicyGraph(policy, observation_parts(space, policy.actor_space, normalize), deterministic)
     rng = np.random.default_rng(0)
-    program = trace(graph, draw_inputs(graph, normalize, _TEST_BATCH, rng))
+    program = trace(graph, draw_inputs(graph, normalize, N_TEST_ROWS, rng))
     content = as_onnx(program, graph) if path.suffix == ".onnx" else as_pt2(program, graph)
     open_file = open_onnx if path.suffix == ".onnx" else open_pt2
     runner = open_file(content, graph.inputs, graph.outputs, trusted=True)
@@ -125,7 +125,7 @@ def _try(
     """
     was_training = policy.training
     try:
-        for batch in (1, _TRIAL_BATCH, _TEST_BATCH):
+        for batch in (1, _TRIAL_BATCH, N_TEST_ROWS):
             states: dict[str, np.ndarray] = {}
             for _ in range(_TRIAL_STEPS if graph.memory is not None else 1):
                 inputs = {**draw_inputs(graph, normalize, batch, rng), **states}

@@ -16,8 +16,9 @@ from gymnasium import spaces
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.export.contract import Contract, TensorSpec, contract_path, read_contract
-from sb3_ppo_plus.export.untrusted_onnx import check_onnx
-from sb3_ppo_plus.export.untrusted_pt2 import check_sizes, without_code
+from sb3_ppo_plus.export.pt2_sizes import check_sizes
+from sb3_ppo_plus.export.untrusted_onnx import checked_onnx
+from sb3_ppo_plus.export.untrusted_pt2 import without_code
 from sb3_ppo_plus.policies.flat_actions import FlatActionSpace, flat_action_space
 from sb3_ppo_plus.policies.mask_layout import masks_of_envs
 from sb3_ppo_plus.policies.masks import MASK_KEY
@@ -263,12 +264,14 @@ def open_onnx(
         onnxruntime = import_module("onnxruntime")
     except ImportError as error:
         raise ImportError(_MISSING) from error
-    check_onnx(content, inputs, outputs, any_operation=trusted)
+    checked = checked_onnx(content, inputs, outputs, any_operation=trusted)
     options = onnxruntime.SessionOptions()
+    # Otherwise onnxruntime may take the bytes for a graph in a format of its own
+    options.add_session_config_entry("session.load_model_format", "ONNX")
     options.intra_op_num_threads = options.inter_op_num_threads = num_threads
     options.log_severity_level = 3
     try:
-        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(checked, options, providers=["CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime raises a dozen types of errors for damaged files
         raise UntrustedFileError(f"onnxruntime cannot read the file: {error}") from error
@@ -304,7 +307,8 @@ def open_pt2(
         # PyTorch raises a dozen types of errors for damaged files
         raise UntrustedFileError(f"torch.export.load cannot read the file: {type(error).__name__}: {error}") from error
     if not trusted:
-        check_sizes(module, {spec.name: th.as_tensor(np.zeros(spec.shape_for(1), spec.dtype)) for spec in inputs})
+        one = {spec.name: th.as_tensor(np.zeros(spec.shape_for(1), spec.dtype)) for spec in inputs}
+        check_sizes(module, one, "the .pt2 file")
     names = [spec.name for spec in outputs]
     defaults = [spec for spec in inputs if spec.optional]
 

@@ -1,7 +1,8 @@
 """Checks ONNX files that are not trusted, before onnxruntime sees them.
 
-onnxruntime reads weights from other files that a model names, and runs loops and any allocation. So a file may have
-only operations of a closed list, its own weights, and tensors whose sizes are known and have a limit.
+onnxruntime reads weights from other files that a model names, reads its own format in place of ONNX, and runs loops
+and any allocation. So a file may have only operations of a closed list, its own weights, and costs that are known and
+have a limit, and it is written anew.
 """
 
 from __future__ import annotations
@@ -13,29 +14,36 @@ from typing import Any
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.export.contract import TensorSpec
+from sb3_ppo_plus.export.onnx_sizes import check_costs
 from sb3_ppo_plus.export.operations import ONNX_OPERATIONS
 from sb3_ppo_plus.untrusted.strict_json import short
 
 MAX_NODES = 20_000
-#: Numbers in all tensors that a graph makes for one observation
+#: Numbers in a weight
 MAX_ELEMENTS = 2**26
 OPSETS = range(18, 26)
+MAX_IR_VERSION = 11
 _NAME = "the .onnx file"
 
 
-def check_onnx(
+def checked_onnx(
     content: bytes, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], any_operation: bool = False
-) -> None:
-    """Check an ONNX file.
+) -> bytes:
+    """Check an ONNX file, and write it anew.
+
+    onnxruntime may find other things in a file than the package onnx, such as a graph in its own format. What is
+    written holds only what was checked.
 
     :param content: of the file
     :param inputs: what it must take
     :param outputs: what it must give
     :param any_operation: whether any operation is allowed, of any size; weights must be in the file nevertheless
+    :return: the content for onnxruntime
     :raises UntrustedFileError: if it is refused
     """
     try:
         model = import_module("onnx").ModelProto.FromString(content)
+        model.DiscardUnknownFields()
     except Exception as error:
         # protobuf has errors of its own in each of its implementations
         raise UntrustedFileError(f"{_NAME} is no ONNX file: {error}") from error
@@ -44,7 +52,8 @@ def check_onnx(
     _check_ends(graph.input, inputs, "inputs")
     _check_ends(graph.output, outputs, "outputs")
     if any_operation:
-        return
+        anew: bytes = model.SerializeToString()
+        return anew
     domains = [opset.domain for opset in model.opset_import]
     if domains != [""] or model.opset_import[0].version not in OPSETS:
         raise UntrustedFileError(f"{_NAME} must use ONNX's own operations, opset {OPSETS[0]} to {OPSETS[-1]}")
@@ -58,7 +67,44 @@ def check_onnx(
                 f"{_NAME} has the operation {short(node.op_type)}, which is not in the closed list of "
                 "sb3_ppo_plus.export.operations. load_exported(path, trusted=True) allows any operation"
             )
-    _check_sizes(model)
+    check_costs(graph, inputs, model.opset_import[0].version, _NAME)
+    return _written_anew(model)
+
+
+def _written_anew(model: Any) -> bytes:  # noqa: ANN401  # onnx's ModelProto
+    """Write what was checked of a model, and nothing else."""
+    onnx = import_module("onnx")
+    plain = onnx.ModelProto(ir_version=min(model.ir_version, MAX_IR_VERSION))
+    plain.opset_import.add(domain="", version=model.opset_import[0].version)
+    graph = plain.graph
+    graph.name = "policy"
+    for node in model.graph.node:
+        kept = graph.node.add(op_type=node.op_type, input=node.input, output=node.output)
+        for attribute in node.attribute:
+            if attribute.type not in _plain_attributes(onnx):
+                raise UntrustedFileError(
+                    f"{_NAME}: {node.op_type} has an attribute {short(attribute.name)} of no plain type"
+                )
+            of_node = kept.attribute.add(name=attribute.name, type=attribute.type)
+            for field in ("f", "i", "s", "t"):
+                if attribute.HasField(field):
+                    part = getattr(attribute, field)
+                    if field == "t":
+                        of_node.t.CopyFrom(part)
+                    else:
+                        setattr(of_node, field, part)
+            of_node.floats.extend(attribute.floats)
+            of_node.ints.extend(attribute.ints)
+    graph.initializer.extend(model.graph.initializer)
+    graph.input.extend(model.graph.input)
+    graph.output.extend(model.graph.output)
+    content: bytes = plain.SerializeToString()
+    return content
+
+
+def _plain_attributes(onnx: Any) -> tuple[int, ...]:  # noqa: ANN401  # onnx's module
+    kinds = onnx.AttributeProto
+    return kinds.FLOAT, kinds.INT, kinds.STRING, kinds.TENSOR, kinds.FLOATS, kinds.INTS
 
 
 def _check_tensors(model: Any) -> None:  # noqa: ANN401  # onnx's ModelProto
@@ -122,45 +168,4 @@ def _check_ends(values: Any, specs: Sequence[TensorSpec], which: str) -> None:  
     if found != expected:
         raise UntrustedFileError(
             f"{_NAME}: the {which} {short(found)} are not those of the contract, {short(expected)}"
-        )
-
-
-def _check_sizes(model: Any) -> None:  # noqa: ANN401  # onnx's ModelProto
-    """Check that for one observation all tensors have sizes that are known, and not too large."""
-    onnx = import_module("onnx")
-    one = onnx.ModelProto()
-    one.CopyFrom(model)
-    del one.graph.value_info[:]
-    for value in one.graph.input:
-        for size in value.type.tensor_type.shape.dim:
-            if not size.HasField("dim_value"):
-                size.dim_value = 1
-    for value in one.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    try:
-        inferred = onnx.shape_inference.infer_shapes(one, check_type=True, strict_mode=True, data_prop=True)
-    except Exception as error:
-        # An InferenceError, or what protobuf raises
-        raise UntrustedFileError(f"{_NAME}: the sizes of its tensors cannot be found: {error}") from error
-    known = {value.name: value for value in [*inferred.graph.value_info, *inferred.graph.output, *inferred.graph.input]}
-    total = 0
-    for node in inferred.graph.node:
-        for name in node.output:
-            if not name:
-                continue
-            tensor = known[name].type.tensor_type if name in known else None
-            sizes = (
-                [size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim]
-                if tensor
-                else [None]
-            )
-            if tensor is None or not tensor.HasField("shape") or None in sizes:
-                raise UntrustedFileError(
-                    f"{_NAME}: the size of {short(name)} ({node.op_type}) is not known before it runs. "
-                    "load_exported(path, trusted=True) allows any size"
-                )
-            total += math.prod(size or 0 for size in sizes)
-    if total > MAX_ELEMENTS:
-        raise UntrustedFileError(
-            f"{_NAME} makes {total} numbers for one observation; at most {MAX_ELEMENTS} are allowed"
         )

@@ -15,18 +15,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch as th
-from torch.fx import GraphModule, Interpreter, Node
 
 from sb3_ppo_plus.errors import UntrustedFileError
 from sb3_ppo_plus.export.operations import PT2_OPERATIONS
-from sb3_ppo_plus.torch_private import shapes_only, structure_of
+from sb3_ppo_plus.torch_private import structure_of
 from sb3_ppo_plus.untrusted.safe_zip import read_members
 from sb3_ppo_plus.untrusted.strict_json import Limits, decode_shape, get, parse, short
 
 MAX_MEMBERS = 20_000
 MAX_NODES = 20_000
-#: Numbers in all tensors that a graph makes for one observation
-MAX_ELEMENTS = 2**26
 #: A slice to the end has the largest int64, and minus infinity masks attention
 LIMITS = Limits(max_digits=20, allows_non_finite=True)
 _NAME = "the .pt2 file"
@@ -80,44 +77,6 @@ def without_code(content: bytes, inputs: Sequence[str], outputs: Sequence[str]) 
         for name, data in kept.items():
             archive.writestr(f"policy/{name}", data)
     return file.getvalue()
-
-
-class _Sizes(Interpreter):
-    """Walks through a graph operation by operation, and ends where the results are too large together."""
-
-    n_elements = 0
-
-    def run_node(self, n: Node) -> Any:  # noqa: ANN401  # whatever an operation gives
-        """Run an operation, and count the numbers of its results.
-
-        :param n: the operation
-        :raises UntrustedFileError: if they are too many
-        """
-        results = super().run_node(n)
-        for result in results if isinstance(results, list | tuple) else (results,):
-            self.n_elements += result.numel() if isinstance(result, th.Tensor) else 0
-        if self.n_elements > MAX_ELEMENTS:
-            raise UntrustedFileError(f"{_NAME} makes more than {MAX_ELEMENTS} numbers for one observation")
-        return results
-
-
-def check_sizes(module: th.nn.Module, inputs: Mapping[str, th.Tensor]) -> None:
-    """Check that a graph makes no large tensors. Nothing is computed: PyTorch's fake tensors have shapes only.
-
-    :param module: the graph
-    :param inputs: for one observation, by name
-    :raises UntrustedFileError: if it makes too many numbers, or cannot run, or PyTorch has no fake tensors any more
-    """
-    assert isinstance(module, GraphModule)
-    try:
-        mode = shapes_only()
-        with mode:
-            _Sizes(module).run({name: mode.from_tensor(tensor) for name, tensor in inputs.items()})
-    except UntrustedFileError:
-        raise
-    except Exception as error:
-        # Each operation has errors of its own
-        raise UntrustedFileError(f"{_NAME} cannot run: {type(error).__name__}: {error}") from error
 
 
 def _member(files: Mapping[str, bytes], name: str) -> Any:  # noqa: ANN401  # JSON

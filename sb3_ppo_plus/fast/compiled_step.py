@@ -232,6 +232,7 @@ class CompiledGradientStep(ReplayedGradientStep):
             objective.pessimistic_value_clip,
             objective.symmetry_mode,
             objective.symmetry_coef,
+            objective.smoothness,
             objective.coefficients.clip_range_vf is None,
             objective.kl_limit is None,
             objective.amp_dtype,
@@ -305,7 +306,12 @@ class _StepFunction:
         objective, scalars, fixed = self._objective, inputs["scalars"], inputs["fixed"]
         batch = RolloutBatch(**inputs["rollout"]).select(indices)
         coefficients = LossCoefficients(
-            scalars["clip_range"], scalars.get("clip_range_vf"), scalars["ent_coef"], scalars["vf_coef"]
+            scalars["clip_range"],
+            scalars.get("clip_range_vf"),
+            scalars["ent_coef"],
+            scalars["vf_coef"],
+            scalars.get("caps_temporal"),
+            scalars.get("caps_spatial"),
         )
 
         def loss(flat: list[th.Tensor]) -> tuple[th.Tensor, th.Tensor]:

@@ -164,7 +164,8 @@ def add_mirrored(model: PlusModel) -> None:
     observations = rollout.observations
     originals: OriginalObservations | None = buffer.originals
     if originals is not None:
-        steps, envs = buffer.places()
+        # The rows of an environment lie one after another in this order
+        envs, steps = np.divmod(np.argsort(buffer.indices_of_part()), buffer.buffer_size)
         observations = _as_tensors(originals.rows(steps, envs), observations)
     mirrored = mirror_images(model.symmetry, observations, actions)
     if model._n_iterations == 0:

@@ -153,8 +153,8 @@ def give_another_output(model):
 
 HOSTILE = [
     (loop_for_ever, "operation 'Loop'"),
-    (double_forty_times, "numbers for one observation"),
-    (allocate_by_a_constant, "numbers for one observation"),
+    (double_forty_times, "bytes for one observation"),
+    (allocate_by_a_constant, "bytes for one observation"),
     (allocate_by_an_observation, "not known before it runs"),
     (use_an_unknown_operation, "operation 'NonZero'"),
     (use_another_domain, "operation 'Gelu'"),
@@ -219,8 +219,14 @@ CONTRACTS = [
     ({"outputs": [{"name": "action", "role": "reward", "dtype": "float32", "shape": ["batch"]}]}, "role must be"),
     ({"outputs": [{"name": "action", "role": "action", "dtype": "float32", "shape": [2]}]}, "'batch' once"),
     ({"outputs": [{"name": "action", "role": "action", "dtype": "float32", "shape": ["batch", 2**40]}]}, "elements"),
-    ({"outputs": [{"name": "action", "role": "action", "dtype": "float32", "shape": ["batch", 3]}]}, "must be float32"),
-    ({"action_space": {"space": "Discrete", "n": 3, "start": 0, "dtype": "int64"}}, "shape of the action space"),
+    (
+        {"outputs": [{"name": "action", "role": "action", "dtype": "float32", "shape": ["batch", 3], "key": None}]},
+        "must be float32",
+    ),
+    (
+        {"action_space": {"space": "Discrete", "n": 3, "start": 0, "dtype": "int64"}},
+        "an action for each part of the action space",
+    ),
     ({"observation_space": {"space": "MultiBinary", "shape": [4], "is_flat": True}}, "does not fit the observation"),
     ({"deterministic": False}, "every other one has"),
     ({"test": {"inputs": {}, "outputs": {}}}, "an array for each of the inputs"),

@@ -175,7 +175,7 @@ def test_a_graph_that_makes_too_much_is_refused(files):
         )
 
     change_json(members, MODEL, change)
-    with pytest.raises(UntrustedFileError, match="numbers for one observation"):
+    with pytest.raises(UntrustedFileError, match="bytes for one observation"):
         load_exported(write())
 
 
