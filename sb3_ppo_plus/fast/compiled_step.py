@@ -9,7 +9,6 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import grad_and_value
 
-from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.distributed.random_streams import RandomStream
 from sb3_ppo_plus.fast.captured import Graph
 from sb3_ppo_plus.fast.flat_updates import UPDATES
@@ -17,6 +16,7 @@ from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS, CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
+from sb3_ppo_plus.rollout_batch import Minibatch, RolloutBatch
 from sb3_ppo_plus.torch_private import has_gradient_hooks
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup, FlatParameters

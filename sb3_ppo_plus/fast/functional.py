@@ -9,7 +9,7 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import functional_call
 
-from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.update.gradient_step import Evaluation, Objective
 from sb3_ppo_plus.update.tensor_places import tensor_places
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replays import Replays
+from sb3_ppo_plus.rollout_batch import Minibatch, RolloutBatch
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_unflatten
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, stacked
 from sb3_ppo_plus.update.losses import LossCoefficients

@@ -12,8 +12,9 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.distributed.parts import Parts
+from sb3_ppo_plus.rollout_batch import Minibatch, RolloutBatch
 from sb3_ppo_plus.update.flat_conditions import obstacle_to_flat_steps
 from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss

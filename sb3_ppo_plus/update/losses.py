@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch as th
 from torch.nn import functional as F
 
-from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 
 
 class LossCoefficients(NamedTuple):

@@ -17,7 +17,8 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.update.coefficients import terms_in_use
 from sb3_ppo_plus.update.losses import LossCoefficients, LossTerms, masked_mean

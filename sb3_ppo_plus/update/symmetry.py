@@ -15,9 +15,10 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.envs.originals import OriginalObservations, replaces_arithmetic
 from sb3_ppo_plus.envs.questions import innermost_normalizer, unknown_wrapper
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.update.losses import LossTerms, masked_mean
 

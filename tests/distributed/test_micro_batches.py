@@ -11,7 +11,7 @@ from parted_cases import BATCH_SIZE, CASES, N_ENVS, N_STEPS, Case, toys
 from states import assert_same_bits, state_of
 
 from sb3_ppo_plus import PPOPlus, TrainingCheckpoint
-from sb3_ppo_plus.buffers import Minibatch
+from sb3_ppo_plus.rollout_batch import Minibatch
 from sb3_ppo_plus.update.epochs import minibatches_of
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective
 from sb3_ppo_plus.update.losses import METRICS

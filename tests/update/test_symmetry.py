@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from states import assert_same_training
 
 from sb3_ppo_plus import PPOPlus, TrainingCheckpoint, UntrustedFileError
-from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.update.epochs import minibatches_of
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective
 from sb3_ppo_plus.update.losses import ppo_loss
