@@ -77,7 +77,7 @@ def join(device: th.device) -> Ranks:
             "distributed must be False in a process without a launcher, which sets the environment variables "
             f"{', '.join(LAUNCHER_VARIABLES)} (missing: {', '.join(missing) or 'torch.distributed'}): start the script "
             "by `torchrun --nproc-per-node 2 SCRIPT`, or in Ray Train. What several processes have trained goes on in "
-            "one with PPOPlus.load(..., distributed=False) or PPOPlus.resume(..., distributed=False), and all environments"
+            "one with PPOPlus.load(..., distributed=False) or resume(..., distributed=False), and all environments"
         )
     if not dist.is_initialized():
         _make_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
