@@ -1,6 +1,6 @@
 """PPO for Stable-Baselines3 users: SB3's PPO bit for bit by default, with every extra one argument away."""
 
-from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer
 from sb3_ppo_plus.env_states.resumable_env import ResumableEnv
 from sb3_ppo_plus.envs.fill_missing_keys import FillMissingKeys
 from sb3_ppo_plus.envs.restarting_env import RestartingEnv
@@ -30,6 +30,7 @@ from sb3_ppo_plus.policies import (
 from sb3_ppo_plus.ppo_plus import PPOPlus
 from sb3_ppo_plus.resuming.checkpoint import TrainingCheckpoint
 from sb3_ppo_plus.resuming.resume import best_checkpoint, latest_checkpoint
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.saving.vec_normalize import load_vec_normalize, save_vec_normalize
 from sb3_ppo_plus.schedules import Constant, Cosine, Exponential, Linear, WarmupCosine, make_schedule
 

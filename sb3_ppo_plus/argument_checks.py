@@ -68,6 +68,7 @@ _KINDS = {
     "micro_batches": _INTEGER,
     "symmetry_mode": _Kind((str,), "a string"),
     "symmetry_coef": _NUMBER,
+    "caps_sigma": _NUMBER,
 }
 
 
@@ -146,6 +147,7 @@ def check_ranges(algorithm: object) -> None:
         ("symmetry", "None or a function", lambda value: value is None or callable(value)),
         ("symmetry_mode", f"one of {SYMMETRY_MODES}", lambda value: value in SYMMETRY_MODES),
         ("symmetry_coef", "finite and at least 0", lambda value: 0 <= value < math.inf),
+        ("caps_sigma", "finite and above 0", lambda value: 0 < value < math.inf),
         ("worker_timeout", "None or a finite number above 0", lambda value: value is None or 0 < value < math.inf),
         ("max_grad_norm", "at least 0", lambda value: value >= 0),
         ("target_kl", "None or above 0", lambda value: value is None or value > 0),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch as th
 from gymnasium import spaces
+from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import ActorCriticPolicy
@@ -21,7 +22,7 @@ ARGUMENTS = (
     *("use_sde", "sde_sample_freq", "rollout_buffer_class", "rollout_buffer_kwargs", "_stats_window_size"),
     *("tensorboard_log", "verbose", "seed", "critic_learning_rate", "pessimistic_value_clip", "action_masking"),
     *("amp", "compile", "on_non_finite", "max_skipped", "worker_timeout", "restart_workers", "micro_batches"),
-    *("distributed", "symmetry", "symmetry_mode", "symmetry_coef"),
+    *("distributed", "symmetry", "symmetry_mode", "symmetry_coef", "caps_temporal", "caps_spatial", "caps_sigma"),
 )
 """The constructor's arguments, as given or as SB3 keeps them. Saved with the model, and in its plain description."""
 
@@ -70,6 +71,16 @@ NOT_SAVED = (*PROGRESS_OF_LEARN, *RUNTIME)
 """The attributes that ``save`` leaves out."""
 
 
+class Optionals:
+    """The types of attributes that are None at first."""
+
+    last_checkpoint: str | None
+    """Directory of the checkpoint that was last written or resumed."""
+    _built_for_masks: bool | None
+    _last_states: RNNStates | None
+    _log_interval: int | None
+
+
 class PlusModel(Protocol):
     """The attributes of a PPOPlus that its parts read and change. Each call passes the model to them."""
 
@@ -78,6 +89,9 @@ class PlusModel(Protocol):
     action_space: spaces.Space[Any]
     amp: bool | str
     batch_size: int
+    caps_sigma: float
+    caps_spatial: Any
+    caps_temporal: Any
     clip_range: Any
     clip_range_vf: Any
     compile: bool | dict[str, Any]

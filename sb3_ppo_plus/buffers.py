@@ -1,10 +1,10 @@
-"""Minibatches of a rollout, and the rollout buffers that yield them."""
+"""Rollout buffers, which yield minibatches."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -14,99 +14,8 @@ from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.type_aliases import PyTorchObs
 
+from sb3_ppo_plus.rollout_batch import Minibatch, RolloutBatch
 from sb3_ppo_plus.trees import tree_map
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutBatch:
-    """The transitions of one minibatch, as tensors on the policy's device.
-
-    :param observations: shape (batch, *observation shape), or a dict of such tensors
-    :param actions: the stored actions: int64 of shape (batch,) for Discrete, else float32 of shape (batch, action dim)
-    :param old_values: value predictions at the time of the rollout, shape (batch,)
-    :param old_log_prob: log probability of the actions at the time of the rollout, shape (batch,)
-    :param advantages: GAE(lambda) estimates, shape (batch,)
-    :param returns: TD(lambda) targets of the value function, shape (batch,)
-    :param valid: False where a minibatch is padded, shape (batch,); None: nothing is padded
-    :param weights: weight of each transition in the mean over a minibatch of which these are a part, shape (batch,);
-        None: the batch is a whole minibatch, in which all weigh the same
-    :param context: further keyword arguments of the policy, such as action_masks: tensors of shape (batch, ...)
-    :param states: a memory's states at the start of each sequence of the rollout, shape (n_layers, n_sequences, ...)
-    :param sequence_of: index of the sequence of each transition of a rollout, int64, shape (batch,)
-    :param mirrored: mirror images of ``observations`` and ``actions``, by these names; empty: the model has no symmetry
-    """
-
-    observations: PyTorchObs
-    actions: th.Tensor
-    old_values: th.Tensor
-    old_log_prob: th.Tensor
-    advantages: th.Tensor
-    returns: th.Tensor
-    valid: th.Tensor | None = None
-    weights: th.Tensor | None = None
-    context: dict[str, Any] = field(default_factory=dict)
-    states: RNNStates | None = None
-    sequence_of: th.Tensor | None = None
-    mirrored: dict[str, Any] = field(default_factory=dict)
-
-    def by_field(self) -> dict[str, Any]:
-        """Return the values of the fields, by name."""
-        return {part.name: getattr(self, part.name) for part in fields(self)}
-
-    def select(self, indices: th.Tensor | slice) -> RolloutBatch:
-        """Return some of the transitions, or whole sequences in a row.
-
-        :param indices: for transitions a slice, or int64 of shape (batch,); for sequences int64 of shape
-            (n_sequences, length), where -1 is padding
-        """
-        if isinstance(indices, th.Tensor) and indices.dim() == 2:
-            return self._select_sequences(indices)
-        observations = self.observations
-        return RolloutBatch(
-            observations={key: _rows(obs, indices) for key, obs in observations.items()}
-            if isinstance(observations, dict)
-            else _rows(observations, indices),
-            actions=_rows(self.actions, indices),
-            old_values=_rows(self.old_values, indices),
-            old_log_prob=_rows(self.old_log_prob, indices),
-            advantages=_rows(self.advantages, indices),
-            returns=_rows(self.returns, indices),
-            valid=None if self.valid is None else _rows(self.valid, indices),
-            weights=None if self.weights is None else _rows(self.weights, indices),
-            context={name: _rows(tensor, indices) for name, tensor in self.context.items()},
-            mirrored=tree_map(lambda part: _rows(part, indices), self.mirrored) if self.mirrored else {},
-        )
-
-    def _select_sequences(self, indices: th.Tensor) -> RolloutBatch:
-        assert self.states is not None and self.sequence_of is not None
-        flat = indices.flatten()
-        batch = self.select(flat.clamp(min=0))
-        sequences = self.sequence_of[indices[:, 0]]
-        context = {**batch.context, "states": tree_map(lambda part: part[:, sequences], self.states)}
-        if self.weights is not None:
-            # Padding holds some transition of the process. Where it began an episode would decide how sequences are cut
-            context["episode_starts"] = context["episode_starts"] & (flat >= 0)
-        return replace(batch, valid=None if batch.valid is None else batch.valid & (flat >= 0), context=context)
-
-
-def _rows(tensor: th.Tensor, indices: th.Tensor | slice) -> th.Tensor:
-    # index_select takes half as long as indexing
-    return tensor.index_select(0, indices) if isinstance(indices, th.Tensor) else tensor[indices]
-
-
-class Minibatch(NamedTuple):
-    """A minibatch whose transitions are gathered later, perhaps inside a compiled function.
-
-    :param rollout: the transitions of a rollout
-    :param indices: indices of the minibatch's transitions, see :meth:`RolloutBatch.select`; None: all transitions
-    """
-
-    rollout: RolloutBatch
-    indices: th.Tensor | None = None
-
-    def batch(self) -> RolloutBatch:
-        """Gather the transitions."""
-        return self.rollout if self.indices is None else self.rollout.select(self.indices)
 
 
 class PPOPlusRolloutBuffer(RolloutBuffer):
@@ -122,6 +31,7 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
     context: dict[str, np.ndarray]
     """The policy's further arguments, shape (buffer_size, n_envs, ...). Empty until the buffer is full."""
     states: list[RNNStates]
+    originals: Any = None  # OriginalObservations, to which each step is added; None: nobody needs them
     _valid: np.ndarray | None = None
 
     def reset(self) -> None:
@@ -162,6 +72,8 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
             self.log_probs[self.pos] = log_prob.cpu().numpy().reshape(-1)
         if context:
             self._contexts.append(context)
+        if self.originals is not None:
+            self.originals.add(self.pos)
         self.pos += 1
         self.full = self.pos == self.buffer_size
         if self.full and self._contexts:
@@ -202,6 +114,14 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         :param actions: stored actions, of the shape and order of :meth:`rollout`
         """
         self._rollout = replace(self.rollout(), mirrored={"observations": observations, "actions": actions})
+
+    def set_following(self, observations: PyTorchObs, continues: th.Tensor) -> None:
+        """Keep for the minibatches of the full buffer what followed its steps.
+
+        :param observations: one step later, of the shape and order of :meth:`rollout`
+        :param continues: whether these belong to the same episode, bool, shape (number of transitions,)
+        """
+        self._rollout = replace(self.rollout(), following={"observations": observations, "continues": continues})
 
     def set_valid(self, valid: np.ndarray) -> None:
         """Say which rows of the full buffer are transitions; without it, all are.
@@ -339,10 +259,9 @@ class PPOPlusRolloutBuffer(RolloutBuffer):
         return in_order.reshape(-1, *array.shape[2:])
 
     def narrows(self, observations: PyTorchObs) -> bool:
-        """Whether the buffer's arrays cannot store these observations exactly.
+        """Whether the buffer's arrays lose digits of these observations, as SB3's do; float32 holds all that matters.
 
-        The arrays have the observation space's dtype. For example, VecNormalize makes floats of uint8 observations, and
-        the arrays lose their fractions; so do SB3's. float32 holds all that matters, as the policy computes in it.
+        They have the observation space's dtype, for example uint8, of which VecNormalize makes floats.
 
         :param observations: the observations that the policy is given
         """

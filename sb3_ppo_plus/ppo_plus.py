@@ -12,7 +12,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch as th
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from sb3_contrib.common.recurrent.type_aliases import RNNStates
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
@@ -23,7 +22,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ppo_plus import attributes
 from sb3_ppo_plus.argument_checks import check_ranges, check_types, helps_with_keywords
 from sb3_ppo_plus.buffers import plus_buffer_class
-from sb3_ppo_plus.callback_hooks import notify_learn_end, notify_update_end
+from sb3_ppo_plus.callback_hooks import notify_update_end
 from sb3_ppo_plus.distributed import first_rank, training
 from sb3_ppo_plus.envs.frames import check_frames
 from sb3_ppo_plus.envs.vector_envs import AcceptsVectorEnvs, device_for
@@ -45,14 +44,14 @@ from sb3_ppo_plus.saving.model_file import File, loading_arguments, policies_nam
 from sb3_ppo_plus.saving.plain_file import is_without_pickles
 from sb3_ppo_plus.saving.untrusted_model import load_without_trust, read_parameters
 from sb3_ppo_plus.update.coefficients import Coefficient, Coefficients
-from sb3_ppo_plus.update.epochs import log_update, minibatches_of, run_epochs
+from sb3_ppo_plus.update.epochs import check_extras, log_update, minibatches_of, run_epochs
 from sb3_ppo_plus.update.gradient_step import Objective, recompute_log_prob
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.non_finite import check_epsilon, count_skipped_steps
-from sb3_ppo_plus.update.symmetry import Symmetry, check_symmetry
+from sb3_ppo_plus.update.symmetry import Symmetry
 
 
-class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
+class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs, attributes.Optionals):
     """Proximal Policy Optimization (Schulman et al. 2017), bit for bit SB3's PPO by default.
 
     The parameters of SB3's PPO come first, with its names, order, meaning and defaults. The parameters below accept
@@ -88,6 +87,10 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
     :param symmetry: function of observations and actions, tensors in the env's units, that mirrors both; None: none
     :param symmetry_mode: "augment": mirror images are further data of an update; "loss": a term that wants symmetry
     :param symmetry_coef: weight of that term
+    :param caps_temporal: weight of a term that wants similar actions in successive steps (CAPS), in any form
+        that ``learning_rate`` may have; so is the next
+    :param caps_spatial: weight of a term that wants similar actions at observations with Gaussian noise (CAPS)
+    :param caps_sigma: standard deviation of that noise, in the units in which the policy is given observations
     :raises ValueError: for a value that is not allowed, before the first environment step
     :raises TypeError: for an argument of the wrong type, one that does not exist, or one that a custom policy lacks
     """
@@ -140,6 +143,9 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
         symmetry: Symmetry | None = None,
         symmetry_mode: str = "augment",
         symmetry_coef: float = 1.0,
+        caps_temporal: Coefficient = 0.0,
+        caps_spatial: Coefficient = 0.0,
+        caps_sigma: float = 0.1,
     ) -> None:
         given = check_types(locals())
         self.critic_learning_rate, self.pessimistic_value_clip = critic_learning_rate, pessimistic_value_clip
@@ -147,13 +153,10 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
         self.on_non_finite, self.max_skipped, self.worker_timeout = on_non_finite, max_skipped, worker_timeout
         self.restart_workers, self.micro_batches, self.distributed = restart_workers, micro_batches, distributed
         self.symmetry, self.symmetry_mode, self.symmetry_coef = symmetry, symmetry_mode, symmetry_coef
+        self.caps_temporal, self.caps_spatial, self.caps_sigma = caps_temporal, caps_spatial, caps_sigma
         given["device"] = training.device_of_process(distributed, device_for(env, device))
         self._skipped_steps, self._skipped_in_a_row, self._n_iterations, self._tb_log_name = 0, 0, 0, "PPOPlus"
-        self.last_checkpoint: str | None = None
-        """Directory of the checkpoint that was last written or resumed."""
-        self._log_interval: int | None = 1
-        self._last_states: RNNStates | None = None
-        self._built_for_masks: bool | None = None
+        self._log_interval, self._last_states, self._built_for_masks, self.last_checkpoint = 1, None, None, None
         self._current_run, self._joins, self._was_given_masks = Run(), _init_setup_model, False
         with explaining_infinite_bounds(self, policy_kwargs), training.counting_all_environments(distributed):
             super().__init__(**{name: given[name] for name in inspect.signature(PPO).parameters if name in given})
@@ -322,10 +325,7 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
             with self._current_run.watching_workers(self), training.training_together(self, *arguments):
                 return super().learn(*arguments)
         finally:
-            callback, self._current_run.callback = self._current_run.callback, None
-            if callback is not None:
-                first_rank.take_work_back(callback)
-                notify_learn_end(callback, lambda: evaluate_without_masks(callback, self))
+            self._current_run.end(lambda callback: evaluate_without_masks(callback, self))
 
     def _join(self) -> None:
         """Divide environments, and join the other processes: a model that was loaded does so when it trains."""
@@ -345,7 +345,7 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs):
         all_callbacks = self._current_run.callback = super()._init_callback(callback, progress_bar)
         first_rank.share_out_work(all_callbacks, self._parts.ranks)
         self._current_run.begin(self, all_callbacks)
-        check_symmetry(self)
+        check_extras(self)
         evaluate_with_masks(all_callbacks, self)
         return all_callbacks
 

@@ -30,6 +30,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.envs import as_vec_env
 from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, REPLAY_AFTER
 
 
@@ -77,11 +78,16 @@ class Case:
     normalize: bool = False
     kwargs: dict[str, Any] = field(default_factory=dict)
     masked: bool = False
+    has_vector_code: bool = False
 
     def make_env(self) -> VecEnv:
         """Build the vectorised environment."""
         env = make_vec_env(self.env, n_envs=self.n_envs, seed=0)
         return VecNormalize(env) if self.normalize else env
+
+    def make_vector_env(self) -> VecEnv:
+        """Build the environment with vector code of its own (gymnasium.vector)."""
+        return as_vec_env(gym.make_vec(str(self.env), self.n_envs, "vector_entry_point"))
 
 
 ZOO_CARTPOLE = {"n_steps": 32, "batch_size": 256, "n_epochs": 20, "gae_lambda": 0.8, "gamma": 0.98}
@@ -106,6 +112,10 @@ CASES: dict[str, Case] = {
     "CartPole, 1 env": Case("CartPole-v1", 1),
     "CartPole, 64 envs": Case("CartPole-v1", 64, kwargs={"n_steps": 128}),
     "CartPole, 256 envs": Case("CartPole-v1", 256, kwargs={"n_steps": 32}),
+    "CartPole, 64 envs, gymnasium.vector": Case("CartPole-v1", 64, kwargs={"n_steps": 128}, has_vector_code=True),
+    "CartPole, 1024 envs, gymnasium.vector": Case(
+        "CartPole-v1", 1024, kwargs={"n_steps": 32, "batch_size": 1024, "n_epochs": 4}, has_vector_code=True
+    ),
     "CartPole with masks, 8 envs": Case(lambda: EdgeMask(gym.make("CartPole-v1")), 8, masked=True),
     "CartPole with LSTM, 8 envs": Case("CartPole-v1", 8, "MlpLstmPolicy", kwargs={"n_steps": 128, "batch_size": 128}),
     "HalfCheetah, 1 env, VecNormalize": Case("HalfCheetah-v5", 1, normalize=True),
@@ -133,6 +143,11 @@ def contenders(case: Case) -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any
         "PPOPlus": (PPOPlus, {}),
         "PPOPlus compiled": (PPOPlus, {"compile": True}),
     }
+    if case.has_vector_code:
+        vector = {"make_env": case.make_vector_env}
+        found["PPOPlus, gymnasium.vector"] = PPOPlus, vector
+        found["PPOPlus compiled, gymnasium.vector"] = PPOPlus, {"compile": True, **vector}
+        return found
     try:
         from sbx import PPO as SBX_PPO
     except ImportError:
@@ -148,7 +163,9 @@ class Contender:
 
     def __init__(self, case: Case, algorithm: type[BaseAlgorithm], kwargs: dict[str, Any]) -> None:
         started = time.perf_counter()
-        self.model: Any = algorithm(case.policy, case.make_env(), seed=0, device="cpu", **case.kwargs, **kwargs)
+        arguments = {**case.kwargs, **kwargs}
+        env = arguments.pop("make_env", case.make_env)()
+        self.model: Any = algorithm(case.policy, env, seed=0, device="cpu", **arguments)
         rollout = self.model.n_steps * case.n_envs
         self.minibatches = self.model.n_epochs * -(-rollout // self.model.batch_size)
         # PPOPlus compares its first replays of so many minibatches and steps with eager results

@@ -103,10 +103,12 @@ class Parts:
         """
         size, rest = divmod(batch_size, self.n_in_all)
         if rest:
-            by_rank = f" in each of {self.ranks.size} processes" if self.ranks.size > 1 else ""
+            parts = f"{self.ranks.size} processes" if self.ranks.size > 1 else ""
+            parts += " with " if parts and self.n_here > 1 else ""
+            parts += f"micro_batches={self.n_here}" if self.n_here > 1 else ""
             raise ValueError(
-                f"batch_size must be a multiple of the number of parts, got batch_size={batch_size} and "
-                f"micro_batches={self.n_here}{by_rank}"
+                f"batch_size must be a multiple of {self.n_in_all}, as there are {parts}; got batch_size={batch_size}: "
+                f"{batch_size - rest or self.n_in_all} is one"
             )
         return size
 

@@ -45,7 +45,8 @@ def share_of(n_envs: int) -> tuple[int, int]:
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if n_envs % size != 0:
         raise ValueError(
-            f"n_envs must be a multiple of the number of processes, got n_envs={n_envs} and {size} processes"
+            f"n_envs must be a multiple of the number of processes, got n_envs={n_envs} and {size} processes: "
+            f"{n_envs - n_envs % size or size} is one"
         )
     return n_envs // size, n_envs // size * rank
 
@@ -75,7 +76,8 @@ def join(device: th.device) -> Ranks:
         raise ValueError(
             "distributed must be False in a process without a launcher, which sets the environment variables "
             f"{', '.join(LAUNCHER_VARIABLES)} (missing: {', '.join(missing) or 'torch.distributed'}): start the script "
-            "by `torchrun --nproc-per-node 2 SCRIPT`, or in Ray Train"
+            "by `torchrun --nproc-per-node 2 SCRIPT`, or in Ray Train. What several processes have trained goes on in "
+            "one with PPOPlus.load(..., distributed=False) or resume(..., distributed=False), and all environments"
         )
     if not dist.is_initialized():
         _make_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -119,6 +119,15 @@ def _seed_apart(model: PlusModel, parts: Parts) -> None:
         parts.seed_envs(env, of_all[0][0])
 
 
+def _warn_of_processes_apart(model: Any) -> None:  # noqa: ANN401  # a PPOPlus
+    n_processes = os.environ.get("WORLD_SIZE", "1")
+    if model.distributed is False and is_launched() and n_processes != "1":
+        warnings.warn(
+            f"each of {n_processes} processes trains a model of its own: distributed=True makes it one model",
+            stacklevel=5,
+        )
+
+
 @contextmanager
 def training_together(
     model: Any,  # noqa: ANN401  # a PPOPlus
@@ -140,6 +149,7 @@ def training_together(
     parts: Parts = model._parts
     ranks = parts.ranks
     if ranks.size == 1:
+        _warn_of_processes_apart(model)
         with statistics_of_transitions(model.env):
             yield
         return

@@ -285,7 +285,10 @@ def _outside_of_methods(stack: list[list[str]]) -> list[str]:
 
 def _check_same_stack(env: VecEnv, state: VecEnvState) -> None:
     if env.num_envs != state["n_envs"]:
-        raise WrapperStackError(f"the checkpoint has {state['n_envs']} environments, env has {env.num_envs}")
+        raise WrapperStackError(
+            f"the checkpoint has {state['n_envs']} environments for each process, env has {env.num_envs}. To go on in "
+            "another number of processes, give resume(..., distributed=True), and env its share of all environments"
+        )
     names = [type(wrapper).__name__ for wrapper in wrappers_of(env)]
     saved_names = [name for name, _ in state["wrappers"]]
     if names != saved_names:

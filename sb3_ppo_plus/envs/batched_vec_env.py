@@ -57,11 +57,16 @@ class BatchedVecEnv(VecEnv):
         self.has_reset_rows = self._mode is AutoresetMode.NEXT_STEP and not self._resets_some
         """Whether the environment takes a step to begin an episode."""
         self._actions: Any = None
+        self._is_envpool = _is_envpool(env)
         self._is_batch_of_structures = isinstance(env.single_action_space, spaces.Tuple | spaces.Dict)
-        # Of Gymnasium's own, copy=True gives new arrays at each step. What others do is not known
-        self._gives_copies = getattr(env.unwrapped, "copy", False) is True
+        # Of Gymnasium's own, copy=True gives new arrays at each step. What wrappers do is not known
+        inner = _inside_statistics(env)
+        self._gives_copies = type(inner) in (SyncVectorEnv, AsyncVectorEnv) and inner.copy is True
         _check_spaces(env)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
+        self._shapes = [
+            (key, (self.num_envs, *(part.shape or ()))) for key, part in _parts_of(env.single_observation_space)
+        ]
         self._begin_counting()
 
     def _begin_counting(self) -> None:
@@ -106,34 +111,28 @@ class BatchedVecEnv(VecEnv):
         :return: observations, rewards and dones of all, and an info for each
         :raises ValueError: for rewards or ends of episodes of a wrong shape
         """
-        observations, raw_rewards, terminated, truncated, vector_infos = self.env.step(self._actions)
-        rewards = self._checked("rewards", raw_rewards).astype(np.float64)
-        dones = np.logical_or(self._checked("terminated", terminated), self._checked("truncated", truncated))
-        self._check_observations(observations)
+        observations, rewards, terminated, truncated, vector_infos = self.env.step(self._actions)
+        self._check_shapes(observations, rewards, terminated, truncated)
         observations = self._own(observations)
+        terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
+        dones = terminated | truncated
         infos = infos_of_envs(vector_infos, self.num_envs)
-        self.was_reset = self.is_last
         self._returns += rewards
         self._lengths += 1
+        if self.has_reset_rows:
+            self.was_reset, self.is_last = self.is_last, dones
         if self.was_reset.any():
             self._after_reset_rows(observations, infos)
         if dones.any():
-            observations = self._after_ends(observations, dones, np.asarray(truncated) & ~np.asarray(terminated), infos)
-        self.is_last = dones if self.has_reset_rows else np.zeros_like(dones)
-        return observations, rewards.astype(np.float32), dones | self.was_reset, infos
+            observations = self._after_ends(observations, dones, truncated & ~terminated, infos)
+        return observations, np.array(rewards, np.float32), dones | self.was_reset, infos
 
-    def _checked(self, name: str, array: Any) -> np.ndarray:  # noqa: ANN401  # what an environment gives
-        checked: np.ndarray = np.asarray(array)
-        if checked.shape != (self.num_envs,):
-            raise ValueError(f"{self.env}: {name} must have the shape ({self.num_envs},), got {checked.shape}")
-        return checked
-
-    def _check_observations(self, observations: Any) -> None:  # noqa: ANN401  # array or dict
-        space = self.observation_space
-        parts = space.spaces.items() if isinstance(space, spaces.Dict) else [(None, space)]
-        for key, part in parts:
+    def _check_shapes(self, observations: Any, *numbers: Any) -> None:  # noqa: ANN401  # what an environment gives
+        for name, array in zip(("rewards", "terminated", "truncated"), numbers, strict=True):
+            if np.shape(array) != (self.num_envs,):
+                raise ValueError(f"{self.env}: {name} must have the shape ({self.num_envs},), got {np.shape(array)}")
+        for key, expected in self._shapes:
             array = observations if key is None else observations[key]
-            expected = (self.num_envs, *(part.shape or ()))
             if np.shape(array) != expected:
                 where = "" if key is None else f"[{key!r}]"
                 raise ValueError(
@@ -141,7 +140,7 @@ class BatchedVecEnv(VecEnv):
                 )
 
     def _after_reset_rows(self, observations: Any, infos: list[dict[str, Any]]) -> None:  # noqa: ANN401  # array or dict
-        for index in np.flatnonzero(self.was_reset).tolist():
+        for index in self.was_reset.nonzero()[0].tolist():
             self.reset_infos[index] = infos[index]
             # Wrappers of VecEnvs look for it where done is True
             infos[index] = {"terminal_observation": row_of(observations, index)}
@@ -159,7 +158,7 @@ class BatchedVecEnv(VecEnv):
 
         :return: observations, with first ones of new episodes
         """
-        for index in np.flatnonzero(dones).tolist():
+        for index in dones.nonzero()[0].tolist():
             info = infos[index]
             if self._mode is AutoresetMode.SAME_STEP:
                 info = self._info_before_reset(index, info)
@@ -191,7 +190,7 @@ class BatchedVecEnv(VecEnv):
 
     def _reset_some(self, observations: Any, dones: np.ndarray) -> Any:  # noqa: ANN401  # array or dict
         first, infos = self.env.reset(options={"reset_mask": dones})
-        if _is_envpool(self.env):
+        if self._is_envpool:
             # It gives the rows of these environments only
             for stored, given in zip(_arrays_of(observations), _arrays_of(first), strict=True):
                 stored[dones] = given
@@ -319,11 +318,16 @@ def _can_reset_some(env: VectorEnv[Any, Any, Any]) -> bool:
     """Whether single environments can be reset although they would do so by themselves in the next step."""
     if _is_envpool(env):
         return True
-    while type(env) is RecordEpisodeStatistics:
-        # Other wrappers may count the observations of all environments again
-        env = env.env
+    # Other wrappers may count the observations of all environments again
+    inner = _inside_statistics(env)
     # Without shared memory, workers of AsyncVectorEnv would reset once more
-    return type(env) is SyncVectorEnv or (type(env) is AsyncVectorEnv and env.shared_memory)
+    return type(inner) is SyncVectorEnv or (type(inner) is AsyncVectorEnv and inner.shared_memory)
+
+
+def _inside_statistics(env: VectorEnv[Any, Any, Any]) -> Any:  # noqa: ANN401  # a VectorEnv, of which some have further attributes
+    while type(env) is RecordEpisodeStatistics:
+        env = env.env
+    return env
 
 
 def _is_envpool(env: VectorEnv[Any, Any, Any]) -> bool:
@@ -331,8 +335,7 @@ def _is_envpool(env: VectorEnv[Any, Any, Any]) -> bool:
 
 
 def _check_spaces(env: VectorEnv[Any, Any, Any]) -> None:
-    space = env.single_observation_space
-    for key, part in space.items() if isinstance(space, spaces.Dict) else [(None, space)]:
+    for key, part in _parts_of(env.single_observation_space):
         if not isinstance(part, _SPACES):
             where = "" if key is None else f"[{key!r}]"
             raise ValueError(
@@ -345,6 +348,10 @@ def _check_spaces(env: VectorEnv[Any, Any, Any]) -> None:
         )
 
 
+def _parts_of(space: spaces.Space[Any]) -> list[tuple[str | None, spaces.Space[Any]]]:
+    return list(space.spaces.items()) if isinstance(space, spaces.Dict) else [(None, space)]
+
+
 def row_of(observations: Any, index: int) -> Any:  # noqa: ANN401  # array or dict
     """Copy the observation of one environment.
 
@@ -352,8 +359,8 @@ def row_of(observations: Any, index: int) -> Any:  # noqa: ANN401  # array or di
     :param index: its index
     """
     if isinstance(observations, dict):
-        return {key: np.array(array[index]) for key, array in observations.items()}
-    return np.array(observations[index])
+        return {key: array[index].copy() for key, array in observations.items()}
+    return observations[index].copy()
 
 
 def _arrays_of(observations: Any) -> list[np.ndarray]:  # noqa: ANN401  # array or dict

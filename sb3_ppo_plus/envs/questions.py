@@ -7,14 +7,24 @@ return answers with which training works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import (
+    VecCheckNan,
+    VecEnv,
+    VecEnvWrapper,
+    VecMonitor,
+    VecNormalize,
+    VecTransposeImage,
+    VecVideoRecorder,
+)
 
 from sb3_ppo_plus.errors import DeadWorkerError
 
+# Their subclasses may do more
+_KEEPS_OBSERVATIONS = (VecCheckNan, VecMonitor, VecVideoRecorder)
 # A name that no environment has
 _NO_ATTRIBUTE = "sb3_ppo_plus_asks_whether_every_answer_is_yes"
 
@@ -37,6 +47,45 @@ def base_of(env: VecEnv) -> Any:  # noqa: ANN401  # whatever a wrapper of anothe
     while isinstance(env, VecEnvWrapper):
         env = env.venv
     return env
+
+
+def keeps_observations(wrapper: VecEnvWrapper) -> bool:
+    """Whether it is known that a wrapper hands on observations as they are.
+
+    :param wrapper: the wrapper
+    """
+    if type(wrapper) is VecNormalize:
+        return not wrapper.norm_obs
+    if type(wrapper) is VecTransposeImage:
+        return bool(wrapper.skip)
+    return type(wrapper) in _KEEPS_OBSERVATIONS
+
+
+def unknown_wrapper(
+    env: VecEnv | None, inner: VecEnv | None = None, known: Collection[type[VecEnvWrapper]] = ()
+) -> VecEnvWrapper | None:
+    """Find a wrapper that may change observations in a way that is not known.
+
+    :param env: the outermost vectorised environment
+    :param inner: where the search ends; None: at the environment that is no wrapper
+    :param known: classes whose changes are known
+    :return: the outermost such wrapper; None: there is none
+    """
+    for wrapper in wrappers_of(env):
+        if wrapper is inner:
+            return None
+        if type(wrapper) not in known and not keeps_observations(wrapper):
+            return wrapper
+    return None
+
+
+def innermost_normalizer(env: VecEnv | None) -> VecNormalize | None:
+    """Return the innermost VecNormalize that normalises observations; None: there is none.
+
+    :param env: the outermost vectorised environment
+    """
+    found = [wrapper for wrapper in wrappers_of(env) if isinstance(wrapper, VecNormalize) and wrapper.norm_obs]
+    return found[-1] if found else None
 
 
 def has_attribute(env: Any, name: str) -> bool:  # noqa: ANN401  # a VecEnv, or what base_of returned

@@ -71,12 +71,13 @@ class ActionHeads(nn.Module):
         :param latent: shape (batch, latent_dim)
         :param masks: True where a choice is valid, shape (batch, mask size): those of the first head, then those of the
             second, and so on; None: all are
-        :param inputs: the random numbers, by the names of the inputs; others do not matter
+        :param inputs: the random numbers, by the names of the inputs; without them, choose the deterministic actions
         :return: a tensor for each of :meth:`specs`, by name
         """
         actions = {}
         for index, (name, head, of_head) in enumerate(zip(self.names, self.heads, self._split(masks), strict=True)):
-            noise = {noise.name: inputs[self._input_of(index, noise.name)] for noise in self.noises[index]}
+            names = {noise.name: self._input_of(index, noise.name) for noise in self.noises[index]}
+            noise = {own: inputs[given] for own, given in names.items() if given in inputs}
             actions[name] = head(latent, of_head, noise)
         return actions
 

@@ -14,13 +14,14 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus.attributes import PlusModel
+from sb3_ppo_plus.envs.questions import innermost_normalizer
+from sb3_ppo_plus.export.checks import check_keys, check_path, check_wrappers, normalizer_of, policy_of
 from sb3_ppo_plus.export.contract import N_TEST_ROWS, Contract, contract_path
 from sb3_ppo_plus.export.files import OPSET, as_onnx, as_pt2, trace
-from sb3_ppo_plus.export.graph import PolicyGraph, check_policy
+from sb3_ppo_plus.export.graph import PolicyGraph, check_policy, users_parts
 from sb3_ppo_plus.export.loading import Runner, open_onnx, open_pt2
 from sb3_ppo_plus.export.observations import (
     check_observation_space,
-    normalizer_of,
     observation_parts,
     space_before_wrappers,
     statistics_of,
@@ -29,7 +30,6 @@ from sb3_ppo_plus.export.trial import TOLERANCE, answer_of_predict, draw_inputs,
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.policies.flat_actions import space_of_env
 
-SUFFIXES = (".onnx", ".pt2")
 _TRIAL_STEPS, _TRIAL_BATCH = 3, 4
 
 
@@ -56,17 +56,14 @@ def export_policy(
     :param observation_space: what the environment gives: the policy's own space, or with the channels of images last.
         None: as in the model's environments, and if it has none, the policy's own
     :return: ``path``
-    :raises ValueError: for a part of the policy that is not known, or a file whose actions are not those of ``predict``
+    :raises ValueError: for a folder that does not exist, a part of the policy or a wrapper that is not known, or a file
+        whose actions are not those of ``predict``
     :raises TypeError: for a ``vec_normalize`` of another class
     :raises ImportError: if a package of the extra ``export`` is missing
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"path must end in one of {', '.join(SUFFIXES)}, got {str(path)!r}")
-    policy: Any = getattr(model, "policy", model)
-    check_policy(policy)
-    normalize = normalizer_of(vec_normalize)
-    _warn_of_missing_normalizer(model, normalize)
+    check_path(path)
+    policy, normalize = _checked(model, vec_normalize)
     space = observation_space
     if space is None:
         space = space_before_wrappers(policy.actor_space, getattr(model, "env", None), normalize)
@@ -90,18 +87,28 @@ def export_policy(
         test_inputs=test_inputs,
         test_outputs=test_outputs,
     )
-    _write(contract_path(path), contract.as_json().encode())
-    _write(path, content)
+    _write_together({path: content, contract_path(path): contract.as_json().encode()})
     return path
 
 
+def _checked(model: object, vec_normalize: VecEnv | None) -> tuple[Any, VecNormalize | None]:
+    """Return the policy and the normaliser, in which nothing is unknown."""
+    policy = policy_of(model)
+    check_policy(policy)
+    normalize = normalizer_of(vec_normalize)
+    for env in (vec_normalize, getattr(model, "env", None)):
+        check_wrappers(env)
+    check_keys(policy.actor_space, normalize)
+    _warn_of_missing_normalizer(model, normalize)
+    return policy, normalize
+
+
 def _warn_of_missing_normalizer(model: object, normalize: VecNormalize | None) -> None:
-    of_model: VecNormalize | None = getattr(model, "_vec_normalize_env", None)
-    if normalize is None and of_model is not None and of_model.norm_obs:
+    if normalize is None and innermost_normalizer(getattr(model, "env", None)) is not None:
         warnings.warn(
             "export_policy: the model's environments have a VecNormalize, which the export leaves out: it will need "
             "normalised observations. vec_normalize=model.get_vec_normalize_env() includes it",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -125,6 +132,9 @@ def _try(
                 outputs = runner(inputs)
                 _compare(outputs, inputs, policy, graph, normalize)
                 states = {f"state_{name}": outputs[f"next_state_{name}"] for name in graph.state_names}
+                if any(spec.role == "noise" for spec in graph.inputs):
+                    # Not all noise has numbers with which an action is the deterministic one
+                    _compare(_without_noise(graph, inputs), inputs, policy, graph, normalize, is_neutral=True)
                 neutral = {spec.name: spec.neutral for spec in graph.inputs if spec.role == "noise"}
                 if neutral and None not in neutral.values():
                     still = {name: np.full_like(inputs[name], value) for name, value in neutral.items()}
@@ -132,6 +142,13 @@ def _try(
     finally:
         policy.set_training_mode(was_training)
     return inputs, outputs
+
+
+def _without_noise(graph: PolicyGraph, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    noises = {spec.name for spec in graph.inputs if spec.role == "noise"}
+    with th.no_grad():
+        answer = graph({name: th.as_tensor(array) for name, array in inputs.items() if name not in noises})
+    return {name: tensor.numpy() for name, tensor in answer.items()}
 
 
 def _compare(
@@ -156,10 +173,11 @@ def _compare(
         error = max(error, float(difference / max(1.0, np.abs(part).max())))
     # NaN too is an error
     if not error <= TOLERANCE:
+        own = ", ".join(users_parts(graph, policy))
         raise ValueError(
             f"export_policy: the exported {type(policy).__name__} differs from predict by {error:.3g} of the range of "
-            "actions. One of its parts does not compute the same in a graph, such as a features extractor with "
-            f"branches in Python: {type(graph.features_extractor).__name__}"
+            "actions. Something in it computes another result in a graph, such as a branch in Python; parts that are "
+            f"not PPOPlus's: {own or 'none'}"
         )
 
 
@@ -188,7 +206,17 @@ def _versions(suffix: str) -> dict[str, str]:
     return {**versions, **({"opset": str(OPSET)} if suffix == ".onnx" else {})}
 
 
-def _write(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(path.name + ".part")
-    unfinished.write_bytes(content)
-    os.replace(unfinished, path)
+def _write_together(contents: dict[Path, bytes]) -> None:
+    """Replace files, once all of them are written. A failure before that leaves the old ones.
+
+    :param contents: what each file is to hold
+    """
+    unfinished = {path: path.with_name(path.name + ".part") for path in contents}
+    try:
+        for path, content in contents.items():
+            unfinished[path].write_bytes(content)
+        for path, part in unfinished.items():
+            os.replace(part, path)
+    finally:
+        for part in unfinished.values():
+            part.unlink(missing_ok=True)

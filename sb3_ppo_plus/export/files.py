@@ -21,7 +21,6 @@ OPSET = 18
 MASK_BATCH = "mask_batch"
 """Name of the size of the masks' batch in ONNX: that of the observations, or 1."""
 MAX_ONNX_BYTES = 2**31 - 2**20
-_MISSING = "export_policy to .onnx needs onnx and onnxscript: pip install 'sb3-ppo-plus[export]'"
 
 
 def trace(graph: PolicyGraph, example: Mapping[str, np.ndarray]) -> ExportedProgram:
@@ -59,15 +58,10 @@ def as_onnx(program: ExportedProgram, graph: PolicyGraph) -> bytes:
 
     :param program: the traced graph
     :param graph: the graph
-    :raises ImportError: if onnx or onnxscript is missing
+    :raises ImportError: if onnx or onnxscript is missing, see :func:`check_path`
     :raises ValueError: if ONNX lacks an operation
     """
-    try:
-        onnx = import_module("onnx")
-        # PyTorch's exporter needs it
-        import_module("onnxscript")
-    except ImportError as error:
-        raise ImportError(_MISSING) from error
+    onnx = import_module("onnx")
     with naming_the_part(graph, "torch.onnx.export"), _quiet(), th.no_grad():
         exported = th.onnx.export(
             program,

@@ -24,10 +24,10 @@ from sb3_ppo_plus.policies.masks import MASK_KEY
 from sb3_ppo_plus.policies.memory import Memory, State
 
 # What decides which actions predict gives: a subclass that overrides one of these may act in another way
-_METHODS_OF_PREDICT = (
-    *("predict", "_predict", "_distribution_and_state", "extract_features", "obs_to_tensor", "preprocess_obs"),
-    *("_split_off_mask", "_remember_actor", "_get_action_dist_from_latent", "_masked_distribution", "_check_state"),
-    *("unscale_action", "squash_output", "actor_memory", "set_training_mode"),
+METHODS_OF_PREDICT = (
+    *("predict", "_predict", "_for_actor", "_needed", "obs_to_tensor", "_split_off_mask", "_distribution_and_state"),
+    *("_actor_features", "extract_features", "_check_state", "_remember_actor", "actor_memory", "_masked_distribution"),
+    *("_get_action_dist_from_latent", "unscale_action", "squash_output", "set_training_mode", "device"),
 )
 _SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, FlatActionSpace)
 _STATE_NAMES = {"lstm": ("hidden", "cell"), "gru": ("hidden",), "gtrxl": ("memory", "n_remembered")}
@@ -151,7 +151,7 @@ def check_policy(policy: BasePolicy) -> None:
         )
     own = [
         name
-        for name in _METHODS_OF_PREDICT
+        for name in METHODS_OF_PREDICT
         if getattr(kind, name, None) is not getattr(ActorCriticPlusPolicy, name, None) or name in vars(policy)
     ]
     if own:
@@ -187,10 +187,19 @@ def naming_the_part(graph: PolicyGraph, step: str) -> Iterator[None]:
         yield
     except Exception as error:
         # PyTorch's exporter raises many types of errors
-        own = {
-            f"{type(module).__module__}.{type(module).__name__}"
-            for module in graph.modules()
-            if type(module).__module__.partition(".")[0] not in ("torch", "sb3_ppo_plus", "stable_baselines3")
-        }
-        parts = f"; parts that are not PPOPlus's: {', '.join(sorted(own))}" if own else ""
+        own = ", ".join(users_parts(graph))
+        parts = f"; parts that are not PPOPlus's: {own}" if own else ""
         raise ValueError(f"export_policy: {step} failed{parts}: {type(error).__name__}: {error}") from error
+
+
+def users_parts(graph: PolicyGraph, policy: nn.Module | None = None) -> list[str]:
+    """Return the names of the classes of a policy's parts that are neither PPOPlus's nor SB3's nor PyTorch's.
+
+    :param graph: the policy's graph
+    :param policy: the policy, whose own class counts too
+    """
+    classes = {type(module) for module in (*graph.modules(), *([] if policy is None else [policy]))}
+    known = ("torch", "sb3_ppo_plus", "stable_baselines3")
+    return sorted(
+        f"{each.__module__}.{each.__name__}" for each in classes if each.__module__.partition(".")[0] not in known
+    )

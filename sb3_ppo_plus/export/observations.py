@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage, unwrap_vec_normalize
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize, VecTransposeImage
 from torch import nn
 
+from sb3_ppo_plus.envs.originals import as_normalized
 from sb3_ppo_plus.envs.questions import wrappers_of
 from sb3_ppo_plus.extractors import real_frames
 
@@ -126,23 +127,6 @@ def statistics_of(normalize: VecNormalize | None, key: str | None) -> Any:  # no
     return normalize.obs_rms[key] if is_normalized and isinstance(normalize.obs_rms, dict) else None
 
 
-def normalizer_of(vec_normalize: object) -> VecNormalize | None:
-    """Return the normaliser that a user has given.
-
-    :param vec_normalize: a VecNormalize, a VecEnv with one inside, or None
-    :raises TypeError: for anything else, and for a subclass, whose way to normalise is not known
-    """
-    if vec_normalize is None:
-        return None
-    normalize = unwrap_vec_normalize(vec_normalize) if isinstance(vec_normalize, VecEnv) else None
-    if type(normalize) is not VecNormalize:
-        raise TypeError(
-            "vec_normalize must be None, a VecNormalize (no subclass) or a VecEnv with one inside, got "
-            f"{vec_normalize!r}{'' if normalize is None else f' with {normalize!r}'}"
-        )
-    return normalize
-
-
 def parts_of(space: spaces.Space[Any]) -> dict[str | None, spaces.Space[Any]]:
     """Return the spaces of the arrays that make up an observation, by their keys.
 
@@ -241,7 +225,7 @@ def check_observation_space(space: spaces.Space[Any], policy_space: spaces.Space
 def as_policy_reads(
     observation: Observation, parts: Mapping[str | None, ObservationPart], normalize: VecNormalize | None
 ) -> Observation:
-    """Convert observations in NumPy, by the normaliser's own method: what an exported policy is compared with.
+    """Convert observations in NumPy, as the normaliser does: what an exported policy is compared with.
 
     :param observation: a batch in the environment's units
     :param parts: the parts
@@ -266,6 +250,7 @@ def _normalized(array: np.ndarray, frames: Frames, normalize: Any, statistics: A
     for index, frame in enumerate(split):
         is_zero = (frame == 0).all(axis=tuple(range(1, array.ndim)), keepdims=True)
         is_padding &= is_zero & (index < frames.number - 1)
-        normalized.append(np.where(is_padding, 0.0, normalize._normalize_obs(frame, statistics)))
+        of_frame = as_normalized(normalize, frame, statistics.mean, statistics.var)
+        normalized.append(np.where(is_padding, 0.0, of_frame))
     joined = np.concatenate(normalized, axis=axis) if frames.number > 1 else normalized[0]
     return joined.reshape(shape).astype(np.float32)

@@ -98,7 +98,7 @@ def answer_of_predict(
     normalize: VecNormalize | None,
     inputs: Mapping[str, np.ndarray],
 ) -> tuple[dict[str, np.ndarray], tuple[np.ndarray, ...]]:
-    """Ask the policy's own ``predict`` for the deterministic actions, with the normaliser's own arithmetic before it.
+    """Ask the policy's own ``predict`` for the deterministic actions, after the normaliser's arithmetic.
 
     :param policy: the policy
     :param graph: its graph, which says what the inputs are

@@ -15,7 +15,7 @@ from stable_baselines3.common.distributions import Distribution, StateDependentN
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.fast.captured import Graph
 from sb3_ppo_plus.fast.functional import call_with
 from sb3_ppo_plus.fast.graphs import CompilationReporter, GraphCache
@@ -29,6 +29,7 @@ from sb3_ppo_plus.fast.users_code import UsersCode
 from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
 from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of, predict_values, rows_of_chunk, values_in_chunks
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.torch_private import versions_of
 from sb3_ppo_plus.trees import tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.tensor_places import tensor_places

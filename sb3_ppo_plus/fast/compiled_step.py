@@ -9,7 +9,6 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import grad_and_value
 
-from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.distributed.random_streams import RandomStream
 from sb3_ppo_plus.fast.captured import Graph
 from sb3_ppo_plus.fast.flat_updates import UPDATES
@@ -17,6 +16,7 @@ from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.graphs import MAX_COMPILATIONS, CompilationReporter, GraphCache
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
+from sb3_ppo_plus.rollout_batch import Minibatch, RolloutBatch
 from sb3_ppo_plus.torch_private import has_gradient_hooks
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_map, tree_unflatten
 from sb3_ppo_plus.update.flat_parameters import FlatGroup, FlatParameters
@@ -232,6 +232,7 @@ class CompiledGradientStep(ReplayedGradientStep):
             objective.pessimistic_value_clip,
             objective.symmetry_mode,
             objective.symmetry_coef,
+            objective.smoothness,
             objective.coefficients.clip_range_vf is None,
             objective.kl_limit is None,
             objective.amp_dtype,
@@ -305,7 +306,12 @@ class _StepFunction:
         objective, scalars, fixed = self._objective, inputs["scalars"], inputs["fixed"]
         batch = RolloutBatch(**inputs["rollout"]).select(indices)
         coefficients = LossCoefficients(
-            scalars["clip_range"], scalars.get("clip_range_vf"), scalars["ent_coef"], scalars["vf_coef"]
+            scalars["clip_range"],
+            scalars.get("clip_range_vf"),
+            scalars["ent_coef"],
+            scalars["vf_coef"],
+            scalars.get("caps_temporal"),
+            scalars.get("caps_spatial"),
         )
 
         def loss(flat: list[th.Tensor]) -> tuple[th.Tensor, th.Tensor]:

@@ -9,8 +9,8 @@ import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 from torch.func import functional_call
 
-from sb3_ppo_plus.buffers import RolloutBatch
-from sb3_ppo_plus.update.gradient_step import Objective
+from sb3_ppo_plus.rollout_batch import RolloutBatch
+from sb3_ppo_plus.update.gradient_step import Evaluation, Objective
 from sb3_ppo_plus.update.tensor_places import tensor_places
 
 
@@ -44,9 +44,7 @@ def call_with(
     return functional_call(_Call(function, policy), renamed, arguments, tie_weights=False)
 
 
-def evaluate_minibatch(
-    policy: ActorCriticPolicy, objective: Objective, batch: RolloutBatch
-) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
+def evaluate_minibatch(policy: ActorCriticPolicy, objective: Objective, batch: RolloutBatch) -> Evaluation:
     """Evaluate a minibatch for a trace, see :meth:`Objective.evaluate`.
 
     :param policy: the policy

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch as th
 from stable_baselines3.common.policies import ActorCriticPolicy
 
-from sb3_ppo_plus.buffers import Minibatch, RolloutBatch
 from sb3_ppo_plus.fast.functional import call_with, evaluate_minibatch
 from sb3_ppo_plus.fast.policy_changes import layout_of
 from sb3_ppo_plus.fast.replays import Replays
+from sb3_ppo_plus.rollout_batch import Minibatch, RolloutBatch
 from sb3_ppo_plus.trees import TreeSpec, tree_flatten, tree_unflatten
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective, stacked
 from sb3_ppo_plus.update.losses import LossCoefficients
@@ -97,7 +97,8 @@ class ReplayedGradientStep(GradientStep):
         # In the loss's own dtype, because a float64 factor would change it
         factors = {
             name: th.tensor(value, dtype=th.float32)
-            for name, value in (("ent_coef", coefficients.ent_coef), ("vf_coef", coefficients.vf_coef))
+            for name, value in coefficients._asdict().items()
+            if value is not None and name not in ("clip_range", "clip_range_vf")
         }
         tensors = {name: tensor.detach() for name, tensor in tensor_places(self.policy).items()}
         inputs, spec = tree_flatten((ranges | factors, tensors, tensors_of(rollout.by_field())))
@@ -106,6 +107,7 @@ class ReplayedGradientStep(GradientStep):
             objective.pessimistic_value_clip,
             objective.symmetry_mode,
             objective.symmetry_coef,
+            objective.smoothness,
             coefficients.ent_coef == 0.0,
             spec,
             layout_of(inputs),

@@ -157,6 +157,13 @@ class SquashedGaussianDistribution(BoundedDistribution):
         """
         return th.randn(self.entropy_samples, batch_size, self.action_dim, device=device)
 
+    def normalized_mode(self) -> th.Tensor:
+        """Return the tanh of :meth:`mode`: the action in units in which the bounds are -1 and 1.
+
+        :return: shape (batch, action_dim)
+        """
+        return th.tanh(self.mode())
+
     def to_unit_interval(self, actions: np.ndarray) -> np.ndarray:
         """Map u to (1 + tanh(u)) / 2.
 
@@ -248,6 +255,13 @@ class BetaDistribution(BoundedDistribution):
         above_alpha = self.distribution.concentration1 - 1.0 + 1e-9
         above_beta = self.distribution.concentration0 - 1.0 + 1e-9
         return _inside_unit_interval(above_alpha / (above_alpha + above_beta))
+
+    def normalized_mode(self) -> th.Tensor:
+        """Return :meth:`mode` in units in which the bounds are -1 and 1.
+
+        :return: float32, shape (batch, action_dim)
+        """
+        return 2.0 * self.mode() - 1.0
 
     def to_unit_interval(self, actions: np.ndarray) -> np.ndarray:
         """Return x, clipped to [0, 1].

@@ -77,6 +77,7 @@ class HybridDistribution(DiagGaussianDistribution):
         self._spaces = action_space
         self._follows_replaced_methods = not takes_masks
         self._n_log_stds: list[int] = []
+        self._batch_size = 0
         super().__init__(action_space.shape[0])
 
     @property  # type: ignore[override]  # SB3 narrows its base in the same way
@@ -128,6 +129,7 @@ class HybridDistribution(DiagGaussianDistribution):
         :return: self
         """
         log_stds: Sequence[Any] = self.log_stds_of_parts(log_std)
+        self._batch_size = len(mean_actions[0])
         # New parts each time, so that a copy of this object keeps its parts
         self.parts = [copy(part) for part in self.parts]
         for part, outputs, part_log_std in zip(self.parts, mean_actions, log_stds, strict=True):
@@ -151,16 +153,28 @@ class HybridDistribution(DiagGaussianDistribution):
 
         :param masks: True where a choice is valid, shape (batch, mask size) or flat: those of the first discrete part,
             then those of the second, and so on; each part has them as its own distribution takes them
-        :raises ValueError: for masks of another size, or a MultiBinary part of a policy that was built without masks
+        :raises ValueError: for masks of another size or of another number of observations, or masked choices of a
+            MultiBinary part of a policy that was built without masks
         """
-        given = th.as_tensor(masks).reshape(-1, sum(self._mask_sizes))
-        of_parts = th.split(given, self._mask_sizes, dim=1)
+        given, size = th.as_tensor(masks), sum(self._mask_sizes)
+        if given.numel() != self._batch_size * size:
+            named = zip(self._spaces.parts, self._mask_sizes, strict=True)
+            sizes = ", ".join(f"{size} for part {part.path!r}" for part, size in named if size)
+            raise ValueError(
+                f"action masks must have the shape (n_envs, mask size) = ({self._batch_size}, {size}) ({sizes}), got "
+                f"{tuple(given.shape)}"
+            )
+        of_parts = th.split(given.reshape(-1, size), self._mask_sizes, dim=1)
         for part, (path, space, _), part_masks in zip(self.parts, self._spaces.parts, of_parts, strict=True):
             if isinstance(space, spaces.Box):
                 continue
-            if not isinstance(part, MaskableDistribution):
-                raise ValueError(f"part {path!r} takes no masks: the policy was built without action_masking=True")
-            part.apply_masking(part_masks)
+            if isinstance(part, MaskableDistribution):
+                part.apply_masking(part_masks)
+            elif not part_masks.all():
+                raise ValueError(
+                    f"part {path!r} takes no masks, because the policy was built without action_masking=True; allowed: "
+                    f"None in its place, or {part_masks.shape[1]} times True"
+                )
 
     def log_prob(self, actions: th.Tensor) -> th.Tensor:
         """Return the log-probability of the parts that are used.

@@ -35,13 +35,34 @@ def masks_of_envs(action_space: spaces.Space[Any], given: Any) -> np.ndarray:  #
     :param given: an array of shape (n_envs, mask size) or (mask size,). For a Tuple or Dict also a structure, see
         :func:`flat_mask`, or a list of structures
     :return: bool, shape (n_envs, mask size)
-    :raises ValueError: see :func:`flat_mask` and :func:`check_masks`
+    :raises ValueError: for a space without discrete parts; see also :func:`flat_mask` and :func:`check_masks`
     """
+    sizes = mask_sizes(action_space)
     if parts_of(action_space) and not isinstance(given, np.ndarray):
-        is_list = isinstance(given, list) and not _is_flat(given)
-        given = np.array([flat_mask(action_space, mask) for mask in given]) if is_list else given
+        if isinstance(given, list) and not _is_flat(given):
+            given = np.array([_mask_in_list(action_space, given, index, sum(sizes)) for index in range(len(given))])
         given = flat_mask(action_space, given) if isinstance(given, tuple | Mapping) else given
-    return check_masks(np.asarray(given), mask_sizes(action_space), names=mask_names(action_space))
+    return check_masks(np.asarray(given), sizes, names=mask_names(action_space))
+
+
+def _mask_in_list(action_space: spaces.Space[Any], given: list[Any], index: int, size: int) -> np.ndarray:
+    """Return one of several masks as one array."""
+    mask, structure = given[index], space_of_env(action_space)
+    is_structure = isinstance(mask, tuple | Mapping) or (isinstance(mask, list) and not _is_flat(mask))
+    flat = flat_mask(action_space, mask) if is_structure else np.asarray(mask)
+    if flat.size != size or flat.dtype == object:
+        kind = "tuple" if isinstance(structure, spaces.Tuple) else "dict"
+        raise ValueError(
+            f"action_masks is a list, which holds one mask for each observation: a {kind} of the masks of parts, or "
+            f"{size} numbers ({_described_sizes(structure)}); element {index} is {mask!r}. The mask of one observation "
+            f"alone must be the {kind} itself"
+        )
+    return flat.reshape(size)
+
+
+def _described_sizes(action_space: spaces.Space[Any]) -> str:
+    discrete = [part for part in parts_of(action_space) if not isinstance(part.space, spaces.Box)]
+    return ", ".join(f"{sum(mask_sizes(flattened_choices(part.space)))} for part {part.path!r}" for part in discrete)
 
 
 def flat_mask(action_space: spaces.Space[Any], mask: Any) -> np.ndarray:  # noqa: ANN401  # an array or structure
@@ -56,7 +77,8 @@ def flat_mask(action_space: spaces.Space[Any], mask: Any) -> np.ndarray:  # noqa
     """
     if isinstance(mask, np.ndarray) or not isinstance(mask, tuple | list | Mapping) or _is_flat(mask):
         return np.asarray(mask)
-    return np.concatenate([*_masks_of_parts(space_of_env(action_space), mask, ())])
+    masks = [*_masks_of_parts(space_of_env(action_space), mask, ())]
+    return np.concatenate(masks) if masks else np.zeros(0, np.bool_)
 
 
 def _is_flat(mask: Any) -> bool:  # noqa: ANN401  # an array or structure

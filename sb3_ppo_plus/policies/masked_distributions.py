@@ -148,7 +148,8 @@ def _sizes(action_space: spaces.Space[Any]) -> list[int]:
     if isinstance(action_space, spaces.MultiBinary) and isinstance(action_space.n, int):
         return [2] * action_space.n
     raise ValueError(
-        f"action masks need a Discrete, MultiDiscrete or MultiBinary action space of one dimension, got {action_space}"
+        "action masks need a Discrete, MultiDiscrete or MultiBinary action space of one dimension, or a Tuple or Dict "
+        f"with such a part, got {action_space}"
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any, NamedTuple, TypeAlias
 
 from gymnasium import spaces
 
 from sb3_ppo_plus.argument_checks import did_you_mean
-from sb3_ppo_plus.policies.flat_actions import ActionPart, parts_of
+from sb3_ppo_plus.policies.flat_actions import HYBRID_SPACES, ActionPart, parts_of, space_of_env, subspaces
 
 UsedParts: TypeAlias = Mapping[str, Sequence[Sequence[str]]]
 """For the path of a Discrete part, a list with the paths of the parts that each choice uses."""
@@ -42,11 +43,14 @@ def conditions_of(action_space: spaces.Space[Any], used_parts: UsedParts | None)
         raise TypeError(f"used_parts must be a dict with the path of a Discrete part as key, got {used_parts!r}")
     if not parts:
         raise ValueError(f"used_parts={used_parts!r} needs a Tuple or Dict action space, got {action_space}")
+    places = _places(space_of_env(action_space))
     choosers = {path: _chooser(path, parts, branches) for path, branches in used_parts.items()}
     for path, branches in used_parts.items():
         branches_of: dict[int, list[int]] = {}
         for choice, names in enumerate(branches):
-            for index in dict.fromkeys(i for name in names for i in _named(name, parts, path, choosers.values())):
+            for index in dict.fromkeys(
+                i for name in names for i in _named(name, parts, places, path, choosers.values())
+            ):
                 branches_of.setdefault(index, []).append(choice)
         for index, choices in branches_of.items():
             if len(choices) < len(branches):
@@ -78,16 +82,50 @@ def _chooser(path: object, parts: Sequence[ActionPart], branches: object) -> int
     return index
 
 
-def _named(name: object, parts: Sequence[ActionPart], chooser: str, choosers: Iterable[int]) -> list[int]:
+def _places(space: spaces.Space[Any]) -> list[tuple[str, list[int]]]:
+    """Return the path of each part, Tuple and Dict inside a space, and the indices of the parts there.
+
+    A key may hold a dot, so paths alone do not tell what is inside of what.
+    """
+    places: list[tuple[str, list[int]]] = []
+    _add_places(space, (), count(), places)
+    return places
+
+
+def _add_places(
+    space: spaces.Space[Any], path: tuple[str, ...], numbers: Iterator[int], places: list[tuple[str, list[int]]]
+) -> list[int]:
+    """Add what is in a space to ``places``; return the indices of its parts."""
+    if isinstance(space, HYBRID_SPACES):
+        inner = [_add_places(each, (*path, str(key)), numbers, places) for key, each in subspaces(space)]
+        indices = [index for part in inner for index in part]
+    else:
+        indices = [next(numbers)]
+    if path:
+        places.append((".".join(path), indices))
+    return indices
+
+
+def _named(
+    name: object,
+    parts: Sequence[ActionPart],
+    places: Sequence[tuple[str, list[int]]],
+    chooser: str,
+    choosers: Iterable[int],
+) -> list[int]:
     """Return the indices of the part with a path, or of all parts inside the Tuple or Dict with that path."""
-    found = [i for i, part in enumerate(parts) if part.path == name or part.path.startswith(f"{name}.")]
-    if not found:
+    named = [indices for path, indices in places if path == name]
+    if not named:
         paths = [part.path for part in parts]
         raise ValueError(
             f"used_parts[{chooser!r}]: the action space has no part {name!r}; its parts are {paths}"
             f"{did_you_mean(name, paths)}"
         )
-    wrong = [parts[i].path for i in found if i in {*choosers}]
+    if len(named) > 1:
+        raise ValueError(
+            f"used_parts[{chooser!r}]: {name!r} is the path of two parts of the action space; give the keys other names"
+        )
+    wrong = [parts[i].path for i in named[0] if i in {*choosers}]
     if wrong:
         raise ValueError(f"used_parts[{chooser!r}]: part {wrong[0]!r} chooses what is used, and is always used")
-    return found
+    return named[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +12,8 @@ from stable_baselines3.common.type_aliases import MaybeCallback
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.callback_hooks import iterate_callbacks
+from sb3_ppo_plus.callback_hooks import iterate_callbacks, notify_learn_end
+from sb3_ppo_plus.distributed import first_rank
 from sb3_ppo_plus.envs.fill_missing_keys import refuse_missing_keys
 from sb3_ppo_plus.envs.restarting_env import RestartCounter
 from sb3_ppo_plus.envs.worker_watch import WorkerWatch
@@ -53,6 +55,16 @@ class Run:
         if getattr(model.policy, "head_keys", None) is not None:
             refuse_missing_keys(model.env)
         self.watch.watch_evaluations(callback)
+
+    def end(self, afterwards: Callable[[BaseCallback], None]) -> None:
+        """Call ``on_learn_end`` of the callbacks, which then belong to no run any more.
+
+        :param afterwards: what to do with the callback that holds all others, at last
+        """
+        callback, self.callback = self.callback, None
+        if callback is not None:
+            first_rank.take_work_back(callback)
+            notify_learn_end(callback, lambda: afterwards(callback))
 
     def wait_for_checkpoints(self) -> None:
         """Wait until ``last_checkpoint`` is the last one: callbacks may be writing one in the background."""

@@ -76,10 +76,10 @@ def shared_out(states: list[TrainingState], ranks: Ranks, n_envs: int) -> Traini
     if n_saved != n_envs * ranks.size:
         raise ValueError(
             f"the checkpoint has {n_saved} environments of {len(states)} processes, now there are {n_envs} in each of "
-            f"{ranks.size}"
+            f"{ranks.size}: make {n_saved} in all, by share_of({n_saved}) in each process"
         )
     envs = slice(n_envs * ranks.rank, n_envs * (ranks.rank + 1))
-    state = {name: value for name, value in states[0].items() if name != "parts"}
+    state = {name: value for name, value in states[0].items() if name not in ("parts", "original_observations")}
     attributes = [each["attributes"] for each in states]
     state["attributes"] = {
         **attributes[0],

@@ -24,7 +24,8 @@ from sb3_ppo_plus.env_states.generator_state import (
 )
 from sb3_ppo_plus.env_states.plain_state import Json, PlainStateReader, PlainStateWriter, place_of_odd_value
 from sb3_ppo_plus.env_states.vec_env_state import reset_without_learning, set_vec_env_state, vec_env_state
-from sb3_ppo_plus.envs.questions import base_of
+from sb3_ppo_plus.envs.originals import OriginalObservations
+from sb3_ppo_plus.envs.questions import base_of, innermost_normalizer
 from sb3_ppo_plus.envs.replaced_statistics import own_statistics
 from sb3_ppo_plus.errors import PlainStateError
 from sb3_ppo_plus.resuming.callback_state import callback_states
@@ -78,6 +79,7 @@ def take_snapshot(
         "learning_rate_factors": model._coefficients.groups(model).factors,
         **model._execution.state(model),
         **model._parts.state(),
+        **_state_of_originals(model),
         "seconds": seconds_of_learning(model),
         "logger": pending_logs(model),
         "spaces": [space_generator_states(space) for space in (model.observation_space, model.action_space)],
@@ -114,6 +116,11 @@ def _env_state(env: VecEnv, unsaved: list[str] | None) -> dict[str, Any]:
     # Between two updates, statistics are the same in all processes
     with own_statistics(env):
         return vec_env_state(env, unsaved)
+
+
+def _state_of_originals(model: PlusModel) -> dict[str, Any]:
+    originals = getattr(model.rollout_buffer, "originals", None)
+    return {} if originals is None else {"original_observations": originals.state()}
 
 
 def _as_text(encoded: Json) -> str:
@@ -175,6 +182,11 @@ def set_training_state(model: PlusModel, state: TrainingState, trusted: bool = T
     model._coefficients.groups(model).factors = state["learning_rate_factors"]
     model._execution.set_state(model, state)
     model._parts.set_state(state)
+    normalize = innermost_normalizer(model.env)
+    if "original_observations" in state and normalize is not None:
+        originals = OriginalObservations(model, normalize)
+        originals.set_state(state["original_observations"])
+        model.rollout_buffer.originals = originals  # type: ignore[attr-defined]  # a symmetry needs a buffer of ours
     for space, generators in zip((model.observation_space, model.action_space), state["spaces"], strict=True):
         set_space_generator_states(space, generators)
     if state["gsde"] is not None:

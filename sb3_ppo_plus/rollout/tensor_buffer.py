@@ -12,8 +12,9 @@ from stable_baselines3.common.type_aliases import RolloutBufferSamples
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, RolloutBatch, as_policy_takes
+from sb3_ppo_plus.buffers import PPOPlusDictRolloutBuffer, PPOPlusRolloutBuffer, as_policy_takes
 from sb3_ppo_plus.envs.tensor_vec_env import TensorVecEnv
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.trees import tree_map
 
 _COLUMNS = ("rewards", "returns", "episode_starts", "values", "log_probs", "advantages")
@@ -111,6 +112,8 @@ class TensorRolloutBuffer(PPOPlusRolloutBuffer):
             tensors["log_probs"][pos] = log_prob.flatten()
         if context:
             self._contexts.append(context)
+        if self.originals is not None:
+            self.originals.add(self.pos)
         self.pos += 1
         self.full = self.pos == self.buffer_size
         if self.full and self._contexts:
@@ -227,6 +230,6 @@ def fit_buffer(model: PlusModel, env: VecEnv | None) -> None:
         others: Any = (buffer.action_space, buffer.device, buffer.gae_lambda, buffer.gamma, buffer.n_envs)
         space: Any = buffer.observation_space
         new = wanted(buffer.buffer_size, space, *others)
-        for name in ("advantages_by_scan", "sequence_length"):
+        for name in ("advantages_by_scan", "sequence_length", "originals"):
             setattr(new, name, getattr(buffer, name))
         model.rollout_buffer = new

@@ -35,6 +35,7 @@ LEFT_OUT = ("env", "policy", "device", "tensorboard_log")
 DEFAULTS_OF_LATER_ARGUMENTS = {
     **{"worker_timeout": None, "restart_workers": 0, "micro_batches": 1, "distributed": False},
     **{"symmetry": None, "symmetry_mode": "augment", "symmetry_coef": 1.0},
+    **{"caps_temporal": 0.0, "caps_spatial": 0.0, "caps_sigma": 0.1},
 }
 SCHEDULES = {cls.__name__: cls for cls in (Constant, Cosine, Exponential, Linear, WarmupCosine, LinearSchedule)}
 ROLLOUT_BUFFERS: dict[str, type[RolloutBuffer]] = {

@@ -64,8 +64,11 @@ def read_regular_file(path: str | Path, max_bytes: int, follows_links: bool = Tr
     with open_regular_file(path, follows_links) as file:
         size = os.fstat(file.fileno()).st_size
         if size <= max_bytes:
-            # It may grow after its size was read
-            content = file.read(max_bytes + 1)
+            # Python takes as much memory as it is asked to read
+            content = file.read(size + 1)
+            if len(content) > size:
+                # It has grown after its size was read
+                content += file.read(max_bytes + 1 - len(content))
             size = len(content)
         if size > max_bytes:
             raise UntrustedFileError(f"{path} has {size} bytes; at most {max_bytes} are allowed")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import torch as th
@@ -15,6 +16,19 @@ from sb3_ppo_plus.update.losses import LossCoefficients
 
 Coefficient = float | str | Schedule
 """A number, a schedule or any callable of progress_remaining, or a schedule's string form such as "lin_3e-4"."""
+
+
+OPTIONAL_TERMS = ("caps_temporal", "caps_spatial")
+"""Coefficients of terms of the loss that are not computed where the coefficient is the number 0."""
+
+
+def terms_in_use(model: PlusModel) -> list[str]:
+    """Return the coefficients of the optional terms of a model's loss.
+
+    :param model: the model
+    """
+    given = {name: getattr(model, name) for name in OPTIONAL_TERMS}
+    return [name for name, value in given.items() if not (isinstance(value, Real) and value == 0)]
 
 
 class Coefficients:
@@ -38,7 +52,7 @@ class Coefficients:
         :raises ValueError: for a value that is not allowed
         :raises TypeError: for a value of the wrong type
         """
-        for name in ("ent_coef", "vf_coef"):
+        for name in ("ent_coef", "vf_coef", *OPTIONAL_TERMS):
             self._schedule(name, getattr(model, name))
         model.clip_range = _float_schedule(model.clip_range, "clip_range")
         # SB3's own check refuses numbers that are not positive
@@ -69,6 +83,7 @@ class Coefficients:
             clip_range_vf=None if model.clip_range_vf is None else self._value(model, "clip_range_vf"),
             ent_coef=self._value(model, "ent_coef"),
             vf_coef=self._value(model, "vf_coef"),
+            **{name: self._value(model, name) for name in terms_in_use(model)},
         )
 
     def update_learning_rates(

@@ -14,13 +14,26 @@ from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, minibatches
 from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.update.argument_validation import without_argument_validation
+from sb3_ppo_plus.update.coefficients import OPTIONAL_TERMS, terms_in_use
 from sb3_ppo_plus.update.gradient_step import AnyMinibatch, GradientStep, Objective
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients
 from sb3_ppo_plus.update.parted_rollout import Moments, PartedRollout, moments_of_all
-from sb3_ppo_plus.update.symmetry import add_mirrored
+from sb3_ppo_plus.update.smoothness import add_following, check_smoothness
+from sb3_ppo_plus.update.symmetry import add_mirrored, check_symmetry
 
 MakeMinibatches: TypeAlias = Callable[[], Iterator[AnyMinibatch]]
+
+
+def check_extras(model: PlusModel) -> None:
+    """Check before the first step that a model can have what it asks for beside PPO's objective.
+
+    :param model: the model, whose environments were reset
+    :raises ValueError: see :func:`check_symmetry` and :func:`check_smoothness`
+    :raises TypeError: see :func:`check_symmetry`
+    """
+    check_symmetry(model)
+    check_smoothness(model)
 
 
 def minibatches_of(model: PlusModel, parts: Parts) -> MakeMinibatches:
@@ -31,6 +44,7 @@ def minibatches_of(model: PlusModel, parts: Parts) -> MakeMinibatches:
     :raises ValueError: if there are parts, and the rollout buffer is not one of ours
     """
     add_mirrored(model)
+    add_following(model)
     buffer, batch_size = model.rollout_buffer, model.batch_size
     if parts.is_whole:
         return lambda: minibatches(buffer, batch_size)
@@ -112,7 +126,7 @@ def log_update(model: PlusModel, history: UpdateHistory, coefficients: LossCoeff
     if history.was_stopped and model.verbose >= 1:
         approx_kl = history.metrics[-1][METRICS.index("approx_kl")]
         print(f"Early stopping at step {history.n_epochs_done} due to reaching max kl: {approx_kl:.2f}")
-    for name, value in history.logged().items():
+    for name, value in history.logged(terms_in_use(model)).items():
         logger.record(f"train/{name}", value)
     logger.record("train/explained_variance", _explained_variance(rollout_buffer, model._parts))
     log_std = getattr(model.policy, "log_std", None)
@@ -121,4 +135,5 @@ def log_update(model: PlusModel, history: UpdateHistory, coefficients: LossCoeff
     logger.record("train/n_updates", model._n_updates, exclude="tensorboard")
     for name, value in coefficients._asdict().items():
         if value is not None:
-            logger.record(f"train/{name}", value)
+            # The terms themselves are logged by the names of their weights
+            logger.record(f"train/{name}_coef" if name in OPTIONAL_TERMS else f"train/{name}", value)

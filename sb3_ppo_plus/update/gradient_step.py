@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.distributed.parts import Parts
+from sb3_ppo_plus.rollout_batch import Minibatch, RolloutBatch
 from sb3_ppo_plus.update.flat_conditions import obstacle_to_flat_steps
 from sb3_ppo_plus.update.flat_parameters import FlatParameters
 from sb3_ppo_plus.update.losses import METRICS, LossCoefficients, LossTerms, ppo_loss
 from sb3_ppo_plus.update.parted_gradients import sum_of_parts
 from sb3_ppo_plus.update.parted_rollout import PartedMinibatch
+from sb3_ppo_plus.update.smoothness import Smoothness
 from sb3_ppo_plus.update.symmetry import mean_of, with_mirror_loss, with_mirrored
 
 # The numbers of a larger policy do not fit the caches. Copying its gradients takes more time than flat steps save
@@ -62,6 +64,21 @@ def check_amp(model: PlusModel) -> None:
         )
 
 
+class Evaluation(NamedTuple):
+    """What the loss needs of a policy's evaluation of a minibatch.
+
+    :param values: value predictions, shape (batch,)
+    :param log_prob: log-probabilities of the actions, shape (batch,)
+    :param entropy: entropies, shape (batch,); None: there is no closed form
+    :param smooth: what :meth:`Smoothness.actions` has returned; None: the objective has no such terms
+    """
+
+    values: th.Tensor
+    log_prob: th.Tensor
+    entropy: th.Tensor | None
+    smooth: th.Tensor | None = None
+
+
 @dataclass(frozen=True)
 class Objective:
     """The settings of an update, for all its minibatches.
@@ -74,6 +91,7 @@ class Objective:
     :param amp_dtype: dtype of autocast for the policy's forward pass; None: no autocast. The loss is always float32
     :param symmetry_mode: what minibatches with mirror images are for, "augment" or "loss"
     :param symmetry_coef: weight of the term that "loss" adds
+    :param smoothness: terms that want smooth actions; None: there are none
     """
 
     coefficients: LossCoefficients
@@ -84,6 +102,7 @@ class Objective:
     amp_dtype: th.dtype | None
     symmetry_mode: str = "augment"
     symmetry_coef: float = 1.0
+    smoothness: Smoothness | None = None
 
     @classmethod
     def of_update(cls, model: PlusModel, coefficients: LossCoefficients, parts: Parts) -> Self:
@@ -102,12 +121,11 @@ class Objective:
             amp_dtype=resolve_amp(model.amp, model.device),
             symmetry_mode=model.symmetry_mode,
             symmetry_coef=model.symmetry_coef,
+            smoothness=Smoothness.of_model(model),
         )
 
-    def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> tuple[th.Tensor, th.Tensor, th.Tensor | None]:
-        """Return values, log-probabilities and entropies (or None) of a minibatch, each of shape (batch,).
-
-        Those of mirror images follow, if the minibatch has some.
+    def evaluate(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> Evaluation:
+        """Evaluate a minibatch. Values, log-probabilities and entropies of its mirror images follow, if it has some.
 
         :param policy: the policy
         :param batch: the minibatch
@@ -115,16 +133,19 @@ class Objective:
         observations, actions = with_mirrored(batch) if batch.mirrored else (batch.observations, batch.actions)
         if self.amp_dtype is None:
             values, log_prob, entropy = policy.evaluate_actions(observations, actions, **batch.context)
-            return values.flatten(), log_prob, entropy
+            return Evaluation(values.flatten(), log_prob, entropy, self._smooth(policy, batch))
         with th.autocast(batch.actions.device.type, dtype=self.amp_dtype):
             values, log_prob, entropy = policy.evaluate_actions(observations, actions, **batch.context)
-        return values.flatten().float(), log_prob.float(), None if entropy is None else entropy.float()
+            smooth = self._smooth(policy, batch)
+        return Evaluation(
+            values.flatten().float(), log_prob.float(), None if entropy is None else entropy.float(), smooth
+        )
+
+    def _smooth(self, policy: ActorCriticPolicy, batch: RolloutBatch) -> th.Tensor | None:
+        return None if self.smoothness is None else self.smoothness.actions(policy, batch)
 
     def loss(
-        self,
-        batch: RolloutBatch,
-        evaluation: tuple[th.Tensor, th.Tensor, th.Tensor | None],
-        coefficients: LossCoefficients | None = None,
+        self, batch: RolloutBatch, evaluation: Evaluation, coefficients: LossCoefficients | None = None
     ) -> LossTerms:
         """Return loss and metrics of a minibatch.
 
@@ -132,6 +153,18 @@ class Objective:
         :param evaluation: what :meth:`evaluate` returned for it
         :param coefficients: used instead of the objective's; None: the objective's
         """
+        values, log_prob, entropy, smooth = evaluation
+        terms = self._with_images(batch, (values, log_prob, entropy), coefficients)
+        if self.smoothness is None or smooth is None:
+            return terms
+        return self.smoothness.add_to(terms, batch, smooth, coefficients or self.coefficients)
+
+    def _with_images(
+        self,
+        batch: RolloutBatch,
+        evaluation: tuple[th.Tensor, th.Tensor, th.Tensor | None],
+        coefficients: LossCoefficients | None,
+    ) -> LossTerms:
         if not batch.mirrored:
             return self._loss(batch, evaluation, coefficients)
         n = len(batch.actions)
@@ -186,7 +219,7 @@ def recompute_log_prob(
     if not isinstance(rollout_buffer, PPOPlusRolloutBuffer) or not (differs or objective.amp_dtype is not None):
         return
     policy.set_training_mode(False)
-    rollout = rollout_buffer.rollout()
+    objective, rollout = replace(objective, smoothness=None), rollout_buffer.rollout()
     size, n_parts = parts.size_of(batch_size), parts.n_here
     in_order = [indices for part in range(n_parts) for indices in rollout_buffer.in_order(size, part, n_parts)]
     for indices in in_order:

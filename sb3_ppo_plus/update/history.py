@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -46,12 +47,14 @@ class UpdateHistory:
         # All minibatches are copied at once. SB3 averages in float64
         return th.stack(self.metrics).double().cpu()
 
-    def logged(self) -> dict[str, float]:
+    def logged(self, further: Sequence[str] = ()) -> dict[str, float]:
         """Return the values to log, by SB3's names and ours: means over the minibatches.
 
         As in SB3, approx_kl is the mean over the last epoch, and loss is that of the last minibatch. Minibatches with a
         loss or gradient that is not finite are left out. Under float16, gradients that overflow are left out of
         grad_norm, and counted as overflowed_steps.
+
+        :param further: metrics to log too, of those that most models do not have
         """
         table = self.table
         start, n_stepped = self.epoch_starts[-1], len(table) - self.was_stopped
@@ -77,6 +80,7 @@ class UpdateHistory:
             "approx_kl": last_epoch_mean["approx_kl"],
             "clip_fraction": mean["clip_fraction"],
             "value_clip_fraction": mean["value_clip_fraction"],
+            **{name: mean[name] for name in further},
             "loss": table[-1, METRICS.index("loss")].item(),
             **({"grad_norm": grad_norms.mean().item()} if len(grad_norms) else {}),
             **counts,

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch as th
 from torch.nn import functional as F
 
-from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 
 
 class LossCoefficients(NamedTuple):
@@ -21,16 +21,23 @@ class LossCoefficients(NamedTuple):
     :param clip_range_vf: clipping range of the value prediction, in units of the return; None: no clipping
     :param ent_coef: weight of the entropy bonus, >= 0
     :param vf_coef: weight of the value loss, >= 0
+    :param caps_temporal: weight of a term of :class:`sb3_ppo_plus.update.smoothness.Smoothness`, >= 0; None: no term
+    :param caps_spatial: weight of its other term, >= 0; None: no term
     """
 
     clip_range: float | th.Tensor
     clip_range_vf: float | th.Tensor | None
     ent_coef: float | th.Tensor
     vf_coef: float | th.Tensor
+    caps_temporal: float | th.Tensor | None = None
+    caps_spatial: float | th.Tensor | None = None
 
 
 class LossTerms(NamedTuple):
-    """The loss of one minibatch and its logged metrics: 0-dim tensors. Only ``loss`` carries a gradient."""
+    """The loss of one minibatch and its logged metrics: 0-dim tensors. Only ``loss`` carries a gradient.
+
+    ``caps_temporal`` and ``caps_spatial`` are 0 without :class:`sb3_ppo_plus.update.smoothness.Smoothness`.
+    """
 
     loss: th.Tensor
     policy_loss: th.Tensor
@@ -39,6 +46,8 @@ class LossTerms(NamedTuple):
     approx_kl: th.Tensor
     clip_fraction: th.Tensor
     value_clip_fraction: th.Tensor
+    caps_temporal: th.Tensor
+    caps_spatial: th.Tensor
 
 
 def _clamp(x: th.Tensor, low: float | th.Tensor, high: float | th.Tensor) -> th.Tensor:
@@ -191,7 +200,7 @@ def ppo_loss(
     :param pessimistic_value_clip: see :func:`value_loss`
     """
     valid, weights = batch.valid, batch.weights
-    clip_range, clip_range_vf, ent_coef, vf_coef = coefficients
+    clip_range, clip_range_vf, ent_coef, vf_coef = coefficients[:4]
     advantages = normalize_advantages(batch.advantages, valid) if normalize_advantage else batch.advantages
     log_ratio = log_prob - batch.old_log_prob
     if valid is not None:
@@ -218,12 +227,12 @@ def ppo_loss(
     with th.no_grad():
         approx_kl = approximate_kl(log_ratio, valid, weights)
         clip_fraction = masked_mean((th.abs(ratio - 1) > clip_range).float(), valid, weights)
-        value_clip_fraction = th.zeros_like(clip_fraction)
+        value_clip_fraction = nothing = th.zeros_like(clip_fraction)
         if clip_range_vf is not None:
             is_clipped = th.abs(values - batch.old_values) > clip_range_vf
             value_clip_fraction = masked_mean(is_clipped.float(), valid, weights)
     terms = policy_term.detach(), value_term.detach(), entropy_term.detach()
-    return LossTerms(loss, *terms, approx_kl, clip_fraction, value_clip_fraction)
+    return LossTerms(loss, *terms, approx_kl, clip_fraction, value_clip_fraction, nothing, nothing)
 
 
 # Names of a minibatch's metrics, in the order of the tensor that holds them

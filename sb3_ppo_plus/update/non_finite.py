@@ -14,7 +14,10 @@ from sb3_ppo_plus.extractors import TransformerExtractor
 from sb3_ppo_plus.update.history import UpdateHistory
 from sb3_ppo_plus.update.losses import METRICS
 
-TERMS = {"policy_loss": "policy loss", "value_loss": "value loss", "entropy_loss": "entropy"}
+TERMS = {
+    **{"policy_loss": "policy loss", "value_loss": "value loss", "entropy_loss": "entropy"},
+    **{"caps_temporal": "temporal term of CAPS", "caps_spatial": "spatial term of CAPS"},
+}
 
 
 def check_epsilon(policy: ActorCriticPolicy) -> None:

@@ -7,7 +7,7 @@ from itertools import groupby
 
 import torch as th
 
-from sb3_ppo_plus.buffers import Minibatch
+from sb3_ppo_plus.rollout_batch import Minibatch
 from sb3_ppo_plus.update.losses import LossTerms
 from sb3_ppo_plus.update.parted_rollout import PartedMinibatch
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch as th
 
-from sb3_ppo_plus.buffers import Minibatch, PPOPlusRolloutBuffer
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.distributed.parts import Parts
+from sb3_ppo_plus.rollout_batch import Minibatch
 
 
 class PartedMinibatch(NamedTuple):

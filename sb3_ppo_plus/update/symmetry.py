@@ -13,10 +13,12 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.utils import obs_as_tensor
-from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, RolloutBatch
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+from sb3_ppo_plus.envs.originals import OriginalObservations, replaces_arithmetic
+from sb3_ppo_plus.envs.questions import innermost_normalizer, unknown_wrapper
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.update.losses import LossTerms, masked_mean
 
@@ -41,7 +43,10 @@ def check_symmetry(model: PlusModel) -> None:
     obstacle = _obstacle(model)
     if obstacle is not None:
         raise ValueError(f"symmetry {obstacle}")
-    observations: Any = _to_env_units(model, obs_as_tensor(model._last_obs, model.device))
+    observations: Any = obs_as_tensor(model._last_obs, model.device)
+    originals = _follow_originals(model)
+    if originals is not None:
+        observations = _as_tensors(model._last_original_obs, observations)
     space = copy.deepcopy(model.action_space)
     # Not the policy's actions, because its random numbers belong to the run
     space.seed(0)
@@ -76,12 +81,17 @@ def _obstacle(model: PlusModel) -> str | None:
         return "needs masks under the observation key 'action_mask', which it mirrors; got masks of action_masks()"
     if getattr(policy, "action_dist_name", "") == "squashed_gaussian":
         return "needs another action_dist than 'squashed_gaussian', whose actions in the env's units round to bounds"
-    normalize = model._vec_normalize_env
-    if normalize is not None and normalize.norm_obs and normalize.observation_space != model.observation_space:
+    normalize = innermost_normalizer(model.env)
+    if normalize is None:
+        return None
+    unknown = unknown_wrapper(model.env, normalize)
+    if unknown is not None:
         return (
-            "takes observations in the env's units, so no wrapper around VecNormalize may change them; it has "
-            f"{normalize.observation_space}, the model {model.observation_space}"
+            "takes observations in the env's units, so no wrapper around VecNormalize may change them; got "
+            f"{type(unknown).__name__}, with {unknown.observation_space} around {normalize.observation_space}"
         )
+    if replaces_arithmetic(normalize):
+        return f"needs SB3's own way to normalise observations, which {type(normalize).__name__} replaces"
     return None
 
 
@@ -152,12 +162,35 @@ def add_mirrored(model: PlusModel) -> None:
     rollout = buffer.rollout()
     units = _units_of_actions(model)
     actions = rollout.actions if units is None else rollout.actions * units[0] + units[1]
-    originals = _to_env_units(model, rollout.observations), actions
-    mirrored = mirror_images(model.symmetry, *originals)
+    observations = rollout.observations
+    originals: OriginalObservations | None = buffer.originals
+    if originals is not None:
+        # The rows of an environment lie one after another in this order
+        envs, steps = np.divmod(np.argsort(buffer.indices_of_part()), buffer.buffer_size)
+        observations = _as_tensors(originals.rows(steps, envs), observations)
+    mirrored = mirror_images(model.symmetry, observations, actions)
     if model._n_iterations == 0:
-        _check_involution(model.symmetry, originals, mirrored)
-    stored = mirrored[1] if units is None else (mirrored[1] - units[1]) / units[0]
-    buffer.set_mirrored(_to_policys_units(model, mirrored[0]), stored)
+        _check_involution(model.symmetry, (observations, actions), mirrored)
+    images, stored = mirrored[0], mirrored[1] if units is None else (mirrored[1] - units[1]) / units[0]
+    if originals is not None:
+        # As the observations of the same steps were normalised, not with the statistics after the rollout
+        arrays = tree_map(lambda tensor: tensor.cpu().numpy(), images)
+        images = _as_tensors(originals.normalized(arrays, originals.moments_of_rows(steps)), images)
+    buffer.set_mirrored(images, stored)
+
+
+def _follow_originals(model: PlusModel) -> OriginalObservations | None:
+    """Let the rollout buffer keep what the environments give, if a VecNormalize changes it."""
+    buffer, normalize = model.rollout_buffer, innermost_normalizer(model.env)
+    assert isinstance(buffer, PPOPlusRolloutBuffer)
+    if normalize is None:
+        buffer.originals = None
+        return None
+    if buffer.originals is None or buffer.originals.normalize is not normalize:
+        buffer.originals = OriginalObservations(model, normalize)
+    buffer.originals.begin_learning()
+    followed: OriginalObservations = buffer.originals
+    return followed
 
 
 def _units_of_actions(model: PlusModel) -> tuple[th.Tensor, th.Tensor] | None:
@@ -171,27 +204,10 @@ def _units_of_actions(model: PlusModel) -> tuple[th.Tensor, th.Tensor] | None:
     return factor, low - stored_low * factor
 
 
-def _normalizes(model: PlusModel) -> VecNormalize | None:
-    normalize = model._vec_normalize_env
-    return normalize if normalize is not None and normalize.norm_obs else None
-
-
-def _to_env_units(model: PlusModel, observations: Any) -> Any:  # noqa: ANN401  # tensors
-    normalize = _normalizes(model)
-    return observations if normalize is None else _by_arrays(normalize.unnormalize_obs, observations)
-
-
-def _to_policys_units(model: PlusModel, observations: Any) -> Any:  # noqa: ANN401  # tensors
-    normalize = _normalizes(model)
-    return observations if normalize is None else _by_arrays(normalize.normalize_obs, observations)
-
-
-def _by_arrays(convert: Callable[[Any], Any], observations: Any) -> Any:  # noqa: ANN401  # tensors
-    """Call a function of VecNormalize, which takes arrays and may return float64."""
-    converted = convert(tree_map(lambda tensor: tensor.cpu().numpy(), observations))
-    return tree_map(
-        lambda array, like: th.as_tensor(array, dtype=like.dtype, device=like.device), converted, observations
-    )
+def _as_tensors(arrays: Any, like: Any) -> Any:  # noqa: ANN401  # arrays and tensors, or dicts of them
+    if isinstance(like, dict):
+        return {key: _as_tensors(arrays[key], part) for key, part in like.items()}
+    return th.as_tensor(arrays, dtype=like.dtype, device=like.device)
 
 
 def with_mirrored(batch: RolloutBatch) -> tuple[Any, th.Tensor]:

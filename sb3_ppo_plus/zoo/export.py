@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stable_baselines3.common.vec_env import unwrap_vec_normalize
-
+from sb3_ppo_plus.envs.questions import innermost_normalizer
 from sb3_ppo_plus.errors import UntrustedFileError
-from sb3_ppo_plus.export.exporting import SUFFIXES, export_policy
+from sb3_ppo_plus.export.checks import SUFFIXES, check_path, check_wrappers
+from sb3_ppo_plus.export.exporting import export_policy
 from sb3_ppo_plus.export.observations import space_before_wrappers
 from sb3_ppo_plus.zoo.hyperparams import ALGO
 from sb3_ppo_plus.zoo.parser import ZooParser
@@ -35,17 +35,22 @@ def main(arguments: list[str]) -> None:
     prepare(args)
     with hint_at_trust("export"):
         run = find_run(args)
+        path = Path(args.output) if args.output else run.folder / f"{run.prefix}.onnx"
+        try:
+            check_path(path)
+        except (ImportError, ValueError) as error:
+            raise SystemExit(str(error)) from error
         env = create_env(run, args)
         try:
             model = load_model(run, env, args)
-            normalize = unwrap_vec_normalize(env)
-            path = Path(args.output) if args.output else run.folder / f"{run.prefix}.onnx"
+            normalize = innermost_normalizer(env)
+            check_wrappers(env)
             space = space_before_wrappers(model.observation_space, env, normalize)
             export_policy(model, path, normalize, not args.stochastic, observation_space=space)
         except UntrustedFileError:
             raise
-        except ValueError as error:
-            # A part of the policy that the exporter does not know
+        except (ImportError, TypeError, ValueError) as error:
+            # A part of the policy or a normaliser that the exporter does not know, or a package that is missing
             raise SystemExit(str(error)) from error
         finally:
             env.close()

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from rl_zoo3.exp_manager import ExperimentManager
 
 #: PPOPlus's arguments that are a number, a schedule or a schedule's string form; PPOPlus resolves them itself.
-SCHEDULED_ARGUMENTS = ("learning_rate", "critic_learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef")
+SCHEDULED_ARGUMENTS = (
+    *("learning_rate", "critic_learning_rate", "clip_range", "clip_range_vf", "ent_coef", "vf_coef"),
+    *("caps_temporal", "caps_spatial"),
+)
 
 
 @contextmanager

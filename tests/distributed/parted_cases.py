@@ -104,6 +104,8 @@ CASES = {
     "symmetry": Case(
         lambda n: VecNormalize(toys(n, action_space=spaces.Box(-1, 1, (2,)))), arguments={"symmetry": both_negative}
     ),
+    "smooth actions": Case(arguments={"caps_temporal": 0.3}),
+    "smooth under noise": Case(arguments={"caps_spatial": 0.3}),
     "target_kl": Case(arguments={"target_kl": 0.003, "learning_rate": 0.01, "n_epochs": 4}),
     "schedules": Case(
         arguments={

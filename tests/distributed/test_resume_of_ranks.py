@@ -48,7 +48,7 @@ def result_of(model):
 
 
 HEAVY = ["mlp", "padded gru", "gsde", "dropout", "vec_normalize of a dict", "masks", "compile"]
-NAMES = ["vec_normalize", *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY)]
+NAMES = ["vec_normalize", "symmetry", *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY)]
 NUMBERS = [
     pytest.param(*numbers, marks=() if numbers in ((1, 2), (4, 2), (2, 1)) else pytest.mark.heavy)
     for numbers in itertools.product((1, 2, 4), repeat=2)

@@ -1,5 +1,6 @@
 """Environments of gymnasium.vector train as the same environments in SB3's DummyVecEnv do, bit for bit."""
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -221,3 +222,42 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(mode, kind, tmp_path):
     assert [each["r"] for each in resumed.ep_info_buffer] == [each["r"] for each in whole.ep_info_buffer]
     for model in (whole, stopped, resumed):
         model.env.close()
+
+
+class Reused(VectorWalk):
+    """Writes all observations into one array."""
+
+    def reset(self, *, seed=None, options=None):
+        self.array = np.zeros((self.num_envs, 2), np.float32)
+        self.array[:] = super().reset(seed=seed, options=options)[0]
+        return self.array, {}
+
+    def step(self, actions):
+        observations, *others = super().step(actions)
+        self.array[:] = observations
+        return self.array, *others
+
+
+def test_an_array_that_is_written_again_is_copied():
+    models = [PPOPlus("MlpPolicy", kind(), **SETTINGS).learn(200) for kind in (VectorWalk, Reused)]
+    assert_same_parameters(*models)
+
+
+def test_gymnasiums_own_wrappers_of_observations_train_as_around_single_environments():
+    def scaled(env):
+        return gym.wrappers.RescaleObservation(env, np.float32(0), np.float32(1))
+
+    around = gym.wrappers.vector.RescaleObservation(vector(AutoresetMode.DISABLED), np.float32(0), np.float32(1))
+    expected = PPOPlus("MlpPolicy", DummyVecEnv([lambda: scaled(Walk())] * N_ENVS), **SETTINGS).learn(200)
+    assert_same_parameters(PPOPlus("MlpPolicy", around, **SETTINGS).learn(200), expected)
+
+
+def test_a_model_goes_on_in_a_vector_environment_that_it_is_given(tmp_path):
+    model = PPOPlus("MlpPolicy", vector(), **SETTINGS).learn(100)
+    model.save(tmp_path / "model")
+    model.set_env(VectorWalk())
+    loaded = PPOPlus.load(tmp_path / "model", env=VectorWalk())
+    for each in (model, loaded):
+        each.set_random_seed(0)
+        each.learn(100, reset_num_timesteps=False)
+    assert_same_parameters(model, loaded)

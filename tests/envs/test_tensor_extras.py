@@ -39,6 +39,7 @@ CASES = {
     "GTrXL with masks": (MaskedTensorWalk, {}, {"policy_kwargs": {"memory": "gtrxl"}}),
     "heads with other keys": (TensorWalk, KEYS, {"policy_kwargs": {"actor_keys": ["sign"], "critic_keys": ["near"]}}),
     "symmetry": (TensorWalk, BOX, {"symmetry": mirror}),
+    "smooth actions": (TensorWalk, BOX, {"caps_temporal": 0.1, "caps_spatial": 0.1}),
     "micro-batches": (TensorWalk, {}, {"micro_batches": 3, "batch_size": 48}),
     "LSTM in micro-batches": (
         TensorWalk,

@@ -50,6 +50,16 @@ def _keep_file(kind: str, path: Any, *_: object) -> None:
         keep(kind, Path(path).read_bytes())
 
 
+def _keep_exported(path: Any, *_: object, **__: object) -> None:
+    """Keep a policy's file and its contract together."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for part in (Path(path), Path(f"{path}.json")):
+            if part.is_file() and part.stat().st_size <= MAX_BYTES:
+                archive.write(part, part.name)
+    keep("exported", file.getvalue())
+
+
 def _keep_checkpoint(save_path: Any, follows_links: bool = True, *_: object) -> None:
     for folder in [Path(save_path)] if not follows_links else []:
         members = [path for path in folder.iterdir() if path.is_file() and not path.is_symlink()]
@@ -63,6 +73,7 @@ def _keep_checkpoint(save_path: Any, follows_links: bool = True, *_: object) -> 
 
 def pytest_configure() -> None:
     """Look at what the readers get, before they read it."""
+    from sb3_ppo_plus import export
     from sb3_ppo_plus.resuming import resume
     from sb3_ppo_plus.saving import untrusted_model, vec_normalize
     from sb3_ppo_plus.untrusted import plain_yaml, tensor_file
@@ -71,5 +82,7 @@ def pytest_configure() -> None:
     _before(vec_normalize, "read_regular_file", functools.partial(_keep_file, "normalizer"))
     _before(plain_yaml, "read_regular_file", functools.partial(_keep_file, "config"))
     _before(resume, "newest_checkpoint", _keep_checkpoint)
+    # Tests import it from the package
+    _before(export, "load_exported", _keep_exported)
     _before(tensor_file, "_read_archive", lambda data, *_: keep("tensors", data))
     _before(tensor_file, "_read_legacy", lambda data, *_: keep("tensors", data))

@@ -4,7 +4,7 @@ The files are those that ``keep_files.py`` has kept, the finds and the corpus of
 named pipes and holes, which are made here:
 
     PYTHONPATH=tests/fuzz KEPT_FILES=kept pytest -p keep_files -q tests/saving tests/untrusted tests/zoo/test_enjoy.py \
-        tests/resuming/test_untrusted_checkpoints.py
+        tests/resuming/test_untrusted_checkpoints.py tests/export/test_hostile_*.py
     python tests/fuzz/under_limits.py kept --corpus fuzz_corpus
 """
 
@@ -36,6 +36,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 from targets import TARGETS, checkpoint, envs, run
 
 from sb3_ppo_plus import CheckpointError, PPOPlus, UntrustedFileError, WrapperStackError, load_vec_normalize
+from sb3_ppo_plus.export import load_exported
 from sb3_ppo_plus.untrusted.tensor_file import load_tensors
 from sb3_ppo_plus.zoo.enjoy import read_hyperparams
 
@@ -81,6 +82,13 @@ def read_checkpoint(path: Path) -> None:
     resume(folder)
 
 
+def read_exported(path: Path) -> None:
+    folder = Path(tempfile.mkdtemp())
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(folder)
+        load_exported(folder / archive.namelist()[0])
+
+
 def resume(folder: Path) -> None:
     PPOPlus.resume(folder, VecNormalize(envs()), device="cpu", trusted=False)
 
@@ -91,6 +99,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "normalizer": lambda path: load_vec_normalize(path, make_env()),
     "config": read_config,
     "checkpoint": read_checkpoint,
+    "exported": read_exported,
     **{f"fuzz {name}": lambda path, name=name: run(TARGETS[name], path.read_bytes()) for name in TARGETS},
 }
 
@@ -173,7 +182,7 @@ def _is_of_memory(error: BaseException | None) -> bool:
 
 
 def files(arguments: argparse.Namespace) -> Iterator[tuple[str, Path, Callable[[Path], object]]]:
-    for kind in ("model", "tensors", "normalizer", "config", "checkpoint"):
+    for kind in ("model", "tensors", "normalizer", "config", "checkpoint", "exported"):
         for path in sorted((arguments.kept / kind).glob("*")):
             yield kind, path, READERS[kind]
     for root in [HERE / "finds", *([arguments.corpus] if arguments.corpus else [])]:

@@ -166,8 +166,28 @@ def test_masked_choices_are_never_made_and_the_others_share_their_probability():
 
 def test_a_binary_part_that_was_built_without_masks_refuses_them_by_its_path():
     distribution, _, _ = make()
-    with pytest.raises(ValueError, match="part 'c' takes no masks"):
-        distribution.apply_masking(th.ones(BATCH, 3 + 11 + 8, dtype=th.bool))
+    masks = th.ones(BATCH, 3 + 11 + 8, dtype=th.bool)
+    masks[1, 15] = False
+    with pytest.raises(ValueError, match=r"part 'c' takes no masks.*allowed: None in its place, or 8 times True"):
+        distribution.apply_masking(masks)
+
+
+def test_a_binary_part_that_was_built_without_masks_may_stay_unmasked_beside_a_masked_part():
+    distribution, _, _ = make()
+    before = distribution.parts[3].distribution.probs.clone()
+    masks = th.ones(BATCH, 3 + 11 + 8, dtype=th.bool)
+    masks[:, 0] = False
+    distribution.apply_masking(masks)
+    assert (distribution.parts[0].distribution.probs[:, 0] == 0).all()
+    assert th.equal(distribution.parts[3].distribution.probs, before)
+
+
+@pytest.mark.parametrize("shape", [(1, 22), (BATCH, 21), (22,)])
+def test_masks_of_another_number_of_observations_are_refused_with_their_shape(shape):
+    distribution, _, _ = make(takes_masks=True)
+    message = rf"\({BATCH}, 22\) \(3 for part 'a.0', 11 for part 'b', 8 for part 'c'\), got \({shape[0]},"
+    with pytest.raises(ValueError, match=message):
+        distribution.apply_masking(th.ones(shape, dtype=th.bool))
 
 
 @pytest.mark.parametrize(

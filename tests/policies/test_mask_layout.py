@@ -82,3 +82,24 @@ def test_masks_of_several_environments_may_be_one_array():
 def test_a_mask_that_does_not_fit_names_the_part(mask, message):
     with pytest.raises(ValueError, match=message):
         masks_of_envs(SPACE, mask)
+
+
+TUPLE = spaces.Tuple((spaces.Discrete(3), BOX, spaces.Discrete(2)))
+
+
+@pytest.mark.parametrize(
+    ("space", "masks", "message"),
+    [
+        (TUPLE, [np.ones(3), None, np.ones(2)], r"a tuple of the masks of parts, or 5 numbers \(3 for part '0', 2 for"),
+        (TUPLE, [np.ones(5), np.ones(3)], r"element 1 is array\(\[1., 1., 1.\]\).*must be the tuple itself"),
+        (TUPLE, [(np.ones(3), None, None), None], "element 1 is None"),
+        (TUPLE, [(np.ones(3), None, np.ones(3))], "the action mask of part '2' must have 2 elements"),
+        (SPACE, [None, None], "a dict of the masks of parts, or 13 numbers.*must be the dict itself"),
+        (spaces.Tuple((BOX, BOX)), (None, None), "a Tuple or Dict with such a part, got .*Tuple"),
+        (spaces.Dict({"a": BOX}), {"a": None}, "a Tuple or Dict with such a part, got .*Dict"),
+    ],
+)
+def test_a_list_or_a_structure_that_is_no_mask_names_what_is_allowed(space, masks, message):
+    for kind in (space, FlatActionSpace(space)):
+        with pytest.raises(ValueError, match=message):
+            masks_of_envs(kind, masks)

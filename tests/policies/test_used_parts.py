@@ -23,6 +23,20 @@ def test_a_name_of_a_tuple_or_dict_stands_for_all_parts_in_it():
     assert by_group == conditions({"0": [["1.0", "1.1", "1.2"], ["2.aim"], []]})
 
 
+def test_a_dot_in_a_key_puts_no_part_into_another():
+    space = spaces.Dict({"kind": spaces.Discrete(2), "move": BOX, "move.fast": BOX, "move.slow": spaces.Tuple((BOX,))})
+    found = conditions({"kind": [["move"], ["move.fast", "move.slow"]]}, space)
+    assert found == [[], [Condition(0, (0,))], *[[Condition(0, (1,))]] * 2]
+
+
+def test_a_path_of_two_parts_is_refused():
+    inner = spaces.Dict({"b": spaces.Dict({"c": BOX})})
+    space = spaces.Dict({"a": inner, "a.b": BOX, "kind": spaces.Discrete(2)})
+    assert conditions({"kind": [["a"], []]}, space) == [[Condition(2, (0,))], [], []]
+    with pytest.raises(ValueError, match=r"used_parts\['kind'\]: 'a.b' is the path of two parts"):
+        conditions({"kind": [["a.b"], []]}, space)
+
+
 def test_a_part_that_two_choosers_name_is_used_if_both_use_it():
     found = conditions({"0": [["1.0"], [], ["1.0"]], "2.aim": [["1.0"], []]})
     assert found[1] == [Condition(0, (0, 2)), Condition(4, (0,))]

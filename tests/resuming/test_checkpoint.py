@@ -193,7 +193,7 @@ def test_without_methods_the_envs_are_reset_and_the_rest_is_exact(tmp_path):
 @pytest.mark.parametrize(
     "make_env, message",
     [
-        (lambda: make_envs(3), "the checkpoint has 2 environments, env has 3"),
+        (lambda: make_envs(3), "the checkpoint has 2 environments for each process, env has 3"),
         (
             lambda: VecNormalize(make_envs()),
             r"VecEnv wrappers are \['VecMonitor'\], those of env are \['VecNormalize'\]",

@@ -78,3 +78,8 @@ def test_a_file_that_grows_while_it_is_read_has_the_same_limit(tmp_path, monkeyp
     monkeypatch.setattr(os, "fstat", lambda descriptor: small)
     with pytest.raises(UntrustedFileError, match="at most 3"):
         read_regular_file(path, 3)
+
+
+def test_memory_is_taken_for_the_file_and_not_for_the_limit(tmp_path):
+    (tmp_path / "file").write_bytes(b"content")
+    assert read_regular_file(tmp_path / "file", 2**50) == b"content"

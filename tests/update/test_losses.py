@@ -6,7 +6,7 @@ import pytest
 import torch as th
 from torch.nn import functional as F
 
-from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.update.losses import (
     LossCoefficients,
     approximate_kl,

@@ -6,24 +6,20 @@ import torch as th
 from environments import DICT, SMALL_NET, MaskedEnv, MaskInObservation, ToyEnv, make_env, make_masked_env
 from gymnasium import spaces
 from interrupted_runs import StopAfter, make_envs
+from mirrors import ACTIONS, Recorder, identity, mirror
 from models import build
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import VecNormalize
 from states import assert_same_training
 
 from sb3_ppo_plus import PPOPlus, TrainingCheckpoint, UntrustedFileError
-from sb3_ppo_plus.buffers import RolloutBatch
+from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.update.epochs import minibatches_of
 from sb3_ppo_plus.update.gradient_step import GradientStep, Objective
 from sb3_ppo_plus.update.losses import ppo_loss
 
-ACTIONS = spaces.Box(-2.0, 2.0, (2,), np.float32)
 KEYS = spaces.Dict({"place": spaces.Box(-1, 1, (2,), np.float32), "side": spaces.Discrete(2)})
-
-
-def mirror(observations, actions):
-    return observations * observations.new_tensor([-1, 1, 1]), actions * actions.new_tensor([-1, 1])
 
 
 def mirror_discrete(observations, actions):
@@ -36,10 +32,6 @@ def mirror_keys(observations, actions):
 
 def mirror_mask(observations, actions):
     return {"vector": -observations["vector"], "action_mask": observations["action_mask"].flip(1)}, 4 - actions
-
-
-def identity(observations, actions):
-    return observations, actions
 
 
 def masked_by_key():
@@ -222,32 +214,6 @@ def train_without_replays(self, train=PPOPlus.train):
     train(self)
 
 
-class Recorder:
-    """A mirror that keeps what it was given."""
-
-    def __init__(self, function=mirror):
-        self.function, self.calls = function, []
-
-    def __call__(self, observations, actions):
-        self.calls.append((observations, actions))
-        return self.function(observations, actions)
-
-
-def test_observations_are_in_the_units_of_the_environment():
-    recorder = Recorder()
-    env = VecNormalize(make_env(2, action_space=ACTIONS))
-    model = build(env, symmetry=recorder)
-    model.learn(64)
-    rollout = model.rollout_buffer.rollout()
-    raw = th.as_tensor(env.unnormalize_obs(rollout.observations.numpy()), dtype=th.float32)
-    # At the start, twice; then the rollout
-    assert [len(observations) for observations, _ in recorder.calls] == [2, 2, 64, 64]
-    th.testing.assert_close(recorder.calls[2][0], raw)
-    assert (raw.abs() < 1.5).all() and (raw - rollout.observations).abs().max() > 0.1
-    expected = env.normalize_obs(mirror(raw, rollout.actions)[0].numpy())
-    np.testing.assert_allclose(rollout.mirrored["observations"], expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("case", ["beta", "gSDE, squashed"])
 def test_actions_are_in_the_units_of_the_environment(case):
     recorder = Recorder()
@@ -318,10 +284,6 @@ def test_what_the_first_observations_do_not_show_is_found_in_the_first_rollout()
     assert model._n_updates == 0
 
 
-def frames_of_normalized():
-    return VecFrameStack(VecNormalize(make_env(action_space=ACTIONS)), 2)
-
-
 @pytest.mark.parametrize(
     ("env", "settings", "message"),
     [
@@ -329,7 +291,6 @@ def frames_of_normalized():
         (None, {"policy_kwargs": {"action_dist": "squashed_gaussian"}}, "another action_dist than 'squashed_gaussian'"),
         (None, {"rollout_buffer_class": type("Own", (RolloutBuffer,), {})}, "rollout_buffer_class.*got Own"),
         (make_masked_env, {}, "masks under the observation key 'action_mask'.*got masks of action_masks"),
-        (frames_of_normalized, {}, "no wrapper around VecNormalize may change them"),
     ],
 )
 def test_what_has_no_mirror_image_is_refused_before_the_first_step(env, settings, message):
@@ -367,16 +328,22 @@ def test_a_saved_model_keeps_its_symmetry_and_without_trust_asks_for_it(tmp_path
     assert without.symmetry is mirror and without.symmetry_coef == 0.5
 
 
+@pytest.mark.parametrize("normalizes", [False, True])
 @pytest.mark.parametrize("compile", [False, True])
 @pytest.mark.usefixtures("graphs_without_code")
-def test_a_run_that_is_resumed_has_the_bits_of_one_that_was_not_interrupted(compile, tmp_path):
+def test_a_run_that_is_resumed_has_the_bits_of_one_that_was_not_interrupted(compile, normalizes, tmp_path):
+    def envs():
+        made = make_envs(action_space=ACTIONS)
+        return VecNormalize(made, clip_obs=1.0) if normalizes else made
+
     def model():
-        return build(make_envs(action_space=ACTIONS), symmetry=mirror, n_steps=8, batch_size=8, compile=compile)
+        return build(envs(), symmetry=mirror, n_steps=8, batch_size=8, compile=compile)
 
     whole = model().learn(96)
     model().learn(96, [TrainingCheckpoint(1, tmp_path), StopAfter(48)])
-    resumed = PPOPlus.resume(tmp_path, make_envs(action_space=ACTIONS), device="cpu").continue_learning()
-    assert_same_training(whole, resumed)
+    for trusted in (True, False):
+        resumed = PPOPlus.resume(tmp_path, envs(), device="cpu", trusted=trusted, symmetry=mirror)
+        assert_same_training(whole, resumed.continue_learning())
 
 
 def test_images_and_other_keys_can_be_mirrored():
