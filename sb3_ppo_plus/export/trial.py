@@ -143,12 +143,24 @@ def largest_error(
     largest = 0.0
     for name, space in zip(graph.heads.names, graph.heads.spaces, strict=True):
         ours, theirs, margin = actions[name].astype(np.float64), expected[name].astype(np.float64), margins[name]
-        difference = np.abs(ours - theirs) / action_range(space, theirs)
+        # Rounding to the action's dtype may go either way
+        difference = np.maximum(0.0, np.abs(ours - theirs) - rounding_unit(expected[name]))
+        difference /= action_range(space, theirs)
         if margin is not None:
             difference = (difference[margin >= MIN_MARGIN] > 0).astype(np.float64)
         # np.maximum keeps NaN
         largest = np.maximum(largest, difference.max(initial=0.0))
     return float(largest)
+
+
+def rounding_unit(actions: np.ndarray) -> np.ndarray:
+    """Return by how much actions may differ because they are rounded to a dtype coarser than float32.
+
+    :param actions: some actions of a Box or of choices
+    :return: the distance of neighbouring numbers for float16; 0 for finer floats, and for integers
+    """
+    is_coarse = actions.dtype.kind == "f" and actions.dtype.itemsize < 4
+    return np.spacing(np.abs(actions)).astype(np.float64) if is_coarse else np.zeros(actions.shape)
 
 
 def action_range(space: spaces.Space[Any], actions: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ from stable_baselines3.common.distributions import BernoulliDistribution
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_ppo_plus import PPOPlus
+from sb3_ppo_plus.export.trial import rounding_unit
 from sb3_ppo_plus.policies.flat_actions import FlatActionSpace
 from sb3_ppo_plus.policies.masked_distributions import flattened_choices, mask_sizes
 
@@ -93,12 +94,14 @@ class PartOfActions(NamedTuple):
     :param low: the lowest values
     :param high: the highest values
     :param is_box: whether they are those of a Box
+    :param unit: by how much rounding to the dtype may change them: 0 for float32 and float64, 1 for integers of a Box
     """
 
     actions: np.ndarray
     low: np.ndarray
     high: np.ndarray
     is_box: bool
+    unit: np.ndarray | float = 0.0
 
 
 def parts_of_actions(space, actions):
@@ -115,7 +118,8 @@ def parts_of_actions(space, actions):
 
 def _part(space, actions):
     if isinstance(space, spaces.Box):
-        return PartOfActions(actions.astype(np.float64), np.float64(space.low), np.float64(space.high), True)
+        unit = 1.0 if space.dtype.kind in "iu" else rounding_unit(actions)
+        return PartOfActions(actions.astype(np.float64), np.float64(space.low), np.float64(space.high), True, unit)
     start = np.asarray(getattr(space, "start", 0))
     n_choices = np.reshape(mask_sizes(flattened_choices(space)), space.shape)
     return PartOfActions(actions.astype(np.float64), start, start + n_choices - 1, False)
@@ -252,6 +256,8 @@ class Difference(NamedTuple):
     :param error: largest difference, as a part of the action range; 0 for discrete actions
     :param n_other: number of observations with another discrete action, where the gap of the logits is over 1e-4
     :param n_close: number of observations with a smaller gap
+    :param n_rounded: number of observations with an integer or float16 of a Box that was rounded to its neighbour. Such
+        a difference is no part of ``error``
     :param n_distinct: number of different actions
     """
 
@@ -259,6 +265,7 @@ class Difference(NamedTuple):
     error: float
     n_other: int
     n_close: int
+    n_rounded: int
     n_distinct: int
 
 
@@ -294,23 +301,32 @@ def differences(case, model, seen, raw, exports, n_steps):
     gap = np.concatenate(gaps)
     results = {}
     for name, errors in found.items():
-        of_boxes, are_other = (np.concatenate(column) for column in zip(*errors, strict=True))
-        n_other = int(are_other[gap > 1e-4].sum())
-        results[name] = Difference(len(gap), float(of_boxes.max()), n_other, int((gap <= 1e-4).sum()), len(distinct))
+        of_boxes, are_other, are_rounded = (np.concatenate(column) for column in zip(*errors, strict=True))
+        results[name] = Difference(
+            n=len(gap),
+            error=float(of_boxes.max()),
+            n_other=int(are_other[gap > 1e-4].sum()),
+            n_close=int((gap <= 1e-4).sum()),
+            n_rounded=int(are_rounded.sum()),
+            n_distinct=len(distinct),
+        )
     return results
 
 
 def _errors(expected, given):
-    """For each environment: largest difference of its Box parts, in parts of their range; whether a choice differs."""
+    """For each environment: largest difference of its Box parts, in parts of their range; whether a choice differs, and
+    whether a number was rounded to its neighbour."""
     n_envs = len(expected[0].actions)
-    of_boxes, are_other = np.zeros(n_envs), np.zeros(n_envs, bool)
+    of_boxes, are_other, are_rounded = np.zeros(n_envs), np.zeros(n_envs, bool), np.zeros(n_envs, bool)
     for part, other in zip(expected, given, strict=True):
         difference = np.abs(part.actions - other.actions)
         if part.is_box:
-            of_boxes = np.maximum(of_boxes, (difference / (part.high - part.low)).reshape(n_envs, -1).max(axis=1))
+            are_rounded |= ((difference > 0) & (difference <= part.unit)).reshape(n_envs, -1).any(axis=1)
+            beyond = np.maximum(0.0, difference - part.unit) / (part.high - part.low)
+            of_boxes = np.maximum(of_boxes, beyond.reshape(n_envs, -1).max(axis=1))
         else:
             are_other |= difference.reshape(n_envs, -1).any(axis=1)
-    return of_boxes, are_other
+    return of_boxes, are_other, are_rounded
 
 
 def gaps_of(policy, observations, masks, state, starts):

@@ -39,11 +39,11 @@ def main():
                 for suffix in ("onnx", "pt2")
             }
         for suffix, found in differences(case, model, seen, raw, exports, args.steps).items():
-            print(
-                f"{case!s:48} {suffix:5} n={found.n} error={found.error:.1e} other={found.n_other} "
-                f"close={found.n_close} distinct={found.n_distinct} {time.perf_counter() - begin:.1f}s",
-                flush=True,
+            counts = (
+                f"other={found.n_other} close={found.n_close} rounded={found.n_rounded} distinct={found.n_distinct}"
             )
+            seconds = time.perf_counter() - begin
+            print(f"{case!s:48} {suffix:5} n={found.n} error={found.error:.1e} {counts} {seconds:.1f}s", flush=True)
             before = worst.get(suffix, (0, 0.0, 0))
             worst[suffix] = (before[0] + 1, max(before[1], found.error), before[2] + found.n_other)
     for suffix, (n, error, n_other) in worst.items():
