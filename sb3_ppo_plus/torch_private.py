@@ -328,3 +328,12 @@ def structure_of(tree: Any) -> str:  # noqa: ANN401  # dicts, lists and tuples
 
     text: str = _pytree.treespec_dumps(_pytree.tree_structure(tree))
     return text
+
+
+def as_ordinary_tensor() -> Any:  # noqa: ANN401  # a function of PyTorch's
+    """Return a ``__torch_function__`` with which operations take a subclass of tensors for an ordinary one.
+
+    If it is gone, it is that of tensors, with which results are of the subclass too, and take longer.
+    """
+    ordinary: Any = th.Tensor.__torch_function__
+    return getattr(th._C, "_disabled_torch_function_impl", classmethod(ordinary.__func__))

@@ -155,3 +155,10 @@ def test_nothing_private_of_pytorch_is_imported_anywhere_else():
                 continue
             for name in used:
                 assert not private.search(name), f"{path.name} uses {name}"
+
+
+def test_ends_of_episodes_are_counted_without_the_private_function(monkeypatch):
+    monkeypatch.delattr(th._C, "_disabled_torch_function_impl")
+    kind = type("Counted", (th.Tensor,), {"__torch_function__": torch_private.as_ordinary_tensor()})
+    counted = th.tensor([True, False, True]).as_subclass(kind)
+    assert (counted | counted).tolist() == [True, False, True] and int((counted & counted).sum()) == 2

@@ -9,12 +9,13 @@ from typing import Any, overload
 import numpy as np
 import torch as th
 
+from sb3_ppo_plus.torch_private import as_ordinary_tensor
+
 
 class Dones(th.Tensor):
     """Which episodes ended. ``np.sum(dones)``, by which SB3's callbacks count, works too."""
 
-    # Operations take it for an ordinary tensor
-    __torch_function__ = th._C._disabled_torch_function_impl  # type: ignore[assignment]  # PyTorch's own declaration
+    __torch_function__ = as_ordinary_tensor()
 
     def sum(self, *args: Any, axis: Any = None, out: Any = None, **kwargs: Any) -> th.Tensor:  # noqa: ANN401  # NumPy's arguments
         """Count the episodes; NumPy's argument ``axis`` is PyTorch's ``dim``, and ``out`` must be None."""
