@@ -83,6 +83,8 @@ def _small_integers(array: np.ndarray) -> np.ndarray | None:
 def _check_attributes(node: Any, where: str) -> None:  # noqa: ANN401  # onnx's NodeProto
     if len(node.output) > MAX_LIST or len(node.input) > MAX_LIST or len(node.attribute) > 100:
         raise UntrustedFileError(f"{where} has too many inputs, outputs or attributes")
+    if len({attribute.name for attribute in node.attribute}) < len(node.attribute):
+        raise UntrustedFileError(f"{where}: an attribute is given twice")
     for attribute in node.attribute:
         integers = [*attribute.ints, *([attribute.i] if attribute.HasField("i") else [])]
         if len(integers) > MAX_LIST or any(abs(each) > _MAX_INTEGER and each not in _ENDS for each in integers):

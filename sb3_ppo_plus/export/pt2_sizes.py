@@ -59,7 +59,9 @@ class _Walk(Interpreter):
         :raises UntrustedFileError: if it is too much
         """
         operation = str(n.target).removeprefix("aten.").partition(".")[0] if n.op == "call_function" else ""
-        args = self.fetch_args_kwargs_from_env(n)[0] if operation else ()
+        args, named = self.fetch_args_kwargs_from_env(n) if operation else ((), {})
+        if named and operation in _COUNTED_BY_PLACE:
+            raise UntrustedFileError(f"{self._file}: {operation} has arguments by keyword, which no export writes")
         if operation in _LENGTHS and _LENGTHS[operation](*args) > MAX_LIST:
             raise UntrustedFileError(f"{self._file}: {operation} gives more than {MAX_LIST} tensors")
         results = super().run_node(n)
@@ -111,3 +113,5 @@ _PRODUCTS = ("linear", "matmul", "bmm")
 _CONVOLUTIONS = ("conv1d", "conv2d")
 _POOLS = ("max_pool2d", "avg_pool2d")
 _CELLS = ("gru_cell", "lstm_cell")
+_COUNTED_BY_PLACE = {*_LENGTHS, *_PRODUCTS, *_CONVOLUTIONS, *_POOLS, *_CELLS}
+"""Operations whose costs depend on more than their first argument, and that have none by keyword alone."""

@@ -53,6 +53,13 @@ def node(operation, inputs, outputs, **attributes):
     return helper.make_node(operation, inputs.split(), outputs.split(), **attributes)
 
 
+def pool_with_two_windows():
+    """Its costs would be counted by the first, and onnxruntime takes the last."""
+    pool = node("MaxPool", "x", "y", kernel_shape=[1])
+    pool.attribute.append(helper.make_attribute("kernel_shape", [65536]))
+    return pool
+
+
 SAME = node("Identity", "observation", "action")
 IN_THREE = node("Unsqueeze", "observation two", "three")
 #: Nodes, initializers, and what the error says
@@ -122,6 +129,11 @@ COSTLY_ONNX = {
         ],
         integers(flat=[1]),
         "not known before it runs",
+    ),
+    "an attribute twice": (
+        [IN_THREE, node("Expand", "three wide", "x"), pool_with_two_windows(), SAME],
+        integers(two=[2], wide=[1, 1, 131072]),
+        "MaxPool: an attribute is given twice",
     ),
     "many axes": (
         [node("Unsqueeze", "observation axes", "deep"), SAME],
