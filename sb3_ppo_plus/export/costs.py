@@ -48,11 +48,7 @@ class Costs:
         :raises UntrustedFileError: if the graph makes too many
         """
         self._n_bytes += n_bytes
-        if self._n_bytes > MAX_BYTES_MADE:
-            raise UntrustedFileError(
-                f"{self._name} makes more than {MAX_BYTES_MADE} bytes for one observation. "
-                "load_exported(path, trusted=True) has no such limit"
-            )
+        self._check(self._n_bytes, MAX_BYTES_MADE, f"makes more than {MAX_BYTES_MADE} bytes")
 
     def add_work(self, work: int) -> None:
         """Count multiplications.
@@ -61,8 +57,10 @@ class Costs:
         :raises UntrustedFileError: if the graph does too many
         """
         self._work += work
-        if self._work > MAX_WORK:
+        self._check(self._work, MAX_WORK, f"does more than {MAX_WORK} multiplications")
+
+    def _check(self, cost: int, limit: int, what: str) -> None:
+        if cost > limit:
             raise UntrustedFileError(
-                f"{self._name} does more than {MAX_WORK} multiplications for one observation. "
-                "load_exported(path, trusted=True) has no such limit"
+                f"{self._name} {what} for one observation. load_exported(path, trusted=True) has no such limit"
             )

@@ -78,33 +78,23 @@ def _written_anew(model: Any) -> bytes:  # noqa: ANN401  # onnx's ModelProto
     plain.opset_import.add(domain="", version=model.opset_import[0].version)
     graph = plain.graph
     graph.name = "policy"
+    kinds = onnx.AttributeProto
+    plain_kinds = (kinds.FLOAT, kinds.INT, kinds.STRING, kinds.TENSOR, kinds.FLOATS, kinds.INTS)
     for node in model.graph.node:
         kept = graph.node.add(op_type=node.op_type, input=node.input, output=node.output)
         for attribute in node.attribute:
-            if attribute.type not in _plain_attributes(onnx):
+            if attribute.type not in plain_kinds:
                 raise UntrustedFileError(
                     f"{_NAME}: {node.op_type} has an attribute {short(attribute.name)} of no plain type"
                 )
-            of_node = kept.attribute.add(name=attribute.name, type=attribute.type)
-            for field in ("f", "i", "s", "t"):
-                if attribute.HasField(field):
-                    part = getattr(attribute, field)
-                    if field == "t":
-                        of_node.t.CopyFrom(part)
-                    else:
-                        setattr(of_node, field, part)
-            of_node.floats.extend(attribute.floats)
-            of_node.ints.extend(attribute.ints)
+            single = {field: getattr(attribute, field) for field in ("f", "i", "s", "t") if attribute.HasField(field)}
+            lists = {"floats": attribute.floats, "ints": attribute.ints}
+            kept.attribute.add(name=attribute.name, type=attribute.type, **single, **lists)
     graph.initializer.extend(model.graph.initializer)
     graph.input.extend(model.graph.input)
     graph.output.extend(model.graph.output)
     content: bytes = plain.SerializeToString()
     return content
-
-
-def _plain_attributes(onnx: Any) -> tuple[int, ...]:  # noqa: ANN401  # onnx's module
-    kinds = onnx.AttributeProto
-    return kinds.FLOAT, kinds.INT, kinds.STRING, kinds.TENSOR, kinds.FLOATS, kinds.INTS
 
 
 def _check_tensors(model: Any) -> None:  # noqa: ANN401  # onnx's ModelProto
