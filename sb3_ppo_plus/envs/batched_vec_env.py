@@ -18,12 +18,12 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_ppo_plus.envs.batches import check_spaces, checked_counts, episode_info, observation_parts, row_of
 from sb3_ppo_plus.envs.members import Members, members_of
 from sb3_ppo_plus.envs.questions import base_of
 from sb3_ppo_plus.envs.replaced_statistics import StatisticsOfSome, replaced_statistics
 from sb3_ppo_plus.envs.vector_infos import FINAL_OBSERVATIONS, infos_of_envs
-
-_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+from sb3_ppo_plus.trees import tree_leaves, tree_map
 
 
 class BatchedVecEnv(VecEnv):
@@ -62,10 +62,10 @@ class BatchedVecEnv(VecEnv):
         # Of Gymnasium's own, copy=True gives new arrays at each step. What wrappers do is not known
         inner = _inside_statistics(env)
         self._gives_copies = type(inner) in (SyncVectorEnv, AsyncVectorEnv) and inner.copy is True
-        _check_spaces(env)
+        check_spaces(env, env.single_observation_space, env.single_action_space, takes_hybrid=True)
         super().__init__(env.num_envs, env.single_observation_space, env.single_action_space)
         self._shapes = [
-            (key, (self.num_envs, *(part.shape or ()))) for key, part in _parts_of(env.single_observation_space)
+            (key, (self.num_envs, *(part.shape or ()))) for key, part in observation_parts(env.single_observation_space)
         ]
         self._begin_counting()
 
@@ -165,7 +165,8 @@ class BatchedVecEnv(VecEnv):
             else:
                 info["terminal_observation"] = row_of(observations, index)
             info["TimeLimit.truncated"] = bool(only_truncated[index])
-            info.setdefault("episode", self._episode(index))
+            counts = (float(self._returns[index]), int(self._lengths[index]), time.time() - self._start)
+            info.setdefault("episode", episode_info(*counts))
             infos[index] = info
         self._returns[dones] = 0.0
         self._lengths[dones] = 0
@@ -183,16 +184,11 @@ class BatchedVecEnv(VecEnv):
         self.reset_infos[index] = info
         return final
 
-    def _episode(self, index: int) -> dict[str, Any]:
-        # As SB3's Monitor rounds them
-        seconds = round(time.time() - self._start, 6)
-        return {"r": round(float(self._returns[index]), 6), "l": int(self._lengths[index]), "t": seconds}
-
     def _reset_some(self, observations: Any, dones: np.ndarray) -> Any:  # noqa: ANN401  # array or dict
         first, infos = self.env.reset(options={"reset_mask": dones})
         if self._is_envpool:
             # It gives the rows of these environments only
-            for stored, given in zip(_arrays_of(observations), _arrays_of(first), strict=True):
+            for stored, given in zip(tree_leaves(observations), tree_leaves(first), strict=True):
                 stored[dones] = given
             return observations
         for index, info in enumerate(infos_of_envs(infos, self.num_envs)):
@@ -202,11 +198,7 @@ class BatchedVecEnv(VecEnv):
 
     def _own(self, observations: Any) -> Any:  # noqa: ANN401  # array or dict
         """Copy observations, if the environment may write the next ones into these arrays."""
-        if self._gives_copies:
-            return observations
-        if isinstance(observations, dict):
-            return {key: np.array(array) for key, array in observations.items()}
-        return np.array(observations)
+        return observations if self._gives_copies else tree_map(np.array, observations)
 
     def running_episodes(self) -> dict[str, Any]:
         """Return what the episodes that go on have brought so far, as plain values."""
@@ -223,12 +215,7 @@ class BatchedVecEnv(VecEnv):
         :param episodes: its values, which may be hostile
         :raises ValueError: if they are not those of so many environments
         """
-        numbers = {name: np.asarray(episodes.get(name)) for name in ("returns", "lengths", "is_last", "seconds")}
-        dtypes = {"returns": "f", "lengths": "i", "is_last": "b", "seconds": "f"}
-        for name, array in numbers.items():
-            shape = () if name == "seconds" else (self.num_envs,)
-            if array.shape != shape or array.dtype.kind != dtypes[name]:
-                raise ValueError(f"the episodes of {self.env} have no {name} of {self.num_envs} environments")
+        numbers = checked_counts(self.env, episodes, self.num_envs, ("returns", "lengths", "is_last", "seconds"))
         self._returns, self._lengths = numbers["returns"].astype(np.float64), numbers["lengths"].astype(np.int64)
         self.is_last = numbers["is_last"]
         self._start = time.time() - float(numbers["seconds"])
@@ -332,36 +319,3 @@ def _inside_statistics(env: VectorEnv[Any, Any, Any]) -> Any:  # noqa: ANN401  #
 
 def _is_envpool(env: VectorEnv[Any, Any, Any]) -> bool:
     return all(hasattr(env, name) for name in ("send", "recv", "xla", "all_env_ids"))
-
-
-def _check_spaces(env: VectorEnv[Any, Any, Any]) -> None:
-    for key, part in _parts_of(env.single_observation_space):
-        if not isinstance(part, _SPACES):
-            where = "" if key is None else f"[{key!r}]"
-            raise ValueError(
-                f"{env}: observation_space{where} must be Box, Discrete, MultiDiscrete or MultiBinary, got {part}"
-            )
-    if not isinstance(env.single_action_space, (*_SPACES, spaces.Tuple, spaces.Dict)):
-        raise ValueError(
-            f"{env}: action_space must be Box, Discrete, MultiDiscrete, MultiBinary, Tuple or Dict, "
-            f"got {env.single_action_space}"
-        )
-
-
-def _parts_of(space: spaces.Space[Any]) -> list[tuple[str | None, spaces.Space[Any]]]:
-    return list(space.spaces.items()) if isinstance(space, spaces.Dict) else [(None, space)]
-
-
-def row_of(observations: Any, index: int) -> Any:  # noqa: ANN401  # array or dict
-    """Copy the observation of one environment.
-
-    :param observations: shape (n_envs, *observation shape), or a dict of such arrays
-    :param index: its index
-    """
-    if isinstance(observations, dict):
-        return {key: array[index].copy() for key, array in observations.items()}
-    return observations[index].copy()
-
-
-def _arrays_of(observations: Any) -> list[np.ndarray]:  # noqa: ANN401  # array or dict
-    return list(observations.values()) if isinstance(observations, dict) else [observations]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus.envs.questions import wrappers_of
+from sb3_ppo_plus.trees import tree_leaves, tree_map
 
 Make = Callable[[str, RunningMeanStd], RunningMeanStd]
 """Makes statistics of the name of their attribute, "obs_rms" or "ret_rms", and of those that are there."""
@@ -65,8 +67,8 @@ def statistics_of(env: VecEnv | None) -> list[RunningMeanStd]:
     """Return all statistics of an environment's normalisers, in a fixed order."""
     found: list[RunningMeanStd] = []
     for normalizer in normalizers_of(env):
-        for statistics in _statistics_in(normalizer).values():
-            found += statistics.values() if isinstance(statistics, dict) else [statistics]
+        for statistics in statistics_in(normalizer).values():
+            found += tree_leaves(statistics)
     return found
 
 
@@ -76,7 +78,7 @@ def own_statistics(env: VecEnv) -> Iterator[None]:
 
     :param env: the outermost vectorised environment
     """
-    before = [(normalizer, _statistics_in(normalizer)) for normalizer in normalizers_of(env)]
+    before = [(normalizer, statistics_in(normalizer)) for normalizer in normalizers_of(env)]
     _replace(env, lambda name, own: own.copy() if isinstance(own, ReplacedStatistics) else own)
     try:
         yield
@@ -99,15 +101,15 @@ def replaced_statistics(env: VecEnv | None, make: Make) -> Iterator[None]:
         _replace(env, lambda name, own: own.copy())
 
 
-def _statistics_in(normalizer: VecNormalize) -> dict[str, Any]:
-    """Return the attributes that hold statistics. A normaliser of rewards alone has none of observations."""
+def statistics_in(normalizer: VecNormalize) -> dict[str, Any]:
+    """Return the attributes that hold statistics. A normaliser of rewards alone has none of observations.
+
+    :param normalizer: the normaliser
+    """
     return {name: vars(normalizer)[name] for name in ("obs_rms", "ret_rms") if name in vars(normalizer)}
 
 
 def _replace(env: VecEnv | None, make: Make) -> None:
     for normalizer in normalizers_of(env):
-        for name, statistics in _statistics_in(normalizer).items():
-            if isinstance(statistics, dict):
-                vars(normalizer)[name] = {key: make(name, each) for key, each in statistics.items()}
-            else:
-                vars(normalizer)[name] = make(name, statistics)
+        for name, statistics in statistics_in(normalizer).items():
+            vars(normalizer)[name] = tree_map(partial(make, name), statistics)

@@ -9,7 +9,9 @@ from typing import Any, overload
 import numpy as np
 import torch as th
 
+from sb3_ppo_plus.envs.batches import checked_counts, episode_info, row_of
 from sb3_ppo_plus.torch_private import as_ordinary_tensor
+from sb3_ppo_plus.trees import tree_map
 
 
 class Dones(th.Tensor):
@@ -93,8 +95,7 @@ class StepInfos(Sequence[dict[str, Any]]):
             if final is not None:
                 info["terminal_observation"] = row_of(final, row)
             info["TimeLimit.truncated"] = timeouts[row]
-            # As SB3's Monitor rounds them
-            info["episode"] = {"r": round(returns[row], 6), "l": lengths[row], "t": round(self.seconds, 6)}
+            info["episode"] = episode_info(returns[row], lengths[row], self.seconds)
             yield info
 
 
@@ -149,14 +150,10 @@ class TensorEpisodes:
         :param state: its values, which may be hostile
         :raises ValueError: if they are not those of so many environments
         """
-        shapes = {"returns": (len(self._returns), "f"), "lengths": (len(self._lengths), "i"), "seconds": (None, "f")}
-        for name, (length, kind) in shapes.items():
-            array = np.asarray(state.get(name))
-            if array.dtype.kind != kind or array.shape != (() if length is None else (length,)):
-                raise ValueError(f"the state of episodes has no {name} of {len(self._returns)} environments")
-        self._returns = th.tensor(state["returns"], dtype=self._returns.dtype, device=self._returns.device)
-        self._lengths = th.tensor(state["lengths"], device=self._returns.device)
-        self._start = time.time() - float(state["seconds"])
+        counts = checked_counts("the environments", state, len(self._returns), ("returns", "lengths", "seconds"))
+        self._returns = th.tensor(counts["returns"], dtype=self._returns.dtype, device=self._returns.device)
+        self._lengths = th.tensor(counts["lengths"], dtype=self._lengths.dtype, device=self._returns.device)
+        self._start = time.time() - float(counts["seconds"])
 
 
 def together_on_cpu(steps: list[StepInfos]) -> list[StepInfos]:
@@ -187,18 +184,7 @@ def rows_as_arrays(tensors: Any, indices: th.Tensor) -> Any:  # noqa: ANN401  # 
     :param tensors: a tensor of shape (n_envs, ...), a dict of them, or None
     :param indices: indices of the rows, int64
     """
-    if isinstance(tensors, dict):
-        return {name: rows_as_arrays(tensor, indices) for name, tensor in tensors.items()}
-    return None if tensors is None else tensors[indices].cpu().numpy()
-
-
-def row_of(arrays: Any, row: int) -> Any:  # noqa: ANN401  # array or dict
-    """Return one row of arrays.
-
-    :param arrays: an array, or a dict of them
-    :param row: its index
-    """
-    return {key: array[row] for key, array in arrays.items()} if isinstance(arrays, dict) else arrays[row]
+    return None if tensors is None else tree_map(lambda tensor: tensor[indices].cpu().numpy(), tensors)
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  # an element or a row

@@ -14,14 +14,14 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import VecEnv
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices, VecEnvObs, VecEnvStepReturn
 
+from sb3_ppo_plus.envs.batches import check_spaces
 from sb3_ppo_plus.envs.tensor_episodes import StepInfos, TensorEpisodes
+from sb3_ppo_plus.trees import tree_map
 
 Observations: TypeAlias = th.Tensor | dict[str, th.Tensor]
 
 FREE_TO_READ = {"cpu"}
 """Types of devices whose tensors can be read without waiting, because operations are done when they return."""
-
-_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
 class TensorStep(NamedTuple):
@@ -76,7 +76,7 @@ class TensorVecEnv(VecEnv):
         device: th.device | str = "cpu",
     ) -> None:
         self.device = _with_index(th.device(device))
-        self._check_spaces(observation_space, action_space)
+        check_spaces(type(self).__name__, observation_space, action_space, takes_hybrid=False)
         self.generator = th.Generator(self.device)
         self.generator.seed()
         super().__init__(num_envs, observation_space, action_space)
@@ -184,21 +184,6 @@ class TensorVecEnv(VecEnv):
         if (dtype is not None and tensor.dtype != dtype) or (is_floating and not tensor.is_floating_point()):
             raise ValueError(f"{self}: {name} must be {dtype or 'floats'}, got {tensor.dtype}")
 
-    def _check_spaces(self, observation_space: spaces.Space[Any], action_space: spaces.Space[Any]) -> None:
-        parts = observation_space.items() if isinstance(observation_space, spaces.Dict) else [("", observation_space)]
-        for key, part in parts:
-            if not isinstance(part, _SPACES):
-                where = f"[{key!r}]" if key else ""
-                raise ValueError(
-                    f"{type(self).__name__}: observation_space{where} must be Box, Discrete, MultiDiscrete or "
-                    f"MultiBinary, got {part}"
-                )
-        if not isinstance(action_space, _SPACES):
-            raise ValueError(
-                f"{type(self).__name__}: action_space must be Box, Discrete, MultiDiscrete or MultiBinary, "
-                f"got {action_space}"
-            )
-
     def __str__(self) -> str:
         return f"<{type(self).__name__}>"
 
@@ -274,10 +259,8 @@ def arrays_of(observations: Any) -> Any:  # noqa: ANN401  # array or dict
 
     :param observations: a tensor, or a dict of tensors
     """
-    if isinstance(observations, dict):
-        return {key: arrays_of(tensor) for key, tensor in observations.items()}
     # PyTorch's memory begins where BLAS rounds as it does for the tensor; memory of NumPy may not
-    return observations.detach().clone().cpu().numpy()
+    return tree_map(lambda tensor: tensor.detach().clone().cpu().numpy(), observations)
 
 
 def _signature(step: TensorStep) -> list[Any]:

@@ -10,9 +10,11 @@ from stable_baselines3.common.running_mean_std import RunningMeanStd
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvStepReturn
 
+from sb3_ppo_plus.envs.replaced_statistics import statistics_in
 from sb3_ppo_plus.envs.tensor_episodes import StepInfos
 from sb3_ppo_plus.envs.tensor_statistics import TensorStatistics, moments_of, take
 from sb3_ppo_plus.envs.tensor_vec_env import Observations, TensorStep, TensorVecEnv, arrays_of, is_free_to_wait
+from sb3_ppo_plus.trees import tree_map
 
 _SETTINGS = ("training", "norm_obs", "norm_reward", "clip_obs", "clip_reward", "gamma", "epsilon", "norm_obs_keys")
 
@@ -165,14 +167,7 @@ class TensorVecNormalize(VecNormalize, TensorVecEnv):
 
     def get_resume_state(self) -> dict[str, Any]:
         """Return statistics and running returns, as plain values and tensors."""
-        statistics: dict[str, Any] = {name: vars(self)[name] for name in ("obs_rms", "ret_rms") if name in vars(self)}
-        parts: dict[str, Any] = {
-            name: {key: _numbers_of(each) for key, each in found.items()}
-            if isinstance(found, dict)
-            else _numbers_of(found)
-            for name, found in statistics.items()
-        }
-        return {**parts, "returns": self.returns.cpu()}
+        return {**tree_map(_numbers_of, statistics_in(self)), "returns": self.returns.cpu()}
 
     def set_resume_state(self, state: dict[str, Any]) -> None:
         """Put back what :meth:`get_resume_state` has returned.
@@ -194,12 +189,7 @@ class TensorVecNormalize(VecNormalize, TensorVecEnv):
 
 
 def _copy_statistics(source: VecNormalize, target: VecNormalize) -> None:
-    for name in ("obs_rms", "ret_rms"):
-        if name in vars(source):
-            found = vars(source)[name]
-            vars(target)[name] = (
-                {key: each.copy() for key, each in found.items()} if isinstance(found, dict) else found.copy()
-            )
+    vars(target).update(tree_map(lambda each: each.copy(), statistics_in(source)))
 
 
 def _numbers_of(statistics: RunningMeanStd) -> dict[str, Any]:
