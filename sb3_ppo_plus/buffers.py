@@ -329,6 +329,17 @@ def plus_buffer_class(given: type[RolloutBuffer] | None, observation_space: spac
     return PPOPlusDictRolloutBuffer if isinstance(observation_space, spaces.Dict) else PPOPlusRolloutBuffer
 
 
+def obstacle_of_buffer(buffer: RolloutBuffer) -> str | None:
+    """Return why an extra cannot add to the minibatches of a buffer, for an error that names the extra; None: it can.
+
+    :param buffer: the rollout buffer
+    """
+    if isinstance(buffer, PPOPlusRolloutBuffer):
+        return None
+    name = type(buffer).__name__
+    return f"needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, got {name}"
+
+
 def minibatches(buffer: RolloutBuffer, batch_size: int) -> Iterator[Minibatch]:
     """Yield the transitions of ``buffer`` once, in random order.
 

@@ -124,6 +124,7 @@ def _try(
     :raises ValueError: if they differ
     """
     was_training = policy.training
+    neutral = {spec.name: spec.neutral for spec in graph.inputs if spec.role == "noise"}
     try:
         for batch in (1, _TRIAL_BATCH, N_TEST_ROWS):
             states: dict[str, np.ndarray] = {}
@@ -132,10 +133,10 @@ def _try(
                 outputs = runner(inputs)
                 _compare(outputs, inputs, policy, graph, normalize)
                 states = {f"state_{name}": outputs[f"next_state_{name}"] for name in graph.state_names}
-                if any(spec.role == "noise" for spec in graph.inputs):
+                if neutral:
                     # Not all noise has numbers with which an action is the deterministic one
-                    _compare(_without_noise(graph, inputs), inputs, policy, graph, normalize, is_neutral=True)
-                neutral = {spec.name: spec.neutral for spec in graph.inputs if spec.role == "noise"}
+                    without = {name: array for name, array in inputs.items() if name not in neutral}
+                    _compare(_run(graph, without), inputs, policy, graph, normalize, is_neutral=True)
                 if neutral and None not in neutral.values():
                     still = {name: np.full_like(inputs[name], value) for name, value in neutral.items()}
                     _compare(runner({**inputs, **still}), inputs, policy, graph, normalize, is_neutral=True)
@@ -144,10 +145,9 @@ def _try(
     return inputs, outputs
 
 
-def _without_noise(graph: PolicyGraph, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    noises = {spec.name for spec in graph.inputs if spec.role == "noise"}
+def _run(graph: PolicyGraph, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     with th.no_grad():
-        answer = graph({name: th.as_tensor(array) for name, array in inputs.items() if name not in noises})
+        answer = graph({name: th.as_tensor(array) for name, array in inputs.items()})
     return {name: tensor.numpy() for name, tensor in answer.items()}
 
 
@@ -163,9 +163,7 @@ def _compare(
     expected, after = answer_of_predict(policy, graph, normalize, inputs)
     if any(spec.role == "noise" for spec in graph.inputs) and not is_neutral:
         # Samples are compared with PyTorch's for the same noise
-        with th.no_grad():
-            answer = graph({name: th.as_tensor(array) for name, array in inputs.items()})
-        expected = {name: answer[name].numpy() for name in graph.heads.names}
+        expected = _run(graph, inputs)
         margins = {name: None if margin is None else np.full_like(margin, np.inf) for name, margin in margins.items()}
     error = largest_error(outputs, expected, graph, margins)
     for name, part in zip(graph.state_names, after, strict=True):

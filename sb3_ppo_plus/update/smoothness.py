@@ -17,7 +17,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_ppo_plus.attributes import PlusModel
-from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
+from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer, obstacle_of_buffer
 from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.trees import tree_map
 from sb3_ppo_plus.update.coefficients import terms_in_use
@@ -44,9 +44,9 @@ def _obstacle(model: PlusModel) -> str | None:
     policy: Any = model.policy
     if not isinstance(model.action_space, spaces.Box):
         return f"needs Box actions, got {model.action_space}"
-    if not isinstance(model.rollout_buffer, PPOPlusRolloutBuffer):
-        buffer = type(model.rollout_buffer).__name__
-        return f"needs a rollout_buffer_class that is None or a subclass of PPOPlusRolloutBuffer, got {buffer}"
+    of_buffer = obstacle_of_buffer(model.rollout_buffer)
+    if of_buffer is not None:
+        return of_buffer
     options = getattr(policy, "memory_options", None)
     if options is not None:
         return f"needs a policy without memory, whose action depends on more than one observation; got {options.kind!r}"
