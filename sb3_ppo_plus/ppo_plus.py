@@ -25,7 +25,7 @@ from sb3_ppo_plus.buffers import plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_update_end
 from sb3_ppo_plus.distributed import first_rank, training
 from sb3_ppo_plus.envs.frames import check_frames
-from sb3_ppo_plus.envs.vector_envs import AcceptsVectorEnvs, device_for
+from sb3_ppo_plus.envs.vector_envs import AcceptsVectorEnvs, device_for, in_batches
 from sb3_ppo_plus.fast.execution import Execution, check_execution
 from sb3_ppo_plus.masking.evaluation import evaluate_with_masks, evaluate_without_masks
 from sb3_ppo_plus.masking.predicting import PredictsWithMasks
@@ -147,14 +147,14 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs, a
         caps_spatial: Coefficient = 0.0,
         caps_sigma: float = 0.1,
     ) -> None:
-        given = check_types(locals())
+        given = check_types({**locals(), "env": in_batches(env)})
         self.critic_learning_rate, self.pessimistic_value_clip = critic_learning_rate, pessimistic_value_clip
         self.action_masking, self.amp, self.compile = action_masking, amp, compile
         self.on_non_finite, self.max_skipped, self.worker_timeout = on_non_finite, max_skipped, worker_timeout
         self.restart_workers, self.micro_batches, self.distributed = restart_workers, micro_batches, distributed
         self.symmetry, self.symmetry_mode, self.symmetry_coef = symmetry, symmetry_mode, symmetry_coef
         self.caps_temporal, self.caps_spatial, self.caps_sigma = caps_temporal, caps_spatial, caps_sigma
-        given["device"] = training.device_of_process(distributed, device_for(env, device))
+        given["device"] = training.device_of_process(distributed, device_for(given["env"], device))
         self._skipped_steps, self._skipped_in_a_row, self._n_iterations, self._tb_log_name = 0, 0, 0, "PPOPlus"
         self._log_interval, self._last_states, self._built_for_masks, self.last_checkpoint = 1, None, None, None
         self._current_run, self._joins, self._was_given_masks = Run(), _init_setup_model, False

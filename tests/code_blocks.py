@@ -13,8 +13,8 @@ from pathlib import Path
 
 from stable_baselines3 import PPO
 
-#: Languages of blocks that are not run: output, fragments of files, differences
-SHOWN = {"text", "diff", "yaml", "bibtex"}
+#: Languages of blocks that are not run: output, fragments of files, differences, "py": Python for a simulator
+SHOWN = {"text", "diff", "yaml", "bibtex", "py"}
 
 #: The number of timesteps of a learn, in place of which there is 1: one rollout is collected, and one update done
 TIMESTEPS = re.compile(r"(?<=\.learn\()[\d_]+")

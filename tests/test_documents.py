@@ -15,16 +15,16 @@ def test_the_map_has_a_line_for_each_folder_and_for_each_module_at_the_top():
     package = re.search(r"```\nsb3_ppo_plus/\n(.*?)^\w", CONTRIBUTING, re.DOTALL | re.MULTILINE)[1]
     named = {line.split()[0] for line in package.splitlines() if not line.startswith("    ")}
     modules = {path.name for path in PACKAGE.glob("*.py")}
-    folders = {f"{path.parent.name}/" for path in PACKAGE.glob("*/__init__.py")}
+    folders = {f"{path.parent.relative_to(PACKAGE)}/" for path in PACKAGE.glob("*/**/__init__.py")}
     assert named == modules | folders
 
 
 def test_the_map_names_each_module_of_each_folder_once():
     named = []
-    for folder, text in re.findall(r"^  (\w+)/ .*\n((?:    .*\n)+)", CONTRIBUTING, re.MULTILINE):
+    for folder, text in re.findall(r"^  (\w+(?:/\w+)?)/ .*\n((?:    .*\n)+)", CONTRIBUTING, re.MULTILINE):
         for names in re.findall(r"^    (\w+(?:, \w+)*)  +\S", text, re.MULTILINE):
             named += [f"{folder}/{name}.py" for name in names.split(", ")]
-    modules = [str(path.relative_to(PACKAGE)) for path in PACKAGE.glob("*/*.py") if not path.name.startswith("__")]
+    modules = [str(path.relative_to(PACKAGE)) for path in PACKAGE.glob("*/**/*.py") if not path.name.startswith("__")]
     assert sorted(named) == sorted(modules)
 
 

@@ -1,6 +1,7 @@
 """README and guides: every block of code runs, and what they name exists."""
 
 import ast
+import importlib
 import re
 import shlex
 import tomllib
@@ -89,6 +90,15 @@ def test_a_block_is_run_or_shows_what_cannot_be(page):
     assert {block.language for block in blocks_of(page)} <= SHOWN | {"python", "bash"}
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_that_is_only_shown_names_what_exists(page):
+    trees = [ast.parse(block.code) for block in blocks_of(page) if block.language == "py"]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith(("sb3_ppo_plus", "stable_baselines3")):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names)
+
+
 def test_the_commands_that_are_shown_and_not_run():
     shown: dict[str, list[str]] = {}
     for page in PAGES:
@@ -105,7 +115,8 @@ def test_the_policy_kwargs_that_are_named_build_a_policy(page, text):
     if "impala_cnn" in text:
         space = spaces.Dict({"image": IMAGE, "vector": VECTOR}) if '"image"' in text else IMAGE
     if "actor_keys" in text:
-        space = spaces.Dict({"hidden": VECTOR, "vector": VECTOR})
+        keys = ast.literal_eval(text)
+        space = spaces.Dict(dict.fromkeys(keys["actor_keys"] + keys["critic_keys"], VECTOR))
     of_memory = "Lstm" if '"lstm_' in text else ""
     policy = f"{'MultiInput' if isinstance(space, spaces.Dict) else 'Mlp'}{of_memory}Policy"
     actions = {"action_space": PARAMETRISED} if "used_parts" in text else {}

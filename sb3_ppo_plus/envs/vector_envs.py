@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
+import gymnasium as gym
 import torch as th
 from gymnasium.vector import VectorEnv
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
@@ -12,6 +14,9 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ppo_plus.envs.batched_vec_env import BatchedVecEnv
+from sb3_ppo_plus.envs.simulators.brax_vec_env import BraxVecEnv, is_brax
+from sb3_ppo_plus.envs.simulators.gymnasium_tensors import GymnasiumTensorVecEnv, is_gymnasium_of_tensors
+from sb3_ppo_plus.envs.simulators.rsl_rl_vec_env import RslRlVecEnv, is_rsl_rl
 from sb3_ppo_plus.envs.tensor_vec_env import TensorVecEnv
 
 
@@ -20,15 +25,41 @@ def as_vec_env(env: Any) -> VecEnv:  # noqa: ANN401  # of any library
 
     SB3's wrappers, callbacks and ``evaluate_policy`` take it. ``PPOPlus(policy, env)`` does this itself.
 
-    :param env: an environment of ``gymnasium.vector``, among them those of EnvPool's ``make_gymnasium``; or a VecEnv,
-        such as a :class:`TensorVecEnv`, which is returned as it is
+    :param env: an environment of ``gymnasium.vector``, among them those of EnvPool's ``make_gymnasium``; one of Isaac
+        Lab, ManiSkill or another with Gymnasium's five values as tensors; one of rsl_rl, Brax or MuJoCo Playground; or
+        a VecEnv, such as a :class:`TensorVecEnv`, which is returned as it is
     :raises TypeError: for anything else
+    :raises ValueError: for an environment that the adapter cannot use
     """
     if isinstance(env, VecEnv):
         return env
+    adapter = _adapter_of(env)
+    if adapter is None:
+        raise TypeError(
+            "env must step in batches: of gymnasium.vector, Isaac Lab, ManiSkill, rsl_rl, Brax, or a VecEnv, "
+            f"got {env!r}"
+        )
+    return adapter(env)
+
+
+def in_batches(env: Any) -> Any:  # noqa: ANN401  # anything that SB3 takes
+    """Return :func:`as_vec_env` of an environment that steps in batches, and anything else as it is.
+
+    :param env: an environment, or its id
+    """
+    return env if isinstance(env, VecEnv) or _adapter_of(env) is None else as_vec_env(env)
+
+
+def _adapter_of(env: Any) -> Callable[[Any], VecEnv] | None:  # noqa: ANN401  # of any library
+    if is_gymnasium_of_tensors(env):
+        return GymnasiumTensorVecEnv
     if isinstance(env, VectorEnv):
-        return BatchedVecEnv(env)
-    raise TypeError(f"env must be a gymnasium.vector.VectorEnv or a VecEnv, got {env!r}")
+        return BatchedVecEnv
+    if isinstance(env, gym.Env):
+        return None
+    if is_rsl_rl(env):
+        return RslRlVecEnv
+    return BraxVecEnv if is_brax(env) else None
 
 
 def device_for(env: Any, device: th.device | str) -> th.device | str:  # noqa: ANN401  # an environment, or its id
@@ -49,7 +80,7 @@ class AcceptsVectorEnvs(OnPolicyAlgorithm):
     @staticmethod
     def _wrap_env(env: GymEnv, verbose: int = 0, monitor_wrapper: bool = True) -> VecEnv:
         # The constructor, ``load`` and ``set_env`` all come through here
-        taken: Any = as_vec_env(env) if isinstance(env, VectorEnv) else env
+        taken: Any = in_batches(env)
         wrapped = OnPolicyAlgorithm._wrap_env(taken, verbose, monitor_wrapper)
         if isinstance(taken, TensorVecEnv) and not isinstance(wrapped, TensorVecEnv):
             warnings.warn(

@@ -1,0 +1,146 @@
+"""What all adapters of simulators share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+
+from sb3_ppo_plus.envs.simulators.observation_groups import ObservationGroups
+from sb3_ppo_plus.envs.tensor_vec_env import Observations, TensorStep, TensorVecEnv
+from sb3_ppo_plus.trees import tree_map
+
+FINAL = ("final_obs", "final_observation")
+"""Under one of these names, simulators show the last observations of episodes."""
+
+
+class SimulatorVecEnv(TensorVecEnv):
+    """A simulator of another library as a :class:`~sb3_ppo_plus.envs.TensorVecEnv`.
+
+    Attributes and methods that it lacks are those of the simulator.
+
+    :param env: the simulator
+    :param num_envs: number of environments
+    :param groups: chooses from what it shows
+    :param action_space: of a single environment
+    :param device: where all tensors are
+    :param action_bound: bound of actions that have none; SB3 needs finite ones, and clips to them
+    """
+
+    def __init__(
+        self,
+        env: Any,  # noqa: ANN401  # of another library
+        num_envs: int,
+        groups: ObservationGroups,
+        action_space: spaces.Space[Any],
+        device: th.device | str,
+        action_bound: float,
+    ) -> None:
+        self.env, self._groups = env, groups
+        super().__init__(num_envs, groups.space, with_bounds(action_space, action_bound), device)
+        self.log: Mapping[str, Any] = {}
+        """What the simulator has told for the log in the last step."""
+        self._previous: Observations | None = None
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever the simulator has
+        if name.startswith("_") or name == "env":
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.env, name)
+
+    def __str__(self) -> str:
+        return name_of(type(self), self.env)
+
+    def close(self) -> None:
+        """Close the simulator."""
+        if hasattr(self.env, "close"):
+            self.env.close()
+
+    def _begun(self, groups: Any) -> Observations:  # noqa: ANN401  # tensors in groups
+        observations: Observations = self._groups.show(groups)
+        self._previous = tree_map(_copy, observations)
+        return observations
+
+    def _stepped(
+        self,
+        groups: Any,  # noqa: ANN401  # tensors in groups
+        rewards: th.Tensor,
+        terminated: th.Tensor,
+        truncated: th.Tensor | None,
+        told: Mapping[str, Any],
+        extras: dict[str, th.Tensor] | None = None,
+    ) -> TensorStep:
+        """Make a step of what the simulator returns.
+
+        :param told: what it tells beside that. If it has no last observations of episodes, those before the step take
+            their place, as in rsl_rl (``PPO.process_env_step``): the simulator has overwritten the true ones
+        """
+        observations: Observations = self._groups.show(groups)
+        shown = next((told[name] for name in FINAL if told.get(name) is not None), None)
+        final = self._previous if shown is None else self._groups.show(shown)
+        log = told.get("log", told.get("episode"))
+        self.log = log if isinstance(log, Mapping) else {}
+        # The simulator may write into its observations in the next step
+        self._previous = tree_map(_copy, observations)
+        return TensorStep(observations, rewards, terminated, truncated, final, extras)
+
+
+def name_of(adapter: type, env: Any) -> str:  # noqa: ANN401  # of another library
+    """Name a simulator in errors.
+
+    :param adapter: class of its adapter
+    :param env: the simulator
+    """
+    return f"<{adapter.__name__} of {type(env).__name__}>"
+
+
+def with_bounds(space: spaces.Space[Any], bound: float) -> spaces.Space[Any]:
+    """Return an action space whose bounds are finite.
+
+    :param space: an action space of a single environment
+    :param bound: takes the place of infinite bounds
+    :raises ValueError: if the bound is not a positive number
+    """
+    if not 0 < bound < np.inf:
+        raise ValueError(f"action_bound must be positive and finite, got {bound!r}")
+    if not isinstance(space, spaces.Box):
+        return space
+    low = np.where(np.isfinite(space.low), space.low, -bound)
+    high = np.where(np.isfinite(space.high), space.high, bound)
+    if not (low < high).all():
+        raise ValueError(f"action_bound must leave low < high, got {bound!r} for {space}")
+    return spaces.Box(low.astype(space.dtype), high.astype(space.dtype), space.shape, space.dtype.type)
+
+
+def values_of(owner: object, answer: Any, count: int, expected: str) -> tuple[Any, ...]:  # noqa: ANN401  # whatever
+    """Check how many values a simulator has returned.
+
+    :param owner: the environment, for errors
+    :param answer: what its ``step`` has returned
+    :param count: how many values there must be
+    :param expected: what they are, for errors
+    :raises ValueError: if there are others
+    """
+    if not isinstance(answer, tuple) or len(answer) != count:
+        found = f"{len(answer)} values" if isinstance(answer, tuple) else type(answer).__name__
+        raise ValueError(f"{owner}: step must return {expected}, got {found}")
+    return answer
+
+
+def flags(owner: object, name: str, given: Any) -> th.Tensor:  # noqa: ANN401  # whatever the simulator returns
+    """Return what tells which episodes ended as bool.
+
+    :param owner: the environment, for errors
+    :param name: of the tensor, for errors
+    :param given: a tensor of numbers or bool
+    :raises TypeError: if it is no tensor
+    """
+    if not isinstance(given, th.Tensor):
+        raise TypeError(f"{owner}: {name} must be a tensor, got {type(given).__name__}")
+    return given if given.dtype == th.bool else given != 0
+
+
+def _copy(tensor: Any) -> Any:  # noqa: ANN401  # what is no tensor becomes an error later
+    return tensor.clone() if isinstance(tensor, th.Tensor) else tensor
