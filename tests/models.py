@@ -10,6 +10,8 @@ SETTINGS = {"n_steps": STEPS, "batch_size": 16, "n_epochs": 2, "seed": 0, "devic
 
 
 def build(env=None, policy="MlpPolicy", policy_kwargs=SMALL_NET, **settings):
+    # A copy, since a test may change the model's arguments
+    policy_kwargs = dict(policy_kwargs)
     return PPOPlus(policy, make_env() if env is None else env, policy_kwargs=policy_kwargs, **SETTINGS | settings)
 
 
