@@ -337,3 +337,23 @@ def as_ordinary_tensor() -> Any:  # noqa: ANN401  # a function of PyTorch's
     """
     ordinary: Any = th.Tensor.__torch_function__
     return getattr(th._C, "_disabled_torch_function_impl", classmethod(ordinary.__func__))
+
+
+def scan(
+    function: Callable[..., list[th.Tensor]],
+    state: Sequence[th.Tensor],
+    rows: Sequence[th.Tensor],
+    others: Sequence[th.Tensor] = (),
+) -> list[th.Tensor]:
+    """Call a function with one row after another; in a graph this is a loop.
+
+    :param function: takes the state, a row and the others; returns the new state and what is kept of the row
+    :param state: before the first call
+    :param rows: tensors of equal length, whose first dimension is gone over
+    :param others: what else the function uses
+    :return: the last state, and what was kept, as tensors of that length
+    :raises ImportError: without PyTorch's operation
+    """
+    from torch._higher_order_ops.scan import scan_op
+
+    return list(scan_op(function, list(state), list(rows), tuple(others)))

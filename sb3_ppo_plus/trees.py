@@ -69,7 +69,19 @@ def tree_leaves(tree: Any) -> list[Any]:  # noqa: ANN401  # any nested container
 
     :param tree: dicts, lists and tuples inside one another
     """
-    return tree_flatten(tree)[0]
+    leaves: list[Any] = []
+    _add_leaves(leaves, tree)
+    return leaves
+
+
+def _add_leaves(leaves: list[Any], tree: Any) -> None:  # noqa: ANN401  # any nested containers
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, list | tuple):
+        leaves.append(tree)
+        return
+    for item in tree:
+        _add_leaves(leaves, item)
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:  # noqa: ANN401  # any nested containers

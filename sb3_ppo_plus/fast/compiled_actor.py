@@ -28,10 +28,10 @@ from sb3_ppo_plus.fast.policy_changes import (
 from sb3_ppo_plus.fast.users_code import UsersCode
 from sb3_ppo_plus.fast.watch import PartsWatch
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
-from sb3_ppo_plus.rollout.actor import RolloutActor, leaves_of, predict_values, rows_of_chunk, values_in_chunks
+from sb3_ppo_plus.rollout.actor import RolloutActor, predict_values, rows_of_chunk, values_in_chunks
 from sb3_ppo_plus.rollout_batch import RolloutBatch
 from sb3_ppo_plus.torch_private import versions_of
-from sb3_ppo_plus.trees import tree_flatten, tree_map, tree_unflatten
+from sb3_ppo_plus.trees import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from sb3_ppo_plus.update.tensor_places import tensor_places
 
 # How many observations one forward pass after a rollout takes. The activations of more do not fit the CPU's caches
@@ -127,7 +127,7 @@ class CompiledActor(RolloutActor):
                 self._policy_at_start, self._state_at_start = structural_copy(self.policy), self._graphs.state.python
 
     def _take_note(self) -> None:
-        self._acting: Callable[..., Any] = _act if self.leaves_evaluation else _act_and_evaluate
+        self._acting = self._function_of_acting()
         places = tensor_places(self.policy)
         self._names = [*places]
         self._places = list(places.values())
@@ -141,6 +141,9 @@ class CompiledActor(RolloutActor):
         if self._watch.has_changed():
             self._watch = PartsWatch(self.policy)
         self._seen_addresses_and_versions = self._addresses_and_versions()
+
+    def _function_of_acting(self) -> Callable[..., Any]:
+        return _act if self.leaves_evaluation else _act_and_evaluate
 
     def _addresses_and_versions(self) -> list[int]:
         # Without the versions of buffers, because a policy may change its buffers itself
@@ -167,24 +170,30 @@ class CompiledActor(RolloutActor):
         self._follow_changes()
         if self._is_eager:
             return super().act(observations, episode_starts, context)
+        actions, *others = self._compute(observations, context)
+        values, log_probs = others or (None, None)
+        if self.leaves_evaluation and self._may_be_edited:
+            self._chosen.append(actions.clone())
+        return actions, values, log_probs
+
+    def _compute(self, observations: PyTorchObs, context: dict[str, Any]) -> tuple[th.Tensor, ...]:
+        """Return what the function of acting returns, from a graph if there is one."""
         noise = _exploration_matrices(self.policy)
         # A graph reads the memory of its inputs in the layout and type for which it was compiled
-        leaves = [leaf.contiguous() for leaf in (*leaves_of(observations), *context.values(), *noise)]
+        leaves = [leaf.contiguous() for leaf in tree_leaves((observations, context, noise))]
         layout = [(leaf.shape, leaf.dtype) for leaf in leaves]
         if layout != self._layout:
             self._keep_from_narrowing(observations)
             self._graph = self._find_graph("acting", self._acting, (observations, context, noise))
             self._layout = layout
         self._n_later += self.leaves_evaluation
+        computed: tuple[th.Tensor, ...]
         if self._graph is None:
             with th.no_grad():
                 computed = self._acting(self.policy, observations, context, noise)
         else:
             computed = self._graph(*leaves, *self._tensors)
-        actions, values, log_probs = (*computed, None, None)[:3]
-        if self.leaves_evaluation and self._may_be_edited:
-            self._chosen.append(actions.clone())
-        return actions, values, log_probs
+        return computed
 
     def _keep_from_narrowing(self, observations: PyTorchObs) -> None:
         """Evaluate at each step from now on, if the buffer cannot store the observations exactly."""
@@ -285,7 +294,7 @@ def _act(
 ) -> tuple[th.Tensor, ...]:
     """Choose actions."""
     distribution = policy.get_distribution(observations, **context)
-    return (_stored(policy, _sample(distribution, noise)),)
+    return (stored_actions(policy, sample(distribution, noise)),)
 
 
 def _act_and_evaluate(
@@ -293,18 +302,28 @@ def _act_and_evaluate(
 ) -> tuple[th.Tensor, ...]:
     """Choose actions, and compute their values and log-probabilities."""
     values, distribution = policy.value_and_distribution(observations, **context)
-    actions = _sample(distribution, noise)
-    return _stored(policy, actions), values, distribution.log_prob(actions)
+    actions = sample(distribution, noise)
+    return stored_actions(policy, actions), values, distribution.log_prob(actions)
 
 
-def _sample(distribution: Distribution, noise: list[th.Tensor]) -> th.Tensor:
+def sample(distribution: Distribution, noise: list[th.Tensor]) -> th.Tensor:
+    """Draw actions from a distribution.
+
+    :param distribution: the distribution
+    :param noise: gSDE's exploration matrices, or empty
+    """
     if isinstance(distribution, StateDependentNoiseDistribution):
         # Inputs of the graph, because new ones are drawn during a rollout
         distribution.exploration_mat, distribution.exploration_matrices = noise
     return distribution.get_actions()
 
 
-def _stored(policy: ActorCriticPlusPolicy, actions: th.Tensor) -> th.Tensor:
+def stored_actions(policy: ActorCriticPlusPolicy, actions: th.Tensor) -> th.Tensor:
+    """Return actions in the shape in which the buffer stores them.
+
+    :param policy: the policy
+    :param actions: what the distribution has drawn
+    """
     return actions.reshape(-1, *(policy.action_space.shape or ()))
 
 

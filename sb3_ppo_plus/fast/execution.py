@@ -13,6 +13,7 @@ from sb3_ppo_plus.attributes import PlusModel
 from sb3_ppo_plus.buffers import PPOPlusRolloutBuffer
 from sb3_ppo_plus.distributed.parts import Parts
 from sb3_ppo_plus.fast.compiled_actor import CompiledActor, can_act_alone
+from sb3_ppo_plus.fast.compiled_memory_actor import CompiledMemoryActor
 from sb3_ppo_plus.fast.compiled_step import CompiledGradientStep
 from sb3_ppo_plus.fast.graphs import CompilationReporter, inductor_options
 from sb3_ppo_plus.fast.policy_changes import hindrance
@@ -20,6 +21,7 @@ from sb3_ppo_plus.fast.replayed_actor import ReplayedActor
 from sb3_ppo_plus.fast.replayed_step import ReplayedGradientStep
 from sb3_ppo_plus.fast.users_code import UsersCode
 from sb3_ppo_plus.policies.actor_critic import ActorCriticPlusPolicy
+from sb3_ppo_plus.policies.remembering import MemoryOptions
 from sb3_ppo_plus.rollout.actor import RolloutActor
 from sb3_ppo_plus.rollout.memory_actor import MemoryActor
 from sb3_ppo_plus.rollout.parted_actor import PartedActor
@@ -73,9 +75,7 @@ class Execution:
         """
         policy, step = model.policy, self.gradient_step
         options = getattr(policy, "memory_options", None)
-        # A graph needs fixed shapes. An LSTM or GRU cuts sequences at episode starts, so the shapes differ between
-        # minibatches
-        is_compiled = model.compile is not False and (options is None or options.kind == "gtrxl")
+        is_compiled = model.compile is not False and (options is None or _fits_graphs(options, model.device))
         if step is None or step.policy is not policy or isinstance(step, CompiledGradientStep) != is_compiled:
             if is_compiled:
                 step = CompiledGradientStep(policy, self.grad_scaler, inductor_options(model.compile), self.reporter)
@@ -114,10 +114,13 @@ class Execution:
 
     def _actor_for(self, model: PlusModel, rollout_buffer: RolloutBuffer) -> RolloutActor:
         policy = model.policy
+        actor = None if model.compile is False else self._compiled_actor_for(model, rollout_buffer)
         if getattr(policy, "memory_options", None) is not None:
             assert isinstance(policy, ActorCriticPlusPolicy)
+            if isinstance(actor, CompiledMemoryActor):
+                actor.remember(model._last_states, rollout_buffer.n_envs)
+                return actor
             return MemoryActor(policy, model._last_states, rollout_buffer.n_envs)
-        actor = None if model.compile is False else self._compiled_actor_for(model, rollout_buffer)
         if actor is not None:
             actor.n_parts = model._parts.n_here
             return actor
@@ -138,8 +141,9 @@ class Execution:
             self.reporter.failed("acting", reason)
             return None
         if self.compiled_actor is None or self.compiled_actor.policy is not policy:
+            kind = CompiledActor if policy.memory_options is None else CompiledMemoryActor
             options = inductor_options(model.compile)
-            self.compiled_actor = CompiledActor(policy, options, self.reporter, self.users_code)
+            self.compiled_actor = kind(policy, options, self.reporter, self.users_code)
         return None if self.compiled_actor.has_given_up else self.compiled_actor
 
     def log_to(self, logger: Logger, model: PlusModel) -> None:
@@ -177,3 +181,8 @@ class Execution:
         # Without the flags of older files, a parameter without gradient may have been frozen: the first step finds out
         if has_gradient is not None and (trainable is not None or all(has_gradient)):
             self.step_for(model).flatten(has_gradient)
+
+
+def _fits_graphs(options: MemoryOptions, device: th.device) -> bool:
+    # On a GPU PyTorch's own kernels are faster than a loop over time. Dropout would draw other numbers than they do
+    return options.kind == "gtrxl" or (device.type == "cpu" and not options.sizes.get("dropout"))

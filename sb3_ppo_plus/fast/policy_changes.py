@@ -43,6 +43,7 @@ METHODS_OF_ACTING = (
     "extract_features",
     "get_distribution",
     "predict_values",
+    "remembering_distribution",
     "value_and_distribution",
     "_actor_features",
     "_critic_features",

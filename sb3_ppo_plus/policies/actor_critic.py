@@ -185,8 +185,8 @@ class ActorCriticPlusPolicy(HybridPolicy):
         """Choose actions and predict values, see :meth:`forward`; return the memory's states after the step too."""
         values, distribution, states = self._evaluate(obs, action_masks, states, episode_starts)
         actions = distribution.get_actions(deterministic=deterministic)
-        log_prob = distribution.log_prob(actions)
-        return actions.reshape(-1, *(self.action_space.shape or ())), values, log_prob, states
+        stored = actions.reshape(-1, *(self.action_space.shape or ()))
+        return stored, values, distribution.log_prob(actions), states
 
     def evaluate_actions(
         self,
@@ -211,6 +211,12 @@ class ActorCriticPlusPolicy(HybridPolicy):
         values, distribution, _ = self._evaluate(obs, action_masks, states, episode_starts)
         with _without_autocast(values.device):
             return values, distribution.log_prob(actions), distribution.entropy()
+
+    def remembering_distribution(
+        self, obs: PyTorchObs, states: RNNStates, episode_starts: th.Tensor, action_masks: MaybeMasks = None
+    ) -> tuple[th.Tensor, Distribution, RNNStates | None]:
+        """Return :meth:`value_and_distribution` and the states after a step; parameters as in :meth:`forward_step`."""
+        return self._evaluate(obs, action_masks, states, episode_starts)
 
     def value_and_distribution(
         self, obs: PyTorchObs, action_masks: MaybeMasks = None
@@ -440,6 +446,4 @@ def predict_with_masks(
 
 def _without_autocast(device: th.device) -> AbstractContextManager[Any]:
     # Entering a context costs microseconds at each step, so it is entered only where autocast is on
-    if th.is_autocast_enabled(device.type):
-        return th.autocast(device.type, enabled=False)
-    return nullcontext()
+    return th.autocast(device.type, enabled=False) if th.is_autocast_enabled(device.type) else nullcontext()

@@ -6,16 +6,15 @@ dimension is that of the environments, as in ``nn.LSTM``. ``step`` and ``sequenc
 
 from __future__ import annotations
 
-from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
-import numpy as np
 import torch as th
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence
 
-State = tuple[th.Tensor, ...]
-"""What a memory carries from step to step: tensors of shape (n_layers, n_envs, ...)."""
+from sb3_ppo_plus.policies.recurrences import Recurrence, State, recur, recur_in_graph, reset
+from sb3_ppo_plus.policies.rounding import ROUNDING
+
+__all__ = ["GRUMemory", "LSTMMemory", "Memory", "State", "reset"]
 
 
 class Memory(Protocol):
@@ -46,67 +45,6 @@ class Memory(Protocol):
         :param episode_starts: bool, shape (n_sequences, length): True where the state is reset before the step
         :return: outputs, shape (n_sequences, length, output_dim)
         """
-
-
-class Segments(NamedTuple):
-    """Parts of sequences, cut at episode starts, longest first.
-
-    :param starts: index of each segment's first step in the flattened sequences, shape (n_segments,)
-    :param lengths: number of steps of each segment, shape (n_segments,)
-    :param sequences: the sequence to which each segment belongs, shape (n_segments,)
-    :param continues: whether the segment's episode began before its sequence, shape (n_segments,)
-    """
-
-    starts: np.ndarray
-    lengths: np.ndarray
-    sequences: np.ndarray
-    continues: np.ndarray
-
-    @classmethod
-    def between(cls, episode_starts: np.ndarray) -> Segments:
-        """Cut sequences before each episode start.
-
-        :param episode_starts: bool, shape (n_sequences, length)
-        """
-        begins = episode_starts.copy()
-        begins[:, 0] = True
-        starts = np.flatnonzero(begins)
-        lengths = np.diff(starts, append=begins.size)
-        order = np.argsort(-lengths, kind="stable")
-        starts = starts[order]
-        return cls(starts, lengths[order], starts // begins.shape[1], ~episode_starts.reshape(-1)[starts])
-
-    def buckets(self) -> list[slice]:
-        """Group segments of similar lengths, which will be padded to the longest of their group.
-
-        A group of n segments of length T costs about ``30 + T + T * n``, as measured for an LSTM's forward and backward
-        pass on a CPU. A group is split where that saves cost.
-
-        :return: slices of the segments, which cover all of them
-        """
-        found, todo = [], [slice(0, len(self.starts))]
-        while todo:
-            group = todo.pop()
-            lengths = self.lengths[group]
-            savings = (lengths[0] - lengths) * np.arange(len(lengths), 0, -1) - lengths - 30
-            cut = group.start + int(savings.argmax())
-            if cut > group.start and savings.max() > 0:
-                todo += [slice(cut, group.stop), slice(group.start, cut)]
-            else:
-                found.append(group)
-        return found
-
-
-def reset(state: State, episode_starts: th.Tensor) -> State:
-    """Set the state of some envs to exactly zero, even where it was NaN.
-
-    :param state: the state of all envs
-    :param episode_starts: bool, shape (n_envs,): True where the state is reset
-    :return: the new state; ``state`` is not changed
-    """
-    return tuple(
-        th.where(episode_starts.view(1, -1, *[1] * (part.dim() - 2)), th.zeros_like(part), part) for part in state
-    )
 
 
 class LSTMMemory(nn.LSTM):
@@ -154,15 +92,14 @@ class LSTMMemory(nn.LSTM):
         hidden, cell = reset(state, episode_starts)
         new_hidden, new_cell = [], []
         for layer in range(self.num_layers):
-            weights = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
-            features, c = th.lstm_cell(features, (hidden[layer], cell[layer]), *weights, *_biases(self, layer))
+            features, c = th.lstm_cell(features, (hidden[layer], cell[layer]), *_weights(self, layer))
             new_hidden.append(features)
             new_cell.append(c)
         return features, (th.stack(new_hidden), th.stack(new_cell))
 
     def sequence(self, features: th.Tensor, state: State, episode_starts: th.Tensor) -> th.Tensor:
         """Take all steps of sequences at once; parameters as in :meth:`Memory.sequence`."""
-        return _run_segments(self, features, state, episode_starts)
+        return _sequence(self, features, state, episode_starts)
 
 
 class GRUMemory(nn.GRU):
@@ -194,52 +131,27 @@ class GRUMemory(nn.GRU):
         (hidden,) = reset(state, episode_starts)
         new_hidden = []
         for layer in range(self.num_layers):
-            weights = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
-            features = th.gru_cell(features, hidden[layer], *weights, *_biases(self, layer))
+            features = th.gru_cell(features, hidden[layer], *_weights(self, layer))
             new_hidden.append(features)
         return features, (th.stack(new_hidden),)
 
     def sequence(self, features: th.Tensor, state: State, episode_starts: th.Tensor) -> th.Tensor:
         """Take all steps of sequences at once; parameters as in :meth:`Memory.sequence`."""
-        return _run_segments(self, features, state, episode_starts)
+        return _sequence(self, features, state, episode_starts)
 
 
 def _zeros(rnn: nn.RNNBase, n_envs: int) -> th.Tensor:
     return next(rnn.parameters()).new_zeros(rnn.num_layers, n_envs, rnn.hidden_size)
 
 
-def _biases(rnn: nn.RNNBase, layer: int) -> tuple[th.Tensor | None, th.Tensor | None]:
-    if not rnn.bias:
-        return None, None
-    return getattr(rnn, f"bias_ih_l{layer}"), getattr(rnn, f"bias_hh_l{layer}")
+def _weights(rnn: nn.RNNBase, layer: int) -> list[th.Tensor]:
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if rnn.bias else 2]
+    return [getattr(rnn, f"{name}_l{layer}") for name in names]
 
 
-def _run_segments(rnn: nn.RNNBase, features: th.Tensor, state: State, episode_starts: th.Tensor) -> th.Tensor:
-    """Run all segments between episode starts side by side: no loop over time, and no gradient across a start."""
-    segments = Segments.between(episode_starts.cpu().numpy())
-    # On the CPU only an LSTM has a kernel for whole sequences, and that kernel takes no packed ones
-    is_padded = isinstance(rnn, nn.LSTM) and features.device.type == "cpu"
-    groups = segments.buckets() if is_padded else [slice(0, len(segments.starts))]
-    positions = np.empty(episode_starts.numel(), np.int64)
-    outputs, n_rows = [], 0
-    for group in groups:
-        starts, lengths = segments.starts[group], segments.lengths[group]
-        times = np.arange(lengths[0])[:, None]
-        is_real = times < lengths
-        # Padding repeats the first step. Its value does not matter, because it comes after all steps that are read
-        steps = np.where(is_real, starts + times, starts)
-        to_device = partial(th.as_tensor, device=features.device)
-        sequences, continues = to_device(segments.sequences[group]), to_device(segments.continues[group])
-        states = reset(tuple(part[:, sequences] for part in state), ~continues)
-        hx = states if len(states) > 1 else states[0]
-        flat = features.flatten(0, 1)
-        if is_padded:
-            positions[steps[is_real]] = n_rows + np.flatnonzero(is_real)
-            output = rnn(flat[to_device(steps)], hx)[0].flatten(0, 1)
-        else:
-            order = steps[is_real]
-            positions[order] = np.arange(len(order))
-            output = rnn(PackedSequence(flat[to_device(order)], th.as_tensor(is_real.sum(axis=1))), hx)[0].data
-        outputs.append(output)
-        n_rows += len(output)
-    return th.cat(outputs)[th.as_tensor(positions, device=features.device)].view(*episode_starts.shape, -1)
+def _sequence(rnn: nn.RNNBase, features: th.Tensor, state: State, episode_starts: th.Tensor) -> th.Tensor:
+    kind = Recurrence(rnn.mode, rnn.num_layers, rnn.bias, rnn.dropout if rnn.training else 0.0)
+    weights = [weight for layer in range(rnn.num_layers) for weight in _weights(rnn, layer)]
+    if ROUNDING.is_allowed:
+        return recur_in_graph(kind, features, state, episode_starts, weights)
+    return recur(kind, features, state, episode_starts, weights)

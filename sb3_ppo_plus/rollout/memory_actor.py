@@ -36,7 +36,7 @@ class MemoryActor(RolloutActor):
         self, observations: PyTorchObs, episode_starts: np.ndarray | None, context: dict[str, th.Tensor]
     ) -> tuple[th.Tensor, th.Tensor | None, th.Tensor | None]:
         """Choose actions, and keep the states after the step; see :meth:`RolloutActor.act`."""
-        whole_context: dict[str, Any] = {**context, **self._context(episode_starts)}
+        whole_context: dict[str, Any] = {**context, **self.context(episode_starts)}
         actions, values, log_probs, states = self.policy.forward_step(observations, **whole_context)
         assert states is not None
         self.states = states
@@ -45,7 +45,7 @@ class MemoryActor(RolloutActor):
     @th.no_grad()
     def last_values(self, observations: PyTorchObs, episode_starts: np.ndarray) -> th.Tensor:
         """Predict the values after the last step; see :meth:`RolloutActor.last_values`."""
-        return self.policy.predict_values(observations, **self._context(episode_starts))
+        return self.policy.predict_values(observations, **self.context(episode_starts))
 
     @th.no_grad()
     def terminal_value(self, observation: Any, index: int) -> float:  # noqa: ANN401  # array or dict
@@ -59,7 +59,11 @@ class MemoryActor(RolloutActor):
         assert isinstance(policy, ActorCriticPlusPolicy)
         return MemoryActor(policy, self.states, self._n_envs)
 
-    def _context(self, episode_starts: np.ndarray | None) -> dict[str, Any]:
+    def context(self, episode_starts: np.ndarray | None) -> dict[str, Any]:
+        """Return the arguments by which the policy remembers.
+
+        :param episode_starts: True where an observation begins an episode, shape (n_envs,)
+        """
         assert episode_starts is not None
         if isinstance(episode_starts, th.Tensor):
             # Of environments on a device

@@ -17,7 +17,6 @@ from sb3_ppo_plus.fast import captured
 
 # Their gradient step is compiled; "cnn bf16" is "bf16" and "cnn"
 NAMES = [name for name, case in CASES.items() if not case.runs_eagerly and name not in ("cnn bf16", "reduce-overhead")]
-WITHOUT_ACTOR = ("gtrxl",)
 # The others are for `make test-all`: they differ in what they compute, not in what is captured
 QUICK = ("box", "masks", "critic_lr, clip_vf")
 
@@ -56,7 +55,7 @@ def test_every_kind_of_policy_trains_alike(both, name):
         return model.learn(ROLLOUT * 2, reset_num_timesteps=False), th.get_rng_state()
 
     (called, numbers), (replayed, same_numbers) = both(run)
-    assert_same((called, replayed), is_acting=name not in WITHOUT_ACTOR)
+    assert_same((called, replayed))
     assert th.equal(numbers, same_numbers)
     assert called.logger.name_to_value["train/loss"] == replayed.logger.name_to_value["train/loss"]
 

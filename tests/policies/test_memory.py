@@ -1,12 +1,16 @@
 """LSTM, GRU and GTrXL compute one function of the episode, step by step and in sequences."""
 
+from contextlib import nullcontext
+
 import numpy as np
 import pytest
 import torch as th
 from torch import nn
 
 from sb3_ppo_plus.policies.gtrxl import GRUGate, GTrXLMemory, by_key, sinusoidal_encoding, steps_before, visible_keys
-from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, Segments, reset
+from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, reset
+from sb3_ppo_plus.policies.rounding import may_round
+from sb3_ppo_plus.policies.segments import Segments
 
 FEATURES = 5
 MAKE = {
@@ -168,6 +172,26 @@ def test_lstm_and_gru_equal_pytorchs(kind):
     expected, _ = reference(features.transpose(0, 1), state if kind == "lstm" else state[0])
     actual = memory.sequence(features, state, th.zeros(3, 9, dtype=th.bool))
     th.testing.assert_close(actual, expected.transpose(0, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("starts", STARTS)
+@pytest.mark.parametrize("length", [1, 7, 12])
+@pytest.mark.parametrize("in_graph", [False, True])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not kind.startswith("gtrxl")])
+def test_gradients_of_lstm_and_gru_equal_those_of_their_steps(kind, starts, length, in_graph):
+    th.manual_seed(0)
+    memory = MAKE[kind]()
+    state = tuple(part.double() for part in random_state(memory, 3))
+    memory, episode_starts = memory.double(), STARTS[starts](3, length)
+    features = th.randn(3, length, FEATURES, dtype=th.float64, requires_grad=True)
+    weights, inputs = th.randn(3, length, 8, dtype=th.float64), [features, *memory.parameters()]
+    expected, _ = step_by_step(memory, features, state, episode_starts)
+    with may_round() if in_graph else nullcontext():
+        actual = memory.sequence(features, state, episode_starts)
+    th.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    of_steps, of_sequence = (th.autograd.grad((each * weights).sum(), inputs) for each in (expected, actual))
+    for one, other in zip(of_steps, of_sequence, strict=True):
+        th.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("p_start", [0.0, 0.05, 0.5, 1.0])

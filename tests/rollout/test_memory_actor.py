@@ -302,8 +302,9 @@ def test_a_critic_learning_rate_reaches_the_critics_memory():
 
 
 @pytest.mark.parametrize("memory", ["lstm", "gru"])
-def test_with_compile_the_sequences_of_lstm_and_gru_stay_eager_without_a_warning(memory, recwarn):
-    model = build(memory, compile=True)
+def test_with_dropout_the_sequences_of_lstm_and_gru_stay_eager_without_a_warning(memory, recwarn):
+    options = {**MEMORIES[memory]["memory_kwargs"], "n_layers": 2, "dropout": 0.1}
+    model = build(memory, compile=True, policy_kwargs={"memory_kwargs": options})
     model.learn(96)
     assert not isinstance(model._execution.gradient_step, CompiledGradientStep)
     assert not [warning for warning in recwarn if "compile" in str(warning.message)]
