@@ -58,4 +58,5 @@ if __name__ == "__main__":
     trained = main(arguments.timesteps, arguments.folder)
     if int(os.environ.get("RANK", "0")) == 0:
         trained.save(arguments.folder / "model.zip")
-        print(f"{trained.num_timesteps} steps are done")
+        is_done = trained.num_timesteps >= arguments.timesteps
+        print(f"{trained.num_timesteps} steps are done" + ("" if is_done else ": start again to go on"))

@@ -1,4 +1,4 @@
-"""Speed of PPOPlus beside the PPOs of SB3, sb3-contrib and, if installed, SBX: same environments, one interleaved run.
+"""Speed of PPOPlus beside the PPOs of SB3, sb3-contrib, and SBX and rsl_rl if installed: same environments, in turns.
 
     python examples/benchmarks/speed.py --output logs/speed
 
@@ -9,9 +9,11 @@ take them anyhow. --cases picks some; --quick shortens the rounds. Writes speed.
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,8 +32,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from sb3_ppo_plus import PPOPlus
-from sb3_ppo_plus.envs import as_vec_env
+from sb3_ppo_plus.envs import TensorVecEnv, as_vec_env
 from sb3_ppo_plus.fast.replays import CHECKED_REPLAYS, REPLAY_AFTER
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+from torch_envs import TorchPendulum
 
 
 class RandomEnv(gym.Env):
@@ -79,9 +84,12 @@ class Case:
     kwargs: dict[str, Any] = field(default_factory=dict)
     masked: bool = False
     has_vector_code: bool = False
+    tensor_env: type[TensorVecEnv] | None = None
 
     def make_env(self) -> VecEnv:
         """Build the vectorised environment."""
+        if self.tensor_env is not None:
+            return self.tensor_env(self.n_envs)
         env = make_vec_env(self.env, n_envs=self.n_envs, seed=0)
         return VecNormalize(env) if self.normalize else env
 
@@ -116,8 +124,27 @@ CASES: dict[str, Case] = {
     "CartPole, 1024 envs, gymnasium.vector": Case(
         "CartPole-v1", 1024, kwargs={"n_steps": 32, "batch_size": 1024, "n_epochs": 4}, has_vector_code=True
     ),
+    "Pendulum on tensors, 1024 envs": Case(
+        "", 1024, kwargs={"n_steps": 24, "batch_size": 6144, "n_epochs": 5}, tensor_env=TorchPendulum
+    ),
+    "Pendulum on tensors, 4096 envs": Case(
+        "", 4096, kwargs={"n_steps": 24, "batch_size": 24576, "n_epochs": 5}, tensor_env=TorchPendulum
+    ),
     "CartPole with masks, 8 envs": Case(lambda: EdgeMask(gym.make("CartPole-v1")), 8, masked=True),
     "CartPole with LSTM, 8 envs": Case("CartPole-v1", 8, "MlpLstmPolicy", kwargs={"n_steps": 128, "batch_size": 128}),
+    **{
+        f"CartPole with {kind.upper()} of {size}, 8 envs": Case(
+            "CartPole-v1",
+            8,
+            kwargs={
+                "n_steps": 128,
+                "batch_size": 256,
+                "policy_kwargs": {"memory": kind, "memory_kwargs": {"hidden_size": size}},
+            },
+        )
+        for kind in ("lstm", "gru")
+        for size in (64, 256)
+    },
     "HalfCheetah, 1 env, VecNormalize": Case("HalfCheetah-v5", 1, normalize=True),
 }
 
@@ -133,11 +160,16 @@ def contenders(case: Case) -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any
             "PPOPlus compiled, no masks": (PPOPlus, {"compile": True, "action_masking": False}),
         }
     if case.policy == "MlpLstmPolicy":
+        short = {"memory_kwargs": {"sequence_length": 16}}
         return {
             "RecurrentPPO": (RecurrentPPO, {}),
             "PPOPlus": (PPOPlus, {}),
-            "PPOPlus, sequences of 16": (PPOPlus, {"policy_kwargs": {"memory_kwargs": {"sequence_length": 16}}}),
+            "PPOPlus compiled": (PPOPlus, {"compile": True}),
+            "PPOPlus, sequences of 16": (PPOPlus, {"policy_kwargs": short}),
+            "PPOPlus compiled, sequences of 16": (PPOPlus, {"compile": True, "policy_kwargs": short}),
         }
+    if "memory" in case.kwargs.get("policy_kwargs", {}):
+        return {"PPOPlus": (PPOPlus, {}), "PPOPlus compiled": (PPOPlus, {"compile": True})}
     found: dict[str, tuple[type[BaseAlgorithm], dict[str, Any]]] = {
         "SB3": (PPO, {}),
         "PPOPlus": (PPOPlus, {}),
@@ -147,6 +179,8 @@ def contenders(case: Case) -> dict[str, tuple[type[BaseAlgorithm], dict[str, Any
         vector = {"make_env": case.make_vector_env}
         found["PPOPlus, gymnasium.vector"] = PPOPlus, vector
         found["PPOPlus compiled, gymnasium.vector"] = PPOPlus, {"compile": True, **vector}
+        return found
+    if case.tensor_env is not None:
         return found
     try:
         from sbx import PPO as SBX_PPO
@@ -223,7 +257,11 @@ def use_cores(n_cores: int) -> None:
 def run_case(name: str, rounds: int) -> dict[str, Any]:
     """Measure all contenders of a case in turns."""
     case = CASES[name]
-    running = {label: Contender(case, *given) for label, given in contenders(case).items()}
+    running: dict[str, Any] = {label: Contender(case, *given) for label, given in contenders(case).items()}
+    if case.tensor_env is not None and importlib.util.find_spec("rsl_rl"):
+        from rsl_rl_contender import RslRlContender
+
+        running["rsl_rl"] = RslRlContender(case.tensor_env(case.n_envs), running["SB3"].model)
     bounds = []
     for _ in range(rounds):
         bounds.append(env_only(case))
@@ -309,8 +347,8 @@ def main() -> None:
     for name in args.cases:
         result = run_case(name, 3 if args.quick else args.rounds)
         if args.memory:
-            for label, figures in result["contenders"].items():
-                figures["peak_memory_mib"] = peak_memory(name, label)
+            for label in contenders(CASES[name]):
+                result["contenders"][label]["peak_memory_mib"] = peak_memory(name, label)
         results.append(result)
         print(table([result]), flush=True)
     args.output.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 from sb3_ppo_plus.argument_checks import did_you_mean
 from sb3_ppo_plus.zoo.hyperparams import ALGO, hyperparams_file, import_optional
 from sb3_ppo_plus.zoo.parser import ZooParser, argparse_with
-from sb3_ppo_plus.zoo.processes import working_together
+from sb3_ppo_plus.zoo.processes import check_alone, working_together
 from sb3_ppo_plus.zoo.registration import hint_at_missing_model, register, with_members
 
 PROG = "python -m sb3_ppo_plus.zoo"
@@ -146,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(
             f"argument command: {command!r} is none of {', '.join(descriptions)}{did_you_mean(command, descriptions)}"
         )
+    if command not in ("train", "resume"):
+        check_alone(command)
     if command not in _OWN_COMMANDS:
         _run_rl_zoos(command, arguments)
         return

@@ -56,6 +56,17 @@ def working_together(algo: str | None = ALGO) -> Iterator[Ranks]:
         yield ranks
 
 
+def check_alone(command: str) -> None:
+    """Check that a command that works in one process was not started in several.
+
+    :param command: the command
+    :raises SystemExit: in several processes
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
+    if is_launched() and size != "1":
+        raise SystemExit(f"{command} works in one process, start it without torchrun: there are {size}")
+
+
 def _leave() -> None:
     # An error in training has done it already
     if dist.is_initialized():

@@ -110,3 +110,11 @@ def test_a_run_without_a_model_names_resume(command, flags, tmp_path, monkeypatc
     (tmp_path / "logs/ppo_plus/CartPole-v1_1/CartPole-v1").mkdir(parents=True)
     with pytest.raises(SystemExit, match=r"(?s)No .* found for ppo_plus on CartPole-v1.*`resume RUN_FOLDER`"):
         zoo.main([command, *flags])
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in ("train", "resume")])
+def test_commands_of_one_process_are_not_started_in_several(command, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=f"{command} works in one process, start it without torchrun: there are 2"):
+        zoo.main([command, "--env", "CartPole-v1"])
