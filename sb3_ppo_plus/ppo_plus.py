@@ -73,8 +73,9 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs, a
         ``action_masks()`` or the observations have a key ``action_mask``; True: an error if not; False: never
     :param amp: autocast of the update's forward pass: True or "bf16", or "fp16" on CUDA; False: none
     :param compile: True, or a dict of torch.compile's options: compiled code, which is faster and differs by float32
-        rounding only. On CUDA, the gradient step of an LSTM or GRU is not compiled; what is compiled is
-        replayed as CUDA graphs, but not with ``{"triton.cudagraphs": False}``
+        rounding only. The gradient step of an LSTM or GRU is not compiled on CUDA, nor with dropout; acting with a
+        memory is not in several parts or processes. On CUDA, what is compiled is replayed as CUDA graphs, but not with
+        ``{"triton.cudagraphs": False}``
     :param on_non_finite: if a loss or its gradient is NaN or infinite, no step is taken. "raise": an error names the
         term; "skip": training goes on, and ``train/skipped_steps`` counts such steps
     :param max_skipped: with "skip", how many steps may be skipped in a row before an error is raised

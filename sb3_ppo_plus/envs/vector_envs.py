@@ -47,7 +47,8 @@ def in_batches(env: Any) -> Any:  # noqa: ANN401  # anything that SB3 takes
 
     :param env: an environment, or its id
     """
-    return env if isinstance(env, VecEnv) or _adapter_of(env) is None else as_vec_env(env)
+    adapter = None if isinstance(env, VecEnv) else _adapter_of(env)
+    return env if adapter is None else adapter(env)
 
 
 def _adapter_of(env: Any) -> Callable[[Any], VecEnv] | None:  # noqa: ANN401  # of any library

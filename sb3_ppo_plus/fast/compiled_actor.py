@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, Self, TypeGuard
 
 import numpy as np
 import torch as th
@@ -82,9 +82,9 @@ class CompiledActor(RolloutActor):
         self._buffer: RolloutBuffer | None = None
         self.begin_rollout()
 
-    def __reduce__(self) -> tuple[type[CompiledActor], tuple[Any, ...]]:
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
         # All else belongs to one rollout, or is compiled code, which cannot be pickled
-        return CompiledActor, (self.policy, self._options, self._reporter, self.users_code)
+        return type(self), (self.policy, self._options, self._reporter, self.users_code)
 
     @property
     def n_compilations(self) -> int:

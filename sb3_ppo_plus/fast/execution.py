@@ -140,8 +140,8 @@ class Execution:
         if reason is not None:
             self.reporter.failed("acting", reason)
             return None
-        if self.compiled_actor is None or self.compiled_actor.policy is not policy:
-            kind = CompiledActor if policy.memory_options is None else CompiledMemoryActor
+        kind = CompiledActor if policy.memory_options is None else CompiledMemoryActor
+        if type(self.compiled_actor) is not kind or self.compiled_actor.policy is not policy:
             options = inductor_options(model.compile)
             self.compiled_actor = kind(policy, options, self.reporter, self.users_code)
         return None if self.compiled_actor.has_given_up else self.compiled_actor

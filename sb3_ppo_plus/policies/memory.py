@@ -13,6 +13,7 @@ from torch import nn
 
 from sb3_ppo_plus.policies.recurrences import Recurrence, State, recur, recur_in_graph, reset
 from sb3_ppo_plus.policies.rounding import ROUNDING
+from sb3_ppo_plus.torch_private import forward_hooks
 
 __all__ = ["GRUMemory", "LSTMMemory", "Memory", "State", "reset"]
 
@@ -150,8 +151,9 @@ def _weights(rnn: nn.RNNBase, layer: int) -> list[th.Tensor]:
 
 
 def _sequence(rnn: nn.RNNBase, features: th.Tensor, state: State, episode_starts: th.Tensor) -> th.Tensor:
-    kind = Recurrence(rnn.mode, rnn.num_layers, rnn.bias, rnn.dropout if rnn.training else 0.0)
+    kind = Recurrence(rnn.mode, rnn.num_layers, rnn.bias, rnn.dropout, rnn.training)
     weights = [weight for layer in range(rnn.num_layers) for weight in _weights(rnn, layer)]
     if ROUNDING.is_allowed:
         return recur_in_graph(kind, features, state, episode_starts, weights)
-    return recur(kind, features, state, episode_starts, weights)
+    hooks = forward_hooks([rnn])
+    return recur(kind, features, state, episode_starts, weights, rnn if hooks is None or any(hooks) else None)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch as th
+from torch import nn
 from torch.nn import functional as F
 
 from sb3_ppo_plus.policies import scans
@@ -23,13 +24,15 @@ class Recurrence(NamedTuple):
     :param mode: "LSTM" or "GRU", PyTorch's names
     :param n_layers: number of layers
     :param has_bias: whether each layer has two biases beside its two weights
-    :param dropout: between layers; 0 unless the policy is training
+    :param dropout: between layers, while it trains
+    :param training: whether it trains
     """
 
     mode: str
     n_layers: int
     has_bias: bool
     dropout: float
+    training: bool
 
 
 def reset(state: State, episode_starts: th.Tensor) -> State:
@@ -45,7 +48,12 @@ def reset(state: State, episode_starts: th.Tensor) -> State:
 
 
 def recur(
-    kind: Recurrence, features: th.Tensor, state: State, episode_starts: th.Tensor, weights: list[th.Tensor]
+    kind: Recurrence,
+    features: th.Tensor,
+    state: State,
+    episode_starts: th.Tensor,
+    weights: list[th.Tensor],
+    module: nn.RNNBase | None = None,
 ) -> th.Tensor:
     """Take all steps of sequences at once, without a gradient across an episode start.
 
@@ -54,11 +62,12 @@ def recur(
     :param state: before the first step, each part of shape (n_layers, n_sequences, hidden_size). It gets no gradient
     :param episode_starts: bool, shape (n_sequences, length): True where the state is reset before the step
     :param weights: those of each layer in order, as in ``nn.LSTM``
+    :param module: what has these weights, if it must be called itself; it may have hooks
     :return: outputs, shape (n_sequences, length, hidden_size)
     """
-    if kind.mode == "GRU" and features.device.type == "cpu":
+    if kind.mode == "GRU" and features.device.type == "cpu" and module is None:
         return _scan(kind, features, state[0], episode_starts, weights)
-    return _run_segments(kind, features, state, episode_starts, weights)
+    return _run_segments(kind, features, state, episode_starts, weights, module)
 
 
 def _scan(
@@ -66,7 +75,7 @@ def _scan(
 ) -> th.Tensor:
     order, n_weights = TimeOrder.of(episode_starts), len(weights) // kind.n_layers
     for layer in range(kind.n_layers):
-        if layer and kind.dropout:
+        if layer and kind.dropout and kind.training:
             features = F.dropout(features, kind.dropout)
         of_layer = weights[layer * n_weights : (layer + 1) * n_weights]
         biases = of_layer[2:] or [of_layer[0].new_zeros(len(of_layer[0]))] * 2
@@ -75,14 +84,19 @@ def _scan(
 
 
 def _run_segments(
-    kind: Recurrence, features: th.Tensor, state: State, episode_starts: th.Tensor, weights: list[th.Tensor]
+    kind: Recurrence,
+    features: th.Tensor,
+    state: State,
+    episode_starts: th.Tensor,
+    weights: list[th.Tensor],
+    module: nn.RNNBase | None,
 ) -> th.Tensor:
     """Run all segments between episode starts side by side, by PyTorch's own kernels."""
     segments = Segments.between(episode_starts.cpu().numpy())
     run: Any = th.lstm if kind.mode == "LSTM" else th.gru
-    settings = (weights, kind.has_bias, kind.n_layers, kind.dropout, kind.dropout > 0, False)
+    settings = (weights, kind.has_bias, kind.n_layers, kind.dropout, kind.training, False)
     # On the CPU the kernel for whole sequences takes no packed ones
-    is_padded = features.device.type == "cpu"
+    is_padded = features.device.type == "cpu" or module is not None
     groups = segments.buckets() if is_padded else [slice(0, len(segments.starts))]
     positions = np.empty(episode_starts.numel(), np.int64)
     outputs, n_rows = [], 0
@@ -99,7 +113,8 @@ def _run_segments(
         flat = features.flatten(0, 1)
         if is_padded:
             positions[steps[is_real]] = n_rows + np.flatnonzero(is_real)
-            output = run(flat[to_device(steps)], hx, *settings, False)[0].flatten(0, 1)
+            padded = flat[to_device(steps)]
+            output = (run(padded, hx, *settings, False) if module is None else module(padded, hx))[0].flatten(0, 1)
         else:
             order = steps[is_real]
             positions[order] = np.arange(len(order))
@@ -115,7 +130,11 @@ def recur_in_graph(
     """Return :func:`recur` with operations whose shapes do not depend on where episodes start, without dropout.
 
     The parameters are those of :func:`recur`.
+
+    :raises RuntimeError: for dropout, which would draw other numbers than PyTorch's own kernels
     """
+    if kind.dropout and kind.training:
+        raise RuntimeError("a graph of an LSTM or GRU has no dropout")
     n_weights = len(weights) // kind.n_layers
     for layer in range(kind.n_layers):
         of_layer = weights[layer * n_weights : (layer + 1) * n_weights]

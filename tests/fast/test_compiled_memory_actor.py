@@ -1,5 +1,7 @@
 """Acting with a memory in graphs: the rollouts of eager acting, to rounding, whatever happens during them."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch as th
@@ -107,3 +109,10 @@ def test_states_go_on_after_an_interruption_of_learn():
         models.append(rolled_out(compile, n_rollouts=1))
         models[-1].learn(N_STEPS * N_ENVS, reset_num_timesteps=False)
     assert_same_rollouts(*models)
+
+
+def test_a_copy_of_a_model_acts_compiled_too():
+    model = rolled_out(True)
+    model.env.close()
+    copied = pickle.loads(pickle.dumps(model._execution))
+    assert type(copied.compiled_actor) is CompiledMemoryActor

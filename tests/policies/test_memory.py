@@ -9,6 +9,7 @@ from torch import nn
 
 from sb3_ppo_plus.policies.gtrxl import GRUGate, GTrXLMemory, by_key, sinusoidal_encoding, steps_before, visible_keys
 from sb3_ppo_plus.policies.memory import GRUMemory, LSTMMemory, reset
+from sb3_ppo_plus.policies.recurrences import Recurrence, _run_segments
 from sb3_ppo_plus.policies.rounding import may_round
 from sb3_ppo_plus.policies.segments import Segments
 
@@ -192,6 +193,40 @@ def test_gradients_of_lstm_and_gru_equal_those_of_their_steps(kind, starts, leng
     of_steps, of_sequence = (th.autograd.grad((each * weights).sum(), inputs) for each in (expected, actual))
     for one, other in zip(of_steps, of_sequence, strict=True):
         th.testing.assert_close(other, one, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+@pytest.mark.parametrize("training", [True, False])
+def test_pytorchs_kernels_are_told_whether_the_policy_trains(kind, training, monkeypatch):
+    """On a GPU they differentiate only what was computed for training."""
+    memory, told, kernel = MAKE[kind]().train(training), [], getattr(th, kind)
+
+    def telling(*arguments):
+        told.append(arguments[6])
+        return kernel(*arguments)
+
+    monkeypatch.setattr(th, kind, telling)
+    weights = [getattr(memory, f"{name}_l0") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    arguments = (th.randn(2, 5, FEATURES), memory.initial_state(2), th.zeros(2, 5, dtype=th.bool), weights)
+    recurrence = Recurrence(memory.mode, 1, True, 0.0, memory.training)
+    _run_segments(recurrence, *arguments, None)
+    assert told == [training]
+
+
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_hooks_of_the_memory_are_called(kind):
+    memory, calls = MAKE[kind](), []
+    arguments = (th.randn(2, 9, FEATURES), memory.initial_state(2), th.rand(2, 9) < 0.3)
+    expected = memory.sequence(*arguments)
+    memory.register_forward_hook(lambda *_: calls.append(1))
+    th.testing.assert_close(memory.sequence(*arguments), expected, rtol=0, atol=1e-6)
+    assert calls
+
+
+def test_a_graph_refuses_dropout():
+    memory = LSTMMemory(FEATURES, 8, 2, dropout=0.5)
+    with may_round(), pytest.raises(RuntimeError, match="no dropout"):
+        memory.sequence(th.randn(2, 9, FEATURES), memory.initial_state(2), th.zeros(2, 9, dtype=th.bool))
 
 
 @pytest.mark.parametrize("p_start", [0.0, 0.05, 0.5, 1.0])

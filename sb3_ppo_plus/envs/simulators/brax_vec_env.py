@@ -12,7 +12,7 @@ import torch as th
 from gymnasium import spaces
 from torch.utils.dlpack import from_dlpack
 
-from sb3_ppo_plus.envs.simulators.observation_groups import ObservationGroups, flatten
+from sb3_ppo_plus.envs.simulators.observation_groups import ObservationGroups, space_of
 from sb3_ppo_plus.envs.simulators.simulator_vec_env import SimulatorVecEnv, name_of
 from sb3_ppo_plus.envs.tensor_vec_env import Observations, TensorStep
 
@@ -31,6 +31,8 @@ class BraxVecEnv(SimulatorVecEnv):
     :raises ValueError: if the number of environments is not known, or is not the environment's
     """
 
+    _keeps_observations = False
+
     def __init__(
         self,
         env: Any,  # noqa: ANN401  # Brax is not imported
@@ -43,8 +45,7 @@ class BraxVecEnv(SimulatorVecEnv):
         self._begin_jitted, self._step_jitted = self._jax.jit(begin), self._jax.jit(step)
         self._n_keys = None if getattr(env, "batch_size", None) is not None else batch_size
         shapes = self._jax.eval_shape(begin, self._keys(self._jax.random.PRNGKey(0)))
-        shown = {name: _space_of(shape) for name, shape in flatten(shapes.obs).items()}
-        chosen = ObservationGroups(name_of(type(self), env), shown, groups)
+        chosen = ObservationGroups(name_of(type(self), env), shapes.obs, groups, space_of)
         device = from_dlpack(self._jax.numpy.zeros(1)).device
         action_space = spaces.Box(-1.0, 1.0, (int(env.action_size),))
         super().__init__(env, batch_size, chosen, action_space, device, action_bound=1.0)
@@ -81,7 +82,7 @@ class BraxVecEnv(SimulatorVecEnv):
             self._jax.block_until_ready(values)
         groups, rewards = self._tensors((self._state.obs, self._state.reward))
         final, terminated, truncated = self._tensors(values)
-        return self._stepped(groups, rewards, terminated, truncated, {"final_obs": final})
+        return self._stepped(groups, rewards, terminated, truncated, final)
 
     def _tensors(self, arrays: Any) -> Any:  # noqa: ANN401  # tree of arrays
         return self._jax.tree.map(from_dlpack, arrays)
@@ -98,13 +99,17 @@ class BraxVecEnv(SimulatorVecEnv):
         :param state: tensors, which may be hostile
         :raises ValueError: if they are not those of such an environment
         """
+        if not isinstance(state, dict):
+            raise ValueError(f"the state of {self} must be a dict, got {type(state).__name__}")
         if self._state is None:
             self.reset_tensor()
         leaves, tree = self._jax.tree.flatten((self._key, self._state))
         arrays = []
         for index, leaf in enumerate(leaves):
             own, given = np.array(leaf), state.get(str(index))
-            array = given.cpu().numpy() if isinstance(given, th.Tensor) else np.array(None)
+            array = np.array(None)
+            if isinstance(given, th.Tensor) and given.layout == th.strided and given.dtype != th.bfloat16:
+                array = given.detach().cpu().numpy()
             if array.shape != own.shape or array.dtype != _signed(own).dtype:
                 raise ValueError(f"the state of {self} must have {own.dtype}{list(own.shape)} as its array {index}")
             arrays.append(self._jax.numpy.asarray(array.view(own.dtype)))
@@ -152,7 +157,9 @@ def is_brax(env: Any) -> bool:  # noqa: ANN401  # anything
 
     :param env: anything
     """
-    return all(hasattr(env, name) for name in ("observation_size", "action_size", "reset", "step", "unwrapped"))
+    # Of its class, because some properties reset the environment
+    names = ("observation_size", "action_size", "reset", "step", "unwrapped")
+    return all(hasattr(type(env), name) for name in names)
 
 
 def _checked_batch_size(env: Any, num_envs: int | None) -> int:  # noqa: ANN401  # Brax's
@@ -168,10 +175,6 @@ def _checked_batch_size(env: Any, num_envs: int | None) -> int:  # noqa: ANN401 
     if num_envs is not None and batch_size not in (None, num_envs):
         raise ValueError(f"num_envs must be the environment's batch_size {batch_size}, got {num_envs}")
     return int(given)
-
-
-def _space_of(shape: Any) -> spaces.Space[Any]:  # noqa: ANN401  # JAX's
-    return spaces.Box(-np.inf, np.inf, tuple(shape.shape[1:]), np.dtype(shape.dtype).type)
 
 
 def _signed(array: np.ndarray) -> np.ndarray:

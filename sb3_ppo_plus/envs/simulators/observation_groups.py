@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,27 +25,46 @@ def flatten(groups: Any, prefix: str = "") -> dict[str, Any]:  # noqa: ANN401  #
     return flat
 
 
-def space_of(tensor: th.Tensor) -> spaces.Space[Any]:
-    """Return a space without bounds for what a simulator shows.
+def space_of(shown: Any) -> spaces.Space[Any]:  # noqa: ANN401  # PyTorch's or JAX's
+    """Return the space of what a simulator shows, which has no bounds that are known.
 
-    :param tensor: observations of shape (n_envs, *observation shape)
+    :param shown: a tensor of shape (n_envs, *observation shape), or what has such a shape and a type of JAX
     """
-    dtype = tensor.new_zeros(0).cpu().numpy().dtype
-    return spaces.Box(-np.inf, np.inf, tuple(tensor.shape[1:]), dtype)
+    shape = tuple(shown.shape[1:])
+    dtype = shown.new_zeros(0).cpu().numpy().dtype if isinstance(shown, th.Tensor) else np.dtype(shown.dtype)
+    if dtype.kind == "b":
+        return spaces.MultiBinary(list(shape))
+    if dtype.kind in "iu":
+        return spaces.Box(np.iinfo(dtype).min, np.iinfo(dtype).max, shape, dtype.type)
+    return spaces.Box(-np.inf, np.inf, shape, dtype.type)
 
 
 class ObservationGroups:
     """Chooses groups of observations. If one is left, it is shown as it is, several as a dict.
 
     :param owner: the environment, for errors
-    :param groups: spaces in groups, as the simulator has them
+    :param groups: spaces in groups, as the simulator has them, or what ``make_space`` makes spaces of
     :param names: which groups are shown; None: all
-    :raises ValueError: if there is no such group
+    :param make_space: makes the space of a group; None: ``groups`` has spaces
+    :raises ValueError: if there is no such group, or none is chosen
+    :raises TypeError: if ``names`` is a text
     """
 
-    def __init__(self, owner: object, groups: Any, names: Sequence[str] | None) -> None:  # noqa: ANN401  # see flatten
+    def __init__(
+        self,
+        owner: object,
+        groups: Any,  # noqa: ANN401  # see flatten
+        names: Sequence[str] | None,
+        make_space: Callable[[Any], spaces.Space[Any]] | None = None,
+    ) -> None:
+        if isinstance(names, str):
+            raise TypeError(f"{owner}: groups must be a list of names or None, got {names!r}")
+        if names is not None and not len(names):
+            raise ValueError(f"{owner}: groups must name at least one of {sorted(flatten(groups))}, got {names!r}")
         self._owner, self._names = owner, names
-        self._spaces = self._chosen(groups)
+        self._spaces: dict[str, Any] = self._chosen(groups)
+        if make_space is not None:
+            self._spaces = {name: make_space(shown) for name, shown in self._spaces.items()}
         self.space: spaces.Space[Any] = spaces.Dict(self._spaces)
         if len(self._spaces) == 1:
             self.space = next(iter(self._spaces.values()))

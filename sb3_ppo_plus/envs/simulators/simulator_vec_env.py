@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.vec_env.base_vec_env import VecEnvIndices
 
 from sb3_ppo_plus.envs.simulators.observation_groups import ObservationGroups
 from sb3_ppo_plus.envs.tensor_vec_env import Observations, TensorStep, TensorVecEnv
 from sb3_ppo_plus.trees import tree_map
-
-FINAL = ("final_obs", "final_observation")
-"""Under one of these names, simulators show the last observations of episodes."""
 
 
 class SimulatorVecEnv(TensorVecEnv):
@@ -29,6 +28,9 @@ class SimulatorVecEnv(TensorVecEnv):
     :param device: where all tensors are
     :param action_bound: bound of actions that have none; SB3 needs finite ones, and clips to them
     """
+
+    _keeps_observations = True
+    """Whether the observations before a step are kept, for simulators that do not show the last ones of episodes."""
 
     def __init__(
         self,
@@ -48,7 +50,14 @@ class SimulatorVecEnv(TensorVecEnv):
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  # whatever the simulator has
         if name.startswith("_") or name == "env":
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.env, name)
+        return attribute(self.env, name)
+
+    def set_attr(self, attr_name: str, value: Any, indices: VecEnvIndices = None) -> None:  # noqa: ANN401  # SB3's
+        """Set an attribute, of the simulator if it has one of this name; see SB3's ``VecEnv``."""
+        if not hasattr(type(self), attr_name) and attr_name not in vars(self) and hasattr(self, attr_name):
+            set_attribute(self.env, attr_name, value)
+        else:
+            super().set_attr(attr_name, value, indices)
 
     def __str__(self) -> str:
         return name_of(type(self), self.env)
@@ -60,8 +69,19 @@ class SimulatorVecEnv(TensorVecEnv):
 
     def _begun(self, groups: Any) -> Observations:  # noqa: ANN401  # tensors in groups
         observations: Observations = self._groups.show(groups)
-        self._previous = tree_map(_copy, observations)
+        self._keep(observations)
         return observations
+
+    def _keep(self, observations: Observations) -> None:
+        if self._keeps_observations:
+            # The simulator may write into them in the next step
+            self._previous = tree_map(_copy, observations)
+
+    def _spread_lengths(self) -> None:
+        """Begin episodes as if they had gone on for random numbers of steps, so that not all end at once."""
+        lengths, longest = (attribute(self.env, name) for name in ("episode_length_buf", "max_episode_length"))
+        draws = th.rand(lengths.shape, generator=self.generator, device=self.device)
+        set_attribute(self.env, "episode_length_buf", (draws * longest).to(lengths.dtype))
 
     def _stepped(
         self,
@@ -69,22 +89,42 @@ class SimulatorVecEnv(TensorVecEnv):
         rewards: th.Tensor,
         terminated: th.Tensor,
         truncated: th.Tensor | None,
-        told: Mapping[str, Any],
+        final: Any,  # noqa: ANN401  # tensors in groups, or None
+        log: object = None,
         extras: dict[str, th.Tensor] | None = None,
     ) -> TensorStep:
         """Make a step of what the simulator returns.
 
-        :param told: what it tells beside that. If it has no last observations of episodes, those before the step take
-            their place, as in rsl_rl (``PPO.process_env_step``): the simulator has overwritten the true ones
+        :param final: the last observations of episodes. If it is None, those before the step take their place, as in
+            rsl_rl (``PPO.process_env_step``), since the simulator has overwritten the true ones
+        :param log: what the simulator tells for the log
         """
         observations: Observations = self._groups.show(groups)
-        shown = next((told[name] for name in FINAL if told.get(name) is not None), None)
-        final = self._previous if shown is None else self._groups.show(shown)
-        log = told.get("log", told.get("episode"))
+        last = self._previous if final is None else self._groups.show(final)
         self.log = log if isinstance(log, Mapping) else {}
-        # The simulator may write into its observations in the next step
-        self._previous = tree_map(_copy, observations)
-        return TensorStep(observations, rewards, terminated, truncated, final, extras)
+        self._keep(observations)
+        return TensorStep(observations, rewards, terminated, truncated, last, extras)
+
+
+def attribute(env: Any, name: str) -> Any:  # noqa: ANN401  # whatever it is
+    """Return an attribute of a simulator, or of the one inside Gymnasium's wrappers.
+
+    :param env: the simulator
+    :param name: name of the attribute
+    :raises AttributeError: if there is none
+    """
+    is_wrapped = isinstance(env, gym.Wrapper) and not hasattr(env, name)
+    return getattr(env.unwrapped if is_wrapped else env, name)
+
+
+def set_attribute(env: Any, name: str, value: Any) -> None:  # noqa: ANN401  # whatever it is
+    """Set an attribute of a simulator, inside Gymnasium's wrappers.
+
+    :param env: the simulator
+    :param name: name of the attribute
+    :param value: its value
+    """
+    setattr(env.unwrapped if isinstance(env, gym.Wrapper) else env, name, value)
 
 
 def name_of(adapter: type, env: Any) -> str:  # noqa: ANN401  # of another library
@@ -109,7 +149,8 @@ def with_bounds(space: spaces.Space[Any], bound: float) -> spaces.Space[Any]:
         return space
     low = np.where(np.isfinite(space.low), space.low, -bound)
     high = np.where(np.isfinite(space.high), space.high, bound)
-    if not (low < high).all():
+    was_infinite = ~(np.isfinite(space.low) & np.isfinite(space.high))
+    if (was_infinite & (low >= high)).any():
         raise ValueError(f"action_bound must leave low < high, got {bound!r} for {space}")
     return spaces.Box(low.astype(space.dtype), high.astype(space.dtype), space.shape, space.dtype.type)
 

@@ -80,8 +80,8 @@ class IsaacWalk(gym.Env):
 class ManiSkillWalk(gym.vector.VectorEnv):
     """The walk as ManiSkill's ``ManiSkillVectorEnv``, with success in the infos."""
 
-    def __init__(self, mode=AutoresetMode.SAME_STEP, auto_reset=True):
-        self.walk, self.auto_reset = walk(1.0), auto_reset
+    def __init__(self, mode=AutoresetMode.SAME_STEP, auto_reset=True, record_metrics=False):
+        self.walk, self.auto_reset, self.record_metrics = walk(1.0), auto_reset, record_metrics
         self.num_envs, self.device, self.metadata = N_ENVS, th.device("cpu"), {"autoreset_mode": mode}
         self.single_observation_space, self.single_action_space = self.walk.observation_space, self.walk.action_space
         self.observation_space = batch_space(self.single_observation_space, N_ENVS)
@@ -93,6 +93,8 @@ class ManiSkillWalk(gym.vector.VectorEnv):
     def step(self, actions):
         step = self.walk.step_tensor(actions)
         infos = {"success": step.extras["is_success"]}
+        if self.record_metrics:
+            infos["episode"] = {"return": step.rewards.clone()}
         ends = step.terminated | step.truncated
         if bool(ends.any()):
             # Infos of a reset have no success yet

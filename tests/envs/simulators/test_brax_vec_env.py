@@ -11,6 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_ppo_plus import PPOPlus, TrainingCheckpoint
 from sb3_ppo_plus.envs import BraxVecEnv, as_vec_env
+from sb3_ppo_plus.envs.simulators.brax_vec_env import is_brax
 
 N_ENVS = 4
 SETTINGS = {"n_steps": 16, "batch_size": 32, "n_epochs": 2, "seed": 3}
@@ -138,6 +139,12 @@ def test_an_environment_that_begins_no_episodes():
         as_vec_env(Turn())
 
 
+def test_to_be_recognised_it_is_not_reset(monkeypatch):
+    monkeypatch.setattr(Turn, "reset", lambda *_: pytest.fail("it is reset"))
+    assert is_brax(wrapped())
+    assert not is_brax(object())
+
+
 def test_observations_may_be_a_dict():
     env = as_vec_env(wrapped(dict_observations=True))
     assert {key: part.shape for key, part in env.observation_space.items()} == {
@@ -165,12 +172,21 @@ def test_a_run_that_is_killed_goes_on_to_the_same_bits(trusted, tmp_path):
     assert_same_training(resumed, whole)
 
 
-@pytest.mark.parametrize("change", [lambda state: state.pop("0"), lambda state: state.update({"1": th.zeros(1, 1)})])
+CHANGES = {
+    "missing": lambda state: state.pop("0"),
+    "shape": lambda state: state.update({"1": th.zeros(1, 1)}),
+    "sparse": lambda state: state.update({"1": state["1"].to_sparse()}),
+    "bfloat16": lambda state: state.update({"1": state["1"].bfloat16()}),
+    "more": lambda state: state.update({"more": th.zeros(1)}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_state_of_another_environment_is_refused(change):
     env = as_vec_env(wrapped())
     env.reset()
     state = env.get_resume_state()
-    change(state)
+    CHANGES[change](state)
     with pytest.raises(ValueError, match="the state of <BraxVecEnv of AutoResetWrapper> must have"):
         as_vec_env(wrapped()).set_resume_state(state)
 

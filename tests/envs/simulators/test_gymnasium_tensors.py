@@ -1,5 +1,7 @@
 """Environments with Gymnasium's five values as tensors train as the same environment written as a TensorVecEnv."""
 
+from types import SimpleNamespace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from sb3_ppo_plus import PPOPlus
 from sb3_ppo_plus.envs import GymnasiumTensorVecEnv, SimulatorLog, TensorVecNormalize, as_vec_env
+from sb3_ppo_plus.envs.batched_vec_env import BatchedVecEnv
 from sb3_ppo_plus.rollout.tensor_buffer import TensorRolloutBuffer
 
 
@@ -46,6 +49,10 @@ def test_groups_are_keys_for_actor_and_critic():
     assert action.shape == (1,)
     chosen = GymnasiumTensorVecEnv(IsaacWalk(("policy", "critic")), groups=["policy"])
     assert chosen.observation_space == spaces.Box(-9, 9, (2,))
+    with pytest.raises(TypeError, match="groups must be a list of names or None, got 'policy'"):
+        GymnasiumTensorVecEnv(env, groups="policy")
+    with pytest.raises(ValueError, match="groups must name at least one"):
+        GymnasiumTensorVecEnv(env, groups=[])
     with pytest.raises(ValueError, match=r"groups must be of \['critic', 'policy'\], got 'polcy'"):
         GymnasiumTensorVecEnv(env, groups=["polcy"])
 
@@ -91,6 +98,12 @@ def test_seed_reset_close_and_attributes_reach_the_simulator():
     adapted.reset(), adapted.reset()
     assert env.seeds == [7, None]
     assert adapted.get_attr("seeds") == [env.seeds] * N_ENVS
+    adapted.set_attr("level", 5)
+    assert not hasattr(env, "level")
+    env.difficulty = 1
+    adapted.set_attr("difficulty", 2)
+    assert env.difficulty == 2
+    assert adapted.get_attr("difficulty") == [2] * N_ENVS
     with pytest.raises(AttributeError, match="no_such"):
         adapted.get_attr("no_such")
     adapted.close()
@@ -122,9 +135,24 @@ def test_environments_that_do_not_begin_episodes_themselves():
     bare = type("Bare", (IsaacWalk,), {"__module__": "mani_skill.envs.x"})()
     with pytest.raises(TypeError, match="ManiSkillVectorEnv"):
         as_vec_env(bare)
+    bare.action_space = bare.single_action_space
+    with pytest.raises(TypeError, match="ManiSkillVectorEnv"):
+        PPOPlus("MlpPolicy", bare)
+    isaac = IsaacWalk()
+    isaac.cfg = SimpleNamespace(autoreset_mode=AutoresetMode.DISABLED)
+    with pytest.raises(ValueError, match="must begin a new episode in the step"):
+        as_vec_env(gym.wrappers.OrderEnforcing(isaac))
+    with pytest.warns(UserWarning, match="it is taken for SAME_STEP"):
+        as_vec_env(ManiSkillWalk(None))
     arrays = type("NumpyToTorch", (ManiSkillWalk,), {})()
     with pytest.raises(TypeError, match=r"use the environment of arrays: as_vec_env\(env\.env\)"):
         as_vec_env(arrays)
+
+
+def test_a_vector_environment_of_arrays_may_have_a_device():
+    env = gym.make_vec("CartPole-v1", 2, "vector_entry_point")
+    env.device = "cuda"
+    assert type(as_vec_env(env)) is BatchedVecEnv
 
 
 def test_a_wrapper_that_makes_a_single_environment_is_one():
@@ -156,6 +184,33 @@ def test_what_the_simulator_tells_is_logged():
     assert logged["Episode/level"] == pytest.approx(np.mean(range(1, 33)))
     with pytest.raises(ValueError, match=r"SimulatorLog needs an environment of as_vec_env\(simulator\)"):
         PPOPlus("MlpPolicy", walk(), **SETTINGS).learn(32, SimulatorLog())
+
+
+def test_what_mani_skill_records_is_logged_of_episodes_that_have_ended():
+    env, plain = as_vec_env(ManiSkillWalk(record_metrics=True)), walk(1.0)
+    env.reset_tensor(), plain.reset_tensor()
+    n_ended = 0
+    for _ in range(20):
+        env.step_tensor(th.zeros(N_ENVS, 1))
+        step = plain.step_tensor(th.zeros(N_ENVS, 1))
+        ends = step.terminated | step.truncated
+        if ends.any():
+            th.testing.assert_close(env.log["return"], step.rewards[ends].mean())
+            n_ended += 1
+        else:
+            assert env.log == {}
+    assert n_ended > 3
+
+
+def test_lengths_of_first_episodes_may_be_random():
+    env = IsaacWalk()
+    env.episode_length_buf, env.max_episode_length = th.zeros(N_ENVS, dtype=th.long), 1000
+    adapted = GymnasiumTensorVecEnv(gym.wrappers.OrderEnforcing(env), random_first_lengths=True)
+    adapted.seed(0)
+    adapted.reset()
+    assert env.episode_length_buf.dtype == th.long
+    assert len(set(env.episode_length_buf.tolist())) == N_ENVS
+    assert all(0 <= length < 1000 for length in env.episode_length_buf.tolist())
 
 
 BROKEN = {

@@ -41,6 +41,90 @@ class RslWalk(rsl_rl.env.VecEnv):
         return self._dict(step.observations), step.rewards, dones, self.extras
 
 
+class MjlabWalk(RslWalk):
+    """The walk with the methods that mjlab's and Isaac Lab's wrappers have beside rsl_rl's."""
+
+    seeds = ()
+
+    def seed(self, seed=-1):
+        self.seeds = (*self.seeds, seed)
+        return seed
+
+    def reset(self):
+        self.shown = self.walk.reset_tensor()
+        self.episode_length_buf = th.zeros(N_ENVS, dtype=th.long)
+        return self._dict(self.shown), {}
+
+
+class LeggedWalk(MjlabWalk):
+    """The walk in the form of legged_gym: tensors, privileged ones apart, and five values."""
+
+    device = "cpu"
+
+    def _dict(self, observations):
+        return observations
+
+    def get_privileged_observations(self):
+        return -self.shown
+
+    def step(self, actions):
+        observations, rewards, dones, extras = super().step(actions)
+        extras["episode"] = {"rew_near": rewards.mean()}
+        if "final_obs" in extras:
+            extras["final_obs"] = {"policy": extras["final_obs"], "critic": -extras["final_obs"]}
+        return observations, -observations, rewards, dones, extras
+
+    def reset(self):
+        super().reset()
+        return self.shown, -self.shown
+
+
+@pytest.mark.parametrize("make", [MjlabWalk, lambda: LeggedWalk(shows_final=True)], ids=["mjlab", "legged_gym"])
+def test_environments_with_a_reset_and_a_seed_have_the_same_bits(make):
+    expected = PPOPlus("MlpPolicy", walk(), **SETTINGS).learn(300)
+    env = make()
+    model = PPOPlus(
+        "MlpPolicy", RslRlVecEnv(env, groups=["policy"] if isinstance(env, LeggedWalk) else None), **SETTINGS
+    )
+    model.learn(300)
+    model.ep_success_buffer.extend(expected.ep_success_buffer)
+    assert_same_training(model, expected)
+    assert env.seeds == (SETTINGS["seed"],)
+
+
+def test_legged_gyms_privileged_observations_and_log():
+    env = RslRlVecEnv(LeggedWalk(shows_final=False))
+    assert sorted(env.observation_space.spaces) == ["critic", "policy"]
+    observations = env.reset_tensor()
+    assert th.equal(observations["critic"], -observations["policy"])
+    step = env.step_tensor(th.zeros(N_ENVS, 1))
+    assert th.equal(step.observations["critic"], -step.observations["policy"])
+    assert env.log["rew_near"] == step.rewards.mean()
+
+
+def test_random_lengths_survive_the_reset():
+    env = MjlabWalk()
+    env.max_episode_length = 1000
+    adapted = RslRlVecEnv(env, random_first_lengths=True)
+    adapted.seed(0)
+    adapted.reset()
+    assert len(set(env.episode_length_buf.tolist())) == N_ENVS
+
+
+def test_groups_of_other_types_and_environments_without_a_device():
+    env = RslWalk(("policy", "camera", "contact"))
+    shown = {"camera": th.zeros(N_ENVS, 3, 8, 8, dtype=th.uint8), "contact": th.zeros(N_ENVS, 4, dtype=th.bool)}
+    env.groups.show = lambda observations: {"policy": observations, **shown}
+    del env.device
+    adapted = RslRlVecEnv(env)
+    assert adapted.device == th.device("cpu")
+    assert adapted.observation_space["camera"] == spaces.Box(0, 255, (3, 8, 8), np.uint8)
+    assert adapted.observation_space["contact"] == spaces.MultiBinary([4])
+    for bound in (-1.0, float("nan")):
+        with pytest.raises(ValueError, match="action_bound must be positive and finite"):
+            RslRlVecEnv(RslWalk(), action_bound=bound)
+
+
 @pytest.mark.parametrize("time_outs", ["always", "late"])
 def test_rsl_rls_environment_has_the_bits_of_a_tensor_vec_env(time_outs):
     expected = PPOPlus("MlpPolicy", walk(), **SETTINGS).learn(300)
