@@ -59,7 +59,7 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs, a
 
     :param policy: "MlpPolicy", "CnnPolicy" or "MultiInputPolicy"; "MlpLstmPolicy", "CnnLstmPolicy" or
         "MultiInputLstmPolicy" for an LSTM; or an ``ActorCriticPolicy`` class
-    :param env: environment, or the id of a registered one
+    :param env: environment, the id of a registered one, or what ``sb3_ppo_plus.envs.as_vec_env`` takes
     :param learning_rate: number, schedule, callable of progress_remaining, or string such as "lin_3e-4"
     :param clip_range: in any form that ``learning_rate`` may have
     :param clip_range_vf: in any form that ``learning_rate`` may have; None: no clipping of the value function
