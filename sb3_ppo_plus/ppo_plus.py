@@ -25,7 +25,7 @@ from sb3_ppo_plus.buffers import plus_buffer_class
 from sb3_ppo_plus.callback_hooks import notify_update_end
 from sb3_ppo_plus.distributed import first_rank, training
 from sb3_ppo_plus.envs.frames import check_frames
-from sb3_ppo_plus.envs.vector_envs import AcceptsVectorEnvs, device_for, in_batches
+from sb3_ppo_plus.envs.vector_envs import AcceptsVectorEnvs, device_for, hint_at_cpu, in_batches
 from sb3_ppo_plus.fast.execution import Execution, check_execution
 from sb3_ppo_plus.masking.evaluation import evaluate_with_masks, evaluate_without_masks
 from sb3_ppo_plus.masking.predicting import PredictsWithMasks
@@ -186,7 +186,8 @@ class PPOPlus(PPO, PredictsWithMasks, AcceptsHybridActions, AcceptsVectorEnvs, a
         check_frames(self.env, self.policy, is_new=self.num_timesteps == 0)
 
     def _maybe_recommend_cpu(self, mlp_class_name: str = MlpPolicy.__name__) -> None:
-        super()._maybe_recommend_cpu(mlp_class_name)
+        if self.policy_class.__name__ == mlp_class_name:
+            hint_at_cpu(self.env, self.device)
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int

@@ -72,6 +72,20 @@ def device_for(env: Any, device: th.device | str) -> th.device | str:  # noqa: A
     return env.device if isinstance(env, TensorVecEnv) and str(device) == "auto" else device
 
 
+def hint_at_cpu(env: VecEnv | None, device: th.device) -> None:
+    """Warn if a small network is on another device than the environments, as SB3's PPO does.
+
+    :param env: the environments
+    :param device: where the policy, an MLP, is
+    """
+    if device.type != "cpu" and not isinstance(env, TensorVecEnv):
+        warnings.warn(
+            f"device={device}: for an MLP, sending observations to it and waiting for actions at each step may take "
+            "longer than computing them. device='cpu', with compile=True, may be faster",
+            stacklevel=4,
+        )
+
+
 class AcceptsVectorEnvs(OnPolicyAlgorithm):
     """Lets environments that step in batches in where SB3 wants a VecEnv or a single environment.
 

@@ -1,5 +1,7 @@
 """Environments on tensors train as through their array methods, and as single environments, bit for bit."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch as th
@@ -189,3 +191,17 @@ def test_the_seed_decides_what_an_environment_draws():
     drawn = first.reset()
     np.testing.assert_array_equal(drawn, second.reset())
     assert not np.array_equal(drawn, first.reset())
+
+
+def test_a_hint_at_the_cpu_where_each_step_goes_to_another_device_and_back():
+    def set_up(policy, env, device="meta"):
+        # SB3 calls it at the end of the set-up, which needs a device that computes
+        PPOPlus(policy, env, device=device, _init_setup_model=False)._maybe_recommend_cpu()
+
+    with pytest.warns(UserWarning, match=r"device=meta: .* device='cpu', with compile=True, may be faster"):
+        set_up("MlpPolicy", "CartPole-v1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        set_up("MlpPolicy", TensorWalk())
+        set_up("CnnPolicy", "CartPole-v1")
+        set_up("MlpPolicy", "CartPole-v1", device="cpu")
