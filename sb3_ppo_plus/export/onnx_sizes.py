@@ -95,6 +95,13 @@ def _check_attributes(node: Any, where: str) -> None:  # noqa: ANN401  # onnx's 
             raise UntrustedFileError(f"{where}: the attribute {short(attribute.name)} is too large")
 
 
+def _check_split(node: Any, where: str) -> None:  # noqa: ANN401  # onnx's NodeProto
+    """Refuse a Split into another number of parts than it names: onnx's inference of shapes ends the process."""
+    numbers = [attribute.i for attribute in node.attribute if attribute.name == "num_outputs"]
+    if node.op_type == "Split" and numbers and numbers[0] != len(node.output):
+        raise UntrustedFileError(f"{where} must have num_outputs={len(node.output)}, got {numbers[0]}")
+
+
 def _check_division(node: Any, given: Sequence[Tensor | None], where: str) -> None:  # noqa: ANN401  # onnx's NodeProto
     """Refuse divisions of integers that may end the process: by 0, and of the smallest one by -1."""
     if node.op_type not in ("Div", "Mod") or len(given) < 2 or given[1] is None:
@@ -108,6 +115,7 @@ def _check_division(node: Any, given: Sequence[Tensor | None], where: str) -> No
 
 def _results(onnx: Any, node: Any, given: Sequence[Tensor | None], opset: int, where: str) -> dict[str, Tensor]:  # noqa: ANN401  # onnx's module and NodeProto
     helper = import_module("onnx.helper")
+    _check_split(node, where)
     types, data = {}, {}
     for name, tensor in zip(node.input, given, strict=True):
         if tensor is None:
