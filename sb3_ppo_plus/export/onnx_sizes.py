@@ -67,6 +67,7 @@ def check_costs(graph: Any, inputs: Sequence[TensorSpec], opset: int, name: str)
             raise UntrustedFileError(f"{where} gives {short(list(node.output))}, one of which is there already")
         _check_attributes(node, where)
         given = [known[each] if each else None for each in node.input]
+        _check_split(node, where)
         _check_division(node, given, where)
         results = _results(onnx, node, given, opset, where)
         for each, result in results.items():
@@ -115,7 +116,6 @@ def _check_division(node: Any, given: Sequence[Tensor | None], where: str) -> No
 
 def _results(onnx: Any, node: Any, given: Sequence[Tensor | None], opset: int, where: str) -> dict[str, Tensor]:  # noqa: ANN401  # onnx's module and NodeProto
     helper = import_module("onnx.helper")
-    _check_split(node, where)
     types, data = {}, {}
     for name, tensor in zip(node.input, given, strict=True):
         if tensor is None:

@@ -85,7 +85,17 @@ def _loop(steps: Any, state: Any, rows: Any, others: Any) -> tuple[th.Tensor, ..
     return looped
 
 
-class _LSTMScan(th.autograd.Function):
+class _Scan(th.autograd.Function):
+    """What both scans keep for their derivatives: all but the products with the features, and all results."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401  # PyTorch's
+        _, *others = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*others, *output)
+
+
+class _LSTMScan(_Scan):
     """The recurrent part of an LSTM; everything has time as its first dimension."""
 
     @staticmethod
@@ -110,12 +120,6 @@ class _LSTMScan(th.autograd.Function):
         _, _, *kept = scan(steps, (hidden, cell), _in_chunks(products, starts), [weight])
         outputs, gates, cells = (each.flatten(0, 1) for each in kept)
         return outputs, gates, cells
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401  # PyTorch's
-        _, *others = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*others, *output)
 
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor, *_others: Any) -> tuple[th.Tensor | None, ...]:  # noqa: ANN401  # PyTorch's
@@ -152,7 +156,7 @@ class _LSTMScan(th.autograd.Function):
         return of_gates, None, None, None, of_recurrent
 
 
-class _GRUScan(th.autograd.Function):
+class _GRUScan(_Scan):
     """The recurrent part of a GRU; everything has time as its first dimension."""
 
     @staticmethod
@@ -177,12 +181,6 @@ class _GRUScan(th.autograd.Function):
         _, *kept = scan(steps, [hidden], _in_chunks(products, starts), [weight, bias])
         outputs, gates, candidates = (each.flatten(0, 1) for each in kept)
         return outputs, gates, candidates
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ANN401  # PyTorch's
-        _, *others = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*others, *output)
 
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor, *_others: Any) -> tuple[th.Tensor | None, ...]:  # noqa: ANN401  # PyTorch's

@@ -42,9 +42,9 @@ class GymnasiumTensorVecEnv(SimulatorVecEnv):
         _check_autoreset(env)
         chosen = ObservationGroups(name_of(type(self), env), attribute(env, "single_observation_space"), groups)
         action_space, device = attribute(env, "single_action_space"), attribute(env, "device")
-        super().__init__(env, int(attribute(env, "num_envs")), chosen, action_space, device, action_bound)
+        num_envs = int(attribute(env, "num_envs"))
+        super().__init__(env, num_envs, chosen, action_space, device, action_bound, random_first_lengths)
         self._seed: int | None = None
-        self._has_random_lengths = random_first_lengths
 
     def seed_tensor(self, seed: int) -> None:
         """Keep the seed for the reset that follows.
@@ -60,8 +60,7 @@ class GymnasiumTensorVecEnv(SimulatorVecEnv):
         self._seed = None
         if not isinstance(answer, tuple) or len(answer) != 2:
             raise ValueError(f"{self}: reset must return (observations, infos), got {type(answer).__name__}")
-        if self._has_random_lengths:
-            self._spread_lengths()
+        self._spread_lengths()
         return self._begun(answer[0])
 
     def step_tensor(self, actions: th.Tensor) -> TensorStep:

@@ -42,8 +42,7 @@ class RslRlVecEnv(SimulatorVecEnv):
         # MuJoCo Playground's wrapper may lack a device
         device = getattr(env, "device", None) or next(iter(flatten(shown).values())).device
         action_space = spaces.Box(-np.inf, np.inf, (int(env.num_actions),))
-        super().__init__(env, int(env.num_envs), chosen, action_space, device, action_bound)
-        self._has_random_lengths = random_first_lengths
+        super().__init__(env, int(env.num_envs), chosen, action_space, device, action_bound, random_first_lengths)
 
     def seed_tensor(self, seed: int) -> None:
         """Seed the environment, if it has a method ``seed``; the abstract ``VecEnv`` has none.
@@ -58,8 +57,7 @@ class RslRlVecEnv(SimulatorVecEnv):
         """Begin episodes, or, if the environment has no method ``reset``, go on with those that are under way."""
         if callable(getattr(self.env, "reset", None)):
             self.env.reset()
-        if self._has_random_lengths:
-            self._spread_lengths()
+        self._spread_lengths()
         return self._begun(_observed(self.env))
 
     def step_tensor(self, actions: th.Tensor) -> TensorStep:

@@ -27,6 +27,7 @@ class SimulatorVecEnv(TensorVecEnv):
     :param action_space: of a single environment
     :param device: where all tensors are
     :param action_bound: bound of actions that have none; SB3 needs finite ones, and clips to them
+    :param random_first_lengths: whether episodes begin as if some of their steps were over
     """
 
     _keeps_observations = True
@@ -40,8 +41,9 @@ class SimulatorVecEnv(TensorVecEnv):
         action_space: spaces.Space[Any],
         device: th.device | str,
         action_bound: float,
+        random_first_lengths: bool = False,
     ) -> None:
-        self.env, self._groups = env, groups
+        self.env, self._groups, self._has_random_lengths = env, groups, random_first_lengths
         super().__init__(num_envs, groups.space, with_bounds(action_space, action_bound), device)
         self.log: Mapping[str, Any] = {}
         """What the simulator has told for the log in the last step."""
@@ -78,7 +80,9 @@ class SimulatorVecEnv(TensorVecEnv):
             self._previous = tree_map(_copy, observations)
 
     def _spread_lengths(self) -> None:
-        """Begin episodes as if they had gone on for random numbers of steps, so that not all end at once."""
+        """If it was asked for, let episodes begin as if some of their steps were over, so that not all end at once."""
+        if not self._has_random_lengths:
+            return
         lengths, longest = (attribute(self.env, name) for name in ("episode_length_buf", "max_episode_length"))
         draws = th.rand(lengths.shape, generator=self.generator, device=self.device)
         set_attribute(self.env, "episode_length_buf", (draws * longest).to(lengths.dtype))
